@@ -1,0 +1,1 @@
+"""A network becomes an artifact: trace, append the selection, verify, write."""

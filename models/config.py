@@ -1,0 +1,162 @@
+"""What a two-headed network is, as plain data: frozen, validated when made, JSON both ways. No torch here."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any, Literal
+
+import msgspec
+
+__all__ = ["ConfigError", "LanguageModelConfig", "NetworkConfig", "RopeScaling", "ffn_inner_size"]
+
+
+class ConfigError(ValueError):
+    """A configuration that no network can have: the message names the option, its value and the rule."""
+
+
+def ffn_inner_size(hidden_size: int) -> int:
+    """Inner size of the original's gated FFN: hidden x 2.667 rounded, then rounded up to a multiple of 8."""
+    raw = round(hidden_size * 2.667)
+    return raw + (-raw) % 8
+
+
+class _Frozen(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Shared JSON reading and writing."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every option, defaults included, as JSON-ready values."""
+        result: dict[str, Any] = msgspec.to_builtins(self)
+        return result
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Any:
+        """Validate `data`.
+
+        Raises:
+            ConfigError: an unknown key (the near miss is named), a wrong type, or a value that breaks a rule.
+        """
+        known = set(cls.__struct_fields__)
+        for key in data:
+            if key not in known:
+                near = difflib.get_close_matches(str(key), known, n=1)
+                hint = f"did you mean '{near[0]}'?" if near else f"known options: {', '.join(sorted(known))}"
+                raise ConfigError(f"unknown option '{key}' in {cls.__name__}; {hint}")
+        try:
+            return msgspec.convert(data, cls)
+        except msgspec.ValidationError as e:
+            raise ConfigError(f"{cls.__name__}: {e}") from e
+
+
+class RopeScaling(_Frozen, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How the rotary frequencies are stretched beyond the trained context (`linear` and `llama3`).
+
+    `linear` divides every frequency by `factor` (Chen et al., 2023). `llama3` divides the low ones by `factor`, keeps
+    the high ones and blends between (Llama 3.1 reference code).
+    """
+
+    kind: Literal["linear", "llama3"]
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_positions: int = 8192
+
+    def __post_init__(self) -> None:
+        if not self.factor >= 1.0:
+            raise ConfigError(f"rope_scaling factor must be at least 1; got {self.factor}")
+        if self.original_max_positions < 1:
+            raise ConfigError(f"original_max_positions must be at least 1; got {self.original_max_positions}")
+        if self.kind == "llama3" and not 0 < self.low_freq_factor < self.high_freq_factor:
+            raise ConfigError(
+                f"llama3 scaling needs 0 < low_freq_factor < high_freq_factor; "
+                f"got {self.low_freq_factor} and {self.high_freq_factor}"
+            )
+
+
+class NetworkConfig(_Frozen, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A causal backbone (grouped-query attention, rotary positions, SwiGLU) and a scorer that rates every position.
+
+    The defaults are the original's. The options below `dropout` exist for the backbones that reward models are made
+    from; with their defaults the network is the original one.
+    """
+
+    embed_dim: int
+    hidden_size: int = 256
+    num_layers: int = 4
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    scorer_hidden: int = 128
+    dropout: float = 0.1
+
+    head_dim: int | None = None
+    """Size of one head; `hidden_size // num_heads` if not given."""
+    ffn_inner: int | None = None
+    """Inner size of the gated FFN; the original's rule if not given."""
+    attention_bias: bool = True
+    """Biases of the q, k and v projections."""
+    attention_output_bias: bool = True
+    ffn_bias: bool = True
+    norm_epsilon: float = 1e-6
+    final_norm: Literal["layer", "rms"] = "layer"
+    final_norm_epsilon: float = 1e-5
+    qk_norm: bool = False
+    """RMSNorm over each head's queries and keys before the rotation (Qwen3)."""
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    sliding_window: int | None = None
+    """Each position attends to itself and this many minus one before it; to all before it if not given."""
+    scorer_kind: Literal["mlp", "linear"] = "mlp"
+    scorer_activation: Literal["silu", "relu"] = "silu"
+    scorer_bias: bool = True
+    num_labels: int = 1
+
+    def __post_init__(self) -> None:
+        positive = ["embed_dim", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "scorer_hidden"]
+        positive += [
+            n for n in ("num_labels", "head_dim", "ffn_inner", "sliding_window") if getattr(self, n) is not None
+        ]
+        for name in positive:
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1; got {getattr(self, name)}")
+        for name in ("norm_epsilon", "final_norm_epsilon", "rope_theta"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} must be above 0; got {getattr(self, name)}")
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(
+                f"num_heads must be a multiple of num_kv_heads; got {self.num_heads} and {self.num_kv_heads}"
+            )
+        if self.size_of_head < 2 or self.size_of_head % 2:
+            raise ConfigError(
+                f"the head size must be even for rotary positions; hidden_size {self.hidden_size} over "
+                f"num_heads {self.num_heads} gives {self.size_of_head}"
+                if self.head_dim is None
+                else f"head_dim must be even for rotary positions; got {self.head_dim}"
+            )
+        if not 0.0 <= self.dropout < 1.0:
+            raise ConfigError(f"dropout must be in [0, 1); got {self.dropout}")
+
+    @property
+    def size_of_head(self) -> int:
+        """Size of one attention head."""
+        return self.head_dim if self.head_dim is not None else self.hidden_size // self.num_heads
+
+    @property
+    def inner_size(self) -> int:
+        """Inner size of the gated FFN."""
+        return self.ffn_inner if self.ffn_inner is not None else ffn_inner_size(self.hidden_size)
+
+
+class LanguageModelConfig(_Frozen, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A token embedding, the two-headed network, and a vocabulary head after its backbone."""
+
+    network: NetworkConfig
+    vocab_size: int
+    tie_embeddings: bool = True
+
+    def __post_init__(self) -> None:
+        if self.vocab_size < 2:
+            raise ConfigError(f"vocab_size must be at least 2; got {self.vocab_size}")
+        if self.tie_embeddings and self.network.embed_dim != self.network.hidden_size:
+            raise ConfigError(
+                f"tied embeddings need embed_dim equal to hidden_size; "
+                f"got {self.network.embed_dim} and {self.network.hidden_size}"
+            )

@@ -1,0 +1,131 @@
+"""Countdown puzzles: combine all the numbers with + - * / to reach the target. Generator and exact checker.
+
+A solution is one operation per step, `25-12=13;13*7=91;91+3=94;`, on the numbers that are left. Every result is a whole
+number from 1 to 999. Finding a solution needs search; checking one needs arithmetic only.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+__all__ = [
+    "MAX_RESULT",
+    "Puzzle",
+    "check",
+    "draw_solution",
+    "held_out",
+    "parse_prompt",
+    "reachable",
+    "step_labels",
+]
+
+MAX_NUMBER, MAX_TARGET, MAX_RESULT = 25, 100, 999
+_STEP = re.compile(r"(\d+)([-+*/])(\d+)=(\d+)")
+_PROMPT = re.compile(r"(\d+(?:,\d+)+)>(\d+):")
+
+
+@dataclass(frozen=True)
+class Puzzle:
+    """Numbers in ascending order and the target."""
+
+    numbers: tuple[int, ...]
+    target: int
+
+    @property
+    def prompt(self) -> str:
+        """The text a model is asked with, such as `3,7,12,25>98:`."""
+        return f"{','.join(map(str, self.numbers))}>{self.target}:"
+
+
+def parse_prompt(prompt: str) -> Puzzle:
+    """The puzzle of a prompt.
+
+    Raises:
+        ValueError: the text is not numbers separated by commas, `>`, the target and `:`.
+    """
+    match = _PROMPT.fullmatch(prompt)
+    if match is None:
+        raise ValueError(f"a Countdown prompt looks like '3,7,12,25>98:'; got {prompt!r}")
+    return Puzzle(tuple(sorted(map(int, match[1].split(",")))), int(match[2]))
+
+
+def held_out(puzzle: Puzzle) -> bool:
+    """Whether the puzzle is kept from training: one in ten, by a hash that never changes."""
+    return zlib.crc32(puzzle.prompt.encode()) % 10 == 0
+
+
+def _apply(a: int, operator: str, b: int) -> int | None:
+    """The result, or None where the rules forbid the operation."""
+    if operator == "/":
+        return a // b if b and a % b == 0 else None
+    result = a + b if operator == "+" else a - b if operator == "-" else a * b
+    return result if 1 <= result <= MAX_RESULT else None
+
+
+def draw_solution(rng: random.Random, count: int) -> tuple[Puzzle, str]:
+    """A random puzzle of `count` numbers with one solution: random operations until the result can be a target."""
+    while True:
+        numbers = sorted(rng.randint(1, MAX_NUMBER) for _ in range(count))
+        left, steps = numbers.copy(), []
+        while len(left) > 1:
+            b, a = sorted((left.pop(rng.randrange(len(left))), left.pop(rng.randrange(len(left)))))
+            operator = rng.choice("+-*/")
+            result = _apply(a, operator, b)
+            if result is None:
+                break
+            steps.append(f"{a}{operator}{b}={result};")
+            left.append(result)
+        else:
+            if left[0] <= MAX_TARGET:
+                return Puzzle(tuple(numbers), left[0]), "".join(steps)
+
+
+@lru_cache(maxsize=200_000)
+def reachable(numbers: tuple[int, ...]) -> frozenset[int]:
+    """Every value that all of the numbers (ascending) can be combined into."""
+    if len(numbers) == 1:
+        return frozenset(numbers)
+    values: set[int] = set()
+    for j in range(1, len(numbers)):
+        for i in range(j):
+            rest = numbers[:i] + numbers[i + 1 : j] + numbers[j + 1 :]
+            for operator in "+-*/":
+                result = _apply(numbers[j], operator, numbers[i])
+                if result is not None:
+                    values |= reachable(tuple(sorted((*rest, result))))
+    return frozenset(values)
+
+
+def _walk(puzzle: Puzzle, completion: str) -> Iterator[list[int] | None]:
+    """After each step the numbers that are left, or None once a step is wrong."""
+    left: list[int] | None = list(puzzle.numbers)
+    for step in completion.rstrip("\n").removesuffix(";").split(";"):
+        match = _STEP.fullmatch(step)
+        if left is not None and match is not None:
+            a, operator, b, result = int(match[1]), match[2], int(match[3]), int(match[4])
+            try:
+                left.remove(a)
+                left.remove(b)
+            except ValueError:
+                left = None
+            else:
+                left = [*left, result] if _apply(a, operator, b) == result else None
+        else:
+            left = None
+        yield None if left is None else list(left)
+
+
+def check(puzzle: Puzzle, completion: str) -> bool:
+    """Whether the completion uses every number once, computes every step right and ends at the target."""
+    *_, left = _walk(puzzle, completion)
+    return left == [puzzle.target] and completion.rstrip("\n").endswith(";")
+
+
+def step_labels(puzzle: Puzzle, completion: str) -> list[bool]:
+    """For each step: right so far, and the target can still be reached from the numbers that are left."""
+    return [left is not None and puzzle.target in reachable(tuple(sorted(left))) for left in _walk(puzzle, completion)]

@@ -1,0 +1,257 @@
+"""Train a language model and its scorer on Countdown: `python -m bonnx.models.countdown.train --output FOLDER`.
+
+1. Language model: next-token loss on random solved puzzles, fresh ones at every step.
+2. Scorer, together with the language model: at every step the model samples completions for fresh puzzles, the exact
+   checker labels each step (right so far, and the target still within reach), and the scorer learns the labels at the
+   step tokens and at the end. Samples are always the present model's own, so the scorer learns the mistakes that it
+   will meet.
+
+For another task, replace `solved_batch` (solved examples) and `label` (the checker). Every step draws its data from
+(seed, step), so a run that was stopped goes on as if it had not been, and two runs with one seed are the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..checkpoint import save_checkpoint
+from ..config import LanguageModelConfig, NetworkConfig
+from ..decoding import sample
+from ..network import LanguageModel
+from .puzzle import Puzzle, check, draw_solution, held_out, step_labels
+from .vocabulary import END, PAD, STEP, VOCABULARY, decode, encode, make_tokenizer
+
+__all__ = ["draw_puzzles", "label", "main", "solved_batch", "train"]
+
+# A completion of 4 numbers: 3 steps of 6 tokens and the end.
+MAX_NEW_TOKENS = 19
+IGNORED = -100
+# What an export needs to know beyond the network: see `export/scoring.py`.
+METADATA = {
+    "scoring": {"aggregation": "last", "activation": "sigmoid", "step_token": STEP, "end_token": END, "pad_token": PAD},
+    "limits": {"max_tokens": 64},
+}
+
+
+def draw_puzzles(rng: random.Random, count: int, amount: int, *, test: bool) -> list[tuple[Puzzle, str]]:
+    """`amount` solved puzzles of `count` numbers, all from the training set or all held out."""
+    drawn: list[tuple[Puzzle, str]] = []
+    while len(drawn) < amount:
+        puzzle, solution = draw_solution(rng, count)
+        if held_out(puzzle) == test:
+            drawn.append((puzzle, solution))
+    return drawn
+
+
+def solved_batch(rng: random.Random, rows: int) -> tuple[Tensor, Tensor]:
+    """Solved training puzzles of 3 and 4 numbers -> ids (rows, T) int64, and the next token to learn at each place."""
+    examples = [example for count in (3, 4) for example in draw_puzzles(rng, count, rows // 2, test=False)]
+    ids = [(encode(puzzle.prompt), [*encode(solution), END]) for puzzle, solution in examples]
+    length = max(len(prompt) + len(completion) for prompt, completion in ids)
+    inputs = torch.full((len(ids), length), PAD)
+    targets = torch.full((len(ids), length), IGNORED)
+    for i, (prompt, completion) in enumerate(ids):
+        end = len(prompt) + len(completion)
+        inputs[i, :end] = torch.tensor(prompt + completion)
+        targets[i, len(prompt) - 1 : end - 1] = inputs[i, len(prompt) : end]
+    return inputs, targets
+
+
+def label(puzzle: Puzzle, completion: list[int]) -> list[float]:
+    """What the scorer should say at each token of a completion: 0 or 1 at step tokens and at the end, else IGNORED."""
+    text = decode([token for token in completion if token != PAD])
+    steps = step_labels(puzzle, text)
+    labels, step = [float(IGNORED)] * len(completion), 0
+    for i, token in enumerate(completion):
+        if token == STEP:
+            labels[i] = float(steps[step])
+            step += 1
+        elif token == END:
+            labels[i] = float(check(puzzle, text))
+    return labels
+
+
+def scored_batch(model: LanguageModel, rng: random.Random, count: int, rows: int) -> tuple[Tensor, Tensor]:
+    """The model's own completions for fresh training puzzles -> ids (rows, T) int64, labels (rows, T) float32."""
+    puzzles = [puzzle for puzzle, _ in draw_puzzles(rng, count, rows, test=False)]
+    prompts = torch.tensor([encode(puzzle.prompt) for puzzle in puzzles])
+    generator = torch.Generator().manual_seed(rng.getrandbits(62))
+    model.eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        completions = sample(model, prompts, MAX_NEW_TOKENS, END, PAD, generator)
+    model.train()
+    labels = torch.full((rows, prompts.shape[1] + completions.shape[1]), float(IGNORED))
+    for i, completion in enumerate(completions.tolist()):
+        labels[i, prompts.shape[1] :] = torch.tensor(label(puzzles[i], completion))
+    return torch.cat([prompts, completions], 1), labels
+
+
+def language_loss(model: LanguageModel, rng: random.Random, rows: int) -> Tensor:
+    """Mean next-token loss over the completions of fresh solved puzzles."""
+    inputs, targets = solved_batch(rng, rows)
+    with torch.autocast("cpu", torch.bfloat16):
+        backbone = model.network.encode(model.embedding(inputs))[targets != IGNORED]
+        logits = model.logits(backbone)
+    return F.cross_entropy(logits.float(), targets[targets != IGNORED])
+
+
+def scorer_loss(model: LanguageModel, rng: random.Random, rows: int) -> Tensor:
+    """Mean binary loss of the scorer at the labelled places of the model's own completions."""
+    losses = []
+    # Four numbers are harder and get three rows in four.
+    for count, share in ((3, rows // 4), (4, rows - rows // 4)):
+        ids, labels = scored_batch(model, rng, count, share)
+        with torch.autocast("cpu", torch.bfloat16):
+            backbone = model.network.encode(model.embedding(ids))[labels != IGNORED]
+            scores = model.network.scorer(backbone)
+        losses.append(
+            F.binary_cross_entropy_with_logits(scores[:, 0].float(), labels[labels != IGNORED], reduction="none")
+        )
+    return torch.cat(losses).mean()
+
+
+def new_model(seed: int) -> LanguageModel:
+    """The default network; no dropout, because no example is ever seen twice."""
+    torch.manual_seed(seed)
+    network = NetworkConfig(embed_dim=256, dropout=0.0)
+    return LanguageModel(LanguageModelConfig(network=network, vocab_size=len(VOCABULARY)))
+
+
+def learning_rate(step: int, steps: int, peak: float) -> float:
+    """Linear warm-up over the first 2%, then a cosine to a tenth of the peak."""
+    warm = max(1, steps // 50)
+    return peak * min((step + 1) / warm, 0.55 + 0.45 * math.cos(math.pi * step / steps))
+
+
+class Run:
+    """The model, its optimizer and the step, kept in one file so that a stopped run can go on."""
+
+    def __init__(self, folder: Path, seed: int) -> None:
+        self.path, self.seed, self.step, self.phase_start = folder / "run.safetensors", seed, 0, 0
+        self.model = new_model(seed).train()
+        self.begin_phase()
+        if self.path.is_file():
+            self._restore()
+
+    def begin_phase(self) -> None:
+        """A fresh optimizer: each phase has its own loss and schedule."""
+        self.phase_start = self.step
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
+
+    def advance(self, loss: Tensor, rate: float) -> None:
+        """One optimizer step."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.step += 1
+
+    def save(self) -> None:
+        """Replace the file in one move, so that a torn write is never read."""
+        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        for name, parameter in self.model.named_parameters():
+            for moment in ("exp_avg", "exp_avg_sq"):
+                if parameter in self.optimizer.state:
+                    tensors[f"{moment}.{name}"] = self.optimizer.state[parameter][moment]
+        numbers = {"seed": self.seed, "step": self.step, "phase_start": self.phase_start}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        torn = self.path.with_suffix(".part")
+        save_file(tensors, torn, metadata={name: str(value) for name, value in numbers.items()})
+        torn.replace(self.path)
+
+    def _restore(self) -> None:
+        with safe_open(self.path, framework="pt") as file:
+            numbers = {name: int(value) for name, value in file.metadata().items()}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        if numbers["seed"] != self.seed:
+            raise SystemExit(f"{self.path} was begun with --seed {numbers['seed']}; give that seed or another folder")
+        self.step, self.phase_start = numbers["step"], numbers["phase_start"]
+        self.model.load_state_dict({name: tensors[f"model.{name}"] for name in self.model.state_dict()})
+        for name, parameter in self.model.named_parameters():
+            if f"exp_avg.{name}" in tensors:
+                self.optimizer.state[parameter] = {
+                    "step": torch.tensor(float(self.step - self.phase_start)),
+                    "exp_avg": tensors[f"exp_avg.{name}"],
+                    "exp_avg_sq": tensors[f"exp_avg_sq.{name}"],
+                }
+
+
+def train(
+    folder: Path,
+    *,
+    language_steps: int = 4000,
+    joint_steps: int = 2000,
+    rows: int = 256,
+    seed: int = 0,
+    save_every: int = 100,
+) -> LanguageModel:
+    """Train both phases in `folder`, going on from what is there, and leave a checkpoint in it.
+
+    Args:
+        folder: holds the state of the run, `log.jsonl`, and at the end `config.json` and `model.safetensors`.
+        language_steps: steps of the first phase.
+        joint_steps: steps of the second.
+        rows: solved puzzles in a batch, and sampled completions in a batch of the second phase.
+        seed: of the initial weights and of every puzzle and sample.
+        save_every: steps between saves.
+    """
+    run, total = Run(folder, seed), language_steps + joint_steps
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+    with Progress(*columns, TimeRemainingColumn()) as progress:
+        task = progress.add_task("language model", total=total, completed=run.step)
+        while run.step < total:
+            if run.step == language_steps and run.phase_start != language_steps:
+                run.begin_phase()
+            rng = random.Random(f"{seed} {run.step}")
+            losses = {"language": language_loss(run.model, rng, rows)}
+            rate = learning_rate(run.step, language_steps, 1e-3)
+            if run.step >= language_steps:
+                losses["scorer"] = scorer_loss(run.model, rng, rows)
+                rate = learning_rate(run.step - language_steps, joint_steps, 5e-4)
+            run.advance(torch.stack(list(losses.values())).sum(), rate)
+            seen = {name: round(loss.item(), 4) for name, loss in losses.items()}
+            progress.update(
+                task, completed=run.step, description=" ".join(f"{k} loss {v:.3f}" for k, v in seen.items())
+            )
+            if run.step % save_every == 0 or run.step == total:
+                run.save()
+                with (folder / "log.jsonl").open("a", encoding="utf-8") as log:
+                    log.write(json.dumps({"step": run.step, **seen}) + "\n")
+    save_checkpoint(run.model, folder, dtype=torch.float16, metadata=METADATA)
+    make_tokenizer().save(str(folder / "tokenizer.json"))
+    return run.model.eval()
+
+
+def main() -> None:
+    """The command line of the recipe."""
+    parser = argparse.ArgumentParser(description="Train the Countdown model and its scorer.")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="folder; a run that is in it goes on")
+    parser.add_argument("--language-steps", type=int, default=4000)
+    parser.add_argument("--joint-steps", type=int, default=2000)
+    parser.add_argument("--rows", type=int, default=256, help="batch size")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    train(
+        arguments.output,
+        language_steps=arguments.language_steps,
+        joint_steps=arguments.joint_steps,
+        rows=arguments.rows,
+        seed=arguments.seed,
+    )
+
+
+if __name__ == "__main__":
+    main()

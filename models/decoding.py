@@ -1,0 +1,80 @@
+"""Token-by-token sampling in PyTorch with cached keys and values, for training recipes and as a reference in tests."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .network import LanguageModel
+
+__all__ = ["Cache", "forward_cached", "sample"]
+
+
+class Cache:
+    """Rotated keys and values of every layer: (B, G, capacity, K) each; the first `length` positions are filled."""
+
+    def __init__(self, model: LanguageModel, rows: int, capacity: int, dtype: torch.dtype) -> None:
+        config = model.config.network
+        shape = (config.num_layers, rows, config.num_kv_heads, capacity, config.size_of_head)
+        self.keys, self.values = torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype)
+        self.length = 0
+
+
+def forward_cached(model: LanguageModel, ids: Tensor, cache: Cache) -> Tensor:
+    """Run ids (B, T) after what the cache holds, none of it padding -> backbone (B, T, D); the cache grows by T."""
+    network, start, end = model.network, cache.length, cache.length + ids.shape[1]
+    cos, sin = network.rotation(torch.arange(start, end)[None])
+    window = network.config.sliding_window
+    back = torch.arange(start, end)[:, None] - torch.arange(end)[None]
+    mask = (back >= 0) if window is None else (back >= 0) & (back < window)
+    x = network.input_projection(model.embedding(ids))
+    for i, block in enumerate(network.layers()):
+        q, k, v = block.attention.project(block.attention_norm(x), cos, sin)
+        cache.keys[i, :, :, start:end], cache.values[i, :, :, start:end] = k, v
+        keys, values = cache.keys[i, :, :, :end].to(q.dtype), cache.values[i, :, :, :end].to(q.dtype)
+        out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, enable_gqa=True)
+        x = x + block.attention.out_proj(out.transpose(1, 2).flatten(2))
+        x = x + block.ffn(block.ffn_norm(x))
+    cache.length = end
+    normed: Tensor = network.final_norm(x)
+    return normed
+
+
+@torch.no_grad()
+def sample(
+    model: LanguageModel,
+    prompts: Tensor,
+    max_new_tokens: int,
+    end_token: int,
+    pad_token: int,
+    generator: torch.Generator,
+    temperature: float = 1.0,
+) -> Tensor:
+    """Sample one completion for each row.
+
+    Args:
+        model: in inference mode.
+        prompts: (B, P) int64, no padding.
+        max_new_tokens: completions are cut here.
+        end_token: ends a completion; what follows it is `pad_token`.
+        pad_token: fills rows that have ended.
+        generator: source of every random number.
+        temperature: divides the logits.
+
+    Returns:
+        (B, L) int64 with L <= max_new_tokens.
+    """
+    rows = prompts.shape[0]
+    cache = Cache(model, rows, prompts.shape[1] + max_new_tokens, torch.float32)
+    ended, ids, picked = torch.zeros(rows, dtype=torch.bool), prompts, []
+    for _ in range(max_new_tokens):
+        logits = model.logits(forward_cached(model, ids, cache)[:, -1:])[:, 0].float()
+        draw = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
+        draw = torch.where(ended, pad_token, draw)
+        picked.append(draw)
+        ended = ended | (draw == end_token)
+        if bool(ended.all()):
+            break
+        ids = draw[:, None]
+    return torch.stack(picked, 1)

@@ -1,0 +1,285 @@
+"""The two-headed network in PyTorch: a causal backbone and a scorer that rates every position.
+
+Shapes in comments: B rows, T positions, E embed_dim, D hidden_size, H heads, G kv heads, K size of a head.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import LanguageModelConfig, NetworkConfig, RopeScaling
+
+__all__ = [
+    "Attention",
+    "Block",
+    "FeedForward",
+    "LanguageModel",
+    "Scorer",
+    "TwoHeadedNetwork",
+    "build",
+    "inverse_frequencies",
+    "output_size",
+    "recommended_defaults",
+    "rotate",
+    "select_best_of_n",
+]
+
+
+def inverse_frequencies(config: NetworkConfig) -> Tensor:
+    """Rotary frequencies `theta^(-2i/K)`, scaled as the config says: (K/2,) float32, radians per position."""
+    size = config.size_of_head
+    frequencies = config.rope_theta ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
+    if config.rope_scaling is not None:
+        frequencies = _scale(frequencies, config.rope_scaling)
+    return frequencies.to(torch.float32)
+
+
+def _scale(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
+    if scaling.kind == "linear":
+        return frequencies / scaling.factor
+    turns = scaling.original_max_positions * frequencies / (2 * math.pi)
+    blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    blend = blend.clamp(0.0, 1.0)
+    return blend * frequencies + (1 - blend) * frequencies / scaling.factor
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions, rotate-half layout (Su et al., 2021): x (..., T, K), cos and sin (..., T, K/2)."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
+
+
+class Attention(nn.Module):
+    """Projections of grouped-query attention; head h of the queries reads kv head h div (H / G)."""
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        size = config.size_of_head
+        self.config = config
+        self.q_proj = nn.Linear(config.hidden_size, config.num_heads * size, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, config.num_kv_heads * size, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, config.num_kv_heads * size, bias=config.attention_bias)
+        self.out_proj = nn.Linear(config.num_heads * size, config.hidden_size, bias=config.attention_output_bias)
+        if config.qk_norm:
+            self.q_norm = nn.RMSNorm(size, eps=config.norm_epsilon)
+            self.k_norm = nn.RMSNorm(size, eps=config.norm_epsilon)
+
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, T, D), cos and sin (B or 1, 1, T, K/2) -> q (B, H, T, K), k and v (B, G, T, K), q and k rotated."""
+        size = self.config.size_of_head
+        q = self.q_proj(x).unflatten(-1, (self.config.num_heads, size))
+        k = self.k_proj(x).unflatten(-1, (self.config.num_kv_heads, size))
+        v = self.v_proj(x).unflatten(-1, (self.config.num_kv_heads, size))
+        if self.config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return rotate(q.transpose(1, 2), cos, sin), rotate(k.transpose(1, 2), cos, sin), v.transpose(1, 2)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
+        """x (B, T, D); mask (B or 1, 1, T, T) bool, True where a key may be read, or None for plain causal."""
+        q, k, v = self.project(x, cos, sin)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+        projected: Tensor = self.out_proj(out.transpose(1, 2).flatten(2))
+        return projected
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (Shazeer, 2020): `down(silu(gate(x)) * up(x))`."""
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        self.gate = nn.Linear(config.hidden_size, config.inner_size, bias=config.ffn_bias)
+        self.up = nn.Linear(config.hidden_size, config.inner_size, bias=config.ffn_bias)
+        self.down = nn.Linear(config.inner_size, config.hidden_size, bias=config.ffn_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        out: Tensor = self.down(F.silu(self.gate(x)) * self.up(x))
+        return out
+
+
+class Block(nn.Module):
+    """Pre-norm residual block: `x + attention(norm(x))`, then `x + ffn(norm(x))`."""
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_epsilon)
+        self.attention = Attention(config)
+        self.ffn_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_epsilon)
+        self.ffn = FeedForward(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        x = x + self.dropout(self.attention(self.attention_norm(x), cos, sin, mask))
+        out: Tensor = x + self.dropout(self.ffn(self.ffn_norm(x)))
+        return out
+
+
+class Scorer(nn.Module):
+    """One value per label at every position, read from the normed backbone: (B, T, D) -> (B, T, num_labels)."""
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        self.config = config
+        if config.scorer_kind == "mlp":
+            self.dense1 = nn.Linear(config.hidden_size, config.scorer_hidden, bias=config.scorer_bias)
+            self.dropout = nn.Dropout(config.dropout)
+        width = config.scorer_hidden if config.scorer_kind == "mlp" else config.hidden_size
+        self.dense2 = nn.Linear(width, config.num_labels, bias=config.scorer_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, num_labels)."""
+        if self.config.scorer_kind == "mlp":
+            activation = F.silu if self.config.scorer_activation == "silu" else F.relu
+            x = self.dropout(activation(self.dense1(x)))
+        out: Tensor = self.dense2(x)
+        return out
+
+
+class TwoHeadedNetwork(nn.Module):
+    """Backbone and scorer over embeddings (Edifice's TestTimeCompute)."""
+
+    inverse_frequencies: Tensor
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        self.config = config
+        # The projection exists only where the sizes differ, as in the original.
+        self.input_projection = (
+            nn.Linear(config.embed_dim, config.hidden_size) if config.embed_dim != config.hidden_size else nn.Identity()
+        )
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.final_norm: nn.Module = (
+            nn.LayerNorm(config.hidden_size, eps=config.final_norm_epsilon)
+            if config.final_norm == "layer"
+            else nn.RMSNorm(config.hidden_size, eps=config.final_norm_epsilon)
+        )
+        self.scorer = Scorer(config)
+        self.register_buffer("inverse_frequencies", inverse_frequencies(config), persistent=False)
+        self.apply(_initialize)
+
+    def layers(self) -> Iterator[Block]:
+        """The blocks in order, with their type."""
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            yield block
+
+    def rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Positions (B or 1, T) int64 -> cos and sin (B or 1, 1, T, K/2) float32; angles rounded to float32."""
+        angles = positions.to(torch.float32)[:, None, :, None] * self.inverse_frequencies
+        return angles.cos(), angles.sin()
+
+    def encode(self, inputs_embeds: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """The backbone's normed output: (B, T, E) and an optional mask (B, T) of 0 and 1 -> (B, T, D)."""
+        length = inputs_embeds.shape[1]
+        if attention_mask is None and self.config.sliding_window is None:
+            positions, mask = torch.arange(length, device=inputs_embeds.device)[None], None
+        else:
+            if attention_mask is None:
+                attention_mask = torch.ones(inputs_embeds.shape[:2], dtype=torch.int64, device=inputs_embeds.device)
+            # Real tokens are counted from 0, so padding on either side leaves every score as it was.
+            positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
+            mask = self._mask(attention_mask)
+        cos, sin = (t.to(inputs_embeds.dtype) for t in self.rotation(positions))
+        x = self.input_projection(inputs_embeds)
+        for block in self.layers():
+            x = block(x, cos, sin, mask)
+        out: Tensor = self.final_norm(x)
+        return out
+
+    def _mask(self, attention_mask: Tensor) -> Tensor:
+        """(B, T) -> (B, 1, T, T), True where key j may be read by query i; every query may read itself."""
+        index = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+        back = index[:, None] - index[None]
+        causal = back >= 0
+        if self.config.sliding_window is not None:
+            causal = causal & (back < self.config.sliding_window)
+        # A padding query that may read nothing would turn into NaN and poison its row.
+        allowed: Tensor = causal & (attention_mask[:, None, None, :] > 0) | (back == 0)
+        return allowed
+
+    def forward(self, inputs_embeds: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Embeddings (B, T, E) float32 and an optional mask (B, T) -> backbone (B, T, D), scores (B, T, num_labels)."""
+        backbone = self.encode(inputs_embeds, attention_mask)
+        return backbone, self.scorer(backbone)
+
+
+class LanguageModel(nn.Module):
+    """Token embedding, two-headed network, vocabulary head: one forward gives logits and scores."""
+
+    def __init__(self, config: LanguageModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.network.embed_dim)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        self.network = TwoHeadedNetwork(config.network)
+        if not config.tie_embeddings:
+            self.head = nn.Linear(config.network.hidden_size, config.vocab_size, bias=False)
+
+    def logits(self, backbone: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, vocab_size)."""
+        return F.linear(backbone, self.embedding.weight if self.config.tie_embeddings else self.head.weight)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Ids (B, T) int64 -> backbone (B, T, D), scores (B, T, num_labels), logits (B, T, vocab_size)."""
+        backbone, scores = self.network(self.embedding(input_ids), attention_mask)
+        return backbone, scores, self.logits(backbone)
+
+
+def _initialize(module: nn.Module) -> None:
+    """The original's initial values, but final norms start at one (its U(+-sqrt 3) is an accident of a default)."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def build(**options: Any) -> TwoHeadedNetwork:
+    """The network for these options of `NetworkConfig`; `embed_dim` is required.
+
+    Raises:
+        ConfigError: an option is unknown, missing, of the wrong type or out of range.
+    """
+    return TwoHeadedNetwork(NetworkConfig.from_dict(options))
+
+
+def output_size(**options: Any) -> int:
+    """The backbone's width for these options: `hidden_size`, 256 if not given."""
+    return int(options.get("hidden_size", 256))
+
+
+def recommended_defaults() -> dict[str, Any]:
+    """The original's recommended options."""
+    return {
+        "hidden_size": 256,
+        "num_layers": 4,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "scorer_hidden": 128,
+        "dropout": 0.1,
+    }
+
+
+def select_best_of_n(scores: Tensor) -> Tensor:
+    """Scores (num_candidates, ...) -> the best candidate (...) int64; ties go to the lowest index, NaN never wins.
+
+    -1 where every score is NaN. The original returns the index of a NaN, which no caller wants.
+
+    Raises:
+        ValueError: no candidate axis, or an empty one.
+    """
+    if scores.ndim < 1 or scores.shape[0] < 1:
+        raise ValueError(f"scores need at least one candidate on axis 0; got shape {tuple(scores.shape)}")
+    if not scores.is_floating_point():
+        return scores.argmax(dim=0)
+    usable = ~scores.isnan()
+    # Usable first, then value: -inf is a score and beats NaN.
+    best = torch.where(usable, scores, -torch.inf)
+    first = (usable & (best == best.amax(dim=0))).to(torch.int64).argmax(dim=0)
+    return torch.where(usable.any(dim=0), first, -1)

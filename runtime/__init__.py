@@ -1,0 +1,1 @@
+"""An artifact gives answers: load, score, rank. numpy and ONNX Runtime only."""
