@@ -1,0 +1,64 @@
+"""`score`: whole rows, every position rated."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .layers import Layer, Trunk, additive
+
+__all__ = ["ScoreGraph", "allowed", "attend"]
+
+
+class ScoreGraph(nn.Module):
+    """Rows of tokens with a padding mask -> backbone and scores, as the network gives them."""
+
+    def __init__(self, trunk: Trunk) -> None:
+        super().__init__()
+        self.trunk = trunk
+
+    def forward(self, inputs: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Inputs (B, T) int64 or (B, T, E) float32, mask (B, T) int64 -> backbone (B, T, D), scores (B, T, 1).
+
+        Scores of padding are 0.
+        """
+        trunk = self.trunk
+        rows, length = attention_mask.shape
+        real = attention_mask > 0
+        positions = (real.to(torch.int64).cumsum(1) - 1).clamp(min=0)
+        cos, sin = trunk.rotation(positions)
+        mask = additive(allowed(real, positions, trunk.config.sliding_window))
+        x = trunk.embed(inputs)
+        x = trunk.project(x.reshape(rows * length, x.shape[-1]))
+        for layer in trunk.layers:
+            assert isinstance(layer, Layer)
+            y = layer.attention_norm(x)
+            q, k, v = layer.queries(y, cos, sin), layer.keys(y, cos, sin), layer.values(y, rows)
+            x = layer.finish(x, attend(q, k, v, mask).reshape(rows * length, layer.heads * layer.size))
+        normed = trunk.final_norm(x)
+        scores = torch.where(real, trunk.score(normed).reshape(rows, length), 0.0)
+        return normed.reshape(rows, length, trunk.config.hidden_size), scores[:, :, None]
+
+
+def allowed(real: Tensor, positions: Tensor, window: int | None) -> Tensor:
+    """Mask (B, T) -> (B, T, T), True where key j may be read by query i; every query may read itself."""
+    index = torch.arange(real.shape[1])
+    causal = index[:, None] >= index[None]
+    readable = causal & real[:, None]
+    if window is not None:
+        readable = readable & (positions[:, :, None] - positions[:, None] < window)
+    return readable | (index[:, None] == index[None])
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Attention of rows to themselves: q (B, T, H, K), k and v (B, T, G, K), additive mask (B, T, T) -> (B, T, H * K).
+
+    The query heads of one kv head stand beside each other as rows of one matrix, so keys are never repeated.
+    """
+    rows, length, kv_heads, size = k.shape
+    group = q.shape[2] // kv_heads
+    q = q.reshape(rows, length, kv_heads, group * size).transpose(1, 2).reshape(rows, kv_heads, length * group, size)
+    logits = (q @ k.permute(0, 2, 3, 1)).reshape(rows, kv_heads, length, group, length)
+    weights = (logits + mask[:, None, :, None]).softmax(-1).reshape(rows, kv_heads, length * group, length)
+    out = (weights @ v.transpose(1, 2)).reshape(rows, kv_heads, length, group * size)
+    return out.transpose(1, 2).reshape(rows, length, kv_heads * group * size)

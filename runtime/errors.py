@@ -1,0 +1,37 @@
+"""Every error that bonnx raises on purpose.
+
+    BonnxError
+    |-- ArtifactError      the folder is not an artifact, or not as it was written
+    |-- ProviderError      ONNX Runtime, or the provider that was asked for, is not to be had
+    |-- InputError         what was passed in cannot be ranked (also a ValueError)
+    |-- NoWinnerError      every candidate is empty or its score is NaN
+    `-- ExportError        the model could not be written, or what was written did not pass
+"""
+
+from __future__ import annotations
+
+__all__ = ["ArtifactError", "BonnxError", "ExportError", "InputError", "NoWinnerError", "ProviderError"]
+
+
+class BonnxError(Exception):
+    """The root: the message says what failed, what was expected, what was found and what to do."""
+
+
+class ArtifactError(BonnxError):
+    """The folder is not an artifact that this version can read, or it is not as it was written."""
+
+
+class ProviderError(BonnxError):
+    """ONNX Runtime is missing or broken, or the provider that was asked for did not end up in the session."""
+
+
+class InputError(BonnxError, ValueError):
+    """A prompt, candidate or option that cannot be ranked."""
+
+
+class NoWinnerError(BonnxError):
+    """No candidate can win: each is empty or its score is NaN."""
+
+
+class ExportError(BonnxError):
+    """The model could not be exported, or the artifact did not pass its verification; nothing was written."""

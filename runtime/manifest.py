@@ -1,0 +1,125 @@
+"""`manifest.json`: everything that a program needs to know about an artifact."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from typing import Any, Literal
+
+import msgspec
+
+__all__ = [
+    "AGGREGATIONS",
+    "SCHEMA_VERSION",
+    "File",
+    "Graph",
+    "Limits",
+    "Manifest",
+    "Parity",
+    "Scoring",
+    "Value",
+    "seal",
+    "seal_is_intact",
+]
+
+SCHEMA_VERSION = 1
+# The graph input `aggregation` is an index into this.
+AGGREGATIONS = ("last", "mean", "min", "max", "prod")
+_SEAL = re.compile(rb'"seal": "([0-9a-f]{64})"')
+_BLANK = b"0" * 64
+
+
+class _Frozen(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    pass
+
+
+class Value(_Frozen, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A graph's input or output: symbolic axes are strings."""
+
+    name: str
+    dtype: str
+    shape: list[int | str]
+
+
+class Graph(_Frozen, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One ONNX graph; `file` is relative to the artifact."""
+
+    file: str
+    opset: int
+    inputs: list[Value]
+    outputs: list[Value]
+
+
+class File(_Frozen, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Hex sha256 and size in bytes."""
+
+    sha256: str
+    size: int
+
+
+class Scoring(_Frozen, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How a candidate's positions become one number."""
+
+    aggregation: Literal["last", "mean", "min", "max", "prod"] = "last"
+    """Used when a program does not choose."""
+    activation: Literal["none", "sigmoid"] = "none"
+    """Applied to every position inside the graph; `sigmoid` makes scores probabilities."""
+    label: int = 0
+    """Which of the scorer's labels is the score."""
+    step_token: int | None = None
+    """Ends a step; the step forms of the aggregations read only these positions."""
+    end_token: int | None = None
+    """Appended to a text candidate that does not end with it, unless the caller says that it is partial."""
+    pad_token: int = 0
+
+
+class Limits(_Frozen, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Greatest prompt + candidate tokens, and candidates per prompt; checked before anything is allocated."""
+
+    max_tokens: int = 8192
+    max_candidates: int = 4096
+
+
+class Parity(_Frozen, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One check made at export: its greatest absolute difference and what was allowed, `|a-b| <= relative|b| + absolute`."""
+
+    check: str
+    cases: int
+    max_difference: float
+    relative: float
+    absolute: float
+
+
+class Manifest(_Frozen, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """See the fields of the parts."""
+
+    schema_version: int
+    seal: str
+    name: str
+    kind: Literal["language_model", "network"]
+    model: dict[str, Any]
+    precision: Literal["fp32"]
+    scoring: Scoring
+    limits: Limits
+    graphs: dict[str, Graph]
+    tokenizer: str | None
+    files: dict[str, File]
+    parity: list[Parity]
+    tools: dict[str, str]
+
+
+def seal(manifest: Manifest) -> bytes:
+    """The bytes of manifest.json: `seal` is their own sha256, taken with its 64 digits as zeros."""
+    blank = msgspec.structs.replace(manifest, seal=_BLANK.decode())
+    text = msgspec.json.format(msgspec.json.encode(blank), indent=2) + b"\n"
+    digest = hashlib.sha256(text).hexdigest().encode()
+    return text.replace(b'"seal": "' + _BLANK, b'"seal": "' + digest, 1)
+
+
+def seal_is_intact(text: bytes) -> bool:
+    """Whether the bytes of a manifest.json are as `seal` made them."""
+    match = _SEAL.search(text)
+    if match is None:
+        return False
+    blanked = text[: match.start(1)] + _BLANK + text[match.end(1) :]
+    return hashlib.sha256(blanked).hexdigest().encode() == match[1]
