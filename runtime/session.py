@@ -1,0 +1,160 @@
+"""ONNX Runtime sessions: which provider, with which options, and what to say when it is not to be had."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import ArtifactError, InputError, ProviderError
+from .manifest import Graph
+
+__all__ = ["FLAVOURS", "Array", "Options", "Provider", "Session", "installed_flavours", "runtime_module"]
+
+Provider: TypeAlias = Literal["auto", "cpu", "cuda"]
+Array: TypeAlias = NDArray[Any]
+
+FLAVOURS = ("onnxruntime", "onnxruntime-gpu")
+_NAMES = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_TYPES = {"tensor(float)": "float32", "tensor(int64)": "int64", "tensor(float16)": "float16"}
+
+
+class Options(msgspec.Struct, frozen=True, kw_only=True):
+    """How to run: see `bonnx.load`."""
+
+    provider: Provider = "auto"
+    threads: int | None = None
+    device_id: int = 0
+    memory_limit: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.provider not in ("auto", "cpu", "cuda"):
+            raise InputError(f"provider: expected 'auto', 'cpu' or 'cuda'; got {self.provider!r}")
+        for name, least in (("threads", 1), ("device_id", 0), ("memory_limit", 1)):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+                raise InputError(f"{name}: expected a whole number of at least {least}; got {value!r}")
+
+
+def installed_flavours() -> dict[str, str]:
+    """Version of each installed ONNX Runtime package."""
+    found = {}
+    for name in FLAVOURS:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def runtime_module() -> Any:
+    """The module `onnxruntime`.
+
+    Raises:
+        ProviderError: not installed, installed twice, or it cannot be loaded.
+    """
+    found = installed_flavours()
+    if len(found) > 1:
+        raise ProviderError(
+            f"both {' and '.join(found)} are installed, and each overwrites the other's files; "
+            f"run `pip uninstall -y {' '.join(found)}`, then `pip install bonnx[cpu]` or `pip install bonnx[gpu]`"
+        )
+    try:
+        import onnxruntime  # noqa: PLC0415 - `import bonnx` must work without it
+    except ModuleNotFoundError as e:
+        if e.name != "onnxruntime":
+            raise
+        raise ProviderError(
+            "ONNX Runtime is not installed; run `pip install bonnx[cpu]`, or `pip install bonnx[gpu]` for CUDA"
+        ) from e
+    except ImportError as e:
+        raise ProviderError(f"ONNX Runtime is installed but cannot be loaded: {e}; run `bonnx doctor`") from e
+    return onnxruntime
+
+
+class Session:
+    """One graph, ready to run. Safe to share between threads."""
+
+    def __init__(self, path: Path, graph: Graph, options: Options) -> None:
+        runtime = runtime_module()
+        self.graph, self.options = graph, options
+        self._runtime = runtime
+        providers = _providers(runtime, options)
+        settings = runtime.SessionOptions()
+        settings.log_severity_level = 3
+        # Every logical core would also take the other half of each physical one, which slows matrix products.
+        settings.intra_op_num_threads = options.threads or 0
+        try:
+            self._session = runtime.InferenceSession(str(path), settings, providers=providers)
+        except Exception as e:  # ONNX Runtime raises bare subclasses of Exception of its own
+            raise ArtifactError(f"{path}: ONNX Runtime {runtime.__version__} cannot load it: {e}") from e
+        active = self._session.get_providers()[0]
+        self.provider = next((short for short, name in _NAMES.items() if name == active), active)
+        if options.provider == "cuda" and self.provider != "cuda":
+            raise ProviderError(_no_cuda(f"the session runs on {active} instead; a CUDA library is missing"))
+        self._compare(path)
+
+    def _compare(self, path: Path) -> None:
+        """Refuse a graph whose inputs and outputs are not those of the manifest."""
+        for kind, declared, found in (
+            ("inputs", self.graph.inputs, self._session.get_inputs()),
+            ("outputs", self.graph.outputs, self._session.get_outputs()),
+        ):
+            wanted = [(value.name, value.dtype, list(value.shape)) for value in declared]
+            got = [(value.name, _TYPES.get(value.type, value.type), list(value.shape)) for value in found]
+            if wanted != got:
+                raise ArtifactError(f"{path}: its {kind} are {got}; the manifest says {wanted}; export the model again")
+
+    def run(self, feeds: dict[str, Array], outputs: list[str]) -> list[Array]:
+        """Run the graph; on CUDA the inputs are bound once and only the asked outputs come back to the host."""
+        if self.provider != "cuda":
+            result: list[Array] = self._session.run(outputs, feeds)
+            return result
+        device = self.options.device_id
+        binding = self._session.io_binding()
+        for name, array in feeds.items():
+            value = self._runtime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), "cuda", device)
+            binding.bind_ortvalue_input(name, value)
+        for name in outputs:
+            binding.bind_output(name, "cuda", device)
+        self._session.run_with_iobinding(binding)
+        return [value.numpy() for value in binding.get_outputs()]
+
+
+def _providers(runtime: Any, options: Options) -> list[Any]:
+    available = runtime.get_available_providers()
+    if options.provider == "cpu":
+        return [_NAMES["cpu"]]
+    if _NAMES["cuda"] not in available or not _has_device():
+        if options.provider == "auto":
+            return [_NAMES["cpu"]]
+        reason = (
+            f"this ONNX Runtime {runtime.__version__} has {', '.join(available)} only"
+            if _NAMES["cuda"] not in available
+            else "no CUDA device or driver was found on this machine"
+        )
+        raise ProviderError(_no_cuda(reason))
+    settings: dict[str, Any] = {"device_id": options.device_id}
+    if options.memory_limit is not None:
+        settings["gpu_mem_limit"] = options.memory_limit
+    if hasattr(runtime, "preload_dlls"):
+        # CUDA and cuDNN from pip packages or from PyTorch's wheel are found only if they are loaded first.
+        runtime.preload_dlls()
+    return [(_NAMES["cuda"], settings), _NAMES["cpu"]]
+
+
+def _has_device() -> bool:
+    """Whether there is a CUDA driver to speak of; ONNX Runtime itself falls back without a word."""
+    return os.path.exists("/dev/nvidiactl") or os.path.exists("/dev/dxg") or os.name == "nt"  # noqa: PTH110
+
+
+def _no_cuda(reason: str) -> str:
+    return (
+        f"provider='cuda' was asked for, but {reason}; install `bonnx[gpu]` (and remove onnxruntime), an NVIDIA driver, "
+        "CUDA and cuDNN, and see `bonnx doctor`; or use provider='auto' or 'cpu'"
+    )
