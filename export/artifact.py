@@ -1,0 +1,192 @@
+"""Write an artifact: graphs that share one weights file, manifest, model card, recorded outputs. All or nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import platform
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import numpy_helper
+
+from ..models.network import LanguageModel, TwoHeadedNetwork
+from ..runtime.errors import ExportError
+from ..runtime.folder import MANIFEST, file_digest
+from ..runtime.manifest import SCHEMA_VERSION, File, Graph, Limits, Manifest, Scoring, Value, seal
+from .card import model_card
+from .parity import Checker, check_structure
+from .trace import DEFAULT_OPSET, OPSETS, trace_graphs
+
+__all__ = ["export_model"]
+
+WEIGHTS = "weights.bin"
+# Smaller tensors stay in the graph: a program that reads shapes needs no second file, and pages stay aligned.
+_EXTERNAL_FROM, _ALIGNMENT = 1024, 64
+
+
+def export_model(
+    model: LanguageModel | TwoHeadedNetwork,
+    output: Path,
+    *,
+    name: str,
+    scoring: Scoring | None = None,
+    limits: Limits | None = None,
+    tokenizer: Path | None = None,
+    opset: int = DEFAULT_OPSET,
+    overwrite: bool = False,
+    seed: int = 0,
+) -> Manifest:
+    """Export a model, verify what was written, and only then put it in its place.
+
+    Args:
+        model: in inference mode.
+        output: the artifact's folder; it must not exist, unless `overwrite`.
+        name: of the model, for people.
+        scoring: how positions become one number; the last position's score if not given.
+        limits: greatest sizes that the runtime accepts.
+        tokenizer: a tokenizer.json to put in.
+        opset: 23, or 18 with every operator decomposed.
+        overwrite: replace an existing artifact; the old one stays until the new one has passed.
+        seed: of the random inputs of the verification.
+
+    Raises:
+        ExportError: the folder exists, there is no room, or the verification failed; nothing is left behind.
+    """
+    scoring, limits = scoring or Scoring(), limits or Limits()
+    network = model.config.network if isinstance(model, LanguageModel) else model.config
+    if not 0 <= scoring.label < network.num_labels:
+        raise ExportError(f"scoring label {scoring.label}: the scorer has {network.num_labels} labels, counted from 0")
+    if opset not in OPSETS:
+        raise ExportError(f"opset: expected one of {', '.join(map(str, OPSETS))}; got {opset}")
+    output = output.absolute()
+    check_output(output, overwrite=overwrite)
+    with _staged(output) as folder:
+        (folder / "onnx").mkdir()
+        graphs = _write_graphs(trace_graphs(model, scoring, opset=opset), folder)
+        for graph in graphs.values():
+            check_structure(folder / graph.file)
+        checker = Checker(model, folder, graphs, scoring, limits, seed)
+        parity = checker.run()
+        np.savez_compressed(folder / "golden.npz", **checker.recorded)  # type: ignore[arg-type]
+        if tokenizer is not None:
+            shutil.copyfile(tokenizer, folder / "tokenizer.json")
+        manifest = Manifest(
+            schema_version=SCHEMA_VERSION,
+            seal="",
+            name=name,
+            kind="language_model" if isinstance(model, LanguageModel) else "network",
+            model=model.config.to_dict(),
+            precision="fp32",
+            scoring=scoring,
+            limits=limits,
+            graphs=graphs,
+            tokenizer="tokenizer.json" if tokenizer is not None else None,
+            files={},
+            parity=parity,
+            tools=_tools(),
+        )
+        (folder / "README.md").write_text(model_card(manifest), encoding="utf-8")
+        manifest = _with_files(manifest, folder)
+        (folder / MANIFEST).write_bytes(seal(manifest))
+    return manifest
+
+
+def check_output(output: Path, *, overwrite: bool) -> None:
+    """Refuse an output folder before any work is done.
+
+    Raises:
+        ExportError: it exists and may not be replaced, or replacing it would delete what is not an artifact.
+    """
+    if not output.exists():
+        return
+    if not overwrite:
+        raise ExportError(f"{output} exists; choose another folder, or pass --overwrite to replace it")
+    if not (output / MANIFEST).is_file() and (not output.is_dir() or any(output.iterdir())):
+        raise ExportError(f"{output} is not an artifact, so --overwrite does not replace it; choose another folder")
+
+
+@contextlib.contextmanager
+def _staged(output: Path) -> Iterator[Path]:
+    """A temporary folder beside `output` that takes its place if the block succeeds, and is deleted if not."""
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+    except OSError as e:
+        raise ExportError(f"cannot write to {output.parent}: {e.strerror or e}; choose another folder") from e
+    try:
+        # mkdtemp makes a folder that only its owner can read.
+        staging.chmod(0o755)
+        yield staging
+        if output.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+            output.rename(old / "old")
+            staging.rename(output)
+            shutil.rmtree(old)
+        else:
+            staging.rename(output)
+    except OSError as e:
+        raise ExportError(f"cannot write {output}: {e.strerror or e}; nothing was left behind") from e
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _write_graphs(models: dict[str, onnx.ModelProto], folder: Path) -> dict[str, Graph]:
+    """Write every graph, equal tensors once for all of them."""
+    graphs, places = {}, dict[str, tuple[int, int]]()
+    with (folder / "onnx" / WEIGHTS).open("wb") as weights:
+        for name, model in models.items():
+            for tensor in model.graph.initializer:
+                data = numpy_helper.to_array(tensor).tobytes()
+                if len(data) < _EXTERNAL_FROM:
+                    continue
+                digest = hashlib.sha256(data).hexdigest()
+                if digest not in places:
+                    weights.write(b"\0" * (-weights.tell() % _ALIGNMENT))
+                    places[digest] = (weights.tell(), len(data))
+                    weights.write(data)
+                _point(tensor, *places[digest])
+            file = f"onnx/{name}.onnx"
+            (folder / file).write_bytes(model.SerializeToString())
+            opset = next(entry.version for entry in model.opset_import if entry.domain == "")
+            inputs, outputs = ([_value(v) for v in values] for values in (model.graph.input, model.graph.output))
+            graphs[name] = Graph(file=file, opset=opset, inputs=inputs, outputs=outputs)
+    return graphs
+
+
+def _point(tensor: onnx.TensorProto, offset: int, length: int) -> None:
+    """Make an initializer refer to the weights file."""
+    tensor.ClearField("raw_data")
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    del tensor.external_data[:]
+    for key, value in (("location", WEIGHTS), ("offset", str(offset)), ("length", str(length))):
+        tensor.external_data.add(key=key, value=value)
+
+
+def _value(info: onnx.ValueInfoProto) -> Value:
+    kind = info.type.tensor_type
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type).name
+    return Value(name=info.name, dtype=dtype, shape=[d.dim_param or d.dim_value for d in kind.shape.dim])
+
+
+def _with_files(manifest: Manifest, folder: Path) -> Manifest:
+    files = {
+        path.relative_to(folder).as_posix(): File(sha256=file_digest(path), size=path.stat().st_size)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    return type(manifest)(**{n: getattr(manifest, n) for n in manifest.__struct_fields__ if n != "files"}, files=files)
+
+
+def _tools() -> dict[str, str]:
+    names = ["bonnx", "torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "numpy"]
+    found = {"python": platform.python_version()}
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found

@@ -1,0 +1,56 @@
+"""The model card: README.md of an artifact, written from its manifest."""
+
+from __future__ import annotations
+
+from ..runtime.manifest import Manifest
+
+__all__ = ["model_card"]
+
+
+def model_card(manifest: Manifest) -> str:
+    """Markdown for people who find the folder."""
+    network = manifest.model.get("network", manifest.model)
+    scoring = manifest.scoring
+    rows = [
+        ("kind", manifest.kind.replace("_", " ")),
+        ("layers, hidden size", f"{network['num_layers']}, {network['hidden_size']}"),
+        ("heads, kv heads", f"{network['num_heads']}, {network['num_kv_heads']}"),
+        ("precision", manifest.precision),
+        ("aggregation", scoring.aggregation),
+        ("score activation", scoring.activation),
+        ("step token, end token", f"{scoring.step_token}, {scoring.end_token}"),
+        ("most tokens, most candidates", f"{manifest.limits.max_tokens}, {manifest.limits.max_candidates}"),
+    ]
+    text = '"a prompt", ["one candidate", "another"]' if manifest.tokenizer else "prompt, candidates"
+    lines = [
+        f"# {manifest.name}",
+        "",
+        "A two-headed transformer as ONNX graphs that rank completions and choose the best, written by bonnx.",
+        "",
+        "```python",
+        "import bonnx",
+        "",
+        'model = bonnx.load("this folder")',
+        f"ranking = model.rank({text})",
+        "ranking.best, ranking.candidate_scores",
+        "```",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {key} | {value} |" for key, value in rows),
+        "",
+        "## Graphs",
+        "",
+    ]
+    for name, graph in manifest.graphs.items():
+        lines += [f"`{graph.file}` ({name}, opset {graph.opset})", ""]
+        for kind, values in (("input", graph.inputs), ("output", graph.outputs)):
+            lines += [f"- {kind} `{v.name}` ({', '.join(map(str, v.shape))}) {v.dtype}" for v in values]
+        lines.append("")
+    lines += ["## Difference from PyTorch, measured at export", "", "| check | cases | greatest | allowed |"]
+    lines += ["|---|---|---|---|"]
+    lines += [
+        f"| {p.check} | {p.cases} | {p.max_difference:.2e} | {p.relative:g} relative + {p.absolute:g} |"
+        for p in manifest.parity
+    ]
+    return "\n".join(lines) + "\n"
