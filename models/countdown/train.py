@@ -192,8 +192,8 @@ class Run:
 def train(
     folder: Path,
     *,
-    language_steps: int = 4000,
-    joint_steps: int = 2000,
+    language_steps: int = 3000,
+    joint_steps: int = 1800,
     rows: int = 256,
     seed: int = 0,
     save_every: int = 100,
@@ -239,8 +239,8 @@ def main() -> None:
     """The command line of the recipe."""
     parser = argparse.ArgumentParser(description="Train the Countdown model and its scorer.")
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder; a run that is in it goes on")
-    parser.add_argument("--language-steps", type=int, default=4000)
-    parser.add_argument("--joint-steps", type=int, default=2000)
+    parser.add_argument("--language-steps", type=int, default=3000)
+    parser.add_argument("--joint-steps", type=int, default=1800)
     parser.add_argument("--rows", type=int, default=256, help="batch size")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
