@@ -10,3 +10,31 @@ if not (_here / "runtime").is_dir():
     __path__.append(str(_here.parent))
 
 __version__ = "0.1.0"
+
+from .runtime import (  # noqa: E402 - the path above comes first
+    AGGREGATIONS,
+    ArtifactError,
+    BonnxError,
+    ExportError,
+    InputError,
+    Model,
+    NoWinnerError,
+    ProviderError,
+    Ranking,
+    Scored,
+    load,
+)
+
+__all__ = [
+    "AGGREGATIONS",
+    "ArtifactError",
+    "BonnxError",
+    "ExportError",
+    "InputError",
+    "Model",
+    "NoWinnerError",
+    "ProviderError",
+    "Ranking",
+    "Scored",
+    "load",
+]

@@ -220,5 +220,3 @@ def _compare(what: str, found: Array, expected: Array) -> float:
 
 def _parity(check: str, cases: int, worst: float) -> Parity:
     return Parity(check=check, cases=cases, max_difference=worst, relative=RELATIVE, absolute=ABSOLUTE)
-
-

@@ -68,9 +68,7 @@ class RankGraph(nn.Module):
 class _Masks:
     """Who may read whom, made once for all layers, and the candidates' attention that uses it."""
 
-    def __init__(
-        self, trunk: Trunk, real: Tensor, positions: Tensor, own_real: Tensor, own_positions: Tensor
-    ) -> None:
+    def __init__(self, trunk: Trunk, real: Tensor, positions: Tensor, own_real: Tensor, own_positions: Tensor) -> None:
         window, kv_heads, size = trunk.config.sliding_window, trunk.config.num_kv_heads, trunk.config.size_of_head
         self.group = trunk.config.num_heads // kv_heads
         self.batch, self.prompt_length = real.shape

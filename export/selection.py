@@ -68,9 +68,7 @@ def select(scores, mask, step_mask, aggregation):  # type: ignore[no-untyped-def
     value = op.Where(op.Equal(aggregation, op.Constant(value_int=3)), greatest, value)
     value = op.Where(op.Equal(aggregation, op.Constant(value_int=4)), product, value)
     spoiled = op.Cast(op.And(read, op.IsNaN(scores)), to=1)
-    invalid = op.Or(
-        op.Greater(op.ReduceMax(spoiled, last_axis, keepdims=0), zero), op.Not(op.Greater(count, zero))
-    )
+    invalid = op.Or(op.Greater(op.ReduceMax(spoiled, last_axis, keepdims=0), zero), op.Not(op.Greater(count, zero)))
     candidate_scores = op.Where(invalid, nan, value)
 
     usable = op.Not(op.IsNaN(candidate_scores))

@@ -57,7 +57,13 @@ def _trace_score(trunk: Trunk, width: int | None, opset: int) -> onnx.ModelProto
         [
             node("Unsqueeze", ["num_candidates", "candidates/axis"], ["candidates/count"], "candidates/count"),
             node("Shape", ["attention_mask"], ["candidates/length"], "candidates/length", start=1),
-            node("Concat", ["candidates/count", "candidates/rest", "candidates/length"], ["candidates/shape"], "candidates/shape", axis=0),
+            node(
+                "Concat",
+                ["candidates/count", "candidates/rest", "candidates/length"],
+                ["candidates/shape"],
+                "candidates/shape",
+                axis=0,
+            ),
             node("Reshape", ["attention_mask", "candidates/shape"], ["candidates/mask"], "candidates/mask"),
             node("Reshape", ["scores", "candidates/shape"], ["candidates/scores"], "candidates/scores"),
         ]

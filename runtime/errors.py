@@ -1,11 +1,11 @@
 """Every error that bonnx raises on purpose.
 
-    BonnxError
-    |-- ArtifactError      the folder is not an artifact, or not as it was written
-    |-- ProviderError      ONNX Runtime, or the provider that was asked for, is not to be had
-    |-- InputError         what was passed in cannot be ranked (also a ValueError)
-    |-- NoWinnerError      every candidate is empty or its score is NaN
-    `-- ExportError        the model could not be written, or what was written did not pass
+BonnxError
+|-- ArtifactError      the folder is not an artifact, or not as it was written
+|-- ProviderError      ONNX Runtime, or the provider that was asked for, is not to be had
+|-- InputError         what was passed in cannot be ranked (also a ValueError)
+|-- NoWinnerError      every candidate is empty or its score is NaN
+`-- ExportError        the model could not be written, or what was written did not pass
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeAlias, Union
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,7 @@ from .text import Text
 __all__ = ["Item", "Reader", "aggregation_code", "is_stepwise", "pad", "step_mask"]
 
 # A text, token ids, or embeddings (length, embed_dim) float32.
-Item: TypeAlias = Union[str, Sequence[int], NDArray[np.integer], NDArray[np.float32]]
+Item: TypeAlias = str | Sequence[int] | NDArray[np.integer] | NDArray[np.float32]
 
 
 def is_stepwise(name: str) -> bool:
@@ -120,6 +120,8 @@ def step_mask(values: Array, given: Sequence[Sequence[int]] | None, step_token: 
     for row, marks in enumerate(given):
         array = np.asarray(marks)
         if array.ndim != 1 or len(array) > length or not (np.isin(array, (0, 1)).all()):
-            raise InputError(f"step_masks[{row}]: expected 0 or 1 for each of at most {length} tokens; got {array.shape}")
+            raise InputError(
+                f"step_masks[{row}]: expected 0 or 1 for each of at most {length} tokens; got {array.shape}"
+            )
         mask[row, : len(array)] = array
     return mask

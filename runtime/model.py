@@ -194,9 +194,7 @@ class Model:
         code = aggregation_code(name)
         if isinstance(rows, str) or not len(rows):
             raise InputError(f"rows: expected a list of at least one row; got {rows!r:.60}")
-        items = [
-            self._reader.read(row, f"rows[{i}]", candidate=True, partial=partial) for i, row in enumerate(rows)
-        ]
+        items = [self._reader.read(row, f"rows[{i}]", candidate=True, partial=partial) for i, row in enumerate(rows)]
         check_size(self.manifest, len(items), 0, max(map(len, items)), self.options.memory_limit)
         values, mask = pad(items, self.manifest.scoring.pad_token)
         feeds = {

@@ -65,7 +65,7 @@ def runtime_module() -> Any:
             f"run `pip uninstall -y {' '.join(found)}`, then `pip install bonnx[cpu]` or `pip install bonnx[gpu]`"
         )
     try:
-        import onnxruntime  # noqa: PLC0415 - `import bonnx` must work without it
+        import onnxruntime
     except ModuleNotFoundError as e:
         if e.name != "onnxruntime":
             raise
@@ -150,7 +150,7 @@ def _providers(runtime: Any, options: Options) -> list[Any]:
 
 def _has_device() -> bool:
     """Whether there is a CUDA driver to speak of; ONNX Runtime itself falls back without a word."""
-    return os.path.exists("/dev/nvidiactl") or os.path.exists("/dev/dxg") or os.name == "nt"  # noqa: PTH110
+    return os.path.exists("/dev/nvidiactl") or os.path.exists("/dev/dxg") or os.name == "nt"
 
 
 def _no_cuda(reason: str) -> str:

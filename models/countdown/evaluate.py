@@ -61,8 +61,11 @@ def best_of(count: int, texts: list[str], scores: NDArray[np.float32], right: ND
 def calibration(scores: NDArray[np.float64], right: NDArray[np.bool_], bins: int = 10) -> dict[str, Any]:
     """Reliability of probabilities (n,) in equal bins, and the expected calibration error (Guo et al., 2017)."""
     place = np.minimum((scores * bins).astype(int), bins - 1)
-    rows = [(float(scores[place == b].mean()), float(right[place == b].mean()), int((place == b).sum()))
-            for b in range(bins) if (place == b).any()]
+    rows = [
+        (float(scores[place == b].mean()), float(right[place == b].mean()), int((place == b).sum()))
+        for b in range(bins)
+        if (place == b).any()
+    ]
     error = sum(abs(said - true) * n for said, true, n in rows) / len(scores)
     return {"bins": rows, "expected_calibration_error": error}
 
@@ -73,7 +76,7 @@ def evaluate(model: LanguageModel, puzzles: int = 600, samples: int = 64, seed: 
     drawn: dict[str, Any] = {}
     for count in (3, 4):
         while len(drawn) < puzzles * (count - 2) // 2:
-            (puzzle, _), = draw_puzzles(rng, count, 1, test=True)
+            ((puzzle, _),) = draw_puzzles(rng, count, 1, test=True)
             drawn[puzzle.prompt] = puzzle
     counts = [2**i for i in range(samples.bit_length())]
     values = np.zeros((len(drawn), len(counts), len(METHODS)))
@@ -133,7 +136,7 @@ def report(result: dict[str, Any]) -> str:
 
 def draw(result: dict[str, Any], path: Path) -> None:
     """The picture of the report: accuracy against N, and the reliability of the score."""
-    from matplotlib.figure import Figure  # noqa: PLC0415 - needed for the picture only
+    from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.5), dpi=130, layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[1.5, 1])

@@ -1,0 +1,240 @@
+"""Time and memory of `rank` against other ways to do the same: `python benchmarks/rank.py`.
+
+85M parameters (hidden 768, 12 layers, 12 heads, 4 kv heads, FFN 2048), prompt 512, 64 tokens a candidate, CPU. All ways
+take turns in one run, so that a slow minute of the machine is everyone's; medians. Outputs are compared first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import bonnx
+from bonnx.export.artifact import export_model
+from bonnx.export.trace import trace_graphs
+from bonnx.models import build
+from bonnx.models.network import TwoHeadedNetwork, rotate
+from bonnx.runtime.manifest import Scoring
+
+PROMPT, LENGTH, WIDTH = 512, 64, 768
+
+
+def network(layers: int = 12) -> TwoHeadedNetwork:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": WIDTH, "num_layers": layers, "num_heads": 12, "num_kv_heads": 4, "ffn_inner": 2048}
+    return build(embed_dim=WIDTH, scorer_hidden=256, dropout=0.0, **sizes).eval()
+
+
+class SharedByHand(nn.Module):
+    """What a careful engineer writes in PyTorch: prompt once, its keys and values expanded to the candidates."""
+
+    def __init__(self, net: TwoHeadedNetwork) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, prompt: Tensor, candidates: Tensor) -> Tensor:
+        """Prompt (1, P, E), candidates (N, C, E) -> scores (N, C)."""
+        net, count, length, size = self.net, *candidates.shape[:2], prompt.shape[1]
+        cos, sin = (t.to(prompt.dtype) for t in net.rotation(torch.arange(size + length)[None]))
+        mask = torch.arange(size + length)[None] <= torch.arange(length)[:, None] + size
+        x, y = net.input_projection(prompt), net.input_projection(candidates)
+        for block in net.layers():
+            attention = block.attention
+            joined = block.attention_norm(torch.cat([x.flatten(0, 1), y.flatten(0, 1)]))[None]
+            q, k, v = (
+                projection(joined).unflatten(-1, (-1, attention.config.size_of_head))
+                for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+            )
+            first = [t[:, :size].transpose(1, 2) for t in (q, k, v)]
+            rest = [t[0, size:].unflatten(0, (count, length)).transpose(1, 2) for t in (q, k, v)]
+            first[:2] = [rotate(t, cos[:, :, :size], sin[:, :, :size]) for t in first[:2]]
+            rest[:2] = [rotate(t, cos[:, :, size:], sin[:, :, size:]) for t in rest[:2]]
+            a = F.scaled_dot_product_attention(*first, is_causal=True, enable_gqa=True)
+            keys, values = (
+                torch.cat([p.expand(count, -1, -1, -1), o], 2) for p, o in zip(first[1:], rest[1:], strict=True)
+            )
+            b = F.scaled_dot_product_attention(rest[0], keys, values, attn_mask=mask, enable_gqa=True)
+            both = torch.cat([a.transpose(1, 2).flatten(2)[0], b.transpose(1, 2).flatten(2).flatten(0, 1)])
+            h = torch.cat([x.flatten(0, 1), y.flatten(0, 1)]) + attention.out_proj(both)
+            h = h + block.ffn(block.ffn_norm(h))
+            x, y = h[None, :size], h[size:].unflatten(0, (count, length))
+        scores: Tensor = net.scorer(net.final_norm(y))[..., 0]
+        return scores
+
+
+def plain_session(net: TwoHeadedNetwork, folder: Path, threads: int) -> Any:
+    """The network as `torch.onnx.export` makes it: whole rows."""
+    path = folder / "plain.onnx"
+    shapes = ({0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC},)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            net, (torch.randn(3, 5, WIDTH),), dynamic_shapes=shapes, input_names=["x"], dynamo=True, verbose=False
+        )
+    program.save(str(path))
+    return session(path, threads)
+
+
+def session(path: Path, threads: int) -> Any:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def interleave(ways: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """Median seconds of each way, all taking turns."""
+    taken: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(repeats + 1):
+        for name, way in ways.items():
+            start = time.perf_counter()
+            way()
+            if turn:
+                taken[name].append(time.perf_counter() - start)
+    return {name: float(np.median(values)) for name, values in taken.items()}
+
+
+def matrix_rates(folder: Path, threads: int, repeats: int = 30) -> dict[str, float]:
+    """GFLOP/s of one product of this work's shape, (1536, 768) by (768, 2048)."""
+    a, b = torch.randn(1536, WIDTH), torch.randn(WIDTH, 2048)
+    info = onnx.helper.make_tensor_value_info
+    weight = onnx.numpy_helper.from_array(b.numpy(), "b")
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("MatMul", ["a", "b"], ["c"])],
+        "product",
+        [info("a", 1, ["m", WIDTH])],
+        [info("c", 1, ["m", 2048])],
+        [weight],
+    )
+    onnx.save(
+        onnx.helper.make_model(graph, ir_version=10, opset_imports=[onnx.helper.make_opsetid("", 18)]),
+        folder / "p.onnx",
+    )
+    product = session(folder / "p.onnx", threads)
+    a16, b16 = a.bfloat16(), b.bfloat16()
+    feeds = {"a": a.numpy()}
+    ways = {
+        "PyTorch float32": lambda: a @ b,
+        "PyTorch bfloat16": lambda: a16 @ b16,
+        "ONNX Runtime float32": lambda: product.run(None, feeds),
+    }
+    return {name: 2e-9 * 1536 * WIDTH * 2048 / s for name, s in interleave(ways, repeats).items()}
+
+
+def work(layers: int, count: int) -> float:
+    """GFLOP that `rank` cannot avoid: every product of every token, attention to what may be read."""
+    kv, inner = 256, 2048
+    linear = 2 * (2 * WIDTH * WIDTH + 2 * WIDTH * kv + 3 * WIDTH * inner)
+    tokens = PROMPT + count * LENGTH
+    read = PROMPT * (PROMPT + 1) / 2 + count * LENGTH * (PROMPT + (LENGTH + 1) / 2)
+    return 1e-9 * layers * (linear * tokens + 4 * WIDTH * read)
+
+
+def peak_memory(path: Path, count: int) -> float:
+    """MB that one `rank` adds to a process that has loaded the graph; measured in a process of its own."""
+    command = [sys.executable, __file__, "--memory-of", str(path), "--counts", str(count)]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def measure_memory(path: Path, count: int) -> None:
+    rng = np.random.default_rng(0)
+    model = bonnx.load(path, provider="cpu", threads=2)
+    prompt, candidates = draw(rng, count)
+    model.rank(prompt[:2], [c[:2] for c in candidates[:1]])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    model.rank(prompt, candidates)
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+
+
+def draw(rng: np.random.Generator, count: int) -> tuple[Any, list[Any]]:
+    prompt = rng.standard_normal((PROMPT, WIDTH), np.float32)
+    return prompt, list(rng.standard_normal((count, LENGTH, WIDTH), np.float32))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--counts", type=int, nargs="+", default=[1, 4, 16, 64])
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--opset-18", action="store_true", help="also time the decomposed flavour")
+    parser.add_argument("--memory-of", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("-o", "--output", type=Path, help="write the figures as JSON")
+    arguments = parser.parse_args()
+    if arguments.memory_of:
+        measure_memory(arguments.memory_of, arguments.counts[0])
+        return
+    torch.set_num_threads(arguments.threads)
+    with tempfile.TemporaryDirectory() as name, torch.no_grad():
+        result = compare(Path(name), arguments)
+    if arguments.output:
+        arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def compare(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    net = network(arguments.layers)
+    export_model(net, folder / "artifact", name="85M")
+    model = bonnx.load(folder / "artifact", provider="cpu", threads=arguments.threads)
+    plain = plain_session(net, folder, arguments.threads)
+    by_hand, by_hand16 = SharedByHand(net), SharedByHand(copy.deepcopy(net).bfloat16())
+    rng = np.random.default_rng(1)
+    decomposed = None
+    if arguments.opset_18:
+        onnx.save(trace_graphs(net, Scoring(), opset=18)["rank"], folder / "18.onnx")
+        decomposed = session(folder / "18.onnx", arguments.threads)
+    rates = matrix_rates(folder, arguments.threads)
+    limit = max(rate for name, rate in rates.items() if name.endswith("float32"))
+    print("  ".join(f"{name} {rate:.0f} GFLOP/s" for name, rate in rates.items()), flush=True)
+    result: dict[str, Any] = {"rates": rates, "seconds": {}, "megabytes": {}}
+    for count in arguments.counts:
+        prompt, candidates = draw(rng, count)
+        p, c = torch.from_numpy(prompt)[None], torch.from_numpy(np.stack(candidates))
+        rows = torch.cat([p.expand(count, -1, -1), c], 1).contiguous()
+        p16, c16, feeds = p.bfloat16(), c.bfloat16(), {"x": rows.numpy()}
+        ways: dict[str, Callable[[], Any]] = {
+            "rank": lambda: model.rank(prompt, candidates),  # noqa: B023 - used within this turn only
+            "PyTorch eager, whole rows": lambda: net(rows)[1],  # noqa: B023
+            "plain export, whole rows": lambda: plain.run(None, feeds),  # noqa: B023
+            "PyTorch by hand, prompt once": lambda: by_hand(p, c),  # noqa: B023
+            "PyTorch by hand, prompt once, bfloat16": lambda: by_hand16(p16, c16),  # noqa: B023
+        }
+        if decomposed is not None:
+            masks = {
+                "prompt_mask": np.ones((1, PROMPT), np.int64),
+                "candidate_mask": np.ones((count, 1, LENGTH), np.int64),
+            }
+            given = {"prompt_embeds": prompt[None], "candidate_embeds": np.stack(candidates)[:, None], **masks}
+            given |= {"step_mask": np.ones((1, 1, 1), np.int64), "aggregation": np.array(0)}
+            ways["rank, opset 18"] = lambda: decomposed.run(None, given)  # noqa: B023
+        expected = net(rows)[1][:, PROMPT:, 0].numpy()
+        for found in (np.stack(model.rank(prompt, candidates).scores), by_hand(p, c).numpy()):
+            assert np.abs(found - expected).max() < 1e-4
+        seconds = interleave(ways, arguments.repeats if count <= 16 else max(2, arguments.repeats // 2))
+        share = work(arguments.layers, count) / seconds["rank"] / limit
+        memory = peak_memory(folder / "artifact", count)
+        print(f"\nN = {count}: {100 * share:.0f}% of the float32 matrix rate, {memory:.0f} MB for the call")
+        for way, value in seconds.items():
+            print(f"  {way:<40} {value:8.3f} s   {value / seconds['rank']:6.2f}", flush=True)
+        result["seconds"][count] = seconds | {"share of matrix rate": share}
+        result["megabytes"][count] = memory
+    return result
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""`bonnx export`: a checkpoint becomes an artifact. Without a checkpoint: the model that ships, and a demonstration."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from ..models.checkpoint import load_checkpoint
+from ..models.config import ConfigError
+from ..models.countdown import CHECKPOINT
+from ..runtime.command import print_json
+from ..runtime.errors import InputError
+from ..runtime.manifest import AGGREGATIONS, Limits, Manifest, Scoring
+from .artifact import check_output, export_model
+from .demo import demonstrate, show
+from .trace import DEFAULT_OPSET, OPSETS
+
+__all__ = ["configure", "run"]
+
+DEFAULT_OUTPUT = Path("artifacts/countdown")
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument(
+        "--checkpoint", type=Path, help="folder with config.json and model.safetensors; Countdown if not given"
+    )
+    parser.add_argument("-o", "--output", type=Path, help=f"folder to write; {DEFAULT_OUTPUT} for Countdown")
+    parser.add_argument("--overwrite", action="store_true", help="replace an artifact that is there")
+    parser.add_argument("--name", help="of the model, for people; the checkpoint folder's name if not given")
+    parser.add_argument("--opset", type=int, choices=OPSETS, default=DEFAULT_OPSET)
+    parser.add_argument("--aggregation", choices=AGGREGATIONS)
+    parser.add_argument("--max-tokens", type=int, help="greatest prompt + candidate length the runtime accepts")
+    parser.add_argument("--max-candidates", type=int, help="greatest number of candidates the runtime accepts")
+    parser.add_argument("--seed", type=int, default=0, help="of the verification's random inputs")
+    parser.add_argument("--dry-run", action="store_true", help="check everything that can be, write nothing")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Export, verify, print the parity table; for Countdown also rank sampled candidates."""
+    shipped = arguments.checkpoint is None
+    checkpoint: Path = CHECKPOINT if shipped else arguments.checkpoint
+    if arguments.output is None and not shipped:
+        raise InputError("--checkpoint needs -o/--output: the folder to write")
+    output: Path = arguments.output or DEFAULT_OUTPUT
+    # The demonstration may be run again and again; any other folder is replaced only when asked.
+    overwrite = arguments.overwrite or arguments.output is None
+    check_output(output, overwrite=overwrite)
+    model, metadata = load_checkpoint(checkpoint)
+    scoring, limits = _read(metadata, "scoring", Scoring), _read(metadata, "limits", Limits)
+    if arguments.aggregation is not None:
+        scoring = msgspec.structs.replace(scoring, aggregation=arguments.aggregation)
+    for name in ("max_tokens", "max_candidates"):
+        value = getattr(arguments, name)
+        if value is not None:
+            if value < 1:
+                raise InputError(f"--{name.replace('_', '-')}: expected at least 1; got {value}")
+            limits = msgspec.structs.replace(limits, **{name: value})
+    tokenizer = checkpoint / "tokenizer.json"
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"{checkpoint}: {parameters:,} parameters", file=sys.stderr)
+    if arguments.dry_run:
+        print(f"would write {output}", file=sys.stderr)
+        return 0
+    start = time.perf_counter()
+    manifest = export_model(
+        model,
+        output,
+        name=arguments.name or checkpoint.resolve().name,
+        scoring=scoring,
+        limits=limits,
+        tokenizer=tokenizer if tokenizer.is_file() else None,
+        opset=arguments.opset,
+        overwrite=overwrite,
+        seed=arguments.seed,
+    )
+    print(f"wrote {output} and verified it in {time.perf_counter() - start:.0f} s", file=sys.stderr)
+    demonstration = demonstrate(model, output) if shipped else None
+    if arguments.json:
+        summary: dict[str, Any] = {"output": str(output), "parity": msgspec.to_builtins(manifest.parity)}
+        print_json(summary | ({"demonstration": demonstration} if demonstration else {}))
+        return 0
+    _print_parity(manifest)
+    if demonstration:
+        show(demonstration)
+    return 0
+
+
+def _read(metadata: dict[str, Any], key: str, kind: type[Any]) -> Any:
+    try:
+        return msgspec.convert(metadata.get(key, {}), kind)
+    except msgspec.ValidationError as e:
+        raise ConfigError(f"config.json, '{key}': {e}") from e
+
+
+def _print_parity(manifest: Manifest) -> None:
+    print("\nDifference from PyTorch, selected candidates equal in every case:\n")
+    print(f"  {'check':<30} {'cases':>5}  {'greatest':>9}  allowed")
+    for p in manifest.parity:
+        allowed = f"{p.relative:g} relative + {p.absolute:g}"
+        print(f"  {p.check:<30} {p.cases:>5}  {p.max_difference:>9.2e}  {allowed}")

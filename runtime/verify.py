@@ -1,0 +1,69 @@
+"""Prove an artifact on this machine: its files are as written, and it gives what PyTorch gave at export."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from .errors import ArtifactError
+from .folder import locate
+from .model import Model, load
+from .session import Array, Provider
+
+__all__ = ["Check", "verify"]
+
+GOLDEN = "golden.npz"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One recorded case run again: its greatest absolute difference over all outputs, and the best indices."""
+
+    case: str
+    max_difference: float
+    best_index: list[int]
+
+
+def verify(path: str | os.PathLike[str], *, provider: Provider = "auto") -> tuple[Model, list[Check]]:
+    """Check every hash, then run the recorded cases.
+
+    Raises:
+        ArtifactError: the artifact is not as it was written, or an output differs from the recorded one by more than
+            the manifest allows.
+        ProviderError: it cannot run here.
+    """
+    model = load(path, provider=provider)
+    cases: dict[str, dict[str, dict[str, Array]]] = defaultdict(lambda: {"in": {}, "out": {}})
+    with np.load(locate(Path(path), GOLDEN), allow_pickle=False) as recorded:
+        for key in recorded.files:
+            case, kind, name = key.rsplit("/", 2)
+            cases[case][kind][name] = recorded[key]
+    if not cases:
+        raise ArtifactError(f"{Path(path) / GOLDEN} holds no recorded case; export the model again")
+    return model, [_run(model, case, parts["in"], parts["out"]) for case, parts in cases.items()]
+
+
+def _run(model: Model, case: str, feeds: dict[str, Array], expected: dict[str, Array]) -> Check:
+    allowed = model.manifest.parity[0]
+    outputs = model.session(case.split("/", 1)[0]).run(feeds, list(expected))
+    found = dict(zip(expected, outputs, strict=True))
+    worst = 0.0
+    for name, value in expected.items():
+        if name == "best_index":
+            continue
+        if value.shape != found[name].shape or not np.array_equal(np.isnan(value), np.isnan(found[name])):
+            raise ArtifactError(f"{case}: output '{name}' has another shape or other NaNs than recorded")
+        difference = np.nan_to_num(np.abs(value.astype(np.float64) - found[name]))
+        worst = max(worst, float(difference.max(initial=0.0)))
+        if (difference > allowed.relative * np.abs(np.nan_to_num(value)) + allowed.absolute).any():
+            raise ArtifactError(
+                f"{case}: output '{name}' differs from the recorded one by {difference.max():.3g} on {model.provider}; "
+                f"allowed: {allowed.relative} relative + {allowed.absolute}; try another ONNX Runtime"
+            )
+    if not np.array_equal(expected["best_index"], found["best_index"]):
+        raise ArtifactError(f"{case}: chose {found['best_index']}, recorded {expected['best_index']}")
+    return Check(case, worst, found["best_index"].tolist())
