@@ -15,7 +15,9 @@ from .runtime import (  # noqa: E402 - the path above comes first
     AGGREGATIONS,
     ArtifactError,
     BonnxError,
+    Check,
     ExportError,
+    FakeModel,
     InputError,
     Model,
     NoWinnerError,
@@ -23,13 +25,16 @@ from .runtime import (  # noqa: E402 - the path above comes first
     Ranking,
     Scored,
     load,
+    verify,
 )
 
 __all__ = [
     "AGGREGATIONS",
     "ArtifactError",
     "BonnxError",
+    "Check",
     "ExportError",
+    "FakeModel",
     "InputError",
     "Model",
     "NoWinnerError",
@@ -37,4 +42,5 @@ __all__ = [
     "Ranking",
     "Scored",
     "load",
+    "verify",
 ]

@@ -3,9 +3,9 @@
 Rules: padding never counts; ties go to the lowest index; a NaN never wins; a candidate with no tokens never wins and
 its score is NaN; when nothing can win, `best_index` is -1.
 
-The aggregation is chosen at run time: `aggregation` is an index into `bonnx.AGGREGATIONS`, and `step_mask` limits it to the
-positions where a step ends (Lightman et al., 2023, and Snell et al., 2024, compare the forms); a single 1 reads every
-position. A candidate in which no step ends is read at its last token. Both are plain inputs: ONNX Runtime's
+The aggregation is chosen at run time: `aggregation` is an index into `AGGREGATIONS`, and `step_mask` limits it to
+the positions where a step ends (Lightman et al., 2023, and Snell et al., 2024, compare the forms); a single 1 reads
+every position. A candidate in which no step ends is read at its last token. Both are plain inputs: ONNX Runtime's
 JavaScript cannot override an initial value.
 """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 
 def save_checkpoint(
     model: LanguageModel | TwoHeadedNetwork,
-    folder: Path,
+    folder: str | os.PathLike[str],
     *,
     dtype: torch.dtype = torch.float32,
     metadata: dict[str, Any] | None = None,
@@ -30,6 +31,7 @@ def save_checkpoint(
 
     `metadata` becomes further keys of config.json, such as `scoring` (see `docs/checkpoint.md`).
     """
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     kind = "language_model" if isinstance(model, LanguageModel) else "network"
     state = {name: tensor.detach().to(dtype).contiguous() for name, tensor in model.state_dict().items()}
@@ -38,12 +40,13 @@ def save_checkpoint(
     (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
 
 
-def load_checkpoint(folder: Path) -> tuple[LanguageModel | TwoHeadedNetwork, dict[str, Any]]:
+def load_checkpoint(folder: str | os.PathLike[str]) -> tuple[LanguageModel | TwoHeadedNetwork, dict[str, Any]]:
     """The model in inference mode, float32, and the further keys of its config.json.
 
     Raises:
         ConfigError: a file is missing or unreadable, or a tensor's name or shape does not fit the config (it is named).
     """
+    folder = Path(folder)
     config = read_config(folder)
     model: LanguageModel | TwoHeadedNetwork
     if "language_model" in config:

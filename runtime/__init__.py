@@ -3,12 +3,16 @@
 from .errors import ArtifactError, BonnxError, ExportError, InputError, NoWinnerError, ProviderError
 from .manifest import AGGREGATIONS
 from .model import Model, Ranking, Scored, load
+from .testing import FakeModel
+from .verify import Check, verify
 
 __all__ = [
     "AGGREGATIONS",
     "ArtifactError",
     "BonnxError",
+    "Check",
     "ExportError",
+    "FakeModel",
     "InputError",
     "Model",
     "NoWinnerError",
@@ -16,4 +20,5 @@ __all__ = [
     "Ranking",
     "Scored",
     "load",
+    "verify",
 ]

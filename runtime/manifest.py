@@ -81,7 +81,7 @@ class Limits(_Frozen, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class Parity(_Frozen, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One check made at export: its greatest absolute difference and what was allowed, `|a-b| <= relative|b| + absolute`."""
+    """One check made at export: its greatest absolute difference; allowed was `|a-b| <= relative |b| + absolute`."""
 
     check: str
     cases: int

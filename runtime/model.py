@@ -164,7 +164,7 @@ class Model:
             "step_mask": self._steps(name, values, step_masks)[:, None],
         }
         scores, found, best = self.session("rank").run(feeds, ["scores", "candidate_scores", "best_index"])
-        index = _winner(int(best[0]), "candidates")
+        index = winner(int(best[0]), "candidates")
         per_token = [scores[i, 0, : len(item)] for i, item in enumerate(items)]
         return Ranking(index, candidates[index], found[:, 0], per_token, name)
 
@@ -206,7 +206,7 @@ class Model:
         }
         wanted = ["scores", "candidate_scores", "best_index", *(["backbone"] if backbone else [])]
         scores, found, best, *rest = self.session("score").run(feeds, wanted)
-        index = _winner(int(best[0]), "rows")
+        index = winner(int(best[0]), "rows")
         return Scored(
             index,
             found[:, 0],
@@ -221,7 +221,7 @@ class Model:
         return step_mask(values, given, self.manifest.scoring.step_token)
 
 
-def _winner(index: int, what: str) -> int:
+def winner(index: int, what: str) -> int:
     if index < 0:
         raise NoWinnerError(f"none of the {what} can win: every score is NaN; look for NaN or infinity in the inputs")
     return index

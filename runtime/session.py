@@ -155,6 +155,6 @@ def _has_device() -> bool:
 
 def _no_cuda(reason: str) -> str:
     return (
-        f"provider='cuda' was asked for, but {reason}; install `bonnx[gpu]` (and remove onnxruntime), an NVIDIA driver, "
-        "CUDA and cuDNN, and see `bonnx doctor`; or use provider='auto' or 'cpu'"
+        f"provider='cuda' was asked for, but {reason}; install `bonnx[gpu]` (and remove onnxruntime), an NVIDIA "
+        "driver, CUDA and cuDNN, and see `bonnx doctor`; or use provider='auto' or 'cpu'"
     )

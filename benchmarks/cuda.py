@@ -1,0 +1,125 @@
+"""Every CUDA parity check and benchmark in one go: `python benchmarks/cuda.py` on a machine with a GPU.
+
+Exports on the CPU, then runs the artifacts with provider="cuda": the recorded cases, ragged random cases against the
+CPU provider, and the time of `rank` against PyTorch on the same GPU (whole rows, float32 and bfloat16).
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rank import LENGTH, PROMPT, SharedByHand, draw, network
+
+import bonnx
+from bonnx.export.artifact import export_model
+from bonnx.models import build, load_checkpoint
+from bonnx.models.countdown import CHECKPOINT
+from bonnx.runtime.manifest import Scoring
+
+# TensorFloat-32 products on the GPU keep 10 bits: |a-b| <= this.
+TOLERANCE = 5e-3
+
+
+def parity(folder: Path) -> list[tuple[str, str]]:
+    """Recorded cases and ragged random ones: name and result."""
+    torch.manual_seed(0)
+    model, metadata = load_checkpoint(CHECKPOINT)
+    scoring = Scoring(**metadata["scoring"])
+    export_model(model, folder / "countdown", name="c", scoring=scoring, tokenizer=CHECKPOINT / "tokenizer.json")
+    rows = []
+    options: dict[str, dict[str, Any]] = {
+        "default": {},
+        "sliding window": {"sliding_window": 5},
+        "qk norm, one kv head": {"qk_norm": True, "num_kv_heads": 1},
+    }
+    names = {"countdown": folder / "countdown"}
+    for i, (name, extra) in enumerate(options.items()):
+        for opset in (18, 23):
+            names[f"{name}, opset {opset}"] = folder / f"{i}-{opset}"
+            net = build(embed_dim=32, hidden_size=64, num_layers=2, **extra).eval()
+            export_model(net, folder / f"{i}-{opset}", name=name, opset=opset)
+    for name, path in names.items():
+        try:
+            _, checks = bonnx.verify(path, provider="cuda")
+            worst = max(check.max_difference for check in checks)
+            rows.append((f"recorded cases, {name}", f"ok, greatest difference {worst:.1e}"))
+            if path.name != "countdown":
+                rows.append((f"ragged cases, {name}", ragged(path)))
+        except bonnx.BonnxError as e:
+            rows.append((name, f"FAILED: {e}"))
+    return rows
+
+
+def ragged(path: Path, cases: int = 20) -> str:
+    """CUDA against the CPU provider, which the export has compared with PyTorch."""
+    rng = np.random.default_rng(0)
+    cpu, cuda = bonnx.load(path, provider="cpu"), bonnx.load(path, provider="cuda")
+    worst = 0.0
+    for _ in range(cases):
+        prompt = rng.standard_normal((int(rng.integers(1, 60)), 32), np.float32)
+        candidates = [rng.standard_normal((int(n), 32), np.float32) for n in rng.integers(1, 30, 6)]
+        for aggregation in bonnx.AGGREGATIONS:
+            a, b = (m.rank(prompt, candidates, aggregation=aggregation) for m in (cpu, cuda))
+            worst = max(worst, float(np.abs(a.candidate_scores - b.candidate_scores).max()))
+            close = a.candidate_scores[a.best_index] - a.candidate_scores[b.best_index] <= TOLERANCE
+            if worst > TOLERANCE or not close:
+                return f"FAILED: difference {worst:.1e}, chose {a.best_index} and {b.best_index}"
+    return f"ok, greatest difference {worst:.1e}"
+
+
+def timed(way: Callable[[], Any], repeats: int = 10) -> float:
+    """Median seconds, the GPU's work included."""
+    taken = []
+    for turn in range(repeats + 2):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        way()
+        torch.cuda.synchronize()
+        if turn > 1:
+            taken.append(time.perf_counter() - start)
+    return float(np.median(taken))
+
+
+def speed(folder: Path) -> list[tuple[str, str]]:
+    """`rank` of the 85M network against PyTorch on the same GPU."""
+    net = network()
+    export_model(net, folder / "85M", name="85M")
+    model = bonnx.load(folder / "85M", provider="cuda")
+    rng, rows, gpu = np.random.default_rng(1), [], net.cuda()
+    by_hand = SharedByHand(gpu)
+    for count in (1, 16, 64, 256):
+        prompt, candidates = draw(rng, count)
+        p, c = torch.from_numpy(prompt)[None].cuda(), torch.from_numpy(np.stack(candidates)).cuda()
+        whole = torch.cat([p.expand(count, -1, -1), c], 1)
+        seconds = {"rank": timed(lambda: model.rank(prompt, candidates))}  # noqa: B023
+        with torch.no_grad():
+            seconds["PyTorch, whole rows"] = timed(lambda: gpu(whole))  # noqa: B023
+            seconds["PyTorch by hand, prompt once"] = timed(lambda: by_hand(p, c))  # noqa: B023
+        text = ", ".join(f"{name} {1000 * s:.2f} ms" for name, s in seconds.items())
+        rows.append((f"prompt {PROMPT}, {count} x {LENGTH} tokens", text))
+    return rows
+
+
+def main() -> int:
+    if not torch.cuda.is_available():
+        print("no CUDA device: nothing was measured", file=sys.stderr)
+        return 1
+    torch.set_default_device("cpu")
+    with tempfile.TemporaryDirectory() as name:
+        rows = [*parity(Path(name)), *speed(Path(name))]
+    width = max(len(what) for what, _ in rows)
+    print(f"{torch.cuda.get_device_name()}, {bonnx.runtime.session.installed_flavours()}\n")
+    for what, result in rows:
+        print(f"{what:<{width}}  {result}")
+    return int(any("FAILED" in result for _, result in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

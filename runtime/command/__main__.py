@@ -1,0 +1,7 @@
+"""`python -m bonnx.runtime.command` is `bonnx`."""
+
+import sys
+
+from . import main
+
+sys.exit(main())

@@ -1,0 +1,58 @@
+"""Artifacts that many tests share: exported once, never changed; a test that edits one copies it first."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+import bonnx
+from bonnx.export.artifact import export_model
+from bonnx.models import build, load_checkpoint
+from bonnx.models.countdown import CHECKPOINT
+from bonnx.runtime.manifest import Limits, Scoring
+
+
+@pytest.fixture(scope="session")
+def network():
+    torch.manual_seed(7)
+    return build(embed_dim=12, hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2, scorer_hidden=8).eval()
+
+
+@pytest.fixture(scope="session")
+def small(network, tmp_path_factory):
+    """Artifact of a small random network over embeddings, limits low enough to be met."""
+    folder = tmp_path_factory.mktemp("small") / "artifact"
+    export_model(network, folder, name="small", limits=Limits(max_tokens=40, max_candidates=30))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def countdown(tmp_path_factory):
+    """Artifact of the model that ships."""
+    folder = tmp_path_factory.mktemp("countdown") / "artifact"
+    model, metadata = load_checkpoint(CHECKPOINT)
+    scoring, limits = Scoring(**metadata["scoring"]), Limits(**metadata["limits"])
+    export_model(
+        model, folder, name="countdown", scoring=scoring, limits=limits, tokenizer=CHECKPOINT / "tokenizer.json"
+    )
+    return folder
+
+
+@pytest.fixture
+def edited(small, tmp_path):
+    """A copy of the small artifact that a test may damage."""
+    return shutil.copytree(small, tmp_path / "edited")
+
+
+@pytest.fixture(scope="session")
+def model(small):
+    return bonnx.load(small)
+
+
+@pytest.fixture
+def rng():
+    """Fresh cases at every run; the seed is shown when a test fails."""
+    seed = int(np.random.SeedSequence().entropy) % 2**32
+    print(f"seed {seed}")
+    return np.random.default_rng(seed)

@@ -1,0 +1,149 @@
+"""Export: what is written, what is refused, and that a failure leaves nothing behind."""
+
+import resource
+import subprocess
+import sys
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+import bonnx
+from bonnx import ExportError
+from bonnx.export import artifact, parity
+from bonnx.export.artifact import export_model
+from bonnx.models import ConfigError, build, load_checkpoint, save_checkpoint
+from bonnx.runtime.folder import read_verified
+from bonnx.runtime.manifest import Scoring
+from tests.tolerance import RUNTIME, within
+
+OPTIONS = {
+    "opset 18, sliding window, rms norm": (18, {"sliding_window": 4, "final_norm": "rms"}),
+    "qk norm, head size, one kv head": (
+        23,
+        {"qk_norm": True, "head_dim": 6, "num_kv_heads": 1, "attention_bias": False},
+    ),
+    "linear scorer, labels, rope scaling": (
+        23,
+        {"scorer_kind": "linear", "num_labels": 3, "rope_theta": 500.0, "sliding_window": 3}
+        | {"rope_scaling": {"kind": "llama3", "factor": 4.0, "original_max_positions": 16}},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_option_of_the_network_passes_the_verification(name, tmp_path, rng):
+    opset, options = OPTIONS[name]
+    torch.manual_seed(int(rng.integers(2**31)))
+    network = build(embed_dim=16, hidden_size=16, num_layers=2, scorer_hidden=8, scorer_activation="relu", **options)
+    label = options.get("num_labels", 1) - 1
+    manifest = export_model(
+        network.eval(),
+        tmp_path / "a",
+        name=name,
+        opset=opset,
+        scoring=Scoring(label=label, aggregation="mean", activation="sigmoid"),
+        seed=int(rng.integers(2**31)),
+    )
+    assert {p.check for p in manifest.parity} >= {"rank, left padding", "ONNX reference evaluator"}
+    assert {graph.opset for graph in manifest.graphs.values()} == {opset}
+    prompt, candidate = (rng.standard_normal((n, 16)).astype(np.float32) for n in (9, 5))
+    ranking = bonnx.load(tmp_path / "a").rank(prompt, [candidate])
+    with torch.no_grad():
+        scores = network(torch.from_numpy(np.concatenate([prompt, candidate]))[None])[1][0, 9:, label].sigmoid()
+    assert within(ranking.scores[0], scores, RUNTIME)
+    assert within(ranking.candidate_scores, scores.mean()[None], RUNTIME)
+
+
+def test_weights_are_stored_once_and_the_operators_are_standard(small, network):
+    manifest = read_verified(small)
+    weights = sum(p.numel() * 4 for p in network.parameters())
+    assert manifest.files["onnx/weights.bin"].size < 1.1 * weights + 4096
+    for graph in manifest.graphs.values():
+        model = onnx.load(small / graph.file)
+        assert {node.domain for node in model.graph.node} == {""}
+        assert [entry.domain for entry in model.opset_import] == [""]
+
+
+def test_an_existing_folder_is_kept_unless_it_may_be_replaced(small, network, tmp_path):
+    with pytest.raises(ExportError, match="exists; choose another folder, or pass --overwrite"):
+        export_model(network, small, name="again")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years")
+    with pytest.raises(ExportError, match="is not an artifact"):
+        export_model(network, tmp_path / "mine", name="again", overwrite=True)
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years"
+
+
+def test_a_failed_verification_writes_nothing_and_keeps_the_old_artifact(edited, network, monkeypatch):
+    before = (edited / "manifest.json").read_bytes()
+    # The graph's own weights, one of them changed after the tracing: what a wrong exporter would do.
+    trace = artifact.trace_graphs
+
+    def wrong(*args, **options):
+        graphs = trace(*args, **options)
+        tensor = next(t for t in graphs["rank"].graph.initializer if t.name.endswith("dense2.weight"))
+        tensor.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor) * 1.01, tensor.name))
+        return graphs
+
+    monkeypatch.setattr(artifact, "trace_graphs", wrong)
+    with pytest.raises(ExportError, match="differ by"):
+        export_model(network, edited, name="wrong", overwrite=True)
+    assert (edited / "manifest.json").read_bytes() == before
+    assert [path.name for path in edited.parent.iterdir()] == [edited.name]
+
+
+def test_another_selection_is_noticed(network, small):
+    checker = parity.Checker(network, small, read_verified(small).graphs, Scoring(), read_verified(small).limits)
+    feeds, expected = checker.case(3, 2, 4, 1, "none")
+    outputs = checker._run("rank", feeds)
+    outputs["best_index"] = (outputs["best_index"] + 1) % 4
+    with pytest.raises(ExportError, match="the graph chose"):
+        checker._same_choice("case", feeds, outputs, expected)
+
+
+def limit_file_size():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+
+
+def test_no_room_in_the_middle_of_writing(tmp_path):
+    command = [sys.executable, "-m", "bonnx.runtime.command", "export", "-o", str(tmp_path / "deep" / "out")]
+    done = subprocess.run(
+        command, capture_output=True, text=True, preexec_fn=limit_file_size, cwd=tmp_path, check=False
+    )
+    assert done.returncode == 1
+    assert "cannot write" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list((tmp_path / "deep").iterdir()) == []
+
+
+def test_checkpoints_that_cannot_be_read(network, tmp_path):
+    with pytest.raises(ConfigError, match=r"cannot read the checkpoint.*config\.json"):
+        load_checkpoint(tmp_path / "nowhere")
+    folder = tmp_path / "checkpoint"
+    save_checkpoint(network, folder)
+    again, _ = load_checkpoint(folder)
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), network.parameters(), strict=True))
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ConfigError, match="cannot read the weights"):
+        load_checkpoint(folder)
+    weights.unlink()
+    with pytest.raises(ConfigError, match="cannot read the weights"):
+        load_checkpoint(folder)
+    weights.write_bytes(whole)
+    config = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(config.replace('"scorer_hidden": 8', '"scorer_hidden": 9'))
+    with pytest.raises(ConfigError, match=r"tensor 'scorer\.dense1\.\w+': the config needs \(9"):
+        load_checkpoint(folder)
+    (folder / "config.json").write_text(config.replace('"num_layers": 2', '"num_layers": 3'))
+    with pytest.raises(ConfigError, match=r"missing: blocks\.2"):
+        load_checkpoint(folder)
+    (folder / "config.json").write_text(config.replace("scorer_hidden", "scorer_hiden"))
+    with pytest.raises(ConfigError, match="did you mean 'scorer_hidden'"):
+        load_checkpoint(folder)
+    (folder / "config.json").write_text("[")
+    with pytest.raises(ConfigError, match="is not JSON"):
+        load_checkpoint(folder)

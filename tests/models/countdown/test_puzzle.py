@@ -1,0 +1,124 @@
+"""The generator and the exact checker against an independent solver."""
+
+import itertools
+import random
+from fractions import Fraction
+
+import pytest
+
+from bonnx.models.countdown.puzzle import (
+    Puzzle,
+    check,
+    draw_solution,
+    held_out,
+    parse_prompt,
+    reachable,
+    step_labels,
+)
+from bonnx.models.countdown.vocabulary import VOCABULARY, decode, encode, make_tokenizer
+
+
+def solver(numbers):
+    """Every value of every expression tree, by permutations and fractions: another way than the checker's."""
+    if len(numbers) == 1:
+        return {numbers[0]}
+    values = set()
+    for size in range(1, len(numbers)):
+        for chosen in itertools.combinations(range(len(numbers)), size):
+            left = solver([numbers[i] for i in chosen])
+            right = solver([n for i, n in enumerate(numbers) if i not in chosen])
+            for a, b in itertools.product(left, right):
+                results = [a + b, a - b, a * b, Fraction(a, b)]
+                values |= {int(r) for r in results if r == int(r) and 1 <= r <= 999}
+    return values
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_reachable_is_what_a_solver_finds(count):
+    for _ in range(5):
+        numbers = tuple(sorted(random.randint(1, 25) for _ in range(count)))
+        assert reachable(numbers) == solver(list(numbers)), numbers
+
+
+def test_drawn_solutions_are_right_and_completable_at_every_step():
+    rng = random.Random()
+    for _ in range(300):
+        puzzle, solution = draw_solution(rng, rng.choice([3, 4]))
+        assert check(puzzle, solution)
+        assert step_labels(puzzle, solution) == [True] * (len(puzzle.numbers) - 1)
+        assert parse_prompt(puzzle.prompt) == puzzle
+        assert all(1 <= n <= 25 for n in puzzle.numbers)
+        assert 1 <= puzzle.target <= 100
+
+
+PUZZLE = Puzzle((3, 7, 12, 25), 98)
+
+
+@pytest.mark.parametrize(
+    ("completion", "right", "labels"),
+    [
+        ("25-12=13;13*7=91;91+3=94;", False, [None, None, False]),
+        ("7*12=84;84+25=109;109-3=106;", False, [None, None, False]),
+        ("12*7=84;25-3=22;84+22=106;", False, [None, None, False]),
+        ("12-3=9;9*7=63;63+25=98;", False, [None, None, False]),
+        ("12-3=9;9*7=63;", False, [None, None]),
+        ("12-3=9;9*8=72;72+26=98;", False, [None, False, False]),
+        ("3-12=9;", False, [False]),
+        ("25/3=8;", False, [False]),
+        ("12+12=24;", False, [False]),
+        ("", False, [False]),
+        (";;", False, [False, False]),
+        ("98", False, [False]),
+    ],
+)
+def test_wrong_solutions(completion, right, labels):
+    found = step_labels(PUZZLE, completion)
+    assert check(PUZZLE, completion) is right
+    assert len(found) == len(labels)
+    for label, expected in zip(found, labels, strict=True):
+        assert expected is None or label is expected
+
+
+def test_a_step_is_right_while_the_target_can_be_reached():
+    rng = random.Random()
+    seen = set()
+    for _ in range(200):
+        numbers = sorted(rng.randint(1, 25) for _ in range(4))
+        a, b, *left = rng.sample(numbers, 4)
+        target = rng.randint(1, 100)
+        label = step_labels(Puzzle(tuple(numbers), target), f"{a}+{b}={a + b};")
+        assert label == [target in solver([a + b, *left])]
+        seen.add(label[0])
+    assert seen == {False, True}
+
+
+def test_a_bent_last_step_is_wrong():
+    puzzle = Puzzle((2, 4, 6), 11)
+    assert check(puzzle, "6+4=10;10+2=12;") is False
+    assert check(puzzle, "6+4=10;10+2=11;") is False
+    assert check(Puzzle((2, 4, 6), 12), "6+4=10;10+2=12;\n") is True
+    assert check(Puzzle((2, 4, 6), 12), "6+4=10;10+2=12") is False
+
+
+@pytest.mark.parametrize("prompt", ["", "3,7", "3,7>", "3>5:", "a,b>5:", "3,7>5:1"])
+def test_prompts_that_are_none(prompt):
+    with pytest.raises(ValueError, match="a Countdown prompt looks like"):
+        parse_prompt(prompt)
+
+
+def test_one_puzzle_in_ten_is_held_out():
+    rng = random.Random(0)
+    share = sum(held_out(draw_solution(rng, 4)[0]) for _ in range(5000)) / 5000
+    assert 0.08 < share < 0.12
+
+
+def test_the_tokenizer_that_ships_is_the_vocabulary():
+    tokenizer = make_tokenizer()
+    assert tokenizer.get_vocab() == VOCABULARY
+    rng = random.Random()
+    for _ in range(50):
+        puzzle, solution = draw_solution(rng, 4)
+        text = puzzle.prompt + solution + "\n"
+        ids = tokenizer.encode(text).ids
+        assert ids == encode(text)
+        assert tokenizer.decode(ids) == decode(ids) == text

@@ -1,0 +1,130 @@
+"""Artifacts that are damaged, foreign or hostile are refused, each with one clear error."""
+
+import json
+import os
+import shutil
+
+import msgspec
+import numpy as np
+import onnx
+import pytest
+
+import bonnx
+from bonnx import ArtifactError
+from bonnx.runtime.folder import file_digest, read_manifest
+from bonnx.runtime.manifest import File, seal
+
+
+def reseal(folder, **changes):
+    """What an attacker who knows the format would do: change the manifest and seal it again."""
+    manifest = msgspec.structs.replace(read_manifest(folder), **changes)
+    (folder / "manifest.json").write_bytes(seal(manifest))
+
+
+def test_a_changed_byte_in_any_file_is_found(small, tmp_path, rng):
+    names = [path.relative_to(small) for path in small.rglob("*") if path.is_file()]
+    assert len(names) == 6
+    for name in names:
+        folder = shutil.copytree(small, tmp_path / str(name).replace("/", "-"))
+        data = bytearray((folder / name).read_bytes())
+        for place in {0, len(data) - 1, int(rng.integers(len(data)))}:
+            damaged = data.copy()
+            damaged[place] ^= 1
+            (folder / name).write_bytes(damaged)
+            with pytest.raises(ArtifactError, match=str(name.name)):
+                bonnx.verify(folder)
+        (folder / name).write_bytes(data)
+        assert bonnx.verify(folder)[1]
+
+
+def test_truncated_and_missing_files(edited):
+    weights = edited / "onnx/weights.bin"
+    data = weights.read_bytes()
+    weights.write_bytes(data[:-1])
+    with pytest.raises(ArtifactError, match=rf"expected {len(data)} bytes, found {len(data) - 1}"):
+        bonnx.load(edited)
+    weights.unlink()
+    with pytest.raises(ArtifactError, match=r"weights\.bin is missing"):
+        bonnx.load(edited)
+
+
+def test_foreign_folders(tmp_path, edited):
+    with pytest.raises(ArtifactError, match="is not an artifact"):
+        bonnx.load(tmp_path / "nowhere")
+    manifest = edited / "manifest.json"
+    text = manifest.read_text()
+    manifest.write_text(text.replace('"schema_version": 1', '"schema_version": 99'))
+    with pytest.raises(ArtifactError, match="schema_version is 99, this bonnx reads 1"):
+        bonnx.load(edited)
+    manifest.write_text("[" * 100_000)
+    with pytest.raises(ArtifactError, match="is not JSON"):
+        bonnx.load(edited)
+    manifest.write_text("[]")
+    with pytest.raises(ArtifactError, match="schema_version is None"):
+        bonnx.load(edited)
+    manifest.write_text(text.replace('"max_tokens": 40', '"max_tokens": 41'))
+    with pytest.raises(ArtifactError, match="it was edited"):
+        bonnx.load(edited)
+
+
+@pytest.mark.parametrize("name", ["../outside.bin", "/etc/hostname", "onnx/../../outside.bin", "..\\outside.bin"])
+def test_a_path_that_leaves_the_folder(edited, name):
+    (edited.parent / "outside.bin").write_bytes(b"x")
+    files = dict(read_manifest(edited).files) | {name: File(sha256="0" * 64, size=1)}
+    reseal(edited, files=files)
+    with pytest.raises(ArtifactError, match="leaves the artifact's folder"):
+        bonnx.load(edited)
+
+
+def test_a_link_out_of_the_folder(edited):
+    weights, outside = edited / "onnx/weights.bin", edited.parent / "outside.bin"
+    os.replace(weights, outside)
+    weights.symlink_to(outside)
+    with pytest.raises(ArtifactError, match="is a link to"):
+        bonnx.load(edited)
+
+
+def test_a_graph_that_disagrees_with_the_manifest(edited):
+    manifest = read_manifest(edited)
+    rank = manifest.graphs["rank"]
+    inputs = [msgspec.structs.replace(rank.inputs[0], dtype="float16"), *rank.inputs[1:]]
+    reseal(edited, graphs={**manifest.graphs, "rank": msgspec.structs.replace(rank, inputs=inputs)})
+    with pytest.raises(ArtifactError, match="the manifest says"):
+        bonnx.load(edited)
+
+
+def test_weights_outside_the_folder_are_not_read(edited):
+    """A graph with honest hashes that points its weights elsewhere."""
+    outside = edited.parent / "outside.bin"
+    shutil.copy(edited / "onnx/weights.bin", outside)
+    path = edited / "onnx/rank.onnx"
+    model = onnx.load(path, load_external_data=False)
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = "../../outside.bin"
+    path.write_bytes(model.SerializeToString())
+    files = dict(read_manifest(edited).files)
+    files["onnx/rank.onnx"] = File(sha256=file_digest(path), size=path.stat().st_size)
+    reseal(edited, files=files)
+    with pytest.raises(ArtifactError, match=r"rank\.onnx"):
+        bonnx.load(edited)
+
+
+def test_recorded_outputs_that_are_not_met(edited):
+    """The hashes fit, the numbers do not: what another kernel could do."""
+    path = edited / "golden.npz"
+    recorded = dict(np.load(path))
+    name = next(key for key in recorded if key.endswith("out/scores"))
+    recorded[name] = recorded[name] + np.float32(0.01)
+    np.savez_compressed(path, **recorded)
+    files = dict(read_manifest(edited).files)
+    files["golden.npz"] = File(sha256=file_digest(path), size=path.stat().st_size)
+    reseal(edited, files=files)
+    with pytest.raises(ArtifactError, match="differs from the recorded one"):
+        bonnx.verify(edited)
+
+
+def test_the_manifest_is_plain_json(small):
+    document = json.loads((small / "manifest.json").read_text())
+    assert document["graphs"]["rank"]["outputs"][-1] == {"name": "best_index", "dtype": "int64", "shape": ["batch"]}

@@ -1,0 +1,188 @@
+"""`bonnx.load`, `rank` and `score`: answers against PyTorch, bad input refused, threads."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+
+import bonnx
+from bonnx import InputError, NoWinnerError, ProviderError
+from bonnx.models import load_checkpoint
+from bonnx.models.countdown import CHECKPOINT
+from bonnx.models.countdown.vocabulary import END, STEP, encode
+from bonnx.runtime import session
+from tests.tolerance import RUNTIME, within
+
+PUZZLE = "3,7,12,25>98:"
+CANDIDATES = ["12-3=9;9*7=63;63+25=88;", "25-12=13;13*7=91;91+3=94;", "12+3=15;", "25+7=32;32*3=96;96+12=98;"]
+
+
+def embeddings(rng, length):
+    return rng.standard_normal((length, 12)).astype(np.float32)
+
+
+def test_rank_and_score_equal_pytorch(model, network, rng):
+    prompt, candidates = embeddings(rng, 11), [embeddings(rng, n) for n in rng.integers(1, 20, 7)]
+    ranking = model.rank(prompt, candidates)
+    rows = [np.concatenate([prompt, c]) for c in candidates]
+    with torch.no_grad():
+        outputs = [network(torch.from_numpy(row)[None]) for row in rows]
+    expected = [scores[0, 11:, 0].numpy() for _, scores in outputs]
+    assert all(within(a, b, RUNTIME) for a, b in zip(ranking.scores, expected, strict=True))
+    assert within(ranking.candidate_scores, [e[-1] for e in expected], RUNTIME)
+    assert ranking.best_index == int(np.argmax([e[-1] for e in expected]))
+    assert ranking.best is candidates[ranking.best_index]
+    scored = model.score(rows, backbone=True, aggregation="min")
+    for i, (backbone, scores) in enumerate(outputs):
+        assert within(scored.scores[i], scores[0, :, 0], RUNTIME)
+        assert within(scored.backbone[i], backbone[0], RUNTIME)
+    assert within(scored.row_scores, [float(s.min()) for _, s in outputs], RUNTIME)
+
+
+def test_text_is_ids_finished_with_the_end_token(countdown):
+    model = bonnx.load(countdown)
+    pytorch, _ = load_checkpoint(CHECKPOINT)
+    ranking = model.rank(PUZZLE, CANDIDATES)
+    for i, candidate in enumerate(CANDIDATES):
+        ids = [*encode(PUZZLE), *encode(candidate), END]
+        with torch.no_grad():
+            scores = pytorch(torch.tensor([ids]))[1][0, len(encode(PUZZLE)) :, 0].sigmoid()
+        assert within(ranking.scores[i], scores, RUNTIME)
+    same = model.rank(encode(PUZZLE), [[*encode(c), END] for c in CANDIDATES])
+    assert np.array_equal(same.candidate_scores, ranking.candidate_scores)
+    finished = model.rank(PUZZLE, [c + "\n" for c in CANDIDATES])
+    assert np.array_equal(finished.candidate_scores, ranking.candidate_scores)
+    partial = model.rank(PUZZLE, CANDIDATES, partial=True)
+    assert [len(s) + 1 for s in partial.scores] == [len(s) for s in ranking.scores]
+
+
+def test_step_aggregations_read_the_ends_of_steps(countdown):
+    model = bonnx.load(countdown)
+    ranking = model.rank(PUZZLE, CANDIDATES, aggregation="step_min")
+    for candidate, scores, found in zip(CANDIDATES, ranking.scores, ranking.candidate_scores, strict=True):
+        ends = [i for i, token in enumerate(encode(candidate)) if token == STEP]
+        assert within(found, scores[ends].min(), RUNTIME)
+
+
+def test_a_right_solution_wins(countdown):
+    assert (
+        bonnx.load(countdown).rank("3,7,20,24>1:", ["24-20=4;4+3=7;7/7=1;", "24/3=8;20-7=13;13-8=1;"]).best_index == 0
+    )
+
+
+def test_step_masks_for_embeddings(model, rng):
+    candidates = [embeddings(rng, 6), embeddings(rng, 4)]
+    ranking = model.rank(embeddings(rng, 3), candidates, aggregation="step_mean", step_masks=[[0, 1, 0, 0, 1, 0], [1]])
+    assert within(ranking.candidate_scores[0], ranking.scores[0][[1, 4]].mean(), RUNTIME)
+    assert within(ranking.candidate_scores[1], ranking.scores[1][0], RUNTIME)
+    with pytest.raises(InputError, match="needs step_masks"):
+        model.rank(embeddings(rng, 3), candidates, aggregation="step_mean")
+    with pytest.raises(InputError, match=r"step_masks\[0\]"):
+        model.rank(embeddings(rng, 3), candidates, aggregation="step_mean", step_masks=[[2], [1]])
+
+
+def test_bad_embeddings(model, rng):
+    good = embeddings(rng, 3)
+    cases = [
+        (good, [], "at least one candidate"),
+        (good, [good, good[:0]], r"candidates\[1\]: it has no tokens"),
+        (good[:0], [good], "prompt: it has no tokens"),
+        (good[:, :5], [good], r"prompt: expected embeddings of shape \(length, 12\); got \(3, 5\)"),
+        (good, [good.astype(np.float64)], r"candidates\[0\]: expected float32 embeddings; got float64"),
+        ("text", [good], "this artifact has no tokenizer; pass embeddings"),
+        (good, [good] * 31, "31 candidates: this artifact takes at most 30"),
+        (embeddings(rng, 38), [good], "a prompt of 38 tokens and a candidate of 3: this artifact takes at most 40"),
+    ]
+    for prompt, candidates, message in cases:
+        with pytest.raises(InputError, match=message):
+            model.rank(prompt, candidates)
+    with pytest.raises(InputError, match="aggregation: expected one of last, mean"):
+        model.rank(good, [good], aggregation="median")
+
+
+def test_bad_text_and_ids(countdown):
+    model = bonnx.load(countdown)
+    cases = [
+        (PUZZLE, "12-3=9;", "expected a list of at least one candidate"),
+        (PUZZLE, ["12-3=9;", "12^3"], r"candidates\[1\]: the vocabulary has no token for '\^' \(at character 2\)"),
+        ("1000>3:", ["1"], "prompt: the vocabulary has no token for '1000'"),
+        (PUZZLE, [""], r"candidates\[0\]: it has no tokens"),
+        (PUZZLE, [[1012]], r"token id 1012 is outside the vocabulary \(0 to 1011\)"),
+        (PUZZLE, [[-1]], "token id -1 is outside"),
+        (PUZZLE, [[0.5]], "expected text or a 1-D list of token ids"),
+        ("1," * 40 + "1>3:", ["1"], "takes at most 64 together"),
+    ]
+    for prompt, candidates, message in cases:
+        with pytest.raises(InputError, match=message):
+            model.rank(prompt, candidates)
+
+
+def test_nan_never_wins(model, rng):
+    prompt, good = embeddings(rng, 3), embeddings(rng, 3)
+    bad = np.full((3, 12), np.nan, np.float32)
+    ranking = model.rank(prompt, [bad, good])
+    assert ranking.best_index == 1
+    assert np.isnan(ranking.candidate_scores[0])
+    with pytest.raises(NoWinnerError, match="every score is NaN"):
+        model.rank(prompt, [bad, bad])
+
+
+def test_ties_go_to_the_lowest_index(model, rng):
+    prompt, good = embeddings(rng, 3), embeddings(rng, 5)
+    assert model.rank(prompt, [good, good, good]).best_index == 0
+
+
+def test_many_threads_get_their_own_answers(model, rng):
+    work = [(embeddings(rng, 5), [embeddings(rng, n) for n in rng.integers(1, 9, 4)]) for _ in range(40)]
+    alone = [model.rank(*item).candidate_scores for item in work]
+    barrier = threading.Barrier(8)
+
+    def run(item):
+        if item < 8:
+            barrier.wait()
+        return model.rank(*work[item]).candidate_scores
+
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(run, range(len(work))))
+    assert all(within(a, b, RUNTIME) for a, b in zip(together, alone, strict=True))
+
+
+def test_options(small, rng):
+    prompt, candidates = embeddings(rng, 5), [embeddings(rng, 5)]
+    with pytest.raises(InputError, match="memory_limit=1000"):
+        bonnx.load(small, memory_limit=1000).rank(prompt, candidates)
+    assert bonnx.load(small, threads=1, memory_limit=10**8, provider="cpu").rank(prompt, candidates).best_index == 0
+    for options, message in (
+        ({"threads": 0}, "threads"),
+        ({"device_id": -1}, "device_id"),
+        ({"provider": "gpu"}, "gpu"),
+    ):
+        with pytest.raises(InputError, match=message):
+            bonnx.load(small, **options)
+
+
+def test_cuda_that_is_not_there_is_an_error(small, monkeypatch):
+    monkeypatch.setattr(session, "_has_device", lambda: False)
+    with pytest.raises(ProviderError, match=r"provider='cuda' was asked for, but .*install `bonnx\[gpu\]`"):
+        bonnx.load(small, provider="cuda")
+    assert bonnx.load(small, provider="auto").provider == "cpu"
+
+
+def test_both_flavours_installed(small, monkeypatch):
+    monkeypatch.setattr(session, "installed_flavours", lambda: {"onnxruntime": "1", "onnxruntime-gpu": "1"})
+    with pytest.raises(ProviderError, match="pip uninstall -y onnxruntime onnxruntime-gpu"):
+        bonnx.load(small)
+
+
+def test_fake_model_follows_the_rules():
+    fake = bonnx.FakeModel(lambda prompt, candidate: [float(x) for x in candidate], aggregation="min")
+    ranking = fake.rank([0], [[3, 1], [2, 2], [2, 5, 2]])
+    assert (ranking.best_index, ranking.candidate_scores.tolist()) == (1, [1.0, 2.0, 2.0])
+    assert fake.rank([0], [[3, 1], [2, 2]], aggregation="max").best_index == 0
+    assert fake.rank([0], [[9, 1], [2, 2]], aggregation="step_last", step_masks=[[1, 0], [0, 1]]).best_index == 0
+    with pytest.raises(InputError, match="at least one candidate"):
+        fake.rank([0], [])
+    with pytest.raises(NoWinnerError):
+        bonnx.FakeModel(lambda prompt, candidate: float("nan")).rank("", ["a"])

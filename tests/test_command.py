@@ -1,0 +1,127 @@
+"""The installed `bonnx` command, in a folder away from the source."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import bonnx
+
+PUZZLE = "3,7,12,25>98:"
+CANDIDATES = ["12-3=9;9*7=63;63+25=88;", "25+7=32;32*3=96;96+12=98;"]
+COMMAND = shutil.which("bonnx", path=str(Path(sys.executable).parent)) or shutil.which("bonnx")
+
+
+def run(folder, *arguments, given=None):
+    assert COMMAND, "the bonnx command is not installed"
+    command = [COMMAND, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, input=given, check=False)
+    assert "Traceback" not in done.stderr, done.stderr
+    return done
+
+
+def test_export_without_arguments(tmp_path):
+    done = run(tmp_path, "export", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert max(p["max_difference"] for p in found["parity"]) < 5e-5
+    demonstration = found["demonstration"]
+    right = demonstration["right"]
+    assert demonstration["puzzles"] == 100
+    assert right["selected"] >= right["first"] + 15
+    assert right["selected"] > right["majority"]
+    assert right["selected"] <= right["any"]
+    artifact = tmp_path / "artifacts/countdown"
+    assert json.loads(run(tmp_path, "verify", artifact, "--json").stdout)["ok"] is True
+    assert [path.name for path in artifact.parent.iterdir()] == ["countdown"]
+    assert run(tmp_path, "export", "-o", artifact).returncode == 1
+
+
+def test_verify_says_what_was_changed(small, tmp_path):
+    folder = shutil.copytree(small, tmp_path / "edited")
+    data = bytearray((folder / "onnx/weights.bin").read_bytes())
+    data[100] ^= 1
+    (folder / "onnx/weights.bin").write_bytes(data)
+    done = run(tmp_path, "verify", folder, "--json")
+    found = json.loads(done.stdout)
+    assert (done.returncode, found["ok"]) == (1, False)
+    assert "weights.bin" in found["reason"]
+
+
+@pytest.mark.parametrize("form", ["lines", "json", "ids", "stdin"])
+def test_rank_text(countdown, tmp_path, form):
+    expected = bonnx.load(countdown).rank(PUZZLE, CANDIDATES)
+    path, given = tmp_path / "candidates", None
+    if form == "lines":
+        path.write_text("\n".join(CANDIDATES) + "\n")
+    elif form == "json":
+        path.write_text(json.dumps(CANDIDATES))
+    elif form == "ids":
+        from bonnx.models.countdown.vocabulary import END, encode
+
+        path.write_text(json.dumps([[*encode(c), END] for c in CANDIDATES]))
+    else:
+        path, given = "-", "\n".join(CANDIDATES)
+    done = run(tmp_path, "rank", countdown, "--prompt", PUZZLE, "--candidates", path, "--json", given=given)
+    found = json.loads(done.stdout)
+    assert found["best_index"] == expected.best_index
+    assert np.allclose(found["candidate_scores"], expected.candidate_scores, atol=1e-6)
+    assert all(np.allclose(a, b, atol=1e-6) for a, b in zip(found["scores"], expected.scores, strict=True))
+    if form != "ids":
+        assert found["best"] == expected.best
+
+
+def test_rank_embeddings(small, tmp_path, rng):
+    prompt, candidates = (rng.standard_normal(shape).astype(np.float32) for shape in ((4, 12), (3, 5, 12)))
+    np.save(tmp_path / "prompt.npy", prompt)
+    np.save(tmp_path / "candidates.npy", candidates)
+    np.savez(tmp_path / "candidates.npz", a=candidates[0], b=candidates[1][:2])
+    done = run(tmp_path, "rank", small, "--prompt", "prompt.npy", "--candidates", "candidates.npy", "--json")
+    assert json.loads(done.stdout)["best_index"] == bonnx.load(small).rank(prompt, candidates).best_index
+    done = run(tmp_path, "rank", small, "--prompt", "prompt.npy", "--candidates", "candidates.npz", "--json")
+    assert [len(s) for s in json.loads(done.stdout)["scores"]] == [5, 2]
+
+
+def test_wrong_usage_is_2_and_failure_is_1(countdown, tmp_path):
+    (tmp_path / "empty").write_text("")
+    (tmp_path / "good").write_text("1+1=2;\n")
+    (tmp_path / "hole").write_text("1+1=2;\n\n2+2=4;\n")
+    rank = ("rank", countdown, "--prompt", PUZZLE, "--candidates")
+    cases = [
+        (2, "at least one candidate", (*rank, "empty")),
+        (2, "candidates[1]: it has no tokens", (*rank, "hole")),
+        (2, "cannot read nowhere", (*rank, "nowhere")),
+        (2, "invalid choice", ("verify", countdown, "--provider", "tpu")),
+        (2, "the following arguments are required", ("rank", countdown)),
+        (2, "required: command", ()),
+        (2, "--checkpoint needs -o/--output", ("export", "--checkpoint", ".")),
+        (1, "is not an artifact", ("inspect", tmp_path)),
+        (1, "cannot read the checkpoint", ("export", "--checkpoint", "nowhere", "-o", "out")),
+        (1, "provider='cuda' was asked for", (*rank, "good", "--provider", "cuda")),
+    ]
+    for code, message, arguments in cases:
+        done = run(tmp_path, *arguments)
+        assert message in done.stderr
+        assert done.returncode == code, (arguments, done.stderr)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "good", "hole"]
+
+
+def test_inspect_and_doctor(countdown, tmp_path):
+    document = json.loads(run(tmp_path, "inspect", countdown, "--json").stdout)
+    assert document["scoring"]["activation"] == "sigmoid"
+    assert "rank: onnx/rank.onnx" in run(tmp_path, "inspect", countdown).stdout
+    done = run(tmp_path, "doctor", "--json")
+    found = json.loads(done.stdout)
+    assert found["ok"] is (done.returncode == 0)
+    assert "CPUExecutionProvider" in found["providers"]
+
+
+def test_dry_run_writes_nothing(tmp_path):
+    done = run(tmp_path, "export", "--dry-run")
+    assert done.returncode == 0
+    assert "would write artifacts/countdown" in done.stderr
+    assert list(tmp_path.iterdir()) == []
