@@ -38,7 +38,7 @@ class Product(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        y = x @ self.weight
+        y: Tensor = x @ self.weight
         return y if self.bias is None else y + self.bias
 
 
@@ -71,7 +71,8 @@ class Layer(nn.Module):
 
     def values(self, x: Tensor, rows: int) -> Tensor:
         """Normed x (B * T, D) and B -> values (B, T, G, K)."""
-        return self.v(x).reshape(rows, -1, self.kv_heads, self.size)
+        v: Tensor = self.v(x)
+        return v.reshape(rows, -1, self.kv_heads, self.size)
 
     def _rotated(self, x: Tensor, heads: int, norm: nn.Module | None, cos: Tensor, sin: Tensor) -> Tensor:
         rows, length = cos.shape[0], cos.shape[1]
@@ -79,8 +80,8 @@ class Layer(nn.Module):
         if norm is not None:
             x = norm(x)
         if self.fused:
-            flat = torch.onnx.ops.rotary_embedding(x.flatten(2), cos, sin, num_heads=heads)
-            return flat.unflatten(2, (heads, self.size))
+            flat: Tensor = torch.onnx.ops.rotary_embedding(x.flatten(2), cos, sin, num_heads=heads)
+            return flat.reshape(rows, length, heads, self.size)
         cos, sin = cos[:, :, None], sin[:, :, None]
         first, second = x.chunk(2, -1)
         return torch.cat([first * cos - second * sin, first * sin + second * cos], -1)
@@ -89,7 +90,8 @@ class Layer(nn.Module):
         """Residual x (M, D), attention's output (M, H * K) -> (M, D) after the feed-forward network."""
         x = x + self.out(attended)
         y = self.ffn_norm(x)
-        return x + self.down(F.silu(self.gate(y)) * self.up(y))
+        out: Tensor = x + self.down(F.silu(self.gate(y)) * self.up(y))
+        return out
 
 
 class Trunk(nn.Module):
@@ -128,5 +130,5 @@ class Trunk(nn.Module):
         if self.dense1 is not None:
             activation = F.silu if self.config.scorer_activation == "silu" else F.relu
             normed = activation(self.dense1(normed))
-        scores = self.dense2(normed)[:, self.label]
+        scores: Tensor = self.dense2(normed)[:, self.label]
         return scores.sigmoid() if self.activation == "sigmoid" else scores

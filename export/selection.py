@@ -11,20 +11,18 @@ JavaScript cannot override an initial value.
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import Any
 
 import onnx
-from onnxscript import opset18 as op
-from onnxscript import script
-from onnxscript.onnx_types import FLOAT, INT64
+from onnxscript import opset18, script
 
 __all__ = ["append_selection", "select"]
 
-_Floats: TypeAlias = FLOAT["N", "B", "T"]  # type: ignore[valid-type,name-defined]  # noqa: F821
-_Integers: TypeAlias = INT64["N", "B", "T"]  # type: ignore[valid-type,name-defined]  # noqa: F821
+# The operators' type variables are too narrow for values that onnxscript infers.
+op: Any = opset18
 
 
-@script(default_opset=op)
+@script(default_opset=opset18)
 def select(scores, mask, step_mask, aggregation):  # type: ignore[no-untyped-def]
     """The subgraph.
 

@@ -113,7 +113,8 @@ def step_mask(values: Array, given: Sequence[Sequence[int]] | None, step_token: 
     if given is None:
         if step_token is None or values.ndim != 2:
             raise InputError("a step aggregation needs step_masks here: the artifact's scoring rule has no step token")
-        return (values == step_token).astype(np.int64)
+        found: Array = (values == step_token).astype(np.int64)
+        return found
     if len(given) != rows:
         raise InputError(f"step_masks: expected one for each of {rows} rows; got {len(given)}")
     mask = np.zeros((rows, length), np.int64)

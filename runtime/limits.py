@@ -41,9 +41,9 @@ def check_size(manifest: Manifest, rows: int, prompt: int, length: int, memory_l
 def estimate_memory(manifest: Manifest, rows: int, prompt: int, length: int) -> int:
     """Bytes of activations that one call needs at its widest, without the weights: an upper estimate."""
     network = manifest.model.get("network", manifest.model)
-    heads, hidden = network["num_heads"], network["hidden_size"]
-    inner = network.get("ffn_inner") or 4 * hidden
+    heads, hidden, width = (int(network[key]) for key in ("num_heads", "hidden_size", "embed_dim"))
+    inner = int(network.get("ffn_inner") or 4 * hidden)
     tokens = prompt + rows * length
     # Logits and weights of the attention, both float32, and the widest linear layers.
     attention = 2 * heads * max(prompt * prompt, rows * length * (prompt + 1)) + heads * rows * length * length
-    return 4 * (attention + tokens * (3 * inner + 6 * hidden + network["embed_dim"]))
+    return 4 * (attention + tokens * (3 * inner + 6 * hidden + width))

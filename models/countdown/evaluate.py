@@ -105,8 +105,8 @@ def report(result: dict[str, Any]) -> str:
     lines = [
         "# Countdown: what best-of-N gives",
         "",
-        f"{result['puzzles']} held-out puzzles (no numbers with the same target in training), half of 3 "
-        f"numbers and half of 4, {result['samples']} samples each at temperature 1. Per cent right, with 95% intervals over puzzles.",
+        f"{result['puzzles']} held-out puzzles (no numbers with the same target in training), half of 3 numbers, half "
+        f"of 4, {result['samples']} samples each at temperature 1. Per cent right, with 95% intervals over puzzles.",
         "",
         f"| N | {' | '.join(METHODS)} |",
         f"|---|{'---|' * len(METHODS)}",
