@@ -87,7 +87,6 @@ class _Masks:
         self.blank = torch.zeros(self.batch, kv_heads, 1, self.prompt_length)
         last = torch.tensor([0.0] * (size + 1) + [1.0])
         self.extra_key = last[:, None].expand(self.batch, kv_heads, size + 2, 1)
-        self.extra_value = last[1:].expand(self.batch, kv_heads, 1, size + 1)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Candidates' queries (B, N * C, H, K), joined keys and values (B, P + N * C, G, K) -> (B, N * C, H * K)."""
@@ -102,7 +101,8 @@ class _Masks:
         logits = logits + self.own
         # The first two steps of a softmax, so that its sum is at hand for the log-sum-exp.
         top = logits.amax(-1, keepdim=True)
-        raised = (logits - top).exp()
+        # Below exp(-80) lie denormal numbers, on which processors are many times slower.
+        raised = (logits - top).clamp(min=-80.0).exp()
         mass = raised.sum(-1, keepdim=True)
         own = ((raised / mass).reshape(*own_shape, length) @ own_v).reshape(flat)
         own_logit = (top + mass.log()).reshape(*flat[:3], 1)
@@ -110,12 +110,13 @@ class _Masks:
         keys = k[:, : self.prompt_length].permute(0, 2, 3, 1)
         keys = torch.cat([torch.cat([keys, self.padding, self.blank], 2), self.extra_key], 3)
         values = v[:, : self.prompt_length].transpose(1, 2)
-        values = torch.cat([torch.cat([values, torch.zeros_like(values[..., :1])], 3), self.extra_value], 2)
+        # The own part's value differs from query to query, so it is added after the product.
+        values = torch.cat([values, torch.zeros_like(values[:, :, :1])], 2)
         logits = torch.cat([q.reshape(flat), self.ones, own_logit], 3) @ keys
         if self.reach is not None:
             logits = self._limit(logits)
-        joint = logits.softmax(-1) @ values
-        out = joint[..., :size] + joint[..., size:] * own
+        weights = logits.softmax(-1)
+        out = weights @ values + weights[..., -1:] * own
         return out.reshape(grouped).transpose(1, 2).reshape(batch, count * length, self.kv_heads * group * size)
 
     def _limit(self, logits: Tensor) -> Tensor:
