@@ -1,4 +1,4 @@
-"""Every CUDA parity check and benchmark in one go: `python benchmarks/cuda.py` on a machine with a GPU.
+"""Every CUDA parity check and benchmark in one go: `python -m benchmarks.cuda` on a machine with a GPU.
 
 Exports on the CPU, then runs the artifacts with provider="cuda": the recorded cases, ragged random cases against the
 CPU provider, and the time of `rank` against PyTorch on the same GPU (whole rows, float32 and bfloat16).
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from rank import LENGTH, PROMPT, SharedByHand, draw, network
+from .rank import LENGTH, PROMPT, SharedByHand, draw, network
 
 import bonnx
 from bonnx.export.artifact import export_model

@@ -1,4 +1,4 @@
-"""Time and memory of `rank` against other ways to do the same: `python benchmarks/rank.py`.
+"""Time and memory of `rank` against other ways to do the same: `python -m benchmarks.rank`.
 
 85M parameters (hidden 768, 12 layers, 12 heads, 4 kv heads, FFN 2048), prompt 512, 64 tokens a candidate, CPU. All ways
 take turns in one run, so that a slow minute of the machine is everyone's; medians. Outputs are compared first.
@@ -153,7 +153,7 @@ def work(layers: int, count: int) -> float:
 
 def peak_memory(path: Path, count: int) -> float:
     """MB that one `rank` adds to a process that has loaded the graph; measured in a process of its own."""
-    command = [sys.executable, __file__, "--memory-of", str(path), "--counts", str(count)]
+    command = [sys.executable, "-m", "benchmarks.rank", "--memory-of", str(path), "--counts", str(count)]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
