@@ -15,13 +15,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from .rank import LENGTH, PROMPT, SharedByHand, draw, network
 
 import bonnx
 from bonnx.export.artifact import export_model
 from bonnx.models import build, load_checkpoint
 from bonnx.models.countdown import CHECKPOINT
 from bonnx.runtime.manifest import Scoring
+
+from .rank import LENGTH, PROMPT, SharedByHand, draw, network
 
 # TensorFloat-32 products on the GPU keep 10 bits: |a-b| <= this.
 TOLERANCE = 5e-3
