@@ -129,9 +129,11 @@ def test_nan_never_wins(model, rng):
         model.rank(prompt, [bad, bad])
 
 
-def test_ties_go_to_the_lowest_index(model, rng):
+def test_equal_candidates_score_equally(model, rng):
+    """To the last bits: a matrix product may round its rows differently. Exact ties are in test_selection.py."""
     prompt, good = embeddings(rng, 3), embeddings(rng, 5)
-    assert model.rank(prompt, [good, good, good]).best_index == 0
+    found = model.rank(prompt, [good, good, good]).candidate_scores
+    assert within(found, [found[0]] * 3, RUNTIME)
 
 
 def test_many_threads_get_their_own_answers(model, rng):
