@@ -11,36 +11,5 @@ if not (_here / "runtime").is_dir():
 
 __version__ = "0.1.0"
 
-from .runtime import (  # noqa: E402 - the path above comes first
-    AGGREGATIONS,
-    ArtifactError,
-    BonnxError,
-    Check,
-    ExportError,
-    FakeModel,
-    InputError,
-    Model,
-    NoWinnerError,
-    ProviderError,
-    Ranking,
-    Scored,
-    load,
-    verify,
-)
-
-__all__ = [
-    "AGGREGATIONS",
-    "ArtifactError",
-    "BonnxError",
-    "Check",
-    "ExportError",
-    "FakeModel",
-    "InputError",
-    "Model",
-    "NoWinnerError",
-    "ProviderError",
-    "Ranking",
-    "Scored",
-    "load",
-    "verify",
-]
+from .runtime import *  # noqa: E402, F403 - the path above comes first; runtime's names are bonnx's
+from .runtime import __all__  # noqa: E402, F401

@@ -9,8 +9,7 @@ __all__ = ["model_card"]
 
 def model_card(manifest: Manifest) -> str:
     """Markdown for people who find the folder."""
-    network = manifest.model.get("network", manifest.model)
-    scoring = manifest.scoring
+    network, scoring = manifest.network, manifest.scoring
     rows = [
         ("kind", manifest.kind.replace("_", " ")),
         ("layers, hidden size", f"{network['num_layers']}, {network['hidden_size']}"),

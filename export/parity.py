@@ -14,6 +14,7 @@ from onnx.reference import ReferenceEvaluator
 
 from ..models.network import LanguageModel, TwoHeadedNetwork, select_best_of_n
 from ..runtime.aggregate import aggregate
+from ..runtime.difference import greatest_difference
 from ..runtime.errors import ExportError
 from ..runtime.manifest import AGGREGATIONS, Graph, Limits, Parity, Scoring
 from ..runtime.session import Options, Session
@@ -205,17 +206,10 @@ def _compare(what: str, found: Array, expected: Array) -> float:
     Raises:
         ExportError: it is greater than allowed.
     """
-    if found.shape != expected.shape:
-        raise ExportError(f"{what}: expected shape {expected.shape}, found {found.shape}; nothing was written")
-    if not np.array_equal(np.isnan(found), np.isnan(expected)):
-        raise ExportError(f"{what}: NaN where none was expected, or none where one was; nothing was written")
-    difference = np.nan_to_num(np.abs(found.astype(np.float64) - expected))
-    if (difference > RELATIVE * np.abs(np.nan_to_num(expected)) + ABSOLUTE).any():
-        raise ExportError(
-            f"{what}: ONNX Runtime and PyTorch differ by {difference.max():.3g}, more than "
-            f"{RELATIVE} relative + {ABSOLUTE} absolute; nothing was written"
-        )
-    return float(difference.max(initial=0.0))
+    try:
+        return greatest_difference(found, expected, RELATIVE, ABSOLUTE)
+    except ValueError as e:
+        raise ExportError(f"{what}: {e}; nothing was written") from e
 
 
 def _parity(check: str, cases: int, worst: float) -> Parity:

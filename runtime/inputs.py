@@ -13,7 +13,7 @@ from .manifest import AGGREGATIONS, Manifest
 from .session import Array
 from .text import Text
 
-__all__ = ["Item", "Reader", "aggregation_code", "is_stepwise", "pad", "step_mask"]
+__all__ = ["Item", "Reader", "aggregation_code", "check_some", "is_stepwise", "pad", "step_mask"]
 
 # A text, token ids, or embeddings (length, embed_dim) float32.
 Item: TypeAlias = str | Sequence[int] | NDArray[np.integer] | NDArray[np.float32]
@@ -37,14 +37,23 @@ def aggregation_code(name: str) -> int:
     return AGGREGATIONS.index(plain)
 
 
+def check_some(items: Sequence[Item], what: str) -> None:
+    """Refuse an empty list, and a text where a list of texts belongs.
+
+    Raises:
+        InputError: names `what`.
+    """
+    if isinstance(items, str) or not len(items):
+        raise InputError(f"{what}: expected a list of at least one {what.removesuffix('s')}; got {items!r:.60}")
+
+
 class Reader:
     """Checks items against the manifest and turns them into arrays (length,) int64 or (length, embed_dim) float32."""
 
     def __init__(self, manifest: Manifest, text: Text | None) -> None:
         self.text = text
-        network = manifest.model.get("network", manifest.model)
         self.vocabulary = manifest.model.get("vocab_size")
-        self.width = None if manifest.kind == "language_model" else network["embed_dim"]
+        self.width = None if manifest.kind == "language_model" else manifest.network["embed_dim"]
 
     def read(self, item: Item, what: str, *, candidate: bool, partial: bool) -> Array:
         """One prompt, candidate or row.

@@ -40,7 +40,7 @@ def check_size(manifest: Manifest, rows: int, prompt: int, length: int, memory_l
 
 def estimate_memory(manifest: Manifest, rows: int, prompt: int, length: int) -> int:
     """Bytes of activations that one call needs at its widest, without the weights: an upper estimate."""
-    network = manifest.model.get("network", manifest.model)
+    network = manifest.network
     heads, hidden, width = (int(network[key]) for key in ("num_heads", "hidden_size", "embed_dim"))
     inner = int(network.get("ffn_inner") or 4 * hidden)
     tokens = prompt + rows * length

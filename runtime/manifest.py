@@ -107,6 +107,12 @@ class Manifest(_Frozen, frozen=True, kw_only=True, forbid_unknown_fields=True):
     parity: list[Parity]
     tools: dict[str, str]
 
+    @property
+    def network(self) -> dict[str, Any]:
+        """The network's own options, whatever stands around it."""
+        network: dict[str, Any] = self.model.get("network", self.model)
+        return network
+
 
 def seal(manifest: Manifest) -> bytes:
     """The bytes of manifest.json: `seal` is their own sha256, taken with its 64 digits as zeros."""

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import ArtifactError, InputError, NoWinnerError
+from .errors import ArtifactError, NoWinnerError
 from .folder import locate, read_verified
-from .inputs import Item, Reader, aggregation_code, is_stepwise, pad, step_mask
+from .inputs import Item, Reader, aggregation_code, check_some, is_stepwise, pad, step_mask
 from .limits import check_size
 from .manifest import Manifest
 from .session import Array, Options, Provider, Session
@@ -147,20 +147,15 @@ class Model:
             NoWinnerError: every score is NaN.
         """
         name = aggregation or self.manifest.scoring.aggregation
-        code = aggregation_code(name)
-        if isinstance(candidates, str) or not len(candidates):
-            raise InputError(f"candidates: expected a list of at least one candidate; got {candidates!r:.60}")
-        read = self._reader.read
-        first = read(prompt, "prompt", candidate=False, partial=True)
-        items = [read(c, f"candidates[{i}]", candidate=True, partial=partial) for i, c in enumerate(candidates)]
-        check_size(self.manifest, len(items), len(first), max(map(len, items)), self.options.memory_limit)
-        values, mask = pad(items, self.manifest.scoring.pad_token)
-        feeds = {
+        selection = {"aggregation": np.array(aggregation_code(name), np.int64)}
+        check_some(candidates, "candidates")
+        first = self._reader.read(prompt, "prompt", candidate=False, partial=True)
+        items, values, mask = self._padded(candidates, "candidates", partial, len(first))
+        feeds = selection | {
             f"prompt_{self._suffix}": first[None],
             "prompt_mask": np.ones((1, len(first)), np.int64),
             f"candidate_{self._suffix}": values[:, None],
             "candidate_mask": mask[:, None],
-            "aggregation": np.array(code, np.int64),
             "step_mask": self._steps(name, values, step_masks)[:, None],
         }
         scores, found, best = self.session("rank").run(feeds, ["scores", "candidate_scores", "best_index"])
@@ -191,17 +186,13 @@ class Model:
             NoWinnerError: every score is NaN.
         """
         name = aggregation or self.manifest.scoring.aggregation
-        code = aggregation_code(name)
-        if isinstance(rows, str) or not len(rows):
-            raise InputError(f"rows: expected a list of at least one row; got {rows!r:.60}")
-        items = [self._reader.read(row, f"rows[{i}]", candidate=True, partial=partial) for i, row in enumerate(rows)]
-        check_size(self.manifest, len(items), 0, max(map(len, items)), self.options.memory_limit)
-        values, mask = pad(items, self.manifest.scoring.pad_token)
-        feeds = {
+        selection = {"aggregation": np.array(aggregation_code(name), np.int64)}
+        check_some(rows, "rows")
+        items, values, mask = self._padded(rows, "rows", partial, 0)
+        feeds = selection | {
             "input_ids" if self._suffix == "ids" else "inputs_embeds": values,
             "attention_mask": mask,
             "num_candidates": np.array(len(items), np.int64),
-            "aggregation": np.array(code, np.int64),
             "step_mask": self._steps(name, values, step_masks)[:, None],
         }
         wanted = ["scores", "candidate_scores", "best_index", *(["backbone"] if backbone else [])]
@@ -214,6 +205,12 @@ class Model:
             [rest[0][i, : len(item)] for i, item in enumerate(items)] if backbone else None,
             name,
         )
+
+    def _padded(self, rows: Sequence[Item], what: str, partial: bool, prompt: int) -> tuple[list[Array], Array, Array]:
+        """What is to be scored after a prompt of that many tokens: read, within limits, and padded with its mask."""
+        items = [self._reader.read(row, f"{what}[{i}]", candidate=True, partial=partial) for i, row in enumerate(rows)]
+        check_size(self.manifest, len(items), prompt, max(map(len, items)), self.options.memory_limit)
+        return items, *pad(items, self.manifest.scoring.pad_token)
 
     def _steps(self, name: str, values: Array, given: Sequence[Sequence[int]] | None) -> Array:
         if not is_stepwise(name):

@@ -8,7 +8,7 @@ import numpy as np
 
 from .aggregate import aggregate
 from .errors import InputError
-from .inputs import Item, aggregation_code, is_stepwise
+from .inputs import Item, aggregation_code, check_some, is_stepwise
 from .model import Ranking, winner
 
 __all__ = ["FakeModel"]
@@ -50,8 +50,7 @@ class FakeModel:
         """
         name = aggregation or self._aggregation
         aggregation_code(name)
-        if isinstance(candidates, str) or not len(candidates):
-            raise InputError(f"candidates: expected a list of at least one candidate; got {candidates!r:.60}")
+        check_some(candidates, "candidates")
         if is_stepwise(name) and step_masks is None:
             raise InputError("a step aggregation needs step_masks here: a fake model has no step token")
         scores = [np.atleast_1d(np.asarray(self._score(prompt, c), np.float32)) for c in candidates]

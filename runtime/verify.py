@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .difference import greatest_difference
 from .errors import ArtifactError
 from .folder import locate
 from .model import Model, load
@@ -52,18 +53,12 @@ def _run(model: Model, case: str, feeds: dict[str, Array], expected: dict[str, A
     outputs = model.session(case.split("/", 1)[0]).run(feeds, list(expected))
     found = dict(zip(expected, outputs, strict=True))
     worst = 0.0
-    for name, value in expected.items():
-        if name == "best_index":
-            continue
-        if value.shape != found[name].shape or not np.array_equal(np.isnan(value), np.isnan(found[name])):
-            raise ArtifactError(f"{case}: output '{name}' has another shape or other NaNs than recorded")
-        difference = np.nan_to_num(np.abs(value.astype(np.float64) - found[name]))
-        worst = max(worst, float(difference.max(initial=0.0)))
-        if (difference > allowed.relative * np.abs(np.nan_to_num(value)) + allowed.absolute).any():
-            raise ArtifactError(
-                f"{case}: output '{name}' differs from the recorded one by {difference.max():.3g} on {model.provider}; "
-                f"allowed: {allowed.relative} relative + {allowed.absolute}; try another ONNX Runtime"
-            )
+    for name in expected.keys() - {"best_index"}:
+        try:
+            difference = greatest_difference(found[name], expected[name], allowed.relative, allowed.absolute)
+        except ValueError as e:
+            raise ArtifactError(f"{case} on {model.provider}, '{name}': {e}; try another ONNX Runtime") from e
+        worst = max(worst, difference)
     if not np.array_equal(expected["best_index"], found["best_index"]):
         raise ArtifactError(f"{case}: chose {found['best_index']}, recorded {expected['best_index']}")
     return Check(case, worst, found["best_index"].tolist())

@@ -25,7 +25,7 @@ def run(arguments: argparse.Namespace) -> int:
         print_json(msgspec.to_builtins(manifest))
         return 0
     size = sum(file.size for file in manifest.files.values())
-    scoring, network = manifest.scoring, manifest.model.get("network", manifest.model)
+    scoring, network = manifest.scoring, manifest.network
     print(f"{manifest.name}: {manifest.kind.replace('_', ' ')}, {manifest.precision}, {size / 1e6:.1f} MB")
     print(f"  network  {', '.join(f'{key} {value}' for key, value in network.items() if value is not None)}")
     print(f"  scoring  {', '.join(f'{key} {value}' for key, value in msgspec.to_builtins(scoring).items())}")
