@@ -5,6 +5,8 @@
    checker labels each step (right so far, and the target still within reach), and the scorer learns the labels at the
    step tokens and at the end. Samples are always the present model's own, so the scorer learns the mistakes that it
    will meet.
+3. The same, and some of the samples are spoiled before they are labelled: ended early, or one token changed. People
+   rank completions from elsewhere too, and a scorer that has seen only its own model's may like what that never writes.
 
 For another task, replace `solved_batch` (solved examples) and `label` (the checker). Every step draws its data from
 (seed, step), so a run that was stopped goes on as if it had not been, and two runs with one seed are the same.
@@ -37,6 +39,9 @@ __all__ = ["draw_puzzles", "label", "main", "solved_batch", "train"]
 # A completion of 4 numbers: 3 steps of 6 tokens and the end.
 MAX_NEW_TOKENS = 19
 IGNORED = -100
+# Of the third phase's samples, the share that is spoiled.
+SPOILED = 0.25
+_OPERATORS = [VOCABULARY[operator] for operator in "+-*/"]
 # What an export needs to know beyond the network: see `export/scoring.py`.
 METADATA = {
     "scoring": {"aggregation": "last", "activation": "sigmoid", "step_token": STEP, "end_token": END, "pad_token": PAD},
@@ -82,8 +87,30 @@ def label(puzzle: Puzzle, completion: list[int]) -> list[float]:
     return labels
 
 
-def scored_batch(model: LanguageModel, rng: random.Random, count: int, rows: int) -> tuple[Tensor, Tensor]:
-    """The model's own completions for fresh training puzzles -> ids (rows, T) int64, labels (rows, T) float32."""
+def spoil(rng: random.Random, completion: list[int]) -> list[int]:
+    """A completion cut short and ended there, after a step or anywhere, or with one of its tokens changed."""
+    written = [token for token in completion if token not in (END, PAD)]
+    if len(written) < 2:
+        return completion
+    kind = rng.randrange(3)
+    if kind == 0:
+        places = [i + 1 for i, token in enumerate(written[:-1]) if token == STEP]
+        written = written[: rng.choice(places or [len(written)])]
+    elif kind == 1:
+        written = written[: rng.randrange(1, len(written))]
+    else:
+        i = rng.randrange(len(written))
+        written[i] = rng.choice(_OPERATORS) if written[i] in _OPERATORS else rng.randrange(1, 100)
+    return [*written, END, *[PAD] * len(completion)][: len(completion)]
+
+
+def scored_batch(
+    model: LanguageModel, rng: random.Random, count: int, rows: int, spoiled: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """The model's own completions for fresh training puzzles -> ids (rows, T) int64, labels (rows, T) float32.
+
+    `spoiled` is the share of them that `spoil` changes.
+    """
     puzzles = [puzzle for puzzle, _ in draw_puzzles(rng, count, rows, test=False)]
     prompts = torch.tensor([encode(puzzle.prompt) for puzzle in puzzles])
     generator = torch.Generator().manual_seed(rng.getrandbits(62))
@@ -91,6 +118,8 @@ def scored_batch(model: LanguageModel, rng: random.Random, count: int, rows: int
     with torch.autocast("cpu", torch.bfloat16):
         completions = sample(model, prompts, MAX_NEW_TOKENS, END, PAD, generator)
     model.train()
+    for i in range(round(spoiled * rows)):
+        completions[i] = torch.tensor(spoil(rng, completions[i].tolist()))
     labels = torch.full((rows, prompts.shape[1] + completions.shape[1]), float(IGNORED))
     for i, completion in enumerate(completions.tolist()):
         labels[i, prompts.shape[1] :] = torch.tensor(label(puzzles[i], completion))
@@ -106,12 +135,12 @@ def language_loss(model: LanguageModel, rng: random.Random, rows: int) -> Tensor
     return F.cross_entropy(logits.float(), targets[targets != IGNORED])
 
 
-def scorer_loss(model: LanguageModel, rng: random.Random, rows: int) -> Tensor:
+def scorer_loss(model: LanguageModel, rng: random.Random, rows: int, spoiled: float) -> Tensor:
     """Mean binary loss of the scorer at the labelled places of the model's own completions."""
     losses = []
     # Four numbers are harder and get three rows in four.
     for count, share in ((3, rows // 4), (4, rows - rows // 4)):
-        ids, labels = scored_batch(model, rng, count, share)
+        ids, labels = scored_batch(model, rng, count, share, spoiled)
         with torch.autocast("cpu", torch.bfloat16):
             backbone = model.network.encode(model.embedding(ids))[labels != IGNORED]
             scores = model.network.scorer(backbone)
@@ -194,42 +223,45 @@ def train(
     *,
     language_steps: int = 3000,
     joint_steps: int = 1800,
+    spoiled_steps: int = 600,
     rows: int = 256,
     seed: int = 0,
     save_every: int = 100,
 ) -> LanguageModel:
-    """Train both phases in `folder`, going on from what is there, and leave a checkpoint in it.
+    """Train the three phases in `folder`, going on from what is there, and leave a checkpoint in it.
 
     Args:
         folder: holds the state of the run, `log.jsonl`, and at the end `config.json` and `model.safetensors`.
         language_steps: steps of the first phase.
         joint_steps: steps of the second.
-        rows: solved puzzles in a batch, and sampled completions in a batch of the second phase.
+        spoiled_steps: steps of the third.
+        rows: solved puzzles in a batch, and sampled completions in a batch of the other phases.
         seed: of the initial weights and of every puzzle and sample.
         save_every: steps between saves.
     """
-    run, total = Run(folder, seed), language_steps + joint_steps
+    run, total, start = Run(folder, seed), language_steps + joint_steps + spoiled_steps, 0
+    # Steps, greatest learning rate, and the share of the scorer's samples that is spoiled; the first has no scorer.
+    phases = ((language_steps, 1e-3, None), (joint_steps, 5e-4, 0.0), (spoiled_steps, 2e-4, SPOILED))
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
     with Progress(*columns, TimeRemainingColumn()) as progress:
         task = progress.add_task("language model", total=total, completed=run.step)
-        while run.step < total:
-            if run.step == language_steps and run.phase_start != language_steps:
+        for steps, peak, spoiled in phases:
+            if run.step == start:
                 run.begin_phase()
-            rng = random.Random(f"{seed} {run.step}")
-            losses = {"language": language_loss(run.model, rng, rows)}
-            rate = learning_rate(run.step, language_steps, 1e-3)
-            if run.step >= language_steps:
-                losses["scorer"] = scorer_loss(run.model, rng, rows)
-                rate = learning_rate(run.step - language_steps, joint_steps, 5e-4)
-            run.advance(torch.stack(list(losses.values())).sum(), rate)
-            seen = {name: round(loss.item(), 4) for name, loss in losses.items()}
-            progress.update(
-                task, completed=run.step, description=" ".join(f"{k} loss {v:.3f}" for k, v in seen.items())
-            )
-            if run.step % save_every == 0 or run.step == total:
-                run.save()
-                with (folder / "log.jsonl").open("a", encoding="utf-8") as log:
-                    log.write(json.dumps({"step": run.step, **seen}) + "\n")
+            while run.step < start + steps:
+                rng = random.Random(f"{seed} {run.step}")
+                losses = {"language": language_loss(run.model, rng, rows)}
+                if spoiled is not None:
+                    losses["scorer"] = scorer_loss(run.model, rng, rows, spoiled)
+                run.advance(torch.stack(list(losses.values())).sum(), learning_rate(run.step - start, steps, peak))
+                seen = {name: round(loss.item(), 4) for name, loss in losses.items()}
+                said = " ".join(f"{name} loss {value:.3f}" for name, value in seen.items())
+                progress.update(task, completed=run.step, description=said)
+                if run.step % save_every == 0 or run.step == total:
+                    run.save()
+                    with (folder / "log.jsonl").open("a", encoding="utf-8") as log:
+                        log.write(json.dumps({"step": run.step, **seen}) + "\n")
+            start += steps
     save_checkpoint(run.model, folder, dtype=torch.float16, metadata=METADATA)
     make_tokenizer().save(str(folder / "tokenizer.json"))
     return run.model.eval()
@@ -241,6 +273,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder; a run that is in it goes on")
     parser.add_argument("--language-steps", type=int, default=3000)
     parser.add_argument("--joint-steps", type=int, default=1800)
+    parser.add_argument("--spoiled-steps", type=int, default=600)
     parser.add_argument("--rows", type=int, default=256, help="batch size")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
@@ -248,6 +281,7 @@ def main() -> None:
         arguments.output,
         language_steps=arguments.language_steps,
         joint_steps=arguments.joint_steps,
+        spoiled_steps=arguments.spoiled_steps,
         rows=arguments.rows,
         seed=arguments.seed,
     )

@@ -88,7 +88,7 @@ def test_a_failed_verification_writes_nothing_and_keeps_the_old_artifact(edited,
         return graphs
 
     monkeypatch.setattr(artifact, "trace_graphs", wrong)
-    with pytest.raises(ExportError, match="differ by"):
+    with pytest.raises(ExportError, match="differs from PyTorch by"):
         export_model(network, edited, name="wrong", overwrite=True)
     assert (edited / "manifest.json").read_bytes() == before
     assert [path.name for path in edited.parent.iterdir()] == [edited.name]

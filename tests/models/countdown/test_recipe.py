@@ -15,16 +15,16 @@ from bonnx.models.countdown.puzzle import Puzzle, check
 from bonnx.models.countdown.vocabulary import END, PAD, STEP, decode, encode
 from bonnx.models.decoding import Cache, forward_cached, sample
 
-SHORT = {"language_steps": 2, "joint_steps": 2, "rows": 8}
+SHORT = {"language_steps": 2, "joint_steps": 2, "spoiled_steps": 2, "rows": 8}
 
 
 def weights(folder):
     return load_file(folder / "model.safetensors")
 
 
-@pytest.mark.parametrize("stop", [1, 2, 3])
+@pytest.mark.parametrize("stop", [1, 2, 3, 4, 5])
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch, stop):
-    """Stopped in the first phase, between the phases, and in the second."""
+    """Stopped in each phase and between them."""
     train.train(tmp_path / "whole", **SHORT, seed=5)
     with monkeypatch.context() as patch:
         advance = train.Run.advance
@@ -55,6 +55,25 @@ def test_labels_of_a_completion():
     marked = {i: value for i, value in enumerate(labels) if value != train.IGNORED}
     assert [completion[i] for i in marked] == [STEP, STEP, STEP, END]
     assert list(marked.values())[1:] == [0.0, 0.0, 0.0]
+
+
+def test_spoiled_completions_are_never_right():
+    rng = random.Random()
+    ended_early = changed = 0
+    for puzzle, solution in train.draw_puzzles(rng, 4, 200, test=False):
+        completion = [*encode(solution), END, PAD, PAD]
+        spoiled = train.spoil(rng, completion)
+        assert len(spoiled) == len(completion)
+        written = spoiled[: spoiled.index(END)]
+        assert set(spoiled[len(written) + 1 :]) <= {PAD}
+        if written == completion[: len(written)]:
+            ended_early += 1
+            complete = len(written) == len(encode(solution))  # the token drawn was the one that stood there
+            assert complete or train.label(puzzle, spoiled)[len(written)] == 0.0
+        else:
+            changed += 1
+            assert sum(a != b for a, b in zip(spoiled, completion, strict=True)) == 1
+    assert ended_early > changed > 20
 
 
 def test_solved_batch_learns_the_completion_only():
