@@ -1,10 +1,7 @@
 """`rank`: one prompt, many candidates, the prompt computed once whatever their number.
 
-Prompt and candidate tokens are joined for every matrix product. Attention splits at the prompt's end: a candidate's
-queries read the prompt's keys and values, which are stored once, and the candidate's own. The two softmaxes are merged
-without joining their weights, the largest tensors of the graph: the candidate's own part enters the attention to the
-prompt as one more key, whose logit is the own part's log-sum-exp and whose value is the own part's result. The prompt's
-padding enters as one more column of the queries (1) and of the keys (0 or MASKED), inside the matrix product.
+Prompt and candidate tokens are joined for every matrix product. Attention splits at the prompt's end, as `attention.py`
+says.
 
 Shapes: N candidates, B prompts, P prompt length, C candidate length; the others as in `layers.py`.
 """
@@ -14,8 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .attention import allowed, attend, attend_own, attend_prompt, shared_keys, shared_values
 from .layers import Layer, Trunk, additive
-from .score_graph import allowed, attend
 
 __all__ = ["RankGraph"]
 
@@ -69,59 +66,31 @@ class _Masks:
     """Who may read whom, made once for all layers, and the candidates' attention that uses it."""
 
     def __init__(self, trunk: Trunk, real: Tensor, positions: Tensor, own_real: Tensor, own_positions: Tensor) -> None:
-        window, kv_heads, size = trunk.config.sliding_window, trunk.config.num_kv_heads, trunk.config.size_of_head
-        self.group = trunk.config.num_heads // kv_heads
-        self.batch, self.prompt_length = real.shape
-        self.count, self.length = own_real.shape[1], own_real.shape[2]
-        self.kv_heads, self.size = kv_heads, size
+        window = trunk.config.sliding_window
+        self.real, self.prompt_length = real, real.shape[1]
+        self.batch, self.count, self.length = own_real.shape
         rows = self.batch * self.count
         self.prompt = additive(allowed(real, positions, window))
         own = allowed(own_real.reshape(rows, -1), own_positions.reshape(rows, -1), window)
         self.own = additive(own).reshape(self.batch, 1, self.count, self.length, 1, self.length)
-        self.padding = additive(real)[:, None, None].expand(self.batch, kv_heads, 1, self.prompt_length)
         self.reach = None
         if window is not None:
             near = own_positions[:, :, None] - positions[:, None] < window
             self.reach = additive(near)[:, None, :, None]
-        self.ones = torch.ones(self.batch, kv_heads, self.count * self.length * self.group, 1)
-        self.blank = torch.zeros(self.batch, kv_heads, 1, self.prompt_length)
-        last = torch.tensor([0.0] * (size + 1) + [1.0])
-        self.extra_key = last[:, None].expand(self.batch, kv_heads, size + 2, 1)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Candidates' queries (B, N * C, H, K), joined keys and values (B, P + N * C, G, K) -> (B, N * C, H * K)."""
-        batch, count, length, group, size = self.batch, self.count, self.length, self.group, self.size
-        grouped = (batch, self.kv_heads, count * length, group * size)
-        flat = (batch, self.kv_heads, count * length * group, size)
-        q = q.reshape(batch, count * length, self.kv_heads, group * size).transpose(1, 2)
-        own_k = k[:, self.prompt_length :].reshape(batch, count, length, self.kv_heads, size).permute(0, 3, 1, 4, 2)
-        own_v = v[:, self.prompt_length :].reshape(batch, count, length, self.kv_heads, size).permute(0, 3, 1, 2, 4)
-        own_shape = (batch, self.kv_heads, count, length * group)
-        logits = (q.reshape(*own_shape, size) @ own_k).reshape(batch, self.kv_heads, count, length, group, length)
-        logits = logits + self.own
-        # The first two steps of a softmax, so that its sum is at hand for the log-sum-exp.
-        top = logits.amax(-1, keepdim=True)
-        # Below exp(-80) lie denormal numbers, on which processors are many times slower.
-        raised = (logits - top).clamp(min=-80.0).exp()
-        mass = raised.sum(-1, keepdim=True)
-        own = ((raised / mass).reshape(*own_shape, length) @ own_v).reshape(flat)
-        own_logit = (top + mass.log()).reshape(*flat[:3], 1)
-
-        keys = k[:, : self.prompt_length].permute(0, 2, 3, 1)
-        keys = torch.cat([torch.cat([keys, self.padding, self.blank], 2), self.extra_key], 3)
-        values = v[:, : self.prompt_length].transpose(1, 2)
-        # The own part's value differs from query to query, so it is added after the product.
-        values = torch.cat([values, torch.zeros_like(values[:, :, :1])], 2)
-        logits = torch.cat([q.reshape(flat), self.ones, own_logit], 3) @ keys
-        if self.reach is not None:
-            logits = self._limit(logits)
-        weights = logits.softmax(-1)
-        out = weights @ values + weights[..., -1:] * own
-        return out.reshape(grouped).transpose(1, 2).reshape(batch, count * length, self.kv_heads * group * size)
-
-    def _limit(self, logits: Tensor) -> Tensor:
-        """A sliding window also ends within the prompt: (B, G, N * C * R, P + 1) -> the same."""
-        assert self.reach is not None
-        shape = (self.batch, self.kv_heads, self.count * self.length, self.group, self.prompt_length)
-        near = (logits[..., :-1].reshape(shape) + self.reach).reshape(*logits.shape[:3], self.prompt_length)
-        return torch.cat([near, logits[..., -1:]], 3)
+        batch, count, length, (kv_heads, size) = self.batch, self.count, self.length, k.shape[2:]
+        group = q.shape[2] // kv_heads
+        flat = (batch, kv_heads, count * length * group, size)
+        q = q.reshape(batch, count * length, kv_heads, group * size).transpose(1, 2)
+        own_k = k[:, self.prompt_length :].reshape(batch, count, length, kv_heads, size).permute(0, 3, 1, 4, 2)
+        own_v = v[:, self.prompt_length :].reshape(batch, count, length, kv_heads, size).permute(0, 3, 1, 2, 4)
+        own_q = q.reshape(batch, kv_heads, count, length * group, size)
+        own, own_logit = attend_own(own_q, own_k, own_v, self.own)
+        keys, values = shared_keys(k[:, : self.prompt_length], self.real), shared_values(v[:, : self.prompt_length])
+        out = attend_prompt(
+            q.reshape(flat), own.reshape(flat), own_logit.reshape(*flat[:3], 1), keys, values, self.reach
+        )
+        out = out.reshape(batch, kv_heads, count * length, group * size)
+        return out.transpose(1, 2).reshape(batch, count * length, kv_heads * group * size)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .attention import allowed, attend
 from .layers import Layer, Trunk, additive
 
-__all__ = ["ScoreGraph", "allowed", "attend"]
+__all__ = ["ScoreGraph"]
 
 
 class ScoreGraph(nn.Module):
@@ -38,27 +39,3 @@ class ScoreGraph(nn.Module):
         normed = trunk.final_norm(x)
         scores = torch.where(real, trunk.score(normed).reshape(rows, length), 0.0)
         return normed.reshape(rows, length, trunk.config.hidden_size), scores[:, :, None]
-
-
-def allowed(real: Tensor, positions: Tensor, window: int | None) -> Tensor:
-    """Mask (B, T) -> (B, T, T), True where key j may be read by query i; every query may read itself."""
-    index = torch.arange(real.shape[1])
-    causal = index[:, None] >= index[None]
-    readable = causal & real[:, None]
-    if window is not None:
-        readable = readable & (positions[:, :, None] - positions[:, None] < window)
-    return readable | (index[:, None] == index[None])
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Attention of rows to themselves: q (B, T, H, K), k and v (B, T, G, K), additive mask (B, T, T) -> (B, T, H * K).
-
-    The query heads of one kv head stand beside each other as rows of one matrix, so keys are never repeated.
-    """
-    rows, length, kv_heads, size = k.shape
-    group = q.shape[2] // kv_heads
-    q = q.reshape(rows, length, kv_heads, group * size).transpose(1, 2).reshape(rows, kv_heads, length * group, size)
-    logits = (q @ k.permute(0, 2, 3, 1)).reshape(rows, kv_heads, length, group, length)
-    weights = (logits + mask[:, None, :, None]).softmax(-1).reshape(rows, kv_heads, length * group, length)
-    out = (weights @ v.transpose(1, 2)).reshape(rows, kv_heads, length, group * size)
-    return out.transpose(1, 2).reshape(rows, length, kv_heads * group * size)

@@ -1,0 +1,110 @@
+"""Attention of the graphs: rows to themselves, and candidates to a prompt whose keys and values are stored once.
+
+A candidate's queries read the prompt's keys and values, which every candidate shares, and the candidate's own. The two
+softmaxes are merged without joining their weights, the largest tensors of the graph: the own part enters the attention
+to the prompt as one more key, whose logit is the own part's log-sum-exp and whose value is the own part's result. The
+prompt's padding enters as one more column of the queries (1) and of the keys (0 or MASKED), inside the matrix product.
+
+Shapes: N candidates, S queries of one candidate and kv head; the others as in `layers.py`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .layers import additive
+
+__all__ = ["allowed", "attend", "attend_own", "attend_prompt", "shared_keys", "shared_values"]
+
+
+def allowed(real: Tensor, positions: Tensor, window: int | None) -> Tensor:
+    """Mask (B, T) -> (B, T, T), True where key j may be read by query i; every query may read itself."""
+    index = torch.arange(real.shape[1])
+    causal = index[:, None] >= index[None]
+    readable = causal & real[:, None]
+    if window is not None:
+        readable = readable & (positions[:, :, None] - positions[:, None] < window)
+    return readable | (index[:, None] == index[None])
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Attention of rows: q (B, Q, H, K), k and v (B, T, G, K), additive mask (B, Q, T) -> (B, Q, H * K).
+
+    The query heads of one kv head stand beside each other as rows of one matrix, so keys are never repeated.
+    """
+    rows, length, heads, size = q.shape
+    kv_heads, total = k.shape[2], k.shape[1]
+    group = heads // kv_heads
+    q = q.reshape(rows, length, kv_heads, group * size).transpose(1, 2).reshape(rows, kv_heads, length * group, size)
+    logits = (q @ k.permute(0, 2, 3, 1)).reshape(rows, kv_heads, length, group, total)
+    weights = (logits + mask[:, None, :, None]).softmax(-1).reshape(rows, kv_heads, length * group, total)
+    out = (weights @ v.transpose(1, 2)).reshape(rows, kv_heads, length, group * size)
+    return out.transpose(1, 2).reshape(rows, length, heads * size)
+
+
+def shared_keys(k: Tensor, real: Tensor) -> Tensor:
+    """A prompt's rotated keys (B, P, G, K) and its mask (B, P) bool -> (B, G, K + 2, P + 1) for `attend_prompt`.
+
+    Row K holds the padding, and the last column and row belong to the own part.
+    """
+    batch, length, kv_heads, size = k.shape
+    padding = additive(real)[:, None, None].expand(batch, kv_heads, 1, length)
+    blank = torch.zeros(batch, kv_heads, 1, length)
+    own = torch.tensor([0.0] * (size + 1) + [1.0])[:, None].expand(batch, kv_heads, size + 2, 1)
+    return torch.cat([torch.cat([k.permute(0, 2, 3, 1), padding, blank], 2), own], 3)
+
+
+def shared_values(v: Tensor) -> Tensor:
+    """A prompt's values (B, P, G, K) -> (B, G, P + 1, K): the own part's value is added later, here it is 0."""
+    v = v.transpose(1, 2)
+    return torch.cat([v, torch.zeros_like(v[:, :, :1])], 2)
+
+
+def attend_own(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Attention of candidates to themselves.
+
+    Args:
+        q: (..., S, K).
+        k: (..., K, T).
+        v: (..., T, K).
+        mask: additive, (..., C, 1, T) where the S queries are C positions of R heads; None if all may be read.
+
+    Returns:
+        The result (..., S, K) and the log-sum-exp of the logits (..., S, 1).
+    """
+    logits = q @ k
+    if mask is not None:
+        shape = logits.shape
+        logits = (logits.unflatten(-2, (mask.shape[-3], -1)) + mask).reshape(shape)
+    # The first two steps of a softmax, so that its sum is at hand for the log-sum-exp.
+    top = logits.amax(-1, keepdim=True)
+    # Below exp(-80) lie denormal numbers, on which processors are many times slower.
+    raised = (logits - top).clamp(min=-80.0).exp()
+    mass = raised.sum(-1, keepdim=True)
+    return (raised / mass) @ v, top + mass.log()
+
+
+def attend_prompt(
+    q: Tensor, own: Tensor, own_logit: Tensor, keys: Tensor, values: Tensor, reach: Tensor | None = None
+) -> Tensor:
+    """Join the attention to the prompt and what `attend_own` found.
+
+    Args:
+        q: (B, G, M, K), the queries of all candidates.
+        own: (B, G, M, K).
+        own_logit: (B, G, M, 1).
+        keys: what `shared_keys` gave.
+        values: what `shared_values` gave.
+        reach: additive, (B, 1, L, 1, P) where the M queries are L positions of R heads: how far a window reaches.
+
+    Returns:
+        (B, G, M, K).
+    """
+    logits = torch.cat([q, torch.ones_like(own_logit), own_logit], 3) @ keys
+    if reach is not None:
+        near = logits[..., :-1].unflatten(2, (reach.shape[2], -1)) + reach
+        logits = torch.cat([near.flatten(2, 3), logits[..., -1:]], 3)
+    weights = logits.softmax(-1)
+    out: Tensor = weights @ values + weights[..., -1:] * own
+    return out

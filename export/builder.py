@@ -1,0 +1,134 @@
+"""Write ONNX graphs by hand: operators as methods, constants, loops, and calls of onnxscript functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import count
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+from onnx_ir.passes.common import InlinePass
+
+__all__ = ["DOMAIN", "Builder", "finish"]
+
+# Functions are called under this name and inlined before a graph is written.
+DOMAIN = "bonnx"
+# What the exporter of PyTorch writes; runtimes back to ONNX Runtime 1.18 read it.
+IR_VERSION = 10
+
+
+class Builder:
+    """Collects the nodes and constants of one graph.
+
+    `builder.Add(a, b)` appends a node and gives its output; keyword arguments are attributes, and `_outputs` is the
+    number of outputs if there are several.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.nodes: list[ir.Node] = []
+        self.initializers: list[ir.Value] = []
+
+    def __getattr__(self, operator: str) -> Callable[..., Any]:
+        def append(*inputs: ir.Value | None, _domain: str = "", _outputs: int = 1, **attributes: Any) -> Any:
+            node = ir.node(operator, inputs, attributes, domain=_domain, num_outputs=_outputs)
+            self.nodes.append(node)
+            return node.outputs[0] if _outputs == 1 else list(node.outputs)
+
+        return append
+
+    def constant(self, value: NDArray[Any] | np.generic) -> ir.Value:
+        """A tensor that never changes."""
+        tensor = ir.tensor(np.asarray(value))
+        constant = ir.Value(
+            name=f"{self.name}/constant{len(self.initializers)}",
+            shape=ir.Shape(tensor.shape),
+            type=ir.TensorType(tensor.dtype),
+            const_value=tensor,
+        )
+        self.initializers.append(constant)
+        return constant
+
+    def int(self, value: int) -> ir.Value:
+        """An int64 scalar."""
+        return self.constant(np.array(value, np.int64))
+
+    def ints(self, *values: int) -> ir.Value:
+        """A list of int64."""
+        return self.constant(np.array(values, np.int64))
+
+    def float(self, value: float) -> ir.Value:
+        """A float32 scalar."""
+        return self.constant(np.array(value, np.float32))
+
+    def call(self, function: Any, *inputs: ir.Value) -> Any:
+        """Call an onnxscript function."""
+        proto = function.to_function_proto()
+        return self.__getattr__(proto.name)(*inputs, _domain=DOMAIN, _outputs=len(proto.output))
+
+    def loop(self, trips: ir.Value, condition: ir.Value, carried: Sequence[ir.Value], body: ir.Graph) -> list[ir.Value]:
+        """An ONNX `Loop`; the carried values at its end, then what each trip wrote, stacked on a new first axis."""
+        outputs: list[ir.Value] = self.Loop(trips, condition, *carried, _outputs=len(body.outputs) - 1, body=body)
+        return outputs
+
+    def body(self, inputs: Sequence[ir.Value], outputs: Sequence[ir.Value], scans: Sequence[ir.Value] = ()) -> ir.Graph:
+        """What was collected, as the body of a `Loop`: the inputs are (iteration, condition, carried values ...), the
+        outputs (condition, carried values ...) and `scans` what is stacked.
+        """
+        for output, parameter in zip(outputs, inputs[1:], strict=True):
+            output.type = parameter.type
+        return ir.Graph(
+            inputs, [*outputs, *scans], nodes=self.nodes, initializers=self.initializers, name=self.name
+        )
+
+    def adopt(self, graph: ir.Graph) -> None:
+        """Take over a graph's nodes; it is left empty, and its inputs are ours from now on."""
+        nodes = list(graph)
+        graph.outputs.clear()
+        graph.inputs.clear()
+        graph.remove(nodes)
+        self.nodes += nodes
+
+    def hoist(self, graph: ir.Graph) -> None:
+        """Take over a graph's initializers; one that we have under the same name, with the same content, serves both."""
+        ours = {value.name: value for value in self.initializers}
+        for name, value in list(graph.initializers.items()):
+            del graph.initializers[name]
+            twin = ours.get(name)
+            if twin is not None and np.array_equal(twin.const_value.numpy(), value.const_value.numpy()):
+                value.replace_all_uses_with(twin)
+                continue
+            if twin is not None:
+                value.name = f"{self.name}/{len(self.initializers)}/{name}"
+            self.initializers.append(value)
+
+
+def finish(graph: ir.Graph, functions: Sequence[Any], opset: int) -> ir.Model:
+    """A model of standard operators only: functions inlined, every value and node with a name of its own."""
+    graph.opset_imports.update({"": opset, DOMAIN: 1})
+    made = []
+    for function in functions:
+        proto = function.to_function_proto()
+        proto.domain = DOMAIN
+        made.append(ir.from_proto(proto))
+        made[-1].opset_imports.update({"": opset, DOMAIN: 1})
+    model = ir.Model(graph, ir_version=IR_VERSION, functions=made)
+    InlinePass()(model)
+    del graph.opset_imports[DOMAIN]
+    values, nodes = count(), count()
+    for part in (graph, *graph.subgraphs()):
+        fixed = {*graph.inputs, *graph.outputs, *graph.initializers.values(), *part.inputs, *part.initializers.values()}
+        for node in part:
+            node.name = f"{node.op_type}_{next(nodes)}"
+            for value in node.outputs:
+                if value not in fixed:
+                    value.name = f"v{next(values)}"
+        for value in part.outputs:
+            if value.type is None:
+                # A branch of an `If` in a function: checkers want its type, and functions have none.
+                producer = value.producer()
+                assert producer is not None and producer.op_type == "Cast", "end each branch with a Cast"
+                value.type = ir.TensorType(ir.DataType(producer.attributes["to"].as_int()))
+    return model
