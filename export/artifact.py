@@ -12,8 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import onnx
-from onnx import numpy_helper
+import onnx_ir as ir
 
 from ..models.network import LanguageModel, TwoHeadedNetwork
 from ..runtime.errors import ExportError
@@ -136,13 +135,15 @@ def _staged(output: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _write_graphs(models: dict[str, onnx.ModelProto], folder: Path) -> dict[str, Graph]:
+def _write_graphs(models: dict[str, ir.Model], folder: Path) -> dict[str, Graph]:
     """Write every graph, equal tensors once for all of them."""
     graphs, places = {}, dict[str, tuple[int, int]]()
     with (folder / "onnx" / WEIGHTS).open("wb") as weights:
         for name, model in models.items():
-            for tensor in model.graph.initializer:
-                data = numpy_helper.to_array(tensor).tobytes()
+            for value in model.graph.initializers.values():
+                tensor = value.const_value
+                assert tensor is not None
+                data = tensor.tobytes()
                 if len(data) < _EXTERNAL_FROM:
                     continue
                 digest = hashlib.sha256(data).hexdigest()
@@ -150,28 +151,22 @@ def _write_graphs(models: dict[str, onnx.ModelProto], folder: Path) -> dict[str,
                     weights.write(b"\0" * (-weights.tell() % _ALIGNMENT))
                     places[digest] = (weights.tell(), len(data))
                     weights.write(data)
-                _point(tensor, *places[digest])
+                offset, length = places[digest]
+                value.const_value = ir.ExternalTensor(
+                    WEIGHTS, offset, length, tensor.dtype, shape=tensor.shape, name=str(value.name)
+                )
             file = f"onnx/{name}.onnx"
-            (folder / file).write_bytes(model.SerializeToString())
-            opset = next(entry.version for entry in model.opset_import if entry.domain == "")
-            inputs, outputs = ([_value(v) for v in values] for values in (model.graph.input, model.graph.output))
+            (folder / file).write_bytes(ir.to_proto(model).SerializeToString())
+            inputs, outputs = ([_value(v) for v in values] for values in (model.graph.inputs, model.graph.outputs))
+            opset = model.graph.opset_imports[""]
             graphs[name] = Graph(file=file, opset=opset, inputs=inputs, outputs=outputs)
     return graphs
 
 
-def _point(tensor: onnx.TensorProto, offset: int, length: int) -> None:
-    """Make an initializer refer to the weights file."""
-    tensor.ClearField("raw_data")
-    tensor.data_location = onnx.TensorProto.EXTERNAL
-    del tensor.external_data[:]
-    for key, value in (("location", WEIGHTS), ("offset", str(offset)), ("length", str(length))):
-        tensor.external_data.add(key=key, value=value)
-
-
-def _value(info: onnx.ValueInfoProto) -> Value:
-    kind = info.type.tensor_type
-    dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type).name
-    return Value(name=info.name, dtype=dtype, shape=[d.dim_param or d.dim_value for d in kind.shape.dim])
+def _value(value: ir.Value) -> Value:
+    assert value.name is not None and value.dtype is not None and value.shape is not None
+    shape = [axis if isinstance(axis, int) else str(axis.value) for axis in value.shape]
+    return Value(name=value.name, dtype=value.dtype.numpy().name, shape=shape)
 
 
 def _with_files(manifest: Manifest, folder: Path) -> Manifest:

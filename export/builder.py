@@ -11,7 +11,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes.common import InlinePass
 
-__all__ = ["DOMAIN", "Builder", "finish"]
+__all__ = ["DOMAIN", "Builder", "finish", "name_value"]
 
 # Functions are called under this name and inlined before a graph is written.
 DOMAIN = "bonnx"
@@ -70,8 +70,9 @@ class Builder:
 
     def loop(self, trips: ir.Value, condition: ir.Value, carried: Sequence[ir.Value], body: ir.Graph) -> list[ir.Value]:
         """An ONNX `Loop`; the carried values at its end, then what each trip wrote, stacked on a new first axis."""
-        outputs: list[ir.Value] = self.Loop(trips, condition, *carried, _outputs=len(body.outputs) - 1, body=body)
-        return outputs
+        outputs = len(body.outputs) - 1
+        found = self.Loop(trips, condition, *carried, _outputs=outputs, body=body)
+        return [found] if outputs == 1 else list(found)
 
     def body(self, inputs: Sequence[ir.Value], outputs: Sequence[ir.Value], scans: Sequence[ir.Value] = ()) -> ir.Graph:
         """What was collected, as the body of a `Loop`: the inputs are (iteration, condition, carried values ...), the
@@ -82,6 +83,12 @@ class Builder:
         return ir.Graph(
             inputs, [*outputs, *scans], nodes=self.nodes, initializers=self.initializers, name=self.name
         )
+
+    def extend(self, graph: ir.Graph) -> None:
+        """Append what was collected to a graph."""
+        for value in self.initializers:
+            graph.register_initializer(value)
+        graph.extend(self.nodes)
 
     def adopt(self, graph: ir.Graph) -> None:
         """Take over a graph's nodes; it is left empty, and its inputs are ours from now on."""
@@ -103,6 +110,12 @@ class Builder:
             if twin is not None:
                 value.name = f"{self.name}/{len(self.initializers)}/{name}"
             self.initializers.append(value)
+
+
+def name_value(value: ir.Value, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:
+    """Give a value that leaves the graph its name, type and axes."""
+    value.name, value.dtype, value.shape = name, dtype, ir.Shape(shape)
+    return value
 
 
 def finish(graph: ir.Graph, functions: Sequence[Any], opset: int) -> ir.Model:

@@ -1,11 +1,10 @@
 """`generate`: prompt pass, a loop that samples and scores one token of every candidate, and the selection, in one graph.
 
-Two loops are nested. The inner one takes steps; the prompts' keys and values are read from the outer scope, so they are
-never copied and never repeated. The outer one ends a round: it writes the round's tokens to tables of all candidates,
-drops the weakest if pruning was asked for, and goes on with the candidates that still run, so that one which has ended
-costs nothing from the next round on.
+The prompts' keys and values are read from the outer scope, so they are never copied and never repeated. A candidate
+that has ended, or that pruning dropped, leaves the loop's rows at the next step and costs nothing more. There is one loop
+and not two: ONNX Runtime packs weights for a loop's body, but not for a loop inside a loop, which takes twice as long.
 
-Shapes: N candidates, n of them running, B prompts, T tokens so far, S steps of a round; the others as in `layers.py`.
+Shapes: N candidates, n of them running, B prompts, T tokens so far; the others as in `layers.py`.
 """
 
 from __future__ import annotations
@@ -16,14 +15,12 @@ import numpy as np
 import onnx_ir as ir
 
 from ..models.config import NetworkConfig
-from .builder import Builder
-from .sampling import draw_token, prompt_key, random_uniform
+from .builder import Builder, name_value
+from .sampling import draw_token, prompt_stream, random_uniform
 from .selection import select
 
 __all__ = ["generate_graph"]
 
-# Steps of a round without pruning: often enough to leave ended candidates behind, seldom enough to cost nothing.
-ROUND = 32
 INT, FLOAT, BOOL = ir.DataType.INT64, ir.DataType.FLOAT, ir.DataType.BOOL
 RESULTS: dict[str, list[str]] = {
     "sequences": ["num_candidates", "batch", "length"],
@@ -55,20 +52,6 @@ class Options(NamedTuple):
     prune_keep: ir.Value
 
 
-class Fixed(NamedTuple):
-    """What both loops read from the outer scope."""
-
-    options: Options
-    step: ir.Graph
-    mask: ir.Value
-    """(B, P) int64."""
-    key: ir.Value
-    """(B) uint32."""
-    prompt_cache: list[ir.Value]
-    config: NetworkConfig
-    pad_token: int
-
-
 class Rows(NamedTuple):
     """Of the candidates that still run, each (n, B)."""
 
@@ -90,8 +73,8 @@ class Tables(NamedTuple):
     """(N, B, T) float32."""
     log_probs: ir.Value
     """(N, B, T) float32."""
-    mask: ir.Value
-    """(N, B, T) int64."""
+    lengths: ir.Value
+    """(N, B) int64."""
     kept: ir.Value
     """(N, B) bool: not fallen behind at any pruning."""
     pruned: ir.Value
@@ -115,130 +98,182 @@ def generate_graph(prompt: ir.Graph, step: ir.Graph, config: NetworkConfig, pad_
     count = b.Unsqueeze(given.num_candidates, b.ints(0))
     grid = b.Concat(count, b.Shape(ids, start=0, end=1), axis=0)
     numbers = b.Expand(b.Unsqueeze(b.Range(b.int(0), given.num_candidates, b.int(1)), b.ints(1)), grid)
-    key = b.call(prompt_key, ids, mask, given.seed)
-    uniform = b.call(random_uniform, key, b.int(0), numbers)
+    stream = b.call(prompt_stream, ids, mask, given.seed)
+    uniform = b.call(random_uniform, stream, b.int(0), numbers)
     wide = b.Expand(logits, b.Concat(count, b.Shape(logits), axis=0))
     tokens, log_probs = b.call(draw_token, wide, uniform, given.temperature, given.top_k, given.top_p)
     no, yes = (b.Expand(b.constant(np.array(value)), grid) for value in (False, True))
     nothing = b.Concat(grid, b.ints(0), axis=0)
-    blank_int, blank = (b.Expand(zero, nothing) for zero in (b.int(0), b.float(0)))
+    no_ids, no_values = (b.Expand(zero, nothing) for zero in (b.int(0), b.float(0)))
     head = b.ints(config.num_kv_heads, 0, config.size_of_head)
     own = b.Expand(b.float(0), b.Concat(grid, head, axis=0))
-    fixed = Fixed(given, step, mask, key, cache, config, pad_token)
     rows = Rows(tokens, log_probs, yes, numbers)
-    tables = Tables(blank_int, blank, blank, blank_int, yes, no, b.int(0))
-    carried = [*rows, *tables, b.int(0), *[own] * (2 * config.num_layers)]
+    tables = Tables(no_ids, no_values, no_values, b.Expand(b.int(0), grid), yes, no, b.int(0))
+    carried = [*rows, *tables, *[own] * (2 * config.num_layers)]
     some = b.Greater(given.max_new_tokens, b.int(0))
-    outputs = b.loop(given.max_new_tokens, some, carried, _round(fixed))
+    body = _body(given, step, mask, stream, cache, config, pad_token)
+    outputs = b.loop(given.max_new_tokens, some, carried, body)
     results = _results(b, given, Tables(*outputs[len(rows) :][: len(tables)]))
     for name, value in results.items():
-        value.name = name
-        value.dtype = FLOAT if name in ("scores", "log_probs", "candidate_scores") else INT
-        value.shape = ir.Shape(RESULTS[name])
+        name_value(value, name, FLOAT if name in ("scores", "log_probs", "candidate_scores") else INT, RESULTS[name])
     return ir.Graph(
         [ids, mask, *given], list(results.values()), nodes=b.nodes, initializers=b.initializers, name="generate"
     )
 
 
-def _round(fixed: Fixed) -> ir.Graph:
-    """The outer loop's body: some steps, then the tables, pruning, and only the running candidates go on."""
-    b, given = Builder("round"), fixed.options
-    rows, tables, done = _rows("round"), _tables(), ir.val("round/done", INT, [])
-    own = _own("round", fixed.config)
-    inputs = [ir.val("round", INT, []), ir.val("round/go", BOOL, []), *rows, *tables, done, *own]
+def _body(
+    given: Options,
+    step: ir.Graph,
+    mask: ir.Value,
+    stream: ir.Value,
+    prompt_cache: list[ir.Value],
+    config: NetworkConfig,
+    pad_token: int,
+) -> ir.Graph:
+    """The network reads each running candidate's token and rates it; the next one is drawn; the weakest may be dropped."""
+    b = Builder("step")
+    iteration, go = ir.val("step", INT, []), ir.val("step/go", BOOL, [])
+    rows, tables, own = _rows(), _tables(), _own(config)
+    inputs = [iteration, go, *rows, *tables, *own]
 
-    pruning = b.Greater(given.prune_every, b.int(0))
-    span = b.Min(b.Where(pruning, given.prune_every, b.int(ROUND)), b.Sub(given.max_new_tokens, done))
-    carried = [rows.tokens, rows.log_probs, rows.running, done, *own]
-    outputs = b.loop(span, _any(b, rows.running), carried, _step(fixed, rows.numbers))
-    tokens, log_probs, running, now = outputs[:4]
-    own, written = outputs[4:-4], outputs[-4:]
-
-    fills = (b.int(fixed.pad_token), b.float(0), b.float(0), b.int(0))
-    grown = [
-        _append(b, table, new, rows.numbers, fill) for table, new, fill in zip(tables[:4], written, fills, strict=True)
-    ]
-    size = b.ReduceProd(b.Shape(rows.tokens), keepdims=0)
-    computed = b.Add(tables.computed, b.Mul(b.Sub(now, done), size))
-    kept = _keep_best(b, given, pruning, Tables(*grown, tables.kept, tables.pruned, computed))
-    kept_here = b.Greater(b.GatherElements(b.Cast(kept, to=INT), rows.numbers, axis=0), b.int(0))
-    nobody = b.Expand(b.int(0), b.Shape(kept))
-    dropped = b.ScatterElements(nobody, rows.numbers, b.Cast(b.And(running, b.Not(kept_here)), to=INT), axis=0)
-    pruned = b.Or(tables.pruned, b.Greater(dropped, b.int(0)))
-    rows, own = _compact(b, Rows(tokens, log_probs, b.And(running, kept_here), rows.numbers), own)
-    go = b.And(_any(b, rows.running), b.Less(now, given.max_new_tokens))
-    return b.body(inputs, [go, *rows, *grown, kept, pruned, computed, now, *own])
-
-
-def _step(fixed: Fixed, numbers: ir.Value) -> ir.Graph:
-    """The inner loop's body: the network reads each candidate's token, rates it, and the next one is drawn."""
-    b, given = Builder("step"), fixed.options
-    tokens, log_probs, running, _ = _rows("step")
-    done, own = ir.val("step/done", INT, []), _own("step", fixed.config)
-    inputs = [ir.val("step", INT, []), ir.val("step/go", BOOL, []), tokens, log_probs, running, done, *own]
-    cache = [
-        value
-        for i in range(fixed.config.num_layers)
-        for value in (*fixed.prompt_cache[2 * i : 2 * i + 2], *own[2 * i : 2 * i + 2])
-    ]
-    for parameter, value in zip(list(fixed.step.inputs), (tokens, fixed.mask, *cache), strict=True):
-        parameter.replace_all_uses_with(value)
-    scores, logits, *grown = fixed.step.outputs
-    b.adopt(fixed.step)
-    now = b.Add(done, b.int(1))
-    uniform = b.call(random_uniform, fixed.key, now, numbers)
+    compacted, fewer, index = _compact(b, rows)
+    scores, logits, *grown = _network(b, step, compacted.tokens, mask, prompt_cache, own, (fewer, index))
+    tokens, log_probs, running, numbers = compacted
+    done = b.Add(iteration, b.int(1))
+    uniform = b.call(random_uniform, stream, done, numbers)
     drawn, drawn_log_probs = b.call(draw_token, logits, uniform, given.temperature, given.top_k, given.top_p)
-    pad = b.int(fixed.pad_token)
-    go_on = b.And(running, b.Not(_stops(b, given, tokens)))
-    written = [
-        b.Where(running, tokens, pad),
-        b.Where(running, scores, b.float(0)),
-        b.Where(running, log_probs, b.float(0)),
-        b.Cast(running, to=INT),
+    pad = b.int(pad_token)
+    lengths = b.ScatterElements(
+        tables.lengths, numbers, b.Cast(running, to=INT), axis=0, reduction="add"
+    )
+    written = (b.Where(running, tokens, pad), *(b.Where(running, x, b.float(0)) for x in (scores, log_probs)))
+    fills = (pad, b.float(0), b.float(0))
+    grown_tables = [
+        _append(b, table, new, numbers, fill) for table, new, fill in zip(tables[:3], written, fills, strict=True)
     ]
-    for value in written:
-        value.dtype = INT
-    written[1].dtype = written[2].dtype = FLOAT
-    outputs = [_any(b, go_on), b.Where(go_on, drawn, pad), drawn_log_probs, go_on, now, *grown]
-    return b.body(inputs, outputs, written)
+    computed = b.Add(tables.computed, b.ReduceProd(b.Shape(tokens), keepdims=0))
+    tables = Tables(*grown_tables, lengths, tables.kept, tables.pruned, computed)
+    running = b.And(running, b.Not(_stops(b, given, tokens)))
+    kept = _prune(b, given, done, tables)
+    stays = b.Greater(b.GatherElements(b.Cast(kept, to=INT), numbers, axis=0), b.int(0))
+    nobody = b.Expand(b.int(0), b.Shape(kept))
+    dropped = b.ScatterElements(nobody, numbers, b.Cast(b.And(running, b.Not(stays)), to=INT), axis=0)
+    pruned = b.Or(tables.pruned, b.Greater(dropped, b.int(0)))
+    running = b.And(running, stays)
+    tables = tables._replace(kept=kept, pruned=pruned)
+    rows = Rows(b.Where(running, drawn, pad), drawn_log_probs, running, b.Identity(numbers))
+    return b.body(inputs, [_any(b, running), *rows, *tables, *grown])
 
 
-def _stops(b: Builder, given: Options, tokens: ir.Value) -> ir.Value:
-    """Whether each token (...) ends its candidate."""
-    # -1 is no token: the list is never empty.
-    stops = b.Concat(given.stop_tokens, b.ints(-1), axis=0)
-    equal = b.Cast(b.Equal(b.Unsqueeze(tokens, b.ints(-1)), stops), to=FLOAT)
-    return b.Greater(b.ReduceMax(equal, b.ints(-1), keepdims=0), b.float(0))
+def _compact(b: Builder, rows: Rows) -> tuple[Rows, ir.Value, ir.Value]:
+    """Only as many rows as the prompt with the most running candidates needs, their order kept.
+
+    Also whether that is fewer than there were, and which rows of (n, B) flattened these are.
+    """
+    running, batch = b.Cast(rows.running, to=FLOAT), b.Shape(rows.tokens, start=1)
+    count = b.Shape(rows.tokens, start=0, end=1)
+    most = b.Cast(b.ReduceMax(b.ReduceSum(running, b.ints(0), keepdims=1), keepdims=0), to=INT)
+    fewer = b.Less(most, b.Squeeze(count, b.ints(0)))
+    # Of equal values `TopK` takes the first: without a change every row stays in its place.
+    _, index = b.TopK(b.Where(fewer, running, b.float(1)), b.Min(most, count), axis=0, _outputs=2)
+    tokens, log_probs, numbers = (
+        b.GatherElements(value, index, axis=0) for value in (rows.tokens, rows.log_probs, rows.numbers)
+    )
+    runs = b.Greater(b.GatherElements(running, index, axis=0), b.float(0))
+    columns = b.Range(b.int(0), b.Squeeze(batch, b.ints(0)), b.int(1))
+    flat = b.Add(b.Mul(index, batch), columns)
+    return Rows(tokens, log_probs, runs, numbers), fewer, flat
+
+
+def _network(
+    b: Builder,
+    step: ir.Graph,
+    tokens: ir.Value,
+    mask: ir.Value,
+    prompt_cache: list[ir.Value],
+    own: list[ir.Value],
+    kept_rows: tuple[ir.Value, ir.Value],
+) -> list[ir.Value]:
+    """The traced step; where it appends to the candidates' cache, it first takes the rows that are left."""
+    cache = [x for i in range(0, len(own), 2) for x in (*prompt_cache[i : i + 2], *own[i : i + 2])]
+    for parameter, value in zip(list(step.inputs), (tokens, mask, *cache), strict=True):
+        parameter.replace_all_uses_with(value)
+    outputs = list(step.outputs)
+    b.adopt(step)
+    for i, node in enumerate(b.nodes):
+        if node.op_type == "Concat" and node.inputs[0] in own:
+            b.nodes[i] = _joined(node, kept_rows)
+            outputs[outputs.index(node.outputs[0])] = b.nodes[i].outputs[0]
+        elif node.op_type == "Shape" and node.inputs[0] in own and node.attributes["end"].as_int() <= len(ROWS):
+            # The tracer may read the number of rows from the cache, which is about to lose some.
+            node.replace_input_with(0, tokens)
+    return outputs
+
+
+def _joined(node: ir.Node, kept_rows: tuple[ir.Value, ir.Value]) -> ir.Node:
+    """`Concat(cache, new)` as an `If`: each branch copies the cache once, and only one of them gathers rows."""
+    cache, new = node.inputs
+    assert cache is not None and new is not None
+    fewer, index = kept_rows
+    axis = node.attributes["axis"].as_int()
+    branches = {}
+    for name in ("then_branch", "else_branch"):
+        b, source = Builder(f"{node.name}/{name}"), cache
+        if name == "then_branch":
+            rows = b.Reshape(cache, b.Concat(b.ints(-1), b.Shape(cache, start=2), axis=0))
+            source = b.Gather(rows, index, axis=0)
+        output = b.Concat(source, new, axis=axis)
+        output.dtype = FLOAT
+        branches[name] = ir.Graph([], [output], nodes=b.nodes, initializers=b.initializers, name=b.name)
+    chosen = ir.node("If", [fewer], branches)
+    node.outputs[0].replace_all_uses_with(chosen.outputs[0])
+    return chosen
 
 
 def _append(b: Builder, table: ir.Value, new: ir.Value, numbers: ir.Value, fill: ir.Value) -> ir.Value:
-    """A round's entries (S, n, B) to the end of a table (N, B, T)."""
-    new = b.Transpose(new, perm=[1, 2, 0])
-    steps = b.Shape(new, start=2)
-    blank = b.Expand(fill, b.Concat(b.Shape(table, start=0, end=2), steps, axis=0))
-    place = b.Expand(b.Unsqueeze(numbers, b.ints(2)), b.Shape(new))
-    return b.Concat(table, b.ScatterElements(blank, place, new, axis=0), axis=2)
+    """One step's entries (n, B) to the end of a table (N, B, T)."""
+    blank = b.Expand(fill, b.Shape(table, start=0, end=2))
+    entries = b.ScatterElements(blank, numbers, new, axis=0)
+    return b.Concat(table, b.Unsqueeze(entries, b.ints(2)), axis=2)
 
 
-def _keep_best(b: Builder, given: Options, pruning: ir.Value, tables: Tables) -> ir.Value:
-    """Which candidates (N, B) stay in the race: with pruning the best by the score so far, ended ones included.
+def _prune(b: Builder, given: Options, done: ir.Value, tables: Tables) -> ir.Value:
+    """Which candidates (N, B) stay in the race after `done` steps, ended ones included.
 
     Speculative rejection (Sun et al., 2024), with the scorer's own running score.
     """
-    found, _ = _select(b, given, tables, tables.mask)
+    every = b.Max(given.prune_every, b.int(1))
+    due = b.And(b.Greater(given.prune_every, b.int(0)), b.Equal(b.Mod(done, every), b.int(0)))
+    then, otherwise = Builder("prune"), Builder("keep")
+    branches = {}
+    for builder, kept in ((then, _keep_best(then, given, tables)), (otherwise, otherwise.Identity(tables.kept))):
+        kept.dtype = BOOL
+        branches[builder] = ir.Graph(
+            [], [kept], nodes=builder.nodes, initializers=builder.initializers, name=builder.name
+        )
+    chosen: ir.Value = b.If(due, then_branch=branches[then], else_branch=branches[otherwise])
+    return chosen
+
+
+def _keep_best(b: Builder, given: Options, tables: Tables) -> ir.Value:
+    """(N, B) bool: the best `prune_keep` of those in the race, rounded up."""
+    found, _ = _select(b, given, tables, _mask(b, tables))
     low = b.float(-np.inf)
     found = b.Where(b.And(tables.kept, b.Not(b.IsNaN(found))), found, low)
-    size = b.Shape(found, start=0, end=1)
-    _, order = b.TopK(found, size, axis=0, _outputs=2)
-    ranks = b.Expand(
-        b.Unsqueeze(b.Range(b.int(0), given.num_candidates, b.int(1)), b.ints(1)), b.Shape(found)
-    )
-    place = b.ScatterElements(b.Expand(b.int(0), b.Shape(found)), order, ranks, axis=0)
+    _, order = b.TopK(found, b.Shape(found, start=0, end=1), axis=0, _outputs=2)
+    ranks = b.Unsqueeze(b.Range(b.int(0), given.num_candidates, b.int(1)), b.ints(1))
+    place = b.ScatterElements(order, order, b.Expand(ranks, b.Shape(found)), axis=0)
     in_race = b.ReduceSum(b.Cast(tables.kept, to=FLOAT), b.ints(0), keepdims=1)
     # The fraction of a whole number may come out a little above it.
     limit = b.Ceil(b.Sub(b.Mul(in_race, given.prune_keep), b.float(1e-4)))
-    limit = b.Max(b.Cast(limit, to=INT), b.int(1))
-    return b.And(tables.kept, b.Or(b.Not(pruning), b.Less(place, limit)))
+    return b.And(tables.kept, b.Less(place, b.Max(b.Cast(limit, to=INT), b.int(1))))
+
+
+def _mask(b: Builder, tables: Tables) -> ir.Value:
+    """(N, B, T) int64, 1 where a token was written."""
+    places = b.Range(b.int(0), b.Squeeze(b.Shape(tables.sequences, start=2), b.ints(0)), b.int(1))
+    mask: ir.Value = b.Cast(b.Less(places, b.Unsqueeze(tables.lengths, b.ints(2))), to=INT)
+    return mask
 
 
 def _select(b: Builder, given: Options, tables: Tables, mask: ir.Value) -> list[ir.Value]:
@@ -248,41 +283,29 @@ def _select(b: Builder, given: Options, tables: Tables, mask: ir.Value) -> list[
     return chosen
 
 
-def _compact(b: Builder, rows: Rows, own: list[ir.Value]) -> tuple[Rows, list[ir.Value]]:
-    """Only as many rows as the prompt with the most running candidates needs; their order stays."""
-    running = b.Cast(rows.running, to=FLOAT)
-    most = b.ReduceMax(b.ReduceSum(running, b.ints(0), keepdims=0), keepdims=0)
-    count = b.Unsqueeze(b.Max(b.Cast(most, to=INT), b.int(1)), b.ints(0))
-    _, index = b.TopK(running, count, axis=0, _outputs=2)
-    tokens, log_probs, numbers = (
-        b.GatherElements(value, index, axis=0) for value in (rows.tokens, rows.log_probs, rows.numbers)
-    )
-    runs = b.Greater(b.GatherElements(running, index, axis=0), b.float(0))
-    batch = b.Shape(rows.tokens, start=1)
-    columns = b.Range(b.int(0), b.Squeeze(batch, b.ints(0)), b.int(1))
-    flat = b.Reshape(b.Add(b.Mul(index, batch), columns), b.ints(-1))
-    moved = []
-    for value in own:
-        joined = b.Reshape(value, b.Concat(b.ints(-1), b.Shape(value, start=2), axis=0))
-        shape = b.Concat(b.Shape(index), b.Shape(value, start=2), axis=0)
-        moved.append(b.Reshape(b.Gather(joined, flat, axis=0), shape))
-    return Rows(tokens, log_probs, runs, numbers), moved
+def _stops(b: Builder, given: Options, tokens: ir.Value) -> ir.Value:
+    """Whether each token (...) ends its candidate."""
+    # -1 is no token: the list is never empty.
+    stops = b.Concat(given.stop_tokens, b.ints(-1), axis=0)
+    equal = b.Cast(b.Equal(b.Unsqueeze(tokens, b.ints(-1)), stops), to=FLOAT)
+    found: ir.Value = b.Greater(b.ReduceMax(equal, b.ints(-1), keepdims=0), b.float(0))
+    return found
 
 
 def _results(b: Builder, given: Options, tables: Tables) -> dict[str, ir.Value]:
     """The graph's outputs."""
-    ended = _stops(b, given, tables.sequences)
-    ended = b.ReduceMax(b.Mul(b.Cast(ended, to=INT), tables.mask), b.ints(2), keepdims=0)
+    mask = _mask(b, tables)
+    ended = b.Mul(b.Cast(_stops(b, given, tables.sequences), to=INT), mask)
     # The order of `FINISH_REASONS`.
-    reasons = b.Where(tables.pruned, b.int(2), ended)
-    whole = b.Mul(tables.mask, b.Cast(b.Not(b.Unsqueeze(tables.pruned, b.ints(2))), to=INT))
+    reasons = b.Where(tables.pruned, b.int(2), b.ReduceMax(ended, b.ints(2), keepdims=0))
+    whole = b.Mul(mask, b.Cast(b.Not(b.Unsqueeze(tables.pruned, b.ints(2))), to=INT))
     candidate_scores, best = _select(b, given, tables, whole)
     index = b.Unsqueeze(b.Max(best, b.int(0)), b.ints(0, 2))
     shape = b.Concat(b.ints(1), b.Shape(tables.sequences, start=1), axis=0)
     best_sequence = b.GatherElements(tables.sequences, b.Expand(index, shape), axis=0)
     return {
         "sequences": tables.sequences,
-        "lengths": b.ReduceSum(tables.mask, b.ints(2), keepdims=0),
+        "lengths": tables.lengths,
         "scores": tables.scores,
         "log_probs": tables.log_probs,
         "finish_reasons": reasons,
@@ -295,24 +318,23 @@ def _results(b: Builder, given: Options, tables: Tables) -> dict[str, ir.Value]:
 
 def _any(b: Builder, values: ir.Value) -> ir.Value:
     """Whether any of them is true: a bool scalar."""
-    return b.Greater(b.ReduceMax(b.Cast(values, to=FLOAT), keepdims=0), b.float(0))
+    found: ir.Value = b.Greater(b.ReduceMax(b.Cast(values, to=FLOAT), keepdims=0), b.float(0))
+    return found
 
 
-def _rows(place: str) -> Rows:
+def _rows() -> Rows:
     kinds = {"log_probs": FLOAT, "running": BOOL}
-    return Rows(*(ir.val(f"{place}/{name}", kinds.get(name, INT), ROWS) for name in Rows._fields))
+    return Rows(*(ir.val(f"rows/{name}", kinds.get(name, INT), ROWS) for name in Rows._fields))
 
 
 def _tables() -> Tables:
     kinds = {"scores": FLOAT, "log_probs": FLOAT, "kept": BOOL, "pruned": BOOL}
-    shapes: dict[str, list[str]] = {"kept": TABLE[:2], "pruned": TABLE[:2], "computed": []}
-    return Tables(
-        *(ir.val(f"table/{n}", kinds.get(n, INT), shapes.get(n, TABLE)) for n in Tables._fields)
-    )
+    shapes: dict[str, list[str]] = dict.fromkeys(("lengths", "kept", "pruned"), TABLE[:2]) | {"computed": []}
+    return Tables(*(ir.val(f"table/{n}", kinds.get(n, INT), shapes.get(n, TABLE)) for n in Tables._fields))
 
 
-def _own(place: str, config: NetworkConfig) -> list[ir.Value]:
+def _own(config: NetworkConfig) -> list[ir.Value]:
     """The candidates' keys and values, layer by layer."""
     shape = [*ROWS, config.num_kv_heads, "own_length", config.size_of_head]
-    names = (f"{place}/{kind}.{i}" for i in range(config.num_layers) for kind in ("key", "value"))
+    names = (f"own/{kind}.{i}" for i in range(config.num_layers) for kind in ("key", "value"))
     return [ir.val(name, FLOAT, shape) for name in names]

@@ -12,7 +12,7 @@ from typing import Any
 from onnxscript import opset18, script
 from onnxscript.values import Opset
 
-__all__ = ["FUNCTIONS", "draw_token", "prompt_key", "random_uniform"]
+__all__ = ["FUNCTIONS", "draw_token", "prompt_stream", "random_uniform"]
 
 # The operators' type variables are too narrow for values that onnxscript infers.
 op: Any = opset18
@@ -31,8 +31,8 @@ def mix(x):  # type: ignore[no-untyped-def]
 
 
 @script(this, default_opset=opset18)
-def prompt_key(input_ids, attention_mask, seed):  # type: ignore[no-untyped-def]
-    """A stream of random numbers for each prompt: ids and mask (B, P) int64, seed int64 scalar -> (B) uint32."""
+def prompt_stream(input_ids, attention_mask, seed):  # type: ignore[no-untyped-def]
+    """A stream of random numbers for each prompt: ids and mask (B, P) int64, seed int64 scalar -> (B) int64, 32 bits of it."""
     zero = op.Constant(value_int=0)
     word = op.Constant(value_int=4294967296)
     axis = op.Constant(value_ints=[1])
@@ -47,14 +47,14 @@ def prompt_key(input_ids, attention_mask, seed):  # type: ignore[no-untyped-def]
     # A sum over the prompt's tokens: padding adds nothing, wherever it stands.
     hashed = op.Mul(op.Cast(mix(tokens), to=7), real)
     total = op.Cast(op.Mod(op.ReduceSum(hashed, axis, keepdims=0), word), to=12)
-    return mix(op.BitwiseXor(total, start))
+    return op.Cast(mix(op.BitwiseXor(total, start)), to=7)
 
 
 @script(this, default_opset=opset18)
-def random_uniform(key, step, candidates):  # type: ignore[no-untyped-def]
-    """Uniform in [0, 1): key (B) uint32, step int64 scalar, candidates (N, B) int64 -> (N, B) float32."""
+def random_uniform(stream, step, candidates):  # type: ignore[no-untyped-def]
+    """Uniform in [0, 1): stream (B) int64, step int64 scalar, candidates (N, B) int64 -> (N, B) float32."""
     moved = op.Mul(op.Cast(step, to=12), op.Cast(op.Constant(value_int=0x9E3779B1), to=12))
-    row = mix(op.Add(key, moved))
+    row = mix(op.Add(op.Cast(stream, to=12), moved))
     number = op.Mul(op.Cast(candidates, to=12), op.Cast(op.Constant(value_int=0x85EBCA77), to=12))
     bits = op.BitShift(mix(op.Add(row, number)), op.Cast(op.Constant(value_int=9), to=12), direction="RIGHT")
     # 23 bits: the product with a sum of probabilities stays below that sum after rounding.
@@ -122,4 +122,4 @@ def draw_token(logits, uniform, temperature, top_k, top_p):  # type: ignore[no-u
     return op.Squeeze(token, last), op.Squeeze(log_probability, last)
 
 
-FUNCTIONS = (mix, prompt_key, random_uniform, draw_token)
+FUNCTIONS = (mix, prompt_stream, random_uniform, draw_token)

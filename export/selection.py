@@ -13,8 +13,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import onnx
+import onnx_ir as ir
 from onnxscript import opset18, script
+
+from .builder import Builder, name_value
 
 __all__ = ["append_selection", "select"]
 
@@ -80,29 +82,20 @@ def select(scores, mask, step_mask, aggregation):  # type: ignore[no-untyped-def
     return candidate_scores, best_index
 
 
-def append_selection(model: onnx.ModelProto, *, scores: str, mask: str) -> None:
+def append_selection(graph: ir.Graph, builder: Builder, scores: ir.Value, mask: ir.Value) -> None:
     """Append `select` to a graph in place.
 
     Args:
-        model: the graph; it gets the inputs `aggregation` and `step_mask` and the outputs `candidate_scores` and
-            `best_index`.
-        scores: name of a value (N, B, T) float32.
-        mask: name of a value (N, B, T) int64.
+        graph: it gets the inputs `aggregation` and `step_mask` and the outputs `candidate_scores` and `best_index`.
+        builder: collects the nodes that are appended to the graph; it may hold some already.
+        scores: (N, B, T) float32.
+        mask: (N, B, T) int64.
     """
-    graph = model.graph
-    function = select.to_function_proto()
-    renamed = dict(zip(function.input, (scores, mask, "step_mask", "aggregation"), strict=True))
-    renamed |= dict(zip(function.output, ("candidate_scores", "best_index"), strict=True))
-    for node in function.node:
-        added = graph.node.add()
-        added.CopyFrom(node)
-        added.name = f"select/{node.name or node.output[0]}"
-        for names in (added.input, added.output):
-            names[:] = [renamed.get(name, f"select/{name}") if name else "" for name in names]
-    axes = {"step_mask": ["step_candidates", "step_batch", "step_length"], "aggregation": []}
-    for name, shape in axes.items():
-        graph.input.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.INT64, shape))
-    outputs = {"candidate_scores": (onnx.TensorProto.FLOAT, ["num_candidates", "batch"])}
-    outputs["best_index"] = (onnx.TensorProto.INT64, ["batch"])
-    for name, (kind, shape) in outputs.items():
-        graph.output.append(onnx.helper.make_tensor_value_info(name, kind, shape))
+    step_mask = ir.val("step_mask", ir.DataType.INT64, ["step_candidates", "step_batch", "step_length"])
+    aggregation = ir.val("aggregation", ir.DataType.INT64, [])
+    candidate_scores, best_index = builder.call(select, scores, mask, step_mask, aggregation)
+    name_value(candidate_scores, "candidate_scores", ir.DataType.FLOAT, ["num_candidates", "batch"])
+    name_value(best_index, "best_index", ir.DataType.INT64, ["batch"])
+    graph.inputs.extend([step_mask, aggregation])
+    graph.outputs.extend([candidate_scores, best_index])
+    builder.extend(graph)

@@ -1,22 +1,27 @@
-"""PyTorch modules become ONNX graphs with named dynamic axes and the selection appended."""
+"""PyTorch modules become ONNX graphs with named dynamic axes; selection and sampling are written around them."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-import onnx
+import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
 from ..models.network import LanguageModel, TwoHeadedNetwork
 from ..runtime.manifest import Scoring
+from .builder import Builder, finish, name_value
+from .generate_graph import PromptGraph, StepGraph, VocabularyHead
+from .generate_loop import generate_graph
+from .generate_steps import decode_graph, prefill_graph
 from .layers import Trunk
 from .rank_graph import RankGraph
+from .sampling import FUNCTIONS
 from .score_graph import ScoreGraph
-from .selection import append_selection
+from .selection import append_selection, select
 
 __all__ = ["DEFAULT_OPSET", "OPSETS", "trace_graphs"]
 
@@ -27,52 +32,43 @@ OPSETS = (18, 23)
 
 def trace_graphs(
     model: LanguageModel | TwoHeadedNetwork, scoring: Scoring, *, opset: int = DEFAULT_OPSET
-) -> dict[str, onnx.ModelProto]:
-    """The graphs `score` and `rank` of a model in inference mode, weights inside, float32."""
+) -> dict[str, ir.Model]:
+    """The graphs of a model in inference mode, weights inside, float32: `score` and `rank`.
+
+    Of a language model also `generate`, `prefill` and `decode`.
+    """
     trunk = Trunk(model, activation=scoring.activation, label=scoring.label, fused=opset >= 23).eval()
-    ids = isinstance(model, LanguageModel)
-    width = None if ids else trunk.config.embed_dim
-    return {
-        "score": _trace_score(trunk, width, opset),
-        "rank": _trace_rank(trunk, width, opset),
-    }
+    width = None if isinstance(model, LanguageModel) else trunk.config.embed_dim
+    graphs = {"score": _trace_score(trunk, width, opset), "rank": _trace_rank(trunk, width, opset)}
+    if isinstance(model, LanguageModel):
+        head = VocabularyHead(model)
+        prompt, step = _trace_prompt(trunk, head, opset), _trace_step(trunk, head, opset)
+        graphs["generate"] = generate_graph(prompt.clone(), step.clone(), trunk.config, scoring.pad_token)
+        graphs["prefill"] = prefill_graph(prompt)
+        graphs["decode"] = decode_graph(step)
+    return {name: finish(graph, [*FUNCTIONS, select], opset) for name, graph in graphs.items()}
 
 
-def _example(*shape: int, width: int | None) -> Tensor:
+def _example(*shape: int, width: int | None = None) -> Tensor:
     return torch.zeros(shape, dtype=torch.int64) if width is None else torch.zeros((*shape, width))
 
 
-def _trace_score(trunk: Trunk, width: int | None, opset: int) -> onnx.ModelProto:
+def _trace_score(trunk: Trunk, width: int | None, opset: int) -> ir.Graph:
     # Sizes that no other axis has: equal ones would be taken for the same axis, and 1 for a constant.
     examples = {"input_ids" if width is None else "inputs_embeds": _example(6, 5, width=width)}
     examples["attention_mask"] = torch.ones(6, 5, dtype=torch.int64)
     rows = ["rows", "sequence"]
-    model = _trace(ScoreGraph(trunk), examples, [rows, rows], {"backbone": [*rows], "scores": [*rows]}, opset)
-    graph = model.graph
-    graph.input.append(onnx.helper.make_tensor_value_info("num_candidates", onnx.TensorProto.INT64, []))
-    graph.initializer.append(onnx.numpy_helper.from_array(torch.tensor([-1]).numpy(), "candidates/rest"))
-    graph.initializer.append(onnx.numpy_helper.from_array(torch.tensor([0]).numpy(), "candidates/axis"))
-    node = onnx.helper.make_node
-    graph.node.extend(
-        [
-            node("Unsqueeze", ["num_candidates", "candidates/axis"], ["candidates/count"], "candidates/count"),
-            node("Shape", ["attention_mask"], ["candidates/length"], "candidates/length", start=1),
-            node(
-                "Concat",
-                ["candidates/count", "candidates/rest", "candidates/length"],
-                ["candidates/shape"],
-                "candidates/shape",
-                axis=0,
-            ),
-            node("Reshape", ["attention_mask", "candidates/shape"], ["candidates/mask"], "candidates/mask"),
-            node("Reshape", ["scores", "candidates/shape"], ["candidates/scores"], "candidates/scores"),
-        ]
-    )
-    append_selection(model, scores="candidates/scores", mask="candidates/mask")
-    return model
+    graph = _trace(ScoreGraph(trunk), examples, [rows, rows], {"backbone": rows, "scores": rows}, opset)
+    count = ir.val("num_candidates", ir.DataType.INT64, [])
+    graph.inputs.append(count)
+    b = Builder("selection")
+    mask, scores = graph.inputs[1], graph.outputs[1]
+    shape = b.Concat(b.Unsqueeze(count, b.ints(0)), b.ints(-1), b.Shape(mask, start=1), axis=0)
+    append_selection(graph, b, b.Reshape(scores, shape), b.Reshape(mask, shape))
+    return graph
 
 
-def _trace_rank(trunk: Trunk, width: int | None, opset: int) -> onnx.ModelProto:
+def _trace_rank(trunk: Trunk, width: int | None, opset: int) -> ir.Graph:
     suffix = "ids" if width is None else "embeds"
     examples = {
         f"prompt_{suffix}": _example(2, 5, width=width),
@@ -81,48 +77,91 @@ def _trace_rank(trunk: Trunk, width: int | None, opset: int) -> onnx.ModelProto:
         "candidate_mask": torch.ones(3, 2, 4, dtype=torch.int64),
     }
     prompt, candidate = ["batch", "prompt_length"], ["num_candidates", "batch", "length"]
-    model = _trace(RankGraph(trunk), examples, [prompt, prompt, candidate, candidate], {"scores": candidate}, opset)
-    append_selection(model, scores="scores", mask="candidate_mask")
-    return model
+    graph = _trace(RankGraph(trunk), examples, [prompt, prompt, candidate, candidate], {"scores": candidate}, opset)
+    append_selection(graph, Builder("selection"), graph.outputs[0], graph.inputs[3])
+    return graph
+
+
+def _trace_prompt(trunk: Trunk, head: VocabularyHead, opset: int) -> ir.Graph:
+    examples = {"input_ids": _example(2, 5), "attention_mask": torch.ones(2, 5, dtype=torch.int64)}
+    prompt = ["batch", "prompt_length"]
+    outputs = {"logits": ["batch"]} | dict(_cache_axes(trunk.config.num_layers, own=False))
+    return _trace(PromptGraph(trunk, head), examples, [prompt, prompt], outputs, opset)
+
+
+def _trace_step(trunk: Trunk, head: VocabularyHead, opset: int) -> ir.Graph:
+    config = trunk.config
+    heads, size = config.num_kv_heads, config.size_of_head
+    rows = ["num_candidates", "batch"]
+    examples = {"tokens": _example(3, 2), "attention_mask": torch.ones(2, 5, dtype=torch.int64)}
+    axes: list[list[str | None]] = [[*rows], ["batch", "prompt_length"]]
+    shapes = {"prompt_key": (2, heads, size + 2, 6), "prompt_value": (2, heads, 6, size)}
+    shapes |= dict.fromkeys(("key", "value"), (3, 2, heads, 4, size))
+    for name, names in _cache_axes(config.num_layers, own=True):
+        examples[name] = torch.zeros(shapes[name.split(".")[0]])
+        axes.append(names)
+    outputs: dict[str, Sequence[str | None]] = {"scores": rows, "logits": rows}
+    outputs |= {
+        f"grown_{name}": [*rows, None, "grown_length"]
+        for name, _ in _cache_axes(config.num_layers, own=True)
+        if not name.startswith("prompt")
+    }
+    return _trace(StepGraph(trunk, head), examples, axes, outputs, opset)
+
+
+def _cache_axes(layers: int, *, own: bool) -> Iterator[tuple[str, list[str | None]]]:
+    """Names of the cache's tensors, layer by layer, and their dynamic axes; None is a fixed one."""
+    for i in range(layers):
+        yield f"prompt_key.{i}", ["batch", None, None, "prompt_length + 1"]
+        yield f"prompt_value.{i}", ["batch", None, "prompt_length + 1"]
+        if own:
+            yield f"key.{i}", ["num_candidates", "batch", None, "own_length"]
+            yield f"value.{i}", ["num_candidates", "batch", None, "own_length"]
 
 
 def _trace(
     module: nn.Module,
     examples: dict[str, Tensor],
-    axes: list[list[str]],
-    outputs: dict[str, list[str]],
+    axes: Sequence[Sequence[str | None]],
+    outputs: dict[str, Sequence[str | None]],
     opset: int,
-) -> onnx.ModelProto:
-    """Trace with every leading axis dynamic and named; a last axis beyond `axes` is a fixed width."""
-    shapes = tuple(dict.fromkeys(range(len(names)), torch.export.Dim.DYNAMIC) for names in axes)
+) -> ir.Graph:
+    """Trace with the named axes dynamic; an axis without a name, or beyond `axes`, is of fixed size."""
+    shapes = [{i: torch.export.Dim.DYNAMIC for i, name in enumerate(names) if name} for names in axes]
+    if isinstance(module, StepGraph):
+        # Its cache is one argument of many tensors.
+        shapes[2:] = [tuple(shapes[2:])]  # type: ignore[list-item]
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
             module.eval(),
             tuple(examples.values()),
             input_names=list(examples),
             output_names=list(outputs),
-            dynamic_shapes=shapes,
+            dynamic_shapes=tuple(shapes),
             opset_version=opset,
             dynamo=True,
             verbose=False,
         )
     assert program is not None
-    model: onnx.ModelProto = program.model_proto
-    _name_axes(model.graph.input, dict(zip(examples, axes, strict=True)))
-    _name_axes(model.graph.output, outputs)
-    # Shapes of inner values name the tracer's own symbols; runtimes infer them again from the named axes.
-    del model.graph.value_info[:], model.metadata_props[:], model.graph.metadata_props[:]
-    for entry in (*model.graph.node, *model.graph.initializer, *model.graph.input, *model.graph.output):
-        del entry.metadata_props[:]
-        entry.doc_string = ""
-    model.producer_name, model.producer_version = "bonnx", ""
-    return model
-
-
-def _name_axes(values: list[onnx.ValueInfoProto], axes: dict[str, list[str]]) -> None:
-    for value in values:
-        for dimension, name in zip(value.type.tensor_type.shape.dim, axes[value.name], strict=False):
-            dimension.dim_param = name
+    graph = program.model.graph
+    for values, names in ((graph.inputs, axes), (graph.outputs, outputs.values())):
+        for value, dimensions in zip(values, names, strict=True):
+            assert value.shape is not None and value.dtype is not None and value.name is not None
+            found = list(value.shape)
+            found[: len(dimensions)] = [name or size for name, size in zip(dimensions, found, strict=False)]
+            name_value(value, value.name, value.dtype, found)
+    # What the tracer noted about inner values and their places in the source is of no use to a runtime.
+    graph.metadata_props.clear()
+    for node in graph:
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+            if not value.is_graph_output():
+                value.shape = None
+    for value in (*graph.inputs, *graph.initializers.values()):
+        value.metadata_props.clear()
+    return graph
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import pytest
 from hypothesis import given, settings
@@ -11,17 +12,17 @@ from hypothesis import strategies as st
 from onnx.reference import ReferenceEvaluator
 
 from bonnx import AGGREGATIONS
-from bonnx.export.selection import append_selection
+from bonnx.export.builder import Builder, finish
+from bonnx.export.selection import append_selection, select
 from tests.tolerance import RUNTIME, within
 
 
 def selection_model():
-    value = onnx.helper.make_tensor_value_info
     shape = ["num_candidates", "batch", "length"]
-    inputs = [value("scores", onnx.TensorProto.FLOAT, shape), value("mask", onnx.TensorProto.INT64, shape)]
-    graph = onnx.helper.make_graph([], "selection", inputs, [])
-    model = onnx.helper.make_model(graph, ir_version=10, opset_imports=[onnx.helper.make_opsetid("", 18)])
-    append_selection(model, scores="scores", mask="mask")
+    scores, mask = ir.val("scores", ir.DataType.FLOAT, shape), ir.val("mask", ir.DataType.INT64, shape)
+    graph = ir.Graph([scores, mask], [], nodes=[], name="selection")
+    append_selection(graph, Builder("selection"), scores, mask)
+    model = ir.to_proto(finish(graph, [select], 18))
     onnx.checker.check_model(model, full_check=True)
     return model
 

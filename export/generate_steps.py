@@ -1,0 +1,62 @@
+"""`prefill` and `decode`: the passes of generation one at a time, for a loop that the host steers.
+
+The same functions draw, so the same seed gives the tokens of `generate`. Everything of a candidate stands on axis 0 of
+its tensors: a host drops, reorders or repeats candidates by taking rows of `tokens`, `numbers` and the cache.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from .builder import Builder, name_value
+from .sampling import draw_token, prompt_stream, random_uniform
+
+__all__ = ["decode_graph", "prefill_graph"]
+
+INT, FLOAT = ir.DataType.INT64, ir.DataType.FLOAT
+ROWS = ["num_candidates", "batch"]
+
+
+def _draw_inputs() -> list[ir.Value]:
+    return [ir.val("temperature", FLOAT, []), ir.val("top_k", INT, []), ir.val("top_p", FLOAT, [])]
+
+
+def prefill_graph(prompt: ir.Graph) -> ir.Graph:
+    """The traced prompt pass and the draw of each candidate's first token."""
+    b = Builder("prefill")
+    (ids, mask), (logits, *_) = prompt.inputs, prompt.outputs
+    count, seed, drawing = ir.val("num_candidates", INT, []), ir.val("seed", INT, []), _draw_inputs()
+    rows = b.Unsqueeze(count, b.ints(0))
+    numbers = b.Unsqueeze(b.Range(b.int(0), count, b.int(1)), b.ints(1))
+    numbers = b.Expand(numbers, b.Concat(rows, b.Shape(ids, start=0, end=1), axis=0))
+    stream = b.call(prompt_stream, ids, mask, seed)
+    uniform = b.call(random_uniform, stream, b.int(0), numbers)
+    wide = b.Expand(logits, b.Concat(rows, b.Shape(logits), axis=0))
+    tokens, log_probs = b.call(draw_token, wide, uniform, *drawing)
+    prompt.inputs.extend([count, seed, *drawing])
+    added = [
+        name_value(tokens, "tokens", INT, ROWS),
+        name_value(log_probs, "log_probs", FLOAT, ROWS),
+        name_value(stream, "stream", INT, ["batch"]),
+    ]
+    b.extend(prompt)
+    prompt.outputs[:0] = added
+    return prompt
+
+
+def decode_graph(step: ir.Graph) -> ir.Graph:
+    """The traced step and the draw of each candidate's next token."""
+    b = Builder("decode")
+    tokens, mask, _, _, key, *_ = step.inputs
+    scores, logits, *_ = step.outputs
+    stream, numbers = ir.val("stream", INT, ["batch"]), ir.val("numbers", INT, ROWS)
+    drawing = _draw_inputs()
+    # Token 0 came from the prompt pass, so with T own tokens in the cache this step draws token T + 1.
+    drawn = b.Add(b.Squeeze(b.Shape(key, start=3, end=4), b.ints(0)), b.int(1))
+    uniform = b.call(random_uniform, stream, drawn, numbers)
+    following, log_probs = b.call(draw_token, logits, uniform, *drawing)
+    step.inputs[2:2] = [stream, numbers, *drawing]
+    added = [name_value(following, "next_tokens", INT, ROWS), name_value(log_probs, "log_probs", FLOAT, ROWS)]
+    b.extend(step)
+    step.outputs[1:1] = added
+    return step
