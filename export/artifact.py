@@ -20,6 +20,7 @@ from ..runtime.folder import MANIFEST, file_digest
 from ..runtime.manifest import SCHEMA_VERSION, File, Graph, Limits, Manifest, Scoring, Value, seal
 from .card import model_card
 from .parity import Checker, check_structure
+from .parity_generate import check_generation
 from .trace import DEFAULT_OPSET, OPSETS, trace_graphs
 
 __all__ = ["export_model"]
@@ -72,6 +73,8 @@ def export_model(
             check_structure(folder / graph.file)
         checker = Checker(model, folder, graphs, scoring, limits, seed)
         parity = checker.run()
+        if isinstance(model, LanguageModel):
+            parity += check_generation(checker)
         np.savez_compressed(folder / "golden.npz", **checker.recorded)  # type: ignore[arg-type]
         if tokenizer is not None:
             shutil.copyfile(tokenizer, folder / "tokenizer.json")

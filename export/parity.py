@@ -19,7 +19,7 @@ from ..runtime.errors import ExportError
 from ..runtime.manifest import AGGREGATIONS, Graph, Limits, Parity, Scoring
 from ..runtime.session import Options, Session
 
-__all__ = ["ABSOLUTE", "RELATIVE", "Checker", "check_structure"]
+__all__ = ["ABSOLUTE", "RELATIVE", "Checker", "check_structure", "compare", "make_parity"]
 
 Array = NDArray[Any]
 
@@ -120,13 +120,13 @@ class Checker:
         worst, cases = 0.0, 0
         for shape in self._shapes():
             feeds, expected = self.case(*shape, padding)
-            outputs = self._run("rank", feeds)
-            worst = max(worst, _compare(f"{name} {shape}", outputs["scores"], expected))
+            outputs = self.run_graph("rank", feeds)
+            worst = max(worst, compare(f"{name} {shape}", outputs["scores"], expected))
             self._same_choice(f"{name} {shape}", feeds, outputs, expected)
             cases += 1
             if cases in (2, 5):
-                self._record(f"rank/{padding}{cases}", feeds, outputs, scores=expected)
-        return _parity(name, cases, worst)
+                self.record(f"rank/{padding}{cases}", feeds, outputs, scores=expected)
+        return make_parity(name, cases, worst)
 
     def _score(self) -> Parity:
         """The same rows unpadded, padded on the right, and padded on the left, through `score`."""
@@ -142,16 +142,16 @@ class Checker:
                 feeds = {"input_ids" if self.ids else "inputs_embeds": np.pad(row, widths), "attention_mask": mask}
                 feeds |= {"num_candidates": np.array(count), "aggregation": np.array(0)}
                 feeds["step_mask"] = np.ones((1, 1, 1), np.int64)
-                outputs = self._run("score", feeds)
+                outputs = self.run_graph("score", feeds)
                 real = slice(left, left + length)
-                worst = max(worst, _compare("score", outputs["scores"][:, real, 0], expected))
-                worst = max(worst, _compare("score, backbone", outputs["backbone"][:, real], backbone))
+                worst = max(worst, compare("score", outputs["scores"][:, real, 0], expected))
+                worst = max(worst, compare("score, backbone", outputs["backbone"][:, real], backbone))
                 cases += 1
                 if cases == 4:
                     exact = {"scores": outputs["scores"].copy(), "backbone": outputs["backbone"].copy()}
                     exact["scores"][:, real, 0], exact["backbone"][:, real] = expected, backbone
-                    self._record("score/4", feeds, outputs, **exact)
-        return _parity("score, padded and unpadded", cases, worst)
+                    self.record("score/4", feeds, outputs, **exact)
+        return make_parity("score, padded and unpadded", cases, worst)
 
     def _selection(self) -> Parity:
         """Every aggregation, with and without steps, ragged and with empty candidates, against NumPy."""
@@ -163,13 +163,13 @@ class Checker:
                 feeds["aggregation"] = np.array(code)
                 if stepwise:
                     feeds["step_mask"] = self.rng.integers(0, 2, feeds["candidate_mask"].shape)
-                outputs = self._run("rank", feeds)
+                outputs = self.run_graph("rank", feeds)
                 found, best = aggregate(outputs["scores"], feeds["candidate_mask"], feeds["step_mask"], name)
-                worst = max(worst, _compare(f"selection {name}", outputs["candidate_scores"], found))
+                worst = max(worst, compare(f"selection {name}", outputs["candidate_scores"], found))
                 if not np.array_equal(outputs["best_index"], best):
                     raise ExportError(f"selection {name}: the graph chose {outputs['best_index']}, NumPy {best}")
                 cases += 1
-        return _parity("selection, all aggregations", cases, worst)
+        return make_parity("selection, all aggregations", cases, worst)
 
     def _reference(self) -> Parity:
         """ONNX's own reference evaluator on a small case of `rank`."""
@@ -177,9 +177,10 @@ class Checker:
         evaluator = ReferenceEvaluator(onnx.load(str(self.folder / self.graphs["rank"].file)))
         outputs = dict(zip(evaluator.output_names, evaluator.run(None, feeds), strict=True))
         self._same_choice("reference evaluator", feeds, outputs, expected)
-        return _parity("ONNX reference evaluator", 1, _compare("reference evaluator", outputs["scores"], expected))
+        return make_parity("ONNX reference evaluator", 1, compare("reference evaluator", outputs["scores"], expected))
 
-    def _run(self, name: str, feeds: dict[str, Array]) -> dict[str, Array]:
+    def run_graph(self, name: str, feeds: dict[str, Array]) -> dict[str, Array]:
+        """All outputs of a graph."""
         names = [value.name for value in self.graphs[name].outputs]
         return dict(zip(names, self.sessions[name].run(feeds, names), strict=True))
 
@@ -191,7 +192,8 @@ class Checker:
         if (best - taken > RELATIVE * np.abs(best) + ABSOLUTE).any():
             raise ExportError(f"{what}: the graph chose {outputs['best_index']}, PyTorch {chosen}; nothing was written")
 
-    def _record(self, name: str, feeds: dict[str, Array], outputs: dict[str, Array], **exact: Array) -> None:
+    def record(self, name: str, feeds: dict[str, Array], outputs: dict[str, Array], **exact: Array) -> None:
+        """Keep a case for `bonnx verify`, with the exact outputs in place of those found."""
         self.recorded |= {f"{name}/in/{key}": value for key, value in feeds.items()}
         self.recorded |= {f"{name}/out/{key}": value for key, value in (outputs | exact).items()}
 
@@ -202,7 +204,7 @@ def _mask(sizes: Array, length: int, padding: str) -> Array:
     return real.astype(np.int64)
 
 
-def _compare(what: str, found: Array, expected: Array) -> float:
+def compare(what: str, found: Array, expected: Array) -> float:
     """The greatest absolute difference; NaN equals NaN.
 
     Raises:
@@ -214,5 +216,6 @@ def _compare(what: str, found: Array, expected: Array) -> float:
         raise ExportError(f"{what}: {e}; nothing was written") from e
 
 
-def _parity(check: str, cases: int, worst: float) -> Parity:
+def make_parity(check: str, cases: int, worst: float) -> Parity:
+    """The result of one check."""
     return Parity(check=check, cases=cases, max_difference=worst, relative=RELATIVE, absolute=ABSOLUTE)

@@ -78,46 +78,54 @@ def draw_token(logits, uniform, temperature, top_k, top_p):  # type: ignore[no-u
     """
     zero = op.Constant(value_int=0)
     zero_real = op.Constant(value_float=0.0)
+    one = op.Constant(value_float=1.0)
     last = op.Constant(value_ints=[-1])
-    final = op.Constant(value_ints=[-1])
-    last_axis = op.Constant(value_int=2)
     log_all = op.LogSoftmax(logits, axis=-1)
-    scaled = op.Div(log_all, temperature)
-    probabilities = op.Softmax(scaled, axis=-1)
-    point = op.Unsqueeze(uniform, last)
-    filtered = op.Or(op.Greater(top_k, zero), op.Less(top_p, op.Constant(value_float=1.0)))
-    if filtered:
-        size = op.Shape(logits, start=2)
-        by_rank = op.Greater(top_k, zero)
-        # Tokens less likely than (1 - top_p) / V hold less than 1 - top_p together, so none of them is kept; half of it
-        # leaves room for rounding.
-        floor = op.Div(
-            op.Mul(op.Sub(op.Constant(value_float=1.0), top_p), op.Constant(value_float=0.5)), op.Cast(size, to=1)
-        )
-        likely = op.ReduceSum(op.Cast(op.GreaterOrEqual(probabilities, floor), to=1), last, keepdims=0)
-        most = op.Max(op.Cast(op.ReduceMax(likely, keepdims=0), to=7), op.Constant(value_int=1))
-        kept_count = op.Min(op.Where(by_rank, top_k, most), size)
-        values, order = op.TopK(scaled, kept_count, axis=-1)
-        sorted_p = op.GatherElements(probabilities, order, axis=-1)
-        mass = op.Where(
-            by_rank, op.ReduceSum(sorted_p, last, keepdims=1), op.Constant(value_floats=[1.0])
-        )
-        sorted_p = op.Div(sorted_p, mass)
-        before = op.CumSum(sorted_p, last_axis, exclusive=1)
-        kept = op.Or(op.Less(before, top_p), op.GreaterOrEqual(top_p, op.Constant(value_float=1.0)))
-        inside = op.Where(kept, sorted_p, zero_real)
-        sums = op.CumSum(inside, last_axis)
-        target = op.Mul(point, op.Gather(sums, final, axis=2))
-        place = op.ReduceSum(op.Cast(op.LessOrEqual(sums, target), to=1), last, keepdims=1)
-        sampled = op.Cast(op.GatherElements(order, op.Cast(place, to=7), axis=-1), to=7)
+    greedy = op.Equal(temperature, zero_real)
+    if greedy:
+        token = op.Cast(op.ArgMax(logits, axis=-1, keepdims=1), to=7)
     else:
-        all_sums = op.CumSum(probabilities, last_axis)
-        all_target = op.Mul(point, op.Gather(all_sums, final, axis=2))
-        all_place = op.ReduceSum(op.Cast(op.LessOrEqual(all_sums, all_target), to=1), last, keepdims=1)
-        sampled = op.Cast(all_place, to=7)
-    greedy = op.ArgMax(logits, axis=-1, keepdims=1)
-    token = op.Where(op.Equal(temperature, zero_real), greedy, sampled)
-    # NaN compares as above nothing and below nothing: the place stays inside.
+        scaled = op.Div(log_all, temperature)
+        probabilities = op.Softmax(scaled, axis=-1)
+        point = op.Unsqueeze(uniform, last)
+        by_rank = op.Greater(top_k, zero)
+        filtered = op.Or(by_rank, op.Less(top_p, one))
+        size = op.Shape(logits, start=2)
+        if filtered:
+            # Tokens less likely than (1 - top_p) / V hold less than 1 - top_p together, so none of them is kept; half
+            # of it leaves room for rounding.
+            floor = op.Div(op.Mul(op.Sub(one, top_p), op.Constant(value_float=0.5)), op.Cast(size, to=1))
+            likely = op.ReduceSum(op.Cast(op.GreaterOrEqual(probabilities, floor), to=1), last, keepdims=0)
+            most = op.Max(op.Cast(op.ReduceMax(likely, keepdims=0), to=7), op.Constant(value_int=1))
+            kept_count = op.Min(op.Where(by_rank, top_k, most), size)
+            _, order = op.TopK(scaled, kept_count, axis=-1)
+            by_size = op.GatherElements(probabilities, order, axis=-1)
+            # Among the k best, probabilities are taken anew; without a k those left out count as they are.
+            by_size = op.Div(by_size, op.Where(by_rank, op.ReduceSum(by_size, last, keepdims=1), one))
+            before = op.CumSum(by_size, op.Constant(value_int=2), exclusive=1)
+            inside = op.Where(op.Or(op.Less(before, top_p), op.GreaterOrEqual(top_p, one)), by_size, zero_real)
+            sums = op.CumSum(inside, op.Constant(value_int=2))
+            target = op.Mul(point, op.Gather(sums, last, axis=2))
+            place = op.ReduceSum(op.Cast(op.LessOrEqual(sums, target), to=1), last, keepdims=1)
+            drawn = op.Cast(op.GatherElements(order, op.Cast(place, to=7), axis=-1), to=7)
+        else:
+            # First the block of 128 tokens, then the token in it: a running sum over the whole vocabulary is slow.
+            width = op.Constant(value_ints=[128])
+            missing = op.Mod(op.Neg(size), width)
+            padded = op.Pad(probabilities, op.Concat(op.Constant(value_ints=[0, 0, 0, 0, 0]), missing, axis=0))
+            blocks = op.Reshape(padded, op.Constant(value_ints=[0, 0, -1, 128]))
+            block_sums = op.ReduceSum(blocks, last, keepdims=0)
+            up_to = op.CumSum(block_sums, op.Constant(value_int=2))
+            goal = op.Mul(point, op.Gather(up_to, last, axis=2))
+            number = op.Cast(op.ReduceSum(op.Cast(op.LessOrEqual(up_to, goal), to=1), last, keepdims=1), to=7)
+            rest = op.Sub(goal, op.Sub(op.GatherElements(up_to, number, axis=2), op.GatherElements(block_sums, number, axis=2)))
+            within = op.CumSum(op.GatherND(blocks, number, batch_dims=2), op.Constant(value_int=2))
+            # The block's own sum may round below what is left: then it is the last token that has any probability.
+            end = op.ReduceSum(op.Cast(op.Less(within, op.Gather(within, last, axis=2)), to=1), last, keepdims=1)
+            offset = op.ReduceSum(op.Cast(op.LessOrEqual(within, rest), to=1), last, keepdims=1)
+            drawn = op.Add(op.Mul(number, width), op.Cast(op.Min(offset, end), to=7))
+            drawn = op.Cast(drawn, to=7)
+        token = op.Cast(drawn, to=7)
     log_probability = op.GatherElements(log_all, token, axis=-1)
     return op.Squeeze(token, last), op.Squeeze(log_probability, last)
 

@@ -1,6 +1,7 @@
 """An artifact gives answers: load, score, rank. numpy and ONNX Runtime only."""
 
 from .errors import ArtifactError, BonnxError, ExportError, InputError, NoWinnerError, ProviderError
+from .generation import FINISH_REASONS, Candidate, Generation
 from .manifest import AGGREGATIONS
 from .model import Model, Ranking, Scored, load
 from .testing import FakeModel
@@ -10,9 +11,12 @@ __all__ = [
     "AGGREGATIONS",
     "ArtifactError",
     "BonnxError",
+    "Candidate",
     "Check",
     "ExportError",
+    "FINISH_REASONS",
     "FakeModel",
+    "Generation",
     "InputError",
     "Model",
     "NoWinnerError",

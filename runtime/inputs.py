@@ -68,6 +68,26 @@ class Reader:
             return self._embeddings(array, what)
         return self._ids(array, what)
 
+    def stops(self, stop: Sequence[int | str] | None, end_token: int | None) -> tuple[int, ...]:
+        """The tokens that end a completion: those given, or the artifact's own.
+
+        Raises:
+            InputError: a text that is not one token, or an id outside the vocabulary.
+        """
+        if stop is None:
+            return () if end_token is None else (end_token,)
+        if isinstance(stop, str) or not all(isinstance(entry, int | np.integer | str) for entry in stop):
+            raise InputError(f"stop: expected a list of token ids or of texts; got {stop!r:.60}")
+        found = []
+        for entry in stop:
+            if isinstance(entry, str):
+                if self.text is None:
+                    raise InputError(f"stop: this artifact has no tokenizer; pass token ids instead of {entry!r}")
+                found.append(self.text.encode_stop(entry))
+            else:
+                found.append(int(self._ids(np.array([entry]), "stop")[0]))
+        return tuple(found)
+
     def _text(self, item: str, what: str, *, candidate: bool, partial: bool) -> Array:
         if self.text is None:
             takes = "token ids" if self.width is None else f"embeddings (length, {self.width}) float32"

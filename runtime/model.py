@@ -1,23 +1,30 @@
-"""An artifact that answers: `bonnx.load`, then `rank` and `score`."""
+"""An artifact that answers: `bonnx.load`, then `rank`, `score` and `generate`."""
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .errors import ArtifactError, NoWinnerError
 from .folder import locate, read_verified
+from .generation import FINISH_REASONS, Candidate, GenerateOptions, Generation, Request, make_request
 from .inputs import Item, Reader, aggregation_code, check_some, is_stepwise, pad, step_mask
 from .limits import check_size
 from .manifest import Manifest
 from .session import Array, Options, Provider, Session
+from .steps import generate_feeds, grow
 from .text import Text
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["Model", "Ranking", "Scored", "load"]
 
@@ -205,6 +212,92 @@ class Model:
             [rest[0][i, : len(item)] for i, item in enumerate(items)] if backbone else None,
             name,
         )
+
+    def generate(
+        self,
+        prompt: Item,
+        *,
+        deadline: float | None = None,
+        on_progress: Callable[[Generation], object] | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> Generation:
+        """Sample N completions, score every token, choose the best: one run of one graph.
+
+        With a deadline or a callback the host steers the same steps, and the tokens are the same.
+
+        Args:
+            prompt: text or token ids.
+            deadline: seconds; what still grows then is cut, with `deadline` as its finish reason.
+            on_progress: called with the candidates after every token.
+            **options: see `GenerateOptions`.
+
+        Raises:
+            InputError: an option or the prompt has no meaning.
+            ArtifactError: the artifact has no language model.
+            NoWinnerError: every candidate's score is NaN.
+        """
+        request, ids = self._request(prompt, options)
+        if deadline is None and on_progress is None:
+            result = self._generate(ids, request)
+        else:
+            for result in self._stream(ids, request, deadline):
+                if on_progress is not None:
+                    on_progress(result)
+        winner(result.best_index, "candidates")
+        return result
+
+    def stream(
+        self, prompt: Item, *, deadline: float | None = None, **options: Unpack[GenerateOptions]
+    ) -> Iterator[Generation]:
+        """As `generate`, but gives the candidates after every token; the last ones are the result.
+
+        To cancel, stop reading: nothing runs between two of them. The options are checked at the call.
+        """
+        request, ids = self._request(prompt, options)
+        return self._stream(ids, request, deadline)
+
+    def _request(self, prompt: Item, options: GenerateOptions) -> tuple[Request, Array]:
+        """Everything checked, and the prompt's tokens."""
+        scoring, limits = self.manifest.scoring, self.manifest.limits
+        self.session("generate")
+        ids = self._reader.read(prompt, "prompt", candidate=False, partial=True)
+        stops = self._reader.stops(options.get("stop"), scoring.end_token)
+        request = make_request(options, stops, scoring.aggregation, max(1, limits.max_tokens - len(ids)))
+        if is_stepwise(request.aggregation) and scoring.step_token is None:
+            raise InputError("a step aggregation needs a step token, and the artifact's scoring rule has none")
+        check_size(self.manifest, request.n, len(ids), request.max_new_tokens, self.options.memory_limit)
+        return request, ids
+
+    def _generate(self, ids: Array, request: Request) -> Generation:
+        names = ["sequences", "lengths", "scores", "log_probs", "finish_reasons", "candidate_scores", "best_index"]
+        feeds = generate_feeds(ids[None], np.ones((1, len(ids)), np.int64), request, self.manifest.scoring.step_token)
+        outputs = self.session("generate").run(feeds, [*names, "computed_tokens"])
+        tokens, lengths, scores, log_probs, reasons, found = (array[:, 0] for array in outputs[:6])
+        candidates = [
+            self._candidate(*(x[i, : lengths[i]] for x in (tokens, scores, log_probs)), found[i], reasons[i])
+            for i in range(request.n)
+        ]
+        return Generation(int(outputs[6][0]), candidates, len(ids), int(outputs[7]), request.aggregation)
+
+    def _stream(self, ids: Array, request: Request, deadline: float | None) -> Iterator[Generation]:
+        if deadline is not None and not deadline > 0:
+            raise InputError(f"deadline: expected seconds above 0; got {deadline!r}")
+        until = None if deadline is None else time.monotonic() + deadline
+        for growing in grow(self.session, ids, request, self.manifest.scoring.step_token, until):
+            found, best = growing.select()
+            candidates = [
+                self._candidate(
+                    *(x[i, : growing.lengths[i]] for x in (growing.tokens, growing.scores, growing.log_probs)),
+                    found[i],
+                    growing.reasons[i],
+                )
+                for i in range(request.n)
+            ]
+            yield Generation(best, candidates, len(ids), growing.computed, request.aggregation)
+
+    def _candidate(self, tokens: Array, scores: Array, log_probs: Array, score: float, reason: int) -> Candidate:
+        text = None if self._reader.text is None else self._reader.text.decode(tokens.tolist())
+        return Candidate(text, tokens, scores, log_probs, float(score), FINISH_REASONS[reason] if reason >= 0 else None)
 
     def _padded(self, rows: Sequence[Item], what: str, partial: bool, prompt: int) -> tuple[list[Array], Array, Array]:
         """What is to be scored after a prompt of that many tokens: read, within limits, and padded with its mask."""

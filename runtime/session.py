@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -115,15 +116,33 @@ class Session:
         if self.provider != "cuda":
             result: list[Array] = self._session.run(outputs, feeds)
             return result
-        device = self.options.device_id
+        return [value.numpy() for value in self._bound(self.hold(feeds), outputs)]
+
+    def hold(self, arrays: dict[str, Array]) -> dict[str, Any]:
+        """Arrays as values where the session runs, for `values`."""
+        place = (self.provider, self.options.device_id) if self.provider == "cuda" else ("cpu", 0)
+        make = self._runtime.OrtValue.ortvalue_from_numpy
+        # Not ascontiguousarray, which makes a list of one of a scalar.
+        return {name: make(np.asarray(array, order="C"), *place) for name, array in arrays.items()}
+
+    def values(self, feeds: dict[str, Any]) -> dict[str, Any]:
+        """Run on arrays or held values; every output stays where it was computed, none is copied to the host."""
+        arrays = {name: value for name, value in feeds.items() if isinstance(value, np.ndarray)}
+        given = feeds | self.hold(arrays)
+        outputs = [value.name for value in self.graph.outputs if value.name != "logits"]
+        if self.provider != "cuda":
+            return dict(zip(outputs, self._session.run_with_ort_values(outputs, given), strict=True))
+        return dict(zip(outputs, self._bound(given, outputs), strict=True))
+
+    def _bound(self, feeds: dict[str, Any], outputs: list[str]) -> Sequence[Any]:
         binding = self._session.io_binding()
-        for name, array in feeds.items():
-            value = self._runtime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), "cuda", device)
+        for name, value in feeds.items():
             binding.bind_ortvalue_input(name, value)
         for name in outputs:
-            binding.bind_output(name, "cuda", device)
+            binding.bind_output(name, "cuda", self.options.device_id)
         self._session.run_with_iobinding(binding)
-        return [value.numpy() for value in binding.get_outputs()]
+        found: Sequence[Any] = binding.get_outputs()
+        return found
 
 
 def _providers(runtime: Any, options: Options) -> list[Any]:

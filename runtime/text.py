@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import tokenizers
@@ -41,3 +42,19 @@ class Text:
         """Token ids, finished with the end token as the scoring rule says, unless the text is partial."""
         ids, end = self.encode(text, what), self._scoring.end_token
         return ids if partial or end is None or ids[-1:] == [end] else [*ids, end]
+
+    def encode_stop(self, text: str) -> int:
+        """The one token that a stop text is.
+
+        Raises:
+            InputError: it is none, or several.
+        """
+        ids = self.encode(text, "stop")
+        if len(ids) != 1:
+            raise InputError(f"stop: {text!r} is {len(ids)} tokens; expected a text of exactly one, or a token id")
+        return ids[0]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, without the end token."""
+        text: str = self._tokenizer.decode([i for i in ids if i != self._scoring.end_token], skip_special_tokens=True)
+        return text

@@ -1,0 +1,155 @@
+"""What generation is asked for, and what comes of it."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import InputError
+from .inputs import aggregation_code
+from .session import Array
+
+__all__ = ["FINISH_REASONS", "Candidate", "GenerateOptions", "Generation", "Request", "make_request"]
+
+# `generate.onnx` gives an index into the first three.
+FINISH_REASONS = ("length", "stop", "pruned", "deadline")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One completion.
+
+    Attributes:
+        text: what it says, without the stop token; None if the artifact has no tokenizer.
+        tokens: (length,) int64, the stop token included.
+        scores: (length,) float32, the scorer's value at each token.
+        log_probs: (length,) float32, of each token under the model itself (temperature 1, unfiltered), in nats.
+        score: the candidate's score; NaN for one that cannot win.
+        finish_reason: `stop`, `length`, `pruned`, `deadline`, or None while it grows.
+    """
+
+    text: str | None
+    tokens: NDArray[np.int64]
+    scores: NDArray[np.float32]
+    log_probs: NDArray[np.float32]
+    score: float
+    finish_reason: str | None
+
+
+@dataclass(frozen=True)
+class Generation:
+    """N completions of one prompt.
+
+    Attributes:
+        best_index: index of the winner; ties go to the lowest; -1 while nothing can win.
+        candidates: in the order of their numbers: the first 8 of 16 are those of 8.
+        prompt_tokens: tokens of the prompt, computed once.
+        computed_tokens: tokens that the network read for all candidates together, without the prompt.
+        aggregation: how a candidate's scores became one.
+    """
+
+    best_index: int
+    candidates: list[Candidate]
+    prompt_tokens: int
+    computed_tokens: int
+    aggregation: str
+
+    @property
+    def best(self) -> Candidate:
+        """The winner."""
+        return self.candidates[self.best_index]
+
+
+class GenerateOptions(TypedDict, total=False):
+    """How to generate."""
+
+    n: int
+    """Candidates, 1 if not given. The first 8 of 16 are those of 8."""
+    max_new_tokens: int
+    """Longest completion; what the artifact's limit leaves if not given."""
+    temperature: float
+    """Divides the logits; 0 takes the most likely token; 1 if not given."""
+    top_k: int
+    """Draw from the k most likely tokens; 0, the default, from all."""
+    top_p: float
+    """Then from the smallest set of most likely ones with this probability; 1, the default, from all."""
+    seed: int
+    """Of every random number: the same seed gives the same tokens in every runtime; 0 if not given."""
+    stop: Sequence[int | str] | None
+    """Tokens that end a completion, as ids or texts of one token each; the artifact's end token if not given."""
+    aggregation: str | None
+    """As in `rank`; the step forms read the artifact's step token."""
+    prune_every: int
+    """After every so many tokens only the best candidates go on (Sun et al., 2024); 0, the default, never."""
+    prune_keep: float
+    """The share that goes on, rounded up; 0.5 if not given."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """Checked options of one generation.
+
+    Raises:
+        InputError: an option has no meaning; it is named.
+    """
+
+    n: int
+    max_new_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int
+    stop_tokens: tuple[int, ...]
+    aggregation: str
+    prune_every: int
+    prune_keep: float
+
+    def __post_init__(self) -> None:
+        aggregation_code(self.aggregation)
+        for name in ("temperature", "top_p", "prune_keep"):
+            if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), int | float | np.number):
+                raise InputError(f"{name}: expected a number; got {getattr(self, name)!r}")
+        for name, least in (("n", 1), ("max_new_tokens", 1), ("top_k", 0), ("prune_every", 0), ("seed", -(2**63))):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | np.integer) or not least <= value < 2**63:
+                raise InputError(f"{name}: expected a whole number of at least {least}; got {value!r}")
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise InputError(f"temperature: expected a number of at least 0 (0 is greedy); got {self.temperature!r}")
+        for name in ("top_p", "prune_keep"):
+            if not 0 < getattr(self, name) <= 1:
+                raise InputError(f"{name}: expected above 0 and at most 1; got {getattr(self, name)!r}")
+
+    def drawing(self) -> dict[str, Array]:
+        """The feeds of a draw."""
+        return {
+            "temperature": np.array(self.temperature, np.float32),
+            "top_k": np.array(self.top_k, np.int64),
+            "top_p": np.array(self.top_p, np.float32),
+        }
+
+
+
+def make_request(
+    options: GenerateOptions, stop_tokens: tuple[int, ...], aggregation: str, max_new_tokens: int
+) -> Request:
+    """Check options and fill in what was not given.
+
+    Raises:
+        InputError: an option is unknown (the near miss is named) or has no meaning.
+    """
+    known = GenerateOptions.__annotations__
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"known options: {', '.join(known)}"
+            raise InputError(f"unknown option '{name}' of generate; {hint}")
+    defaults = {"n": 1, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 0, "prune_every": 0, "prune_keep": 0.5}
+    given = {name: value for name, value in options.items() if value is not None and name != "stop"}
+    filled: dict[str, Any] = {**defaults, "aggregation": aggregation, "max_new_tokens": max_new_tokens, **given}
+    return Request(stop_tokens=stop_tokens, **filled)
