@@ -80,9 +80,7 @@ class Builder:
         """
         for output, parameter in zip(outputs, inputs[1:], strict=True):
             output.type = parameter.type
-        return ir.Graph(
-            inputs, [*outputs, *scans], nodes=self.nodes, initializers=self.initializers, name=self.name
-        )
+        return ir.Graph(inputs, [*outputs, *scans], nodes=self.nodes, initializers=self.initializers, name=self.name)
 
     def extend(self, graph: ir.Graph) -> None:
         """Append what was collected to a graph."""

@@ -42,7 +42,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Export, verify, print the parity table; for Countdown also rank sampled candidates."""
+    """Export, verify, print the parity table; for Countdown also let the artifact solve puzzles."""
     shipped = arguments.checkpoint is None
     checkpoint: Path = CHECKPOINT if shipped else arguments.checkpoint
     if arguments.output is None and not shipped:
@@ -80,7 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
     )
     print(f"wrote {output} and verified it in {time.perf_counter() - start:.0f} s", file=sys.stderr)
-    demonstration = demonstrate(model, output) if shipped else None
+    demonstration = demonstrate(output) if shipped else None
     if arguments.json:
         summary: dict[str, Any] = {"output": str(output), "parity": msgspec.to_builtins(manifest.parity)}
         print_json(summary | ({"demonstration": demonstration} if demonstration else {}))

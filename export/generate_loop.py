@@ -143,9 +143,7 @@ def _body(
     uniform = b.call(random_uniform, stream, done, numbers)
     drawn, drawn_log_probs = b.call(draw_token, logits, uniform, given.temperature, given.top_k, given.top_p)
     pad = b.int(pad_token)
-    lengths = b.ScatterElements(
-        tables.lengths, numbers, b.Cast(running, to=INT), axis=0, reduction="add"
-    )
+    lengths = b.ScatterElements(tables.lengths, numbers, b.Cast(running, to=INT), axis=0, reduction="add")
     written = (b.Where(running, tokens, pad), *(b.Where(running, x, b.float(0)) for x in (scores, log_probs)))
     fills = (pad, b.float(0), b.float(0))
     grown_tables = [

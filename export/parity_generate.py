@@ -32,13 +32,20 @@ def check_generation(checker: Checker) -> list[Parity]:
     """
     worst, cases = 0.0, 0
     for shape in _SHAPES:
-        for temperature, top_k, top_p, prune in ((1.0, 0, 1.0, 0), (0.7, 5, 0.9, 2), (0.0, 0, 1.0, 0), (1.3, 0, 0.6, 3)):
+        for temperature, top_k, top_p, prune in (
+            (1.0, 0, 1.0, 0),
+            (0.7, 5, 0.9, 2),
+            (0.0, 0, 1.0, 0),
+            (1.3, 0, 0.6, 3),
+        ):
             prompts, mask, request = _case(checker, shape, temperature, top_k, top_p, prune)
             outputs = checker.run_graph("generate", generate_feeds(prompts, mask, request, None))
             worst = max(worst, _compare_rows(checker, prompts, mask, request, outputs))
             _check_selection(request, outputs)
             for b in range(len(prompts)):
-                _compare_steps(checker, prompts[b][mask[b] > 0], request, {k: _column(v, b) for k, v in outputs.items()})
+                _compare_steps(
+                    checker, prompts[b][mask[b] > 0], request, {k: _column(v, b) for k, v in outputs.items()}
+                )
             cases += 1
     _record(checker)
     return [make_parity("generate, tokens and scores", cases, worst)]

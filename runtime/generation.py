@@ -134,7 +134,6 @@ class Request:
         }
 
 
-
 def make_request(
     options: GenerateOptions, stop_tokens: tuple[int, ...], aggregation: str, max_new_tokens: int
 ) -> Request:

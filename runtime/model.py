@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import ArtifactError, NoWinnerError
+from .errors import ArtifactError, InputError, NoWinnerError
 from .folder import locate, read_verified
 from .generation import FINISH_REASONS, Candidate, GenerateOptions, Generation, Request, make_request
 from .inputs import Item, Reader, aggregation_code, check_some, is_stepwise, pad, step_mask
@@ -237,10 +237,11 @@ class Model:
             NoWinnerError: every candidate's score is NaN.
         """
         request, ids = self._request(prompt, options)
-        if deadline is None and on_progress is None:
+        until = _clock(deadline)
+        if until is None and on_progress is None:
             result = self._generate(ids, request)
         else:
-            for result in self._stream(ids, request, deadline):
+            for result in self._stream(ids, request, until):
                 if on_progress is not None:
                     on_progress(result)
         winner(result.best_index, "candidates")
@@ -254,7 +255,7 @@ class Model:
         To cancel, stop reading: nothing runs between two of them. The options are checked at the call.
         """
         request, ids = self._request(prompt, options)
-        return self._stream(ids, request, deadline)
+        return self._stream(ids, request, _clock(deadline))
 
     def _request(self, prompt: Item, options: GenerateOptions) -> tuple[Request, Array]:
         """Everything checked, and the prompt's tokens."""
@@ -279,10 +280,7 @@ class Model:
         ]
         return Generation(int(outputs[6][0]), candidates, len(ids), int(outputs[7]), request.aggregation)
 
-    def _stream(self, ids: Array, request: Request, deadline: float | None) -> Iterator[Generation]:
-        if deadline is not None and not deadline > 0:
-            raise InputError(f"deadline: expected seconds above 0; got {deadline!r}")
-        until = None if deadline is None else time.monotonic() + deadline
+    def _stream(self, ids: Array, request: Request, until: float | None) -> Iterator[Generation]:
         for growing in grow(self.session, ids, request, self.manifest.scoring.step_token, until):
             found, best = growing.select()
             candidates = [
@@ -309,6 +307,13 @@ class Model:
         if not is_stepwise(name):
             return np.ones((1, 1), np.int64)
         return step_mask(values, given, self.manifest.scoring.step_token)
+
+
+def _clock(deadline: float | None) -> float | None:
+    """Seconds from now, on the clock of `time.monotonic`."""
+    if deadline is not None and not deadline > 0:
+        raise InputError(f"deadline: expected seconds above 0; got {deadline!r}")
+    return None if deadline is None else time.monotonic() + deadline
 
 
 def winner(index: int, what: str) -> int:

@@ -9,7 +9,9 @@ import torch
 import bonnx
 from bonnx.export.artifact import export_model
 from bonnx.models import build, load_checkpoint
+from bonnx.models.config import LanguageModelConfig, NetworkConfig
 from bonnx.models.countdown import CHECKPOINT
+from bonnx.models.network import LanguageModel
 from bonnx.runtime.manifest import Limits, Scoring
 
 
@@ -36,6 +38,24 @@ def countdown(tmp_path_factory):
     export_model(
         model, folder, name="countdown", scoring=scoring, limits=limits, tokenizer=CHECKPOINT / "tokenizer.json"
     )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def language_model():
+    """Small, with a sliding window that prompts and completions cross, and a head of its own."""
+    torch.manual_seed(8)
+    network = NetworkConfig(
+        embed_dim=12, hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2, scorer_hidden=8, sliding_window=5
+    )
+    return LanguageModel(LanguageModelConfig(network=network, vocab_size=130, tie_embeddings=False)).eval()
+
+
+@pytest.fixture(scope="session")
+def tiny(language_model, tmp_path_factory):
+    """Artifact of the small language model: no tokenizer, no end token."""
+    folder = tmp_path_factory.mktemp("tiny") / "artifact"
+    export_model(language_model, folder, name="tiny", scoring=Scoring(step_token=3))
     return folder
 
 

@@ -19,6 +19,7 @@ _COMMANDS = {
     "inspect": ("bonnx.runtime.command.inspect", "say what an artifact holds"),
     "verify": ("bonnx.runtime.command.verify", "prove an artifact on this machine"),
     "doctor": ("bonnx.runtime.command.doctor", "say what is installed and what is wrong with it"),
+    "generate": ("bonnx.runtime.command.generate", "sample completions, score them and choose the best"),
     "rank": ("bonnx.runtime.command.rank", "score candidates after a prompt and choose the best"),
 }
 
@@ -41,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"bonnx {name}: {e.name} is not installed; run `pip install bonnx[export]`", file=sys.stderr)
                 return 1
             module.configure(subparser)
-            subparser.add_argument("--json", action="store_true", help="print one JSON object")
+            subparser.add_argument("--json", action="store_true", help="print JSON, one object a line")
     arguments = parser.parse_args(argv)
     try:
         code: int = module.run(arguments)

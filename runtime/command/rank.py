@@ -16,7 +16,7 @@ from ..inputs import Item
 from ..model import load
 from . import print_json
 
-__all__ = ["configure", "run"]
+__all__ = ["configure", "parse_item", "run"]
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -69,10 +69,10 @@ def _prompt(text: str) -> Item:
     if text.endswith(".npy"):
         prompt: Item = _load_arrays(Path(text))
         return prompt
-    return _ids_or(text)
+    return parse_item(text)
 
 
-def _ids_or(text: str) -> Item:
+def parse_item(text: str) -> Item:
     """A JSON list of whole numbers is token ids; anything else is text."""
     if text.startswith("["):
         try:

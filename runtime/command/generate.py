@@ -1,0 +1,151 @@
+"""`bonnx generate`: sample N completions of a prompt, score them, choose the best."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from ..errors import InputError
+from ..generation import Candidate, Generation
+from ..inputs import Item
+from ..model import Model, load
+from . import print_json
+from .rank import parse_item
+
+__all__ = ["configure", "run"]
+
+_OPTIONS = ["n", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop", "aggregation"]
+_OPTIONS += ["prune_every", "prune_keep"]
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("artifact", help="folder that `bonnx export` wrote")
+    parser.add_argument("prompt", nargs="?", help="text, or a JSON list of token ids")
+    parser.add_argument("--prompts", metavar="FILE", help="many prompts, one a line; '-' reads stdin")
+    parser.add_argument("-n", type=int, default=1, help="candidates of each prompt")
+    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same tokens everywhere")
+    parser.add_argument("--max-new-tokens", type=int, help="longest completion; what the limit leaves if not given")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the most likely token")
+    parser.add_argument("--top-k", type=int, default=0, help="draw from the k most likely tokens; 0 from all")
+    parser.add_argument("--top-p", type=float, default=1.0, help="draw from the smallest set with this probability")
+    parser.add_argument("--stop", action="append", help="text of one token that ends a completion; may be repeated")
+    parser.add_argument("--aggregation", help="last, mean, min, max, prod, or step_ and one of these")
+    parser.add_argument("--prune-every", type=int, default=0, metavar="TOKENS", help="drop the weakest so often")
+    parser.add_argument("--prune-keep", type=float, default=0.5, metavar="SHARE", help="how many go on")
+    parser.add_argument("--deadline", type=float, metavar="SECONDS", help="cut what still grows then")
+    parser.add_argument("--provider", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--threads", type=int)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Generate and print."""
+    prompts = _prompts(arguments)
+    options: dict[str, Any] = {name: getattr(arguments, name) for name in _OPTIONS}
+    model = load(arguments.artifact, provider=arguments.provider, threads=arguments.threads)
+    for prompt in prompts:
+        if arguments.json:
+            result = model.generate(prompt, deadline=arguments.deadline, **options)
+            print_json(_as_json(prompt, result))
+        else:
+            _show(model, prompt, options, arguments.deadline)
+    return 0
+
+
+def _prompts(arguments: argparse.Namespace) -> Iterator[Item]:
+    """The prompts, read as they are needed."""
+    if (arguments.prompt is None) == (arguments.prompts is None):
+        raise InputError("expected a prompt, or --prompts FILE; got " + ("both" if arguments.prompt else "neither"))
+    if arguments.prompt is not None:
+        return iter([parse_item(arguments.prompt)])
+    return _lines(arguments.prompts)
+
+
+def _lines(name: str) -> Iterator[Item]:
+    if name == "-":
+        yield from (parse_item(line.rstrip("\r\n")) for line in sys.stdin if line.strip())
+        return
+    try:
+        with Path(name).open(encoding="utf-8") as file:
+            yield from (parse_item(line.rstrip("\r\n")) for line in file if line.strip())
+    except (OSError, UnicodeDecodeError) as e:
+        raise InputError(f"--prompts: cannot read {name}: {e}") from e
+
+
+def _as_json(prompt: Item, result: Generation) -> dict[str, Any]:
+    return {
+        "prompt": prompt,
+        "best_index": result.best_index,
+        "best": _what(result.best),
+        "candidates": [
+            {
+                "text": candidate.text,
+                "tokens": candidate.tokens.tolist(),
+                "score": candidate.score if math.isfinite(candidate.score) else None,
+                "finish_reason": candidate.finish_reason,
+            }
+            for candidate in result.candidates
+        ],
+        "prompt_tokens": result.prompt_tokens,
+        "computed_tokens": result.computed_tokens,
+    }
+
+
+def _what(candidate: Candidate) -> Any:
+    return candidate.tokens.tolist() if candidate.text is None else candidate.text
+
+
+def _show(model: Model, prompt: Item, options: dict[str, Any], deadline: float | None) -> None:
+    """The candidates as they grow, where there is a terminal to show it; then a table."""
+    console = Console(highlight=False)
+    title = Text(str(prompt).replace("\n", "\\n"))
+    if console.is_terminal:
+        with Live(console=console, refresh_per_second=12) as live:
+            result = model.generate(
+                prompt,
+                deadline=deadline,
+                on_progress=lambda grown: live.update(_table(title, grown, sort=False)),
+                **options,
+            )
+            live.update(_table(title, result, sort=True))
+    else:
+        result = model.generate(prompt, deadline=deadline, **options)
+        # A file or a pipe has no width: nothing is folded or cut there.
+        Console(highlight=False, width=10_000).print(_table(title, result, sort=True))
+    tokens = f"{result.prompt_tokens} prompt tokens computed once, {result.computed_tokens} of the candidates"
+    print(f"{tokens}, {model.provider}", file=sys.stderr)
+
+
+def _table(title: Text, result: Generation, *, sort: bool) -> Table:
+    """One line a candidate, the best first at the end, so that a long list is read from the top."""
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    table.add_column("")
+    table.add_column("#", justify="right")
+    table.add_column("score", justify="right")
+    table.add_column("tokens", justify="right")
+    table.add_column("end")
+    table.add_column("candidate", overflow="fold")
+    numbers = list(range(len(result.candidates)))
+    if sort:
+        numbers.sort(key=lambda i: -_rankable(result.candidates[i].score))
+    for i in numbers:
+        candidate = result.candidates[i]
+        best = i == result.best_index
+        score = "-" if math.isnan(candidate.score) else f"{candidate.score:.5f}"
+        text = Text(str(_what(candidate)).replace("\n", "\\n"))
+        row = ("*" if best else "", str(i), score, str(len(candidate.tokens)), candidate.finish_reason or "...", text)
+        table.add_row(*row, style="bold green" if best else None)
+    return table
+
+
+def _rankable(score: float) -> float:
+    return -math.inf if math.isnan(score) else score

@@ -1,0 +1,139 @@
+"""`generate.onnx` in JavaScript: onnxruntime-web against ONNX Runtime in Python, neither with any code of bonnx.
+
+The first run takes onnxruntime-web from the npm registry, later ones from npm's own cache.
+"""
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from bonnx.models.countdown.vocabulary import END, PAD, STEP, encode
+
+PACKAGE = "onnxruntime-web@1.30.0"
+SCRIPT = Path(__file__).with_name("generate.mjs")
+# How npm says that it got no answer. Any other error, such as a version that is gone, is a failure.
+UNREACHABLE = {"EAI_AGAIN", "ECONNREFUSED", "ECONNRESET", "EHOSTUNREACH", "ENETUNREACH", "ENOTCACHED", "ENOTFOUND"}
+UNREACHABLE |= {"ECONNECTIONTIMEOUT", "EIDLETIMEOUT", "ERESPONSETIMEOUT", "ETIMEDOUT", "ETRANSFERTIMEOUT"}
+LAST, MEAN, MIN = 0, 1, 2
+
+DEFAULTS = {
+    "num_candidates": 6,
+    "max_new_tokens": 19,
+    "temperature": 1.0,
+    "top_k": 0,
+    "top_p": 1.0,
+    "seed": 1,
+    "stop_tokens": [END],
+    "aggregation": LAST,
+    "step_token": -1,
+    "prune_every": 0,
+    "prune_keep": 0.5,
+}
+# Of different lengths, so the second is padded.
+ONE, TWO = ["3,7,12,25>98:"], ["3,7,12,25>98:", "4,9,13>43:"]
+# Prompts, and options that differ from the defaults. The seeds leave no doubt about who wins and who is pruned: engines
+# round differently and may order equal candidates differently. At temperature 0 all are equal, so there is only one.
+CASES = {
+    "temperature 1": (ONE, {}),
+    "temperature 0": (ONE, {"num_candidates": 1, "temperature": 0.0}),
+    "seed above 2^53": (ONE, {"seed": 2**62 + 3}),
+    "negative seed": (ONE, {"seed": -5, "temperature": 0.7}),
+    "top-k": (ONE, {"top_k": 3, "seed": 2}),
+    "top-p": (ONE, {"top_p": 0.8, "seed": 3}),
+    "top-k and top-p, two prompts": (TWO, {"top_k": 20, "top_p": 0.9, "seed": 8}),
+    "pruning": (ONE, {"num_candidates": 8, "prune_every": 4, "seed": 6}),
+    "two prompts": (TWO, {"seed": 30}),
+    "pruning by scores of steps, two prompts": (
+        TWO,
+        {"temperature": 1.3, "prune_every": 7, "prune_keep": 0.6, "step_token": STEP, "aggregation": MIN, "seed": 81},
+    ),
+    "no stop token": (TWO, {"stop_tokens": [], "max_new_tokens": 8, "aggregation": MEAN, "seed": 40}),
+    "one new token": (ONE, {"num_candidates": 3, "max_new_tokens": 1, "seed": 8}),
+}
+
+
+def feeds(prompts, options):
+    rows = [encode(prompt) for prompt in prompts]
+    width = max(map(len, rows))
+    values = {
+        "input_ids": [[PAD] * (width - len(row)) + row for row in rows],
+        "attention_mask": [[0] * (width - len(row)) + [1] * len(row) for row in rows],
+        **DEFAULTS,
+        **options,
+    }
+    floats = {"temperature", "top_p", "prune_keep"}
+    return {name: np.array(value, np.float32 if name in floats else np.int64) for name, value in values.items()}
+
+
+def to_plain(array):
+    if array.dtype == np.int64:
+        return {"type": "int64", "dims": array.shape, "data": [str(x) for x in array.flat]}
+    return {"type": "float32", "dims": array.shape, "data": [float(x) for x in array.flat]}
+
+
+def to_array(plain):
+    kind = {"int64": int, "float32": lambda x: np.nan if x is None else x}[plain["type"]]
+    return np.array([kind(x) for x in plain["data"]], plain["type"]).reshape(plain["dims"])
+
+
+@pytest.fixture(scope="module")
+def npm_folder(tmp_path_factory):
+    """Where Node finds onnxruntime-web, for a script that lies in it."""
+    for program in ("node", "npm"):
+        if shutil.which(program) is None:
+            pytest.skip(f"{program} is not installed")
+    folder = tmp_path_factory.mktemp("npm")
+    # Without a package.json npm would look for one in the folders above.
+    (folder / "package.json").write_text("{}")
+    options = ["--json", "--no-audit", "--no-fund", "--ignore-scripts", "--prefer-offline", "--fetch-retries=1"]
+    command = [shutil.which("npm"), "install", *options, "--fetch-retry-mintimeout=1000", PACKAGE]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
+    if done.returncode:
+        code = re.search(r'"code": "(\w+)"', done.stdout)
+        if code and code[1] in UNREACHABLE:
+            pytest.skip(f"the npm registry is not reachable: {code[1]}")
+        pytest.fail(done.stdout + done.stderr)
+    yield folder
+    # 150 MB, and pytest keeps the folders of its last runs.
+    shutil.rmtree(folder / "node_modules")
+
+
+@pytest.fixture(scope="module")
+def web(countdown, npm_folder):
+    """The outputs of every case in onnxruntime-web, from one run of Node."""
+    script, given, found = shutil.copy(SCRIPT, npm_folder), npm_folder / "cases.json", npm_folder / "results.json"
+    cases = [{name: to_plain(value) for name, value in feeds(*case).items()} for case in CASES.values()]
+    given.write_text(json.dumps(cases))
+    done = subprocess.run(
+        [shutil.which("node"), script, countdown, given, found], capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads(found.read_text())
+    assert f"onnxruntime-web@{results['version']}" == PACKAGE
+    outputs = [{name: to_array(value) for name, value in result.items()} for result in results["results"]]
+    return dict(zip(CASES, outputs, strict=True))
+
+
+@pytest.fixture(scope="module")
+def session(countdown):
+    return onnxruntime.InferenceSession(countdown / "onnx" / "generate.onnx", providers=["CPUExecutionProvider"])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_onnxruntime_web_generates_the_same(case, session, web):
+    names = [output.name for output in session.get_outputs()]
+    wanted = dict(zip(names, session.run(names, feeds(*CASES[case])), strict=True))
+    found = web[case]
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert found[name].dtype == value.dtype, name
+        if value.dtype == np.int64:
+            np.testing.assert_array_equal(found[name], value, name)
+        else:
+            np.testing.assert_allclose(found[name], value, rtol=0, atol=1e-4, err_msg=name)
