@@ -156,7 +156,7 @@ def _write_graphs(models: dict[str, ir.Model], folder: Path) -> dict[str, Graph]
                     weights.write(data)
                 offset, length = places[digest]
                 value.const_value = ir.ExternalTensor(
-                    WEIGHTS, offset, length, tensor.dtype, shape=tensor.shape, name=str(value.name)
+                    WEIGHTS, offset, length, tensor.dtype, shape=ir.Shape(tensor.numpy().shape), name=str(value.name)
                 )
             file = f"onnx/{name}.onnx"
             (folder / file).write_bytes(ir.to_proto(model).SerializeToString())
@@ -167,7 +167,9 @@ def _write_graphs(models: dict[str, ir.Model], folder: Path) -> dict[str, Graph]
 
 
 def _value(value: ir.Value) -> Value:
-    assert value.name is not None and value.dtype is not None and value.shape is not None
+    assert value.name is not None
+    assert value.dtype is not None
+    assert value.shape is not None
     shape = [axis if isinstance(axis, int) else str(axis.value) for axis in value.shape]
     return Value(name=value.name, dtype=value.dtype.numpy().name, shape=shape)
 

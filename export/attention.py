@@ -76,7 +76,7 @@ def attend_own(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Te
     logits = q @ k
     if mask is not None:
         shape = logits.shape
-        logits = (logits.unflatten(-2, (mask.shape[-3], -1)) + mask).reshape(shape)
+        logits = (logits.reshape(*shape[:-2], mask.shape[-3], -1, shape[-1]) + mask).reshape(shape)
     # The first two steps of a softmax, so that its sum is at hand for the log-sum-exp.
     top = logits.amax(-1, keepdim=True)
     # Below exp(-80) lie denormal numbers, on which processors are many times slower.
@@ -103,7 +103,7 @@ def attend_prompt(
     """
     logits = torch.cat([q, torch.ones_like(own_logit), own_logit], 3) @ keys
     if reach is not None:
-        near = logits[..., :-1].unflatten(2, (reach.shape[2], -1)) + reach
+        near = logits[..., :-1].reshape(*logits.shape[:2], reach.shape[2], -1, reach.shape[-1]) + reach
         logits = torch.cat([near.flatten(2, 3), logits[..., -1:]], 3)
     weights = logits.softmax(-1)
     out: Tensor = weights @ values + weights[..., -1:] * own

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 from collections.abc import Callable, Sequence
 from itertools import count
 from typing import Any
@@ -41,25 +42,26 @@ class Builder:
 
     def constant(self, value: NDArray[Any] | np.generic) -> ir.Value:
         """A tensor that never changes."""
-        tensor = ir.tensor(np.asarray(value))
+        array = np.asarray(value)
+        tensor = ir.tensor(array)
         constant = ir.Value(
             name=f"{self.name}/constant{len(self.initializers)}",
-            shape=ir.Shape(tensor.shape),
+            shape=ir.Shape(array.shape),
             type=ir.TensorType(tensor.dtype),
             const_value=tensor,
         )
         self.initializers.append(constant)
         return constant
 
-    def int(self, value: int) -> ir.Value:
+    def int(self, value: builtins.int) -> ir.Value:
         """An int64 scalar."""
         return self.constant(np.array(value, np.int64))
 
-    def ints(self, *values: int) -> ir.Value:
+    def ints(self, *values: builtins.int) -> ir.Value:
         """A list of int64."""
         return self.constant(np.array(values, np.int64))
 
-    def float(self, value: float) -> ir.Value:
+    def float(self, value: builtins.float) -> ir.Value:
         """A float32 scalar."""
         return self.constant(np.array(value, np.float32))
 
@@ -75,8 +77,10 @@ class Builder:
         return [found] if outputs == 1 else list(found)
 
     def body(self, inputs: Sequence[ir.Value], outputs: Sequence[ir.Value], scans: Sequence[ir.Value] = ()) -> ir.Graph:
-        """What was collected, as the body of a `Loop`: the inputs are (iteration, condition, carried values ...), the
-        outputs (condition, carried values ...) and `scans` what is stacked.
+        """What was collected, as the body of a `Loop`.
+
+        The inputs are (iteration, condition, carried values ...), the outputs (condition, carried values ...), and
+        `scans` is what is stacked.
         """
         for output, parameter in zip(outputs, inputs[1:], strict=True):
             output.type = parameter.type
@@ -97,12 +101,13 @@ class Builder:
         self.nodes += nodes
 
     def hoist(self, graph: ir.Graph) -> None:
-        """Take over a graph's initializers; one that we have under the same name, with the same content, serves both."""
+        """Take over a graph's initializers; one that we have, by name and content, serves both."""
         ours = {value.name: value for value in self.initializers}
         for name, value in list(graph.initializers.items()):
             del graph.initializers[name]
-            twin = ours.get(name)
-            if twin is not None and np.array_equal(twin.const_value.numpy(), value.const_value.numpy()):
+            twin, tensor = ours.get(name), value.const_value
+            assert tensor is not None
+            if twin is not None and np.array_equal(_content(twin), tensor.numpy()):
                 value.replace_all_uses_with(twin)
                 continue
             if twin is not None:
@@ -110,7 +115,12 @@ class Builder:
             self.initializers.append(value)
 
 
-def name_value(value: ir.Value, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:
+def _content(value: ir.Value) -> NDArray[Any]:
+    assert value.const_value is not None
+    return value.const_value.numpy()
+
+
+def name_value(value: ir.Value, name: str, dtype: ir.DataType, shape: Sequence[int | str | ir.SymbolicDim]) -> ir.Value:
     """Give a value that leaves the graph its name, type and axes."""
     value.name, value.dtype, value.shape = name, dtype, ir.Shape(shape)
     return value
@@ -140,6 +150,7 @@ def finish(graph: ir.Graph, functions: Sequence[Any], opset: int) -> ir.Model:
             if value.type is None:
                 # A branch of an `If` in a function: checkers want its type, and functions have none.
                 producer = value.producer()
-                assert producer is not None and producer.op_type == "Cast", "end each branch with a Cast"
+                assert producer is not None
+                assert producer.op_type == "Cast", "end each branch with a Cast"
                 value.type = ir.TensorType(ir.DataType(producer.attributes["to"].as_int()))
     return model

@@ -55,9 +55,8 @@ def _in_full(prompt: str, texts: list[str], correct: list[bool], scores: list[fl
 def show(result: dict[str, Any]) -> None:
     """The demonstration for people."""
     total, right = result["puzzles"], result["right"]
-    print(
-        f"\n{total} held-out puzzles, {result['candidates']} candidates each, sampled, scored and selected by ONNX Runtime alone"
-    )
+    sizes = f"{total} held-out puzzles, {result['candidates']} candidates each"
+    print(f"\n{sizes}, sampled, scored and selected by ONNX Runtime alone")
     print(f"({result['provider']}, {result['milliseconds_per_puzzle']} ms a puzzle). Puzzles solved by\n")
     names = {"first": "the first candidate", "majority": "majority vote", "selected": "best-of-N in the graph"}
     for name, text in {**names, "any": "any candidate (the limit)"}.items():

@@ -5,6 +5,8 @@ Shapes: N candidates, B prompts, P prompt length, T own tokens so far, V vocab_s
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -28,7 +30,7 @@ class VocabularyHead(nn.Module):
     def forward(self, backbone: Tensor) -> Tensor:
         """(M, D) -> (M, V)."""
         shape = (backbone.shape[0], self.weight.shape[0])
-        attributes: dict[str, int | float | str | bool] = {"transB": 1}
+        attributes: dict[str, Any] = {"transB": 1}
         logits: Tensor = torch.onnx.ops.symbolic(
             "Gemm", (backbone, self.weight), attributes, dtype=torch.float32, shape=shape
         )
@@ -43,9 +45,9 @@ class PromptGraph(nn.Module):
         self.trunk, self.head = trunk, head
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
-        """Ids and mask (B, P) int64 -> logits (B, V), then for each layer keys (B, G, K + 2, P + 1), values (B, G, P + 1, K).
+        """Ids and mask (B, P) int64, padding on either side -> logits (B, V), then keys and values, layer by layer.
 
-        Padding may stand on either side.
+        These are (B, G, K + 2, P + 1) and (B, G, P + 1, K), see `attention.py`.
         """
         trunk = self.trunk
         batch, length = attention_mask.shape

@@ -1,8 +1,9 @@
-"""`generate`: prompt pass, a loop that samples and scores one token of every candidate, and the selection, in one graph.
+"""`generate`: prompt pass, a loop that samples and scores a token of every candidate, and the selection, in one graph.
 
 The prompts' keys and values are read from the outer scope, so they are never copied and never repeated. A candidate
-that has ended, or that pruning dropped, leaves the loop's rows at the next step and costs nothing more. There is one loop
-and not two: ONNX Runtime packs weights for a loop's body, but not for a loop inside a loop, which takes twice as long.
+that has ended, or that pruning dropped, leaves the loop's rows at the next step and costs nothing more. There is one
+loop and not two: ONNX Runtime packs weights for a loop's body, but not for a loop inside a loop, which takes twice as
+long.
 
 Shapes: N candidates, n of them running, B prompts, T tokens so far; the others as in `layers.py`.
 """
@@ -130,7 +131,7 @@ def _body(
     config: NetworkConfig,
     pad_token: int,
 ) -> ir.Graph:
-    """The network reads each running candidate's token and rates it; the next one is drawn; the weakest may be dropped."""
+    """Each running candidate's token is read and rated, and the next one is drawn; the weakest may be dropped."""
     b = Builder("step")
     iteration, go = ir.val("step", INT, []), ir.val("step/go", BOOL, [])
     rows, tables, own = _rows(), _tables(), _own(config)
@@ -150,7 +151,8 @@ def _body(
         _append(b, table, new, numbers, fill) for table, new, fill in zip(tables[:3], written, fills, strict=True)
     ]
     computed = b.Add(tables.computed, b.ReduceProd(b.Shape(tokens), keepdims=0))
-    tables = Tables(*grown_tables, lengths, tables.kept, tables.pruned, computed)
+    sequences, all_scores, all_log_probs = grown_tables
+    tables = Tables(sequences, all_scores, all_log_probs, lengths, tables.kept, tables.pruned, computed)
     running = b.And(running, b.Not(_stops(b, given, tokens)))
     kept = _prune(b, given, done, tables)
     stays = b.Greater(b.GatherElements(b.Cast(kept, to=INT), numbers, axis=0), b.int(0))
@@ -211,7 +213,8 @@ def _network(
 def _joined(node: ir.Node, kept_rows: tuple[ir.Value, ir.Value]) -> ir.Node:
     """`Concat(cache, new)` as an `If`: each branch copies the cache once, and only one of them gathers rows."""
     cache, new = node.inputs
-    assert cache is not None and new is not None
+    assert cache is not None
+    assert new is not None
     fewer, index = kept_rows
     axis = node.attributes["axis"].as_int()
     branches = {}
@@ -232,7 +235,8 @@ def _append(b: Builder, table: ir.Value, new: ir.Value, numbers: ir.Value, fill:
     """One step's entries (n, B) to the end of a table (N, B, T)."""
     blank = b.Expand(fill, b.Shape(table, start=0, end=2))
     entries = b.ScatterElements(blank, numbers, new, axis=0)
-    return b.Concat(table, b.Unsqueeze(entries, b.ints(2)), axis=2)
+    joined: ir.Value = b.Concat(table, b.Unsqueeze(entries, b.ints(2)), axis=2)
+    return joined
 
 
 def _prune(b: Builder, given: Options, done: ir.Value, tables: Tables) -> ir.Value:
@@ -264,7 +268,8 @@ def _keep_best(b: Builder, given: Options, tables: Tables) -> ir.Value:
     in_race = b.ReduceSum(b.Cast(tables.kept, to=FLOAT), b.ints(0), keepdims=1)
     # The fraction of a whole number may come out a little above it.
     limit = b.Ceil(b.Sub(b.Mul(in_race, given.prune_keep), b.float(1e-4)))
-    return b.And(tables.kept, b.Less(place, b.Max(b.Cast(limit, to=INT), b.int(1))))
+    kept: ir.Value = b.And(tables.kept, b.Less(place, b.Max(b.Cast(limit, to=INT), b.int(1))))
+    return kept
 
 
 def _mask(b: Builder, tables: Tables) -> ir.Value:
@@ -295,7 +300,7 @@ def _results(b: Builder, given: Options, tables: Tables) -> dict[str, ir.Value]:
     mask = _mask(b, tables)
     ended = b.Mul(b.Cast(_stops(b, given, tables.sequences), to=INT), mask)
     # The order of `FINISH_REASONS`.
-    reasons = b.Where(tables.pruned, b.int(2), b.ReduceMax(ended, b.ints(2), keepdims=0))
+    reasons = b.Where(tables.pruned, b.int(2), b.Max(b.ReduceMax(ended, b.ints(2), keepdims=0), b.int(0)))
     whole = b.Mul(mask, b.Cast(b.Not(b.Unsqueeze(tables.pruned, b.ints(2))), to=INT))
     candidate_scores, best = _select(b, given, tables, whole)
     index = b.Unsqueeze(b.Max(best, b.int(0)), b.ints(0, 2))
@@ -333,6 +338,6 @@ def _tables() -> Tables:
 
 def _own(config: NetworkConfig) -> list[ir.Value]:
     """The candidates' keys and values, layer by layer."""
-    shape = [*ROWS, config.num_kv_heads, "own_length", config.size_of_head]
+    shape: list[int | str | None] = [*ROWS, config.num_kv_heads, "own_length", config.size_of_head]
     names = (f"own/{kind}.{i}" for i in range(config.num_layers) for kind in ("key", "value"))
     return [ir.val(name, FLOAT, shape) for name in names]

@@ -47,8 +47,7 @@ def prefill_graph(prompt: ir.Graph) -> ir.Graph:
 def decode_graph(step: ir.Graph) -> ir.Graph:
     """The traced step and the draw of each candidate's next token."""
     b = Builder("decode")
-    tokens, mask, _, _, key, *_ = step.inputs
-    scores, logits, *_ = step.outputs
+    key, logits = step.inputs[4], step.outputs[1]
     stream, numbers = ir.val("stream", INT, ["batch"]), ir.val("numbers", INT, ROWS)
     drawing = _draw_inputs()
     # Token 0 came from the prompt pass, so with T own tokens in the cache this step draws token T + 1.

@@ -19,6 +19,8 @@ __all__ = ["check_generation", "expected_token", "uniform"]
 
 # (prompts, longest prompt, candidates, new tokens): 1 on every axis.
 _SHAPES = [(1, 1, 1, 1), (1, 7, 5, 9), (3, 5, 4, 6), (2, 12, 9, 7), (1, 23, 3, 12)]
+# temperature, top_k, top_p, prune_every
+_DRAWS = [(1.0, 0, 1.0, 0), (0.7, 5, 0.9, 2), (0.0, 0, 1.0, 0), (1.3, 0, 0.6, 3)]
 # A draw this close to the edge between two tokens may fall on either side of it in float32.
 _EDGE = 1e-4
 _WORD = 2**32
@@ -32,13 +34,8 @@ def check_generation(checker: Checker) -> list[Parity]:
     """
     worst, cases = 0.0, 0
     for shape in _SHAPES:
-        for temperature, top_k, top_p, prune in (
-            (1.0, 0, 1.0, 0),
-            (0.7, 5, 0.9, 2),
-            (0.0, 0, 1.0, 0),
-            (1.3, 0, 0.6, 3),
-        ):
-            prompts, mask, request = _case(checker, shape, temperature, top_k, top_p, prune)
+        for options in _DRAWS:
+            prompts, mask, request = _case(checker, shape, *options)
             outputs = checker.run_graph("generate", generate_feeds(prompts, mask, request, None))
             worst = max(worst, _compare_rows(checker, prompts, mask, request, outputs))
             _check_selection(request, outputs)

@@ -31,7 +31,7 @@ def mix(x):  # type: ignore[no-untyped-def]
 
 @script(this, default_opset=opset18)
 def prompt_stream(input_ids, attention_mask, seed):  # type: ignore[no-untyped-def]
-    """A stream of random numbers for each prompt: ids and mask (B, P) int64, seed int64 scalar -> (B) int64, 32 bits of it."""
+    """A stream of random numbers for each prompt: ids, mask (B, P) and seed, int64 -> (B) int64, 32 bits of it."""
     zero = op.Constant(value_int=0)
     word = op.Constant(value_int=4294967296)
     axis = op.Constant(value_ints=[1])

@@ -42,7 +42,8 @@ def select(scores, mask, step_mask, aggregation):  # type: ignore[no-untyped-def
     high = op.Constant(value_float=float("inf"))
     zero = op.Constant(value_float=0.0)
     one = op.Constant(value_float=1.0)
-    last_axis = op.Constant(value_ints=[-1])
+    # Not -1: over an axis of size 0, ONNX Runtime before 1.32 leaves that axis in place.
+    last_axis = op.Constant(value_ints=[2])
     candidate_axis = op.Constant(value_ints=[0])
     zero_index = op.Constant(value_int=0)
 

@@ -85,7 +85,8 @@ def _trace_rank(trunk: Trunk, width: int | None, opset: int) -> ir.Graph:
 def _trace_prompt(trunk: Trunk, head: VocabularyHead, opset: int) -> ir.Graph:
     examples = {"input_ids": _example(2, 5), "attention_mask": torch.ones(2, 5, dtype=torch.int64)}
     prompt = ["batch", "prompt_length"]
-    outputs = {"logits": ["batch"]} | dict(_cache_axes(trunk.config.num_layers, own=False))
+    outputs: dict[str, Sequence[str | None]] = {"logits": ["batch"]}
+    outputs |= dict(_cache_axes(trunk.config.num_layers, own=False))
     return _trace(PromptGraph(trunk, head), examples, [prompt, prompt], outputs, opset)
 
 
@@ -95,7 +96,7 @@ def _trace_step(trunk: Trunk, head: VocabularyHead, opset: int) -> ir.Graph:
     rows = ["num_candidates", "batch"]
     examples = {"tokens": _example(3, 2), "attention_mask": torch.ones(2, 5, dtype=torch.int64)}
     axes: list[list[str | None]] = [[*rows], ["batch", "prompt_length"]]
-    shapes = {"prompt_key": (2, heads, size + 2, 6), "prompt_value": (2, heads, 6, size)}
+    shapes: dict[str, tuple[int, ...]] = {"prompt_key": (2, heads, size + 2, 6), "prompt_value": (2, heads, 6, size)}
     shapes |= dict.fromkeys(("key", "value"), (3, 2, heads, 4, size))
     for name, names in _cache_axes(config.num_layers, own=True):
         examples[name] = torch.zeros(shapes[name.split(".")[0]])
@@ -146,8 +147,10 @@ def _trace(
     graph = program.model.graph
     for values, names in ((graph.inputs, axes), (graph.outputs, outputs.values())):
         for value, dimensions in zip(values, names, strict=True):
-            assert value.shape is not None and value.dtype is not None and value.name is not None
-            found = list(value.shape)
+            assert value.shape is not None
+            assert value.dtype is not None
+            assert value.name is not None
+            found: list[int | str | ir.SymbolicDim] = [*value.shape]
             found[: len(dimensions)] = [name or size for name, size in zip(dimensions, found, strict=False)]
             name_value(value, value.name, value.dtype, found)
     # What the tracer noted about inner values and their places in the source is of no use to a runtime.

@@ -9,12 +9,12 @@ from .verify import Check, verify
 
 __all__ = [
     "AGGREGATIONS",
+    "FINISH_REASONS",
     "ArtifactError",
     "BonnxError",
     "Candidate",
     "Check",
     "ExportError",
-    "FINISH_REASONS",
     "FakeModel",
     "Generation",
     "InputError",

@@ -274,26 +274,21 @@ class Model:
         feeds = generate_feeds(ids[None], np.ones((1, len(ids)), np.int64), request, self.manifest.scoring.step_token)
         outputs = self.session("generate").run(feeds, [*names, "computed_tokens"])
         tokens, lengths, scores, log_probs, reasons, found = (array[:, 0] for array in outputs[:6])
-        candidates = [
-            self._candidate(*(x[i, : lengths[i]] for x in (tokens, scores, log_probs)), found[i], reasons[i])
-            for i in range(request.n)
-        ]
+        rows = zip(tokens, scores, log_probs, lengths, found, reasons, strict=True)
+        candidates = [self._candidate(*row) for row in rows]
         return Generation(int(outputs[6][0]), candidates, len(ids), int(outputs[7]), request.aggregation)
 
     def _stream(self, ids: Array, request: Request, until: float | None) -> Iterator[Generation]:
         for growing in grow(self.session, ids, request, self.manifest.scoring.step_token, until):
             found, best = growing.select()
-            candidates = [
-                self._candidate(
-                    *(x[i, : growing.lengths[i]] for x in (growing.tokens, growing.scores, growing.log_probs)),
-                    found[i],
-                    growing.reasons[i],
-                )
-                for i in range(request.n)
-            ]
+            parts = (growing.tokens, growing.scores, growing.log_probs, growing.lengths, found, growing.reasons)
+            candidates = [self._candidate(*row) for row in zip(*parts, strict=True)]
             yield Generation(best, candidates, len(ids), growing.computed, request.aggregation)
 
-    def _candidate(self, tokens: Array, scores: Array, log_probs: Array, score: float, reason: int) -> Candidate:
+    def _candidate(
+        self, tokens: Array, scores: Array, log_probs: Array, length: int, score: float, reason: int
+    ) -> Candidate:
+        tokens, scores, log_probs = tokens[:length], scores[:length], log_probs[:length]
         text = None if self._reader.text is None else self._reader.text.decode(tokens.tolist())
         return Candidate(text, tokens, scores, log_probs, float(score), FINISH_REASONS[reason] if reason >= 0 else None)
 

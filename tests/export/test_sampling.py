@@ -95,7 +95,7 @@ def test_uniforms_are_uniform_and_unrelated(rng):
     flat = np.sort(found.ravel())
     places = np.arange(len(flat)) / len(flat)
     assert np.abs(flat - places).max() < 3.0 / math.sqrt(len(flat))
-    assert 0 <= flat[0]
+    assert flat[0] >= 0
     assert flat[-1] < 1
     other = np.stack([uniforms(prompts, mask, seed + 1, step, 256)[0] for step in range(64)])
     pairs = [(found[1:], found[:-1]), (found[:, 1:], found[:, :-1]), (found[..., 1:], found[..., :-1]), (found, other)]
