@@ -117,9 +117,9 @@ def draw_token(logits, uniform, temperature, top_k, top_p):  # type: ignore[no-u
             up_to = op.CumSum(block_sums, op.Constant(value_int=2))
             goal = op.Mul(point, op.Gather(up_to, last, axis=2))
             number = op.Cast(op.ReduceSum(op.Cast(op.LessOrEqual(up_to, goal), to=1), last, keepdims=1), to=7)
-            rest = op.Sub(
-                goal, op.Sub(op.GatherElements(up_to, number, axis=2), op.GatherElements(block_sums, number, axis=2))
-            )
+            own_sum = op.GatherElements(block_sums, number, axis=2)
+            # Rounding may leave less than nothing, which would take a first token without any probability.
+            rest = op.Max(op.Sub(goal, op.Sub(op.GatherElements(up_to, number, axis=2), own_sum)), zero_real)
             within = op.CumSum(op.GatherND(blocks, number, batch_dims=2), op.Constant(value_int=2))
             # The block's own sum may round below what is left: then it is the last token that has any probability.
             end = op.ReduceSum(op.Cast(op.Less(within, op.Gather(within, last, axis=2)), to=1), last, keepdims=1)
