@@ -2,8 +2,8 @@
 
 85M parameters (hidden 768, 12 layers, 12 heads, 4 kv heads, FFN 2048), vocabulary 32000, prompt 512, 64 new tokens,
 CPU, float32. All ways take turns in one run; medians. transformers, if it is installed, runs a Llama of the same sizes,
-which scores nothing. The floor is what cannot be avoided: for the prompt its operations at the measured matrix rate, for
-each step its operations at that rate or the weights' bytes at the measured memory rate, whichever takes longer.
+which scores nothing. The floor is what cannot be avoided: for the prompt its operations at the measured matrix rate;
+for each step its operations at that rate or the weights' bytes at the measured memory rate, whichever takes longer.
 """
 
 from __future__ import annotations
