@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import torch
 import torch.nn.functional as F
@@ -209,7 +210,7 @@ def compare(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     rng = np.random.default_rng(1)
     decomposed = None
     if arguments.opset_18:
-        onnx.save(trace_graphs(net, Scoring(), opset=18)["rank"], folder / "18.onnx")
+        ir.save(trace_graphs(net, Scoring(), opset=18)["rank"], folder / "18.onnx")
         decomposed = session(folder / "18.onnx", arguments.threads)
     rates = matrix_rates(folder, arguments.threads)
     limit = max(rate for name, rate in rates.items() if name.endswith("float32"))
