@@ -63,7 +63,7 @@ def parity(folder: Path) -> list[tuple[str, str]]:
 
 
 def generated(path: Path, prompts: int = 50, count: int = 16) -> str:
-    """The same seeds on both providers, in one run and steered by the host: how many candidates have the same tokens."""
+    """The same seeds on both providers, in one run and steered by the host: how many candidates are the same."""
     rng = random.Random(0)
     puzzles = [puzzle.prompt for puzzle, _ in draw_puzzles(rng, 4, prompts, test=True)]
     cpu, cuda = bonnx.load(path, provider="cpu"), bonnx.load(path, provider="cuda")
