@@ -71,20 +71,19 @@ class Builder:
         return self.__getattr__(proto.name)(*inputs, _domain=DOMAIN, _outputs=len(proto.output))
 
     def loop(self, trips: ir.Value, condition: ir.Value, carried: Sequence[ir.Value], body: ir.Graph) -> list[ir.Value]:
-        """An ONNX `Loop`; the carried values at its end, then what each trip wrote, stacked on a new first axis."""
+        """An ONNX `Loop`; the carried values at its end."""
         outputs = len(body.outputs) - 1
         found = self.Loop(trips, condition, *carried, _outputs=outputs, body=body)
         return [found] if outputs == 1 else list(found)
 
-    def body(self, inputs: Sequence[ir.Value], outputs: Sequence[ir.Value], scans: Sequence[ir.Value] = ()) -> ir.Graph:
+    def body(self, inputs: Sequence[ir.Value], outputs: Sequence[ir.Value]) -> ir.Graph:
         """What was collected, as the body of a `Loop`.
 
-        The inputs are (iteration, condition, carried values ...), the outputs (condition, carried values ...), and
-        `scans` is what is stacked.
+        The inputs are (iteration, condition, carried values ...), the outputs (condition, carried values ...).
         """
         for output, parameter in zip(outputs, inputs[1:], strict=True):
             output.type = parameter.type
-        return ir.Graph(inputs, [*outputs, *scans], nodes=self.nodes, initializers=self.initializers, name=self.name)
+        return ir.Graph(inputs, outputs, nodes=self.nodes, initializers=self.initializers, name=self.name)
 
     def extend(self, graph: ir.Graph) -> None:
         """Append what was collected to a graph."""

@@ -23,18 +23,18 @@ from .selection import select
 __all__ = ["generate_graph"]
 
 INT, FLOAT, BOOL = ir.DataType.INT64, ir.DataType.FLOAT, ir.DataType.BOOL
+ROWS, TABLE = ["running", "batch"], ["num_candidates", "batch", "length"]
 RESULTS: dict[str, list[str]] = {
-    "sequences": ["num_candidates", "batch", "length"],
-    "lengths": ["num_candidates", "batch"],
-    "scores": ["num_candidates", "batch", "length"],
-    "log_probs": ["num_candidates", "batch", "length"],
-    "finish_reasons": ["num_candidates", "batch"],
-    "candidate_scores": ["num_candidates", "batch"],
+    "sequences": TABLE,
+    "lengths": TABLE[:2],
+    "scores": TABLE,
+    "log_probs": TABLE,
+    "finish_reasons": TABLE[:2],
+    "candidate_scores": TABLE[:2],
     "best_index": ["batch"],
     "best_sequence": ["batch", "length"],
     "computed_tokens": [],
 }
-ROWS, TABLE = ["running", "batch"], ["num_candidates", "batch", "length"]
 
 
 class Options(NamedTuple):
