@@ -8,24 +8,42 @@ import importlib.metadata
 import platform
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import onnx_ir as ir
 
 from ..models.network import LanguageModel, TwoHeadedNetwork
 from ..runtime.errors import ExportError
 from ..runtime.folder import MANIFEST, file_digest
-from ..runtime.manifest import SCHEMA_VERSION, File, Graph, Limits, Manifest, Scoring, Value, seal
+from ..runtime.manifest import (
+    PRECISIONS,
+    SCHEMA_VERSION,
+    File,
+    Graph,
+    Limits,
+    Manifest,
+    Precision,
+    Scoring,
+    Value,
+    seal,
+)
+from ..runtime.model import Model
+from ..runtime.session import Options
+from .agreement import HeldOut, measure, random_prompts
 from .card import model_card
 from .parity import Checker, check_structure
 from .parity_generate import check_generation
+from .quantize import quantized
 from .trace import DEFAULT_OPSET, OPSETS, trace_graphs
 
 __all__ = ["export_model"]
 
 WEIGHTS = "weights.bin"
+# As in transformers.js.
+_SUFFIXES: dict[Precision, str] = {"fp32": "", "int8": "_int8", "int4": "_q4"}
 # Smaller tensors stay in the graph: a program that reads shapes needs no second file, and pages stay aligned.
 _EXTERNAL_FROM, _ALIGNMENT = 1024, 64
 
@@ -39,6 +57,9 @@ def export_model(
     limits: Limits | None = None,
     tokenizer: Path | None = None,
     opset: int = DEFAULT_OPSET,
+    precision: Precision = "fp32",
+    held_out: tuple[Sequence[HeldOut], str] | None = None,
+    min_agreement: float = 0.85,
     overwrite: bool = False,
     seed: int = 0,
 ) -> Manifest:
@@ -52,6 +73,9 @@ def export_model(
         limits: greatest sizes that the runtime accepts.
         tokenizer: a tokenizer.json to put in.
         opset: 23, or 18 with every operator decomposed.
+        precision: `fp32`, `int8` for speed, `int4` for memory.
+        held_out: prompts on which fewer bits must prove themselves, and where they come from; noise if not given.
+        min_agreement: share of these prompts, 0 to 1, for which a candidate as good as float32's must be selected.
         overwrite: replace an existing artifact; the old one stays until the new one has passed.
         seed: of the random inputs of the verification.
 
@@ -64,14 +88,19 @@ def export_model(
         raise ExportError(f"scoring label {scoring.label}: the scorer has {network.num_labels} labels, counted from 0")
     if opset not in OPSETS:
         raise ExportError(f"opset: expected one of {', '.join(map(str, OPSETS))}; got {opset}")
+    if precision not in PRECISIONS:
+        raise ExportError(f"precision: expected one of {', '.join(PRECISIONS)}; got {precision!r}")
+    if not 0 <= min_agreement <= 1:
+        raise ExportError(f"min_agreement: expected a share between 0 and 1; got {min_agreement}")
     output = output.absolute()
     check_output(output, overwrite=overwrite)
+    computed = quantized(model, precision)
     with _staged(output) as folder:
         (folder / "onnx").mkdir()
-        graphs = _write_graphs(trace_graphs(model, scoring, opset=opset), folder)
+        graphs = _write_graphs(trace_graphs(computed, scoring, opset=opset), folder, _SUFFIXES[precision])
         for graph in graphs.values():
             check_structure(folder / graph.file)
-        checker = Checker(model, folder, graphs, scoring, limits, seed)
+        checker = Checker(computed, folder, graphs, scoring, limits, precision, seed)
         parity = checker.run()
         if isinstance(model, LanguageModel):
             parity += check_generation(checker)
@@ -84,7 +113,7 @@ def export_model(
             name=name,
             kind="language_model" if isinstance(model, LanguageModel) else "network",
             model=model.config.to_dict(),
-            precision="fp32",
+            precision=precision,
             scoring=scoring,
             limits=limits,
             graphs=graphs,
@@ -93,6 +122,11 @@ def export_model(
             parity=parity,
             tools=_tools(),
         )
+        if precision != "fp32":
+            cases, source = held_out or (random_prompts(model, limits.max_tokens, seed), "random tokens")
+            artifact = Model(folder, manifest, Options(provider="cpu"))
+            agreement = measure(model, artifact, cases, source=source, least=min_agreement)
+            manifest = msgspec.structs.replace(manifest, agreement=agreement)
         (folder / "README.md").write_text(model_card(manifest), encoding="utf-8")
         manifest = _with_files(manifest, folder)
         (folder / MANIFEST).write_bytes(seal(manifest))
@@ -138,7 +172,7 @@ def _staged(output: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _write_graphs(models: dict[str, ir.Model], folder: Path) -> dict[str, Graph]:
+def _write_graphs(models: dict[str, ir.Model], folder: Path, suffix: str) -> dict[str, Graph]:
     """Write every graph, equal tensors once for all of them."""
     graphs, places = {}, dict[str, tuple[int, int]]()
     with (folder / "onnx" / WEIGHTS).open("wb") as weights:
@@ -158,7 +192,7 @@ def _write_graphs(models: dict[str, ir.Model], folder: Path) -> dict[str, Graph]
                 value.const_value = ir.ExternalTensor(
                     WEIGHTS, offset, length, tensor.dtype, shape=ir.Shape(tensor.numpy().shape), name=str(value.name)
                 )
-            file = f"onnx/{name}.onnx"
+            file = f"onnx/{name}{suffix}.onnx"
             (folder / file).write_bytes(ir.to_proto(model).SerializeToString())
             inputs, outputs = ([_value(v) for v in values] for values in (model.graph.inputs, model.graph.outputs))
             opset = model.graph.opset_imports[""]
@@ -180,7 +214,7 @@ def _with_files(manifest: Manifest, folder: Path) -> Manifest:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
-    return type(manifest)(**{n: getattr(manifest, n) for n in manifest.__struct_fields__ if n != "files"}, files=files)
+    return msgspec.structs.replace(manifest, files=files)
 
 
 def _tools() -> dict[str, str]:

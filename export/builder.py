@@ -126,7 +126,7 @@ def name_value(value: ir.Value, name: str, dtype: ir.DataType, shape: Sequence[i
 
 
 def finish(graph: ir.Graph, functions: Sequence[Any], opset: int) -> ir.Model:
-    """A model of standard operators only: functions inlined, every value and node with a name of its own."""
+    """A model whose functions are inlined, every value and node with a name of its own."""
     graph.opset_imports.update({"": opset, DOMAIN: 1})
     made = []
     for function in functions:
@@ -137,6 +137,8 @@ def finish(graph: ir.Graph, functions: Sequence[Any], opset: int) -> ir.Model:
     model = ir.Model(graph, ir_version=IR_VERSION, functions=made)
     InlinePass()(model)
     del graph.opset_imports[DOMAIN]
+    if any(node.domain == "com.microsoft" for part in (graph, *graph.subgraphs()) for node in part):
+        graph.opset_imports["com.microsoft"] = 1
     values, nodes = count(), count()
     for part in (graph, *graph.subgraphs()):
         fixed = {*graph.inputs, *graph.outputs, *graph.initializers.values(), *part.inputs, *part.initializers.values()}

@@ -46,7 +46,13 @@ def model_card(manifest: Manifest) -> str:
         for kind, values in (("input", graph.inputs), ("output", graph.outputs)):
             lines += [f"- {kind} `{v.name}` ({', '.join(map(str, v.shape))}) {v.dtype}" for v in values]
         lines.append("")
-    lines += ["## Difference from PyTorch, measured at export", "", "| check | cases | greatest | allowed |"]
+    if manifest.agreement is not None:
+        lines += ["## Agreement with float32, measured at export", "", str(manifest.agreement), ""]
+    lines += [
+        "## Difference from PyTorch at this precision, measured at export",
+        "",
+        "| check | cases | greatest | allowed |",
+    ]
     lines += ["|---|---|---|---|"]
     lines += [
         f"| {p.check} | {p.cases} | {p.max_difference:.2e} | {p.relative:g} relative + {p.absolute:g} |"

@@ -8,18 +8,18 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from ..models.countdown.puzzle import check
+from ..models.countdown.puzzle import Puzzle, check
 from ..models.countdown.train import draw_puzzles
 from ..runtime.model import load
 
-__all__ = ["demonstrate", "show"]
+__all__ = ["demonstrate", "draw_prompts", "show"]
 
 PUZZLES, CANDIDATES = 100, 16
 
 
 def demonstrate(artifact: Path, seed: int = 0) -> dict[str, Any]:
     """The artifact samples candidates for held-out puzzles and chooses; the exact checker counts."""
-    puzzles = [p for count in (3, 4) for p, _ in draw_puzzles(random.Random(seed), count, PUZZLES // 2, test=True)]
+    puzzles = _draw(seed, PUZZLES)
     model = load(artifact)
     right, shown, spent = Counter[str](), None, 0.0
     for puzzle in puzzles:
@@ -45,6 +45,16 @@ def demonstrate(artifact: Path, seed: int = 0) -> dict[str, Any]:
         "milliseconds_per_puzzle": round(1000 * spent / len(puzzles), 2),
         "puzzle": shown,
     }
+
+
+def draw_prompts(seed: int | str, count: int) -> list[str]:
+    """Prompts of puzzles that training has not seen."""
+    return [puzzle.prompt for puzzle in _draw(seed, count)]
+
+
+def _draw(seed: int | str, count: int) -> list[Puzzle]:
+    """Half of them of 3 numbers, half of 4."""
+    return [p for size in (3, 4) for p, _ in draw_puzzles(random.Random(seed), size, count // 2, test=True)]
 
 
 def _in_full(prompt: str, texts: list[str], correct: list[bool], scores: list[float], best: int) -> dict[str, Any]:

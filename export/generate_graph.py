@@ -5,36 +5,14 @@ Shapes: N candidates, B prompts, P prompt length, T own tokens so far, V vocab_s
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from ..models.network import LanguageModel
 from .attention import allowed, attend, attend_own, attend_prompt, shared_keys, shared_values
 from .layers import Layer, Trunk, additive
+from .products import VocabularyHead
 
-__all__ = ["PromptGraph", "StepGraph", "VocabularyHead"]
-
-
-class VocabularyHead(nn.Module):
-    """Backbone (M, D) -> logits (M, V).
-
-    `Gemm` reads the weight as (V, D), so that a tied embedding is stored once and nothing is transposed at every step.
-    """
-
-    def __init__(self, model: LanguageModel) -> None:
-        super().__init__()
-        self.weight = model.embedding.weight if model.config.tie_embeddings else model.head.weight
-
-    def forward(self, backbone: Tensor) -> Tensor:
-        """(M, D) -> (M, V)."""
-        shape = (backbone.shape[0], self.weight.shape[0])
-        attributes: dict[str, Any] = {"transB": 1}
-        logits: Tensor = torch.onnx.ops.symbolic(
-            "Gemm", (backbone, self.weight), attributes, dtype=torch.float32, shape=shape
-        )
-        return logits
+__all__ = ["PromptGraph", "StepGraph"]
 
 
 class PromptGraph(nn.Module):

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from ..models.config import NetworkConfig
 from ..models.network import Block, LanguageModel, TwoHeadedNetwork
+from .products import QuantizedNorm, product
+from .quantize import Linear8
 
-__all__ = ["MASKED", "Layer", "Product", "Trunk", "additive"]
+__all__ = ["MASKED", "Layer", "Trunk", "additive"]
 
 # Far below any attention logit, far above the float32 minimum: two of them can be added.
 MASKED = -1e30
@@ -25,21 +27,6 @@ MASKED = -1e30
 def additive(allowed: Tensor) -> Tensor:
     """Bool -> 0 where allowed, MASKED elsewhere, float32."""
     return torch.where(allowed, 0.0, MASKED)
-
-
-class Product(nn.Module):
-    """`x @ weight + bias` with the weight as (in, out)."""
-
-    def __init__(self, linear: nn.Linear, scale: float = 1.0) -> None:
-        super().__init__()
-        self.weight = nn.Parameter((linear.weight.detach() * scale).T.contiguous(), requires_grad=False)
-        bias = linear.bias
-        self.bias = None if bias is None else nn.Parameter(bias.detach() * scale, requires_grad=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out)."""
-        y: Tensor = x @ self.weight
-        return y if self.bias is None else y + self.bias
 
 
 class Layer(nn.Module):
@@ -51,10 +38,13 @@ class Layer(nn.Module):
         self.heads, self.kv_heads, self.size = config.num_heads, config.num_kv_heads, config.size_of_head
         self.fused = fused
         scale = self.size**-0.5
-        self.attention_norm, self.ffn_norm = block.attention_norm, block.ffn_norm
-        self.q = Product(attention.q_proj, 1.0 if config.qk_norm else scale)
-        self.k, self.v, self.out = map(Product, (attention.k_proj, attention.v_proj, attention.out_proj))
-        self.gate, self.up, self.down = map(Product, (block.ffn.gate, block.ffn.up, block.ffn.down))
+        self.attention_norm, self.ffn_norm = (
+            QuantizedNorm(norm) if isinstance(reader, Linear8) else norm
+            for norm, reader in ((block.attention_norm, attention.q_proj), (block.ffn_norm, block.ffn.gate))
+        )
+        self.q = product(attention.q_proj, 1.0 if config.qk_norm else scale)
+        self.k, self.v, self.out = map(product, (attention.k_proj, attention.v_proj, attention.out_proj))
+        self.gate, self.up, self.down = map(product, (block.ffn.gate, block.ffn.up, block.ffn.down))
         self.q_norm = self.k_norm = None
         if config.qk_norm:
             self.q_norm = nn.RMSNorm(self.size, eps=config.norm_epsilon)
@@ -103,12 +93,14 @@ class Trunk(nn.Module):
         self.config: NetworkConfig = network.config
         self.embedding = model.embedding if isinstance(model, LanguageModel) else None
         projection = network.input_projection
-        self.projection = Product(projection) if isinstance(projection, nn.Linear) else None
+        self.projection = None if isinstance(projection, nn.Identity) else product(projection)
         self.layers = nn.ModuleList(Layer(block, fused=fused) for block in network.layers())
-        self.final_norm = network.final_norm
+        final = network.final_norm
+        # `rotate.py` puts a product before the norm.
+        self.final_norm = nn.Sequential(product(final[0]), final[1]) if isinstance(final, nn.Sequential) else final
         scorer = network.scorer
-        self.dense1 = Product(scorer.dense1) if self.config.scorer_kind == "mlp" else None
-        self.dense2 = Product(scorer.dense2)
+        self.dense1 = product(scorer.dense1) if self.config.scorer_kind == "mlp" else None
+        self.dense2 = product(scorer.dense2)
         self.activation, self.label = activation, label
         self.inverse_frequencies = nn.Parameter(network.inverse_frequencies.clone(), requires_grad=False)
 

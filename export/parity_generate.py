@@ -13,7 +13,7 @@ from ..runtime.errors import ExportError
 from ..runtime.generation import FINISH_REASONS, Request
 from ..runtime.manifest import Parity
 from ..runtime.steps import generate_feeds, grow
-from .parity import ABSOLUTE, RELATIVE, Array, Checker, compare, make_parity
+from .parity import Array, Checker
 
 __all__ = ["check_generation", "expected_token", "uniform"]
 
@@ -21,8 +21,6 @@ __all__ = ["check_generation", "expected_token", "uniform"]
 _SHAPES = [(1, 1, 1, 1), (1, 7, 5, 9), (3, 5, 4, 6), (2, 12, 9, 7), (1, 23, 3, 12)]
 # temperature, top_k, top_p, prune_every
 _DRAWS = [(1.0, 0, 1.0, 0), (0.7, 5, 0.9, 2), (0.0, 0, 1.0, 0), (1.3, 0, 0.6, 3)]
-# A draw this close to the edge between two tokens may fall on either side of it in float32.
-_EDGE = 1e-4
 _WORD = 2**32
 
 
@@ -39,14 +37,14 @@ def check_generation(checker: Checker) -> list[Parity]:
             outputs = checker.run_graph("generate", generate_feeds(prompts, mask, request, None))
             difference, certain = _compare_rows(checker, prompts, mask, request, outputs)
             worst = max(worst, difference)
-            _check_selection(request, outputs)
+            _check_selection(checker, request, outputs)
             for b in range(len(prompts)):
                 alone = {name: _column(value, b) for name, value in outputs.items()}
-                if certain[b] and not _is_close_race(request, alone):
+                if certain[b] and not _is_close_race(checker, request, alone):
                     _compare_steps(checker, prompts[b][mask[b] > 0], request, alone)
             cases += 1
     _record(checker)
-    return [make_parity("generate, tokens and scores", cases, worst)]
+    return [checker.parity("generate, tokens and scores", cases, worst)]
 
 
 def _case(
@@ -82,18 +80,16 @@ def _compare_rows(
     for n, b in np.ndindex(lengths.shape):
         prompt, length = prompts[b][mask[b] > 0], lengths[n, b]
         tokens, what = sequences[n, b, :length], f"generate, prompt {b}, candidate {n}"
-        row = np.concatenate([prompt, tokens])
-        with torch.no_grad():
-            logits = checker.model(torch.from_numpy(row)[None])[2][0, len(prompt) - 1 : -1].double().numpy()
-        scores = checker.torch_scores(row[None])[1][0, len(prompt) :]
+        logits = _logits(checker, prompt, tokens)
+        scores = checker.torch_scores(np.concatenate([prompt, tokens])[None])[1][0, len(prompt) :]
         log_probs = logits - np.log(np.exp(logits - logits.max(1, keepdims=True)).sum(1, keepdims=True))
         log_probs = (log_probs - logits.max(1, keepdims=True))[np.arange(length), tokens]
-        worst = max(worst, compare(what, outputs["scores"][n, b, :length], scores))
-        worst = max(worst, compare(what, outputs["log_probs"][n, b, :length], log_probs.astype(np.float32)))
+        worst = max(worst, checker.compare(what, outputs["scores"][n, b, :length], scores))
+        worst = max(worst, checker.compare(what, outputs["log_probs"][n, b, :length], log_probs.astype(np.float32)))
         for step in range(length):
             token, margin = expected_token(logits[step], uniform(request.seed, prompt, step, n), request)
-            certain[b] &= margin > _EDGE
-            if token != tokens[step] and margin > _EDGE:
+            certain[b] &= margin > checker.tolerance.edge
+            if token != tokens[step] and margin > checker.tolerance.edge:
                 raise ExportError(f"{what}: token {step} is {tokens[step]}, PyTorch and the seed give {token}")
         _check_end(request, what, tokens, FINISH_REASONS[outputs["finish_reasons"][n, b]])
     return worst, certain
@@ -110,24 +106,25 @@ def _check_end(request: Request, what: str, tokens: Array, reason: str) -> None:
         raise ExportError(f"{what} has {len(tokens)} tokens, stop tokens at {stopped}, but its end is '{reason}'")
 
 
-def _check_selection(request: Request, outputs: dict[str, Array]) -> None:
+def _check_selection(checker: Checker, request: Request, outputs: dict[str, Array]) -> None:
     lengths = np.where(outputs["finish_reasons"] == FINISH_REASONS.index("pruned"), 0, outputs["lengths"])
     mask = (np.arange(outputs["sequences"].shape[2]) < lengths[..., None]).astype(np.int64)
     found, best = aggregate(outputs["scores"], mask, np.ones((1, 1, 1)), request.aggregation)
-    compare("generate, candidate scores", outputs["candidate_scores"], found)
+    checker.compare("generate, candidate scores", outputs["candidate_scores"], found)
     if not np.array_equal(outputs["best_index"], best):
         raise ExportError(f"generate chose {outputs['best_index']}, NumPy {best}")
 
 
-def _is_close_race(request: Request, outputs: dict[str, Array]) -> bool:
+def _is_close_race(checker: Checker, request: Request, outputs: dict[str, Array]) -> bool:
     """Whether two candidates were so close at a pruning that rounding decides: equal ones are, to the last bits."""
     if not request.prune_every:
         return False
+    relative, absolute, _ = checker.tolerance
     scores, lengths = outputs["scores"][:, 0], outputs["lengths"][:, 0]
     for step in range(request.prune_every, scores.shape[1] + 1, request.prune_every):
         reached = np.minimum(lengths, step)
         found = np.sort(scores[np.arange(len(scores)), reached - 1])
-        if (np.diff(found) <= RELATIVE * np.abs(found[1:]) + ABSOLUTE).any():
+        if (np.diff(found) <= relative * np.abs(found[1:]) + absolute).any():
             return True
     return False
 
@@ -141,26 +138,39 @@ def _compare_steps(checker: Checker, prompt: Array, request: Request, outputs: d
     for n, length in enumerate(lengths):
         if not np.array_equal(last.tokens[n, :length], outputs["sequences"][n, 0, :length]):
             raise ExportError(f"decode gave {last.tokens[n, :length]}, generate {outputs['sequences'][n, 0, :length]}")
-        compare("decode, scores", last.scores[n, :length], outputs["scores"][n, 0, :length])
+        checker.compare("decode, scores", last.scores[n, :length], outputs["scores"][n, 0, :length])
 
 
 def _record(checker: Checker) -> None:
     """One case for `bonnx verify`, all of whose draws are far from an edge, so that any machine gives its tokens."""
+    far = min(10 * checker.tolerance.edge, 0.1)
     # Where probabilities are so flat that no such case is found, the most likely tokens.
     for temperature in (*[1.0] * 50, *[0.0] * 50):
         prompts, mask, request = _case(checker, (2, 4, 3, 5), temperature, 0, 1.0, 0)
         feeds = generate_feeds(prompts, mask, dataclasses.replace(request, stop_tokens=()), None)
         outputs = checker.run_graph("generate", feeds)
-        margins = []
-        for n, b, step in np.ndindex(outputs["sequences"].shape):
-            prompt = prompts[b][mask[b] > 0]
-            row = np.concatenate([prompt, outputs["sequences"][n, b, :step]])
-            with torch.no_grad():
-                logits = checker.model(torch.from_numpy(row)[None])[2][0, -1].double().numpy()
-            margins.append(expected_token(logits, uniform(request.seed, prompt, step, n), request)[1])
-        if min(margins) > 10 * _EDGE:
+        rows = ((n, prompts[b][mask[b] > 0], outputs["sequences"][n, b]) for n, b in np.ndindex(3, 2))
+        if all(_margin(checker, request, *row) > far for row in rows):
             break
     checker.record("generate/1", feeds, outputs)
+
+
+def _margin(checker: Checker, request: Request, candidate: int, prompt: Array, tokens: Array) -> float:
+    """The least distance of a candidate's draws from an edge."""
+    logits = _logits(checker, prompt, tokens)
+    draws = (
+        expected_token(logits[step], uniform(request.seed, prompt, step, candidate), request)
+        for step in range(len(tokens))
+    )
+    return min(margin for _, margin in draws)
+
+
+def _logits(checker: Checker, prompt: Array, tokens: Array) -> Array:
+    """PyTorch's logits of each of a candidate's tokens: (length, V) float64."""
+    row = torch.from_numpy(np.concatenate([prompt, tokens]))[None]
+    with torch.no_grad():
+        found: Array = checker.model(row)[2][0, len(prompt) - 1 : -1].double().numpy()
+    return found
 
 
 def uniform(seed: int, prompt: Array, step: int, candidate: int) -> float:

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from ..models.network import LanguageModel, TwoHeadedNetwork
 from ..runtime.manifest import Scoring
 from .builder import Builder, finish, name_value
-from .generate_graph import PromptGraph, StepGraph, VocabularyHead
+from .generate_graph import PromptGraph, StepGraph
 from .generate_loop import generate_graph
 from .generate_steps import decode_graph, prefill_graph
 from .layers import Trunk
+from .products import VocabularyHead
 from .rank_graph import RankGraph
 from .sampling import FUNCTIONS
 from .score_graph import ScoreGraph
@@ -153,6 +154,7 @@ def _trace(
             found: list[int | str | ir.SymbolicDim] = [*value.shape]
             found[: len(dimensions)] = [name or size for name, size in zip(dimensions, found, strict=False)]
             name_value(value, value.name, value.dtype, found)
+    _keep_fusable(graph)
     # What the tracer noted about inner values and their places in the source is of no use to a runtime.
     graph.metadata_props.clear()
     for node in graph:
@@ -165,6 +167,26 @@ def _trace(
     for value in (*graph.inputs, *graph.initializers.values()):
         value.metadata_props.clear()
     return graph
+
+
+def _keep_fusable(graph: ir.Graph) -> None:
+    """Multiply the scales of 8-bit products by a one that is not a constant.
+
+    ONNX Runtime makes one kernel of a product, its scale and its bias only where the scale is computed in the graph.
+    """
+    products = [node for node in graph if node.op_type == "MatMulInteger"]
+    if not products:
+        return
+    b = Builder("one")
+    one = b.Cast(b.Greater(b.Shape(graph.inputs[0], start=0, end=1), b.ints(-1)), to=ir.DataType.FLOAT)
+    for product in products:
+        (cast,) = product.outputs[0].consumers()
+        (scaled,) = cast.outputs[0].consumers()
+        assert scaled.op_type == "Mul"
+        scaled.replace_input_with(1, b.Mul(one, scaled.inputs[1]))
+    for value in b.initializers:
+        graph.register_initializer(value)
+    graph.insert_before(graph[0], b.nodes)
 
 
 @contextlib.contextmanager

@@ -224,7 +224,7 @@ class LanguageModel(nn.Module):
 
     def logits(self, backbone: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, vocab_size)."""
-        return F.linear(backbone, self.embedding.weight if self.config.tie_embeddings else self.head.weight)
+        return F.linear(backbone, self.embedding.weight) if self.config.tie_embeddings else self.head(backbone)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Ids (B, T) int64 -> backbone (B, T, D), scores (B, T, num_labels), logits (B, T, vocab_size)."""

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import re
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias, get_args
 
 import msgspec
 
 __all__ = [
     "AGGREGATIONS",
+    "PRECISIONS",
     "SCHEMA_VERSION",
+    "Agreement",
     "File",
     "Graph",
     "Limits",
     "Manifest",
     "Parity",
+    "Precision",
     "Scoring",
     "Value",
     "seal",
@@ -25,6 +28,8 @@ __all__ = [
 SCHEMA_VERSION = 1
 # The graph input `aggregation` is an index into this.
 AGGREGATIONS = ("last", "mean", "min", "max", "prod")
+Precision: TypeAlias = Literal["fp32", "int8", "int4"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 _SEAL = re.compile(rb'"seal": "([0-9a-f]{64})"')
 _BLANK = b"0" * 64
 
@@ -90,6 +95,26 @@ class Parity(_Frozen, frozen=True, kw_only=True, forbid_unknown_fields=True):
     absolute: float
 
 
+class Agreement(_Frozen, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How an artifact of fewer bits selects, beside the float32 model, measured at export."""
+
+    prompts: int
+    share: float
+    """0 to 1: the same candidate, or one that float32 rates lower by at most 1% of the candidates' spread."""
+    same: float
+    """0 to 1: the same candidate."""
+    least: float
+    """The share below which export refuses."""
+    source: str
+    """Where the prompts came from."""
+
+    def __str__(self) -> str:
+        return (
+            f"A candidate as good as float32's choice is selected for {100 * self.share:.1f}% of {self.prompts} "
+            f"prompts ({self.source}), the same one for {100 * self.same:.1f}%; {100 * self.least:g}% were asked for."
+        )
+
+
 class Manifest(_Frozen, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """See the fields of the parts."""
 
@@ -98,13 +123,17 @@ class Manifest(_Frozen, frozen=True, kw_only=True, forbid_unknown_fields=True):
     name: str
     kind: Literal["language_model", "network"]
     model: dict[str, Any]
-    precision: Literal["fp32"]
+    precision: Precision
+    """Of the products of the backbone; norms, attention and scorer are float32 in all."""
     scoring: Scoring
     limits: Limits
     graphs: dict[str, Graph]
     tokenizer: str | None
     files: dict[str, File]
     parity: list[Parity]
+    """Against PyTorch at the same precision."""
+    agreement: Agreement | None = None
+    """None at fp32."""
     tools: dict[str, str]
 
     @property

@@ -103,7 +103,7 @@ class Model:
         text = None
         if manifest.tokenizer is not None:
             text = Text(locate(folder, manifest.tokenizer), manifest.scoring)
-        self._reader = Reader(manifest, text)
+        self.reader = Reader(manifest, text)
         self._suffix = "ids" if manifest.kind == "language_model" else "embeds"
         self._sessions: dict[str, Session] = {}
         self._lock = threading.Lock()
@@ -156,7 +156,7 @@ class Model:
         name = aggregation or self.manifest.scoring.aggregation
         selection = {"aggregation": np.array(aggregation_code(name), np.int64)}
         check_some(candidates, "candidates")
-        first = self._reader.read(prompt, "prompt", candidate=False, partial=True)
+        first = self.reader.read(prompt, "prompt", candidate=False, partial=True)
         items, values, mask = self._padded(candidates, "candidates", partial, len(first))
         feeds = selection | {
             f"prompt_{self._suffix}": first[None],
@@ -261,8 +261,8 @@ class Model:
         """Everything checked, and the prompt's tokens."""
         scoring, limits = self.manifest.scoring, self.manifest.limits
         self.session("generate")
-        ids = self._reader.read(prompt, "prompt", candidate=False, partial=True)
-        stops = self._reader.stops(options.get("stop"), scoring.end_token)
+        ids = self.reader.read(prompt, "prompt", candidate=False, partial=True)
+        stops = self.reader.stops(options.get("stop"), scoring.end_token)
         request = make_request(options, stops, scoring.aggregation, max(1, limits.max_tokens - len(ids)))
         if is_stepwise(request.aggregation) and scoring.step_token is None:
             raise InputError("a step aggregation needs a step token, and the artifact's scoring rule has none")
@@ -289,12 +289,12 @@ class Model:
         self, tokens: Array, scores: Array, log_probs: Array, length: int, score: float, reason: int
     ) -> Candidate:
         tokens, scores, log_probs = tokens[:length], scores[:length], log_probs[:length]
-        text = None if self._reader.text is None else self._reader.text.decode(tokens.tolist())
+        text = None if self.reader.text is None else self.reader.text.decode(tokens.tolist())
         return Candidate(text, tokens, scores, log_probs, float(score), FINISH_REASONS[reason] if reason >= 0 else None)
 
     def _padded(self, rows: Sequence[Item], what: str, partial: bool, prompt: int) -> tuple[list[Array], Array, Array]:
         """What is to be scored after a prompt of that many tokens: read, within limits, and padded with its mask."""
-        items = [self._reader.read(row, f"{what}[{i}]", candidate=True, partial=partial) for i, row in enumerate(rows)]
+        items = [self.reader.read(row, f"{what}[{i}]", candidate=True, partial=partial) for i, row in enumerate(rows)]
         check_size(self.manifest, len(items), prompt, max(map(len, items)), self.options.memory_limit)
         return items, *pad(items, self.manifest.scoring.pad_token)
 

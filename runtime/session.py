@@ -90,6 +90,8 @@ class Session:
         settings.log_severity_level = 3
         # Every logical core would also take the other half of each physical one, which slows matrix products.
         settings.intra_op_num_threads = options.threads or 0
+        # Without it 8-bit products overflow on x64 processors that lack VNNI.
+        settings.add_session_config_entry("session.x64quantprecision", "1")
         try:
             self._session = runtime.InferenceSession(str(path), settings, providers=providers)
         except Exception as e:  # ONNX Runtime raises bare subclasses of Exception of its own

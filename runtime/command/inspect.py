@@ -37,4 +37,6 @@ def run(arguments: argparse.Namespace) -> int:
                 print(f"    {kind} {value.name:<18} {value.dtype:<8} ({', '.join(map(str, value.shape))})")
     for parity in manifest.parity:
         print(f"  parity   {parity.check:<28} {parity.cases:>3} cases, greatest difference {parity.max_difference:.2e}")
+    if manifest.agreement is not None:
+        print(f"  {manifest.agreement}")
     return 0
