@@ -100,7 +100,10 @@ class Builder:
         self.nodes += nodes
 
     def hoist(self, graph: ir.Graph) -> None:
-        """Take over a graph's initializers; one that we have, by name and content, serves both."""
+        """Take over a graph's initializers; one that we have, by name and content, serves both.
+
+        What is only transposed comes along: a runtime folds that outside of a loop, but not inside.
+        """
         ours = {value.name: value for value in self.initializers}
         for name, value in list(graph.initializers.items()):
             del graph.initializers[name]
@@ -112,6 +115,10 @@ class Builder:
             if twin is not None:
                 value.name = f"{self.name}/{len(self.initializers)}/{name}"
             self.initializers.append(value)
+        fixed = {*self.initializers}
+        transposes = [node for node in graph if node.op_type == "Transpose" and node.inputs[0] in fixed]
+        graph.remove(transposes)
+        self.nodes += transposes
 
 
 def _content(value: ir.Value) -> NDArray[Any]:

@@ -51,11 +51,15 @@ class Product32(_Biased):
 
 
 class Product8(_Biased):
-    """`Linear8`, on rows that are float32, or already uint8 from `QuantizedNorm`."""
+    """`Linear8`, on rows that are float32, or already uint8 from `QuantizedNorm`.
 
-    def __init__(self, linear: Linear8, scale: float = 1.0) -> None:
+    Weights that an embedding reads too are `shared`: left as (out, in) in the file, and transposed once at loading.
+    """
+
+    def __init__(self, linear: Linear8, scale: float = 1.0, *, shared: bool = False) -> None:
         super().__init__(linear.bias, scale)
-        self.weight = linear.weight
+        self.shared = shared
+        self.weight = linear.weight if shared else _fixed(linear.weight.T.contiguous())
         # Rows without a fixed range are divided by their greatest value, so a step is 1/127 of it.
         step = NORMED_STEP if linear.normed else 1 / 127
         self.scale = _fixed(linear.scale * (scale * step))
@@ -65,11 +69,10 @@ class Product8(_Biased):
         """(M, in) -> (M, out)."""
         rows = None
         if x.dtype != torch.uint8:
-            # Two readings of a large tensor cost less than one that writes its absolute values.
-            rows = torch.maximum(x.amax(-1, keepdim=True), -x.amin(-1, keepdim=True)).clamp(min=_LEAST)
+            rows = x.abs().amax(-1, keepdim=True).clamp(min=_LEAST)
             x = _node("QuantizeLinear", (x / rows, self.step, self.zero), torch.uint8, x.shape)
-        shape = (x.shape[0], self.weight.shape[1])
-        integers = _node("MatMulInteger", (x, self.weight, self.zero), torch.int32, shape)
+        weight = self.weight.T if self.shared else self.weight
+        integers = _node("MatMulInteger", (x, weight, self.zero), torch.int32, (x.shape[0], weight.shape[1]))
         y = integers.to(torch.float32) * self.scale
         return self.add(y if rows is None else y * rows)
 
@@ -113,7 +116,8 @@ class VocabularyHead(nn.Module):
     def __init__(self, model: LanguageModel) -> None:
         super().__init__()
         if not model.config.tie_embeddings and isinstance(model.head, Linear8):
-            self.product: nn.Module | None = Product8(model.head)
+            shared = model.head.weight is model.embedding.weight
+            self.product: nn.Module | None = Product8(model.head, shared=shared)
         else:
             self.product = None
             self.weight = model.embedding.weight if model.config.tie_embeddings else model.head.weight

@@ -38,8 +38,8 @@ class Linear8(nn.Module):
         super().__init__()
         weight = linear.weight.detach()
         scale = (weight.abs().amax(1) / 127).clamp(min=_LEAST)
-        self.weight = nn.Parameter((weight / scale[:, None]).round().to(torch.int8).T.contiguous(), requires_grad=False)
-        """(in, out) int8."""
+        self.weight = nn.Parameter((weight / scale[:, None]).round().to(torch.int8), requires_grad=False)
+        """(out, in) int8."""
         self.scale = nn.Parameter(scale, requires_grad=False)
         """(out,): what one step of the weights means."""
         self.bias = linear.bias
@@ -51,7 +51,7 @@ class Linear8(nn.Module):
         step: Tensor | float = NORMED_STEP
         if not self.normed:
             step = (x.abs().amax(-1, keepdim=True) * (1 / 127)).clamp(min=_LEAST)
-        integers = (x / step).round().clamp(-128, 127) @ self.weight.to(torch.float32)
+        integers = F.linear((x / step).round().clamp(-128, 127), self.weight.to(torch.float32))
         y = integers * self.scale * step
         return y if self.bias is None else y + self.bias
 
@@ -83,7 +83,7 @@ class Linear4(nn.Module):
 
 
 class Embedding8(nn.Module):
-    """A token embedding that reads the 8-bit weights of a vocabulary head: a row of the table is a column there."""
+    """A token embedding that reads the 8-bit weights of a vocabulary head, the same table (V, E)."""
 
     def __init__(self, head: Linear8) -> None:
         super().__init__()
@@ -91,9 +91,7 @@ class Embedding8(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """(...) int64 -> (..., E) float32."""
-        flat = ids.flatten()
-        rows = self.weight.index_select(1, flat).T.to(torch.float32) * self.scale.index_select(0, flat)[:, None]
-        return rows.reshape(*ids.shape, -1)
+        return F.embedding(ids, self.weight).to(torch.float32) * F.embedding(ids, self.scale[:, None])
 
 
 def quantized(model: LanguageModel | TwoHeadedNetwork, precision: Precision) -> LanguageModel | TwoHeadedNetwork:
