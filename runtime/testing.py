@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .aggregate import aggregate
 from .errors import InputError
+from .generation import Candidate, GenerateOptions, Generation, make_request
 from .inputs import Item, aggregation_code, check_some, is_stepwise
 from .model import Ranking, winner
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 __all__ = ["FakeModel"]
+
+_LONGEST = 8192
 
 
 class FakeModel:
-    """Ranks with a function of your own, by the same rules as a real model.
+    """Ranks and generates with functions of your own, by the same rules as a real model.
 
     Args:
         score: takes a prompt and a candidate and gives one score for each token, or a single number.
-        aggregation: used when `rank` is not told.
+        complete: takes a prompt and a candidate's number (0, 1, ...) and gives its text; needed to generate.
+        aggregation: used when a call does not say.
 
     Example:
         >>> model = FakeModel(lambda prompt, candidate: len(candidate))
@@ -29,9 +37,15 @@ class FakeModel:
 
     provider = "fake"
 
-    def __init__(self, score: Callable[[Item, Item], float | Sequence[float]], *, aggregation: str = "last") -> None:
+    def __init__(
+        self,
+        score: Callable[[Item, Item], float | Sequence[float]],
+        complete: Callable[[Item, int], str] | None = None,
+        *,
+        aggregation: str = "last",
+    ) -> None:
         aggregation_code(aggregation)
-        self._score, self._aggregation = score, aggregation
+        self._score, self._complete, self._aggregation = score, complete, aggregation
 
     def rank(
         self,
@@ -63,3 +77,40 @@ class FakeModel:
         found, best = aggregate(padded, mask, steps, name.removeprefix("step_"))
         index = winner(int(best[0]), "candidates")
         return Ranking(index, candidates[index], found[:, 0], scores, name)
+
+    def generate(
+        self,
+        prompt: Item,
+        *,
+        deadline: float | None = None,
+        on_progress: Callable[[Generation], object] | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> Generation:
+        """As `Model.generate`, with the bytes of each text as its tokens; nothing is cut or pruned.
+
+        Raises:
+            InputError: an option has no meaning, or the model was made without `complete`.
+            NoWinnerError: every score is NaN.
+        """
+        if self._complete is None:
+            raise InputError("this fake model was made to rank only; pass complete=... to FakeModel to generate")
+        request = make_request(options, (), self._aggregation, _LONGEST)
+        texts = [self._complete(prompt, i) for i in range(request.n)]
+        ranking = self.rank(prompt, texts, aggregation=request.aggregation)
+        candidates = []
+        for text, scores, score in zip(texts, ranking.scores, ranking.candidate_scores, strict=True):
+            tokens = np.frombuffer(text.encode(), np.uint8).astype(np.int64)
+            each = np.broadcast_to(scores, tokens.shape) if len(scores) == 1 else scores
+            blank = np.zeros(len(tokens), np.float32)
+            candidates.append(Candidate(text, tokens, each, blank, float(score), "stop"))
+        computed = sum(len(candidate.tokens) for candidate in candidates)
+        result = Generation(ranking.best_index, candidates, len(prompt), computed, request.aggregation)
+        if on_progress is not None:
+            on_progress(result)
+        return result
+
+    def stream(
+        self, prompt: Item, *, deadline: float | None = None, **options: Unpack[GenerateOptions]
+    ) -> Iterator[Generation]:
+        """As `Model.stream`: gives the finished candidates, once."""
+        return iter([self.generate(prompt, deadline=deadline, **options)])

@@ -238,3 +238,17 @@ def test_recorded_case_of_generate_is_verified(tiny):
         "prefill",
         "decode",
     }
+
+
+def test_a_fake_model_generates_by_the_same_rules():
+    fake = bonnx.FakeModel(lambda prompt, candidate: float(candidate), lambda prompt, number: str(number * 3 % 7))
+    seen = []
+    result = fake.generate("2+2=", n=6, seed=1, on_progress=seen.append)
+    assert [candidate.text for candidate in result.candidates] == ["0", "3", "6", "2", "5", "1"]
+    assert (result.best.text, result.best_index, result.best.score, result.computed_tokens) == ("6", 2, 6.0, 6)
+    assert seen == [result]
+    assert [part.best_index for part in fake.stream("2+2=", n=6)] == [2]
+    with pytest.raises(InputError, match="unknown option 'nn' of generate; did you mean 'n'"):
+        fake.generate("2+2=", nn=2)
+    with pytest.raises(InputError, match="pass complete="):
+        bonnx.FakeModel(lambda prompt, candidate: 0.0).generate("2+2=")
