@@ -1,18 +1,24 @@
-"""Time of `generate` against the same loop steered by the host, and transformers: `python -m benchmarks.generate`.
+"""Time of `generate` at each precision, beside a loop that the host steers and other tools.
+
+    python -m benchmarks.generate --peers FOLDER
 
 85M parameters (hidden 768, 12 layers, 12 heads, 4 kv heads, FFN 2048), vocabulary 32000, prompt 512, 64 new tokens,
-CPU, float32. All ways take turns in one run; medians. transformers, if it is installed, runs a Llama of the same sizes,
-which scores nothing. The floor is what cannot be avoided: for the prompt its operations at the measured matrix rate;
-for each step its operations at that rate or the weights' bytes at the measured memory rate, whichever takes longer.
+CPU. All ways take turns in one run; medians. FOLDER is what `benchmarks.peers` has installed and prepared: other tools
+on a Llama of the same sizes, which score nothing.
+
+The floor of a precision is what cannot be avoided: for the prompt its operations at the measured matrix rate; for each
+step its operations at that rate or the weights' bytes at the measured memory rate, whichever takes longer. Attention is
+float32 at every precision.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +31,13 @@ from bonnx.models.config import LanguageModelConfig, NetworkConfig
 from bonnx.models.network import LanguageModel
 from bonnx.runtime.steps import grow
 
+from .peers import PEERS, start
 from .rank import interleave, matrix_rates
 
 PROMPT, NEW, VOCABULARY, WIDTH, LAYERS = 512, 64, 32000, 768, 12
+PRECISIONS = ("fp32", "int8", "int4")
+# Bytes of a weight, and which of the measured rates its products can reach.
+COST = {"fp32": (4.0, "float32"), "int8": (1.0, "int8"), "int4": (0.625, "int8")}
 
 
 def language_model() -> LanguageModel:
@@ -45,26 +55,15 @@ def language_model() -> LanguageModel:
     return LanguageModel(LanguageModelConfig(network=network, vocab_size=VOCABULARY)).eval()
 
 
-def transformers_way(prompt: Any, count: int) -> Callable[[], Any] | None:
-    try:
-        import transformers
-    except ImportError:
-        return None
-    config = transformers.LlamaConfig(
-        hidden_size=WIDTH,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=12,
-        num_key_value_heads=4,
-        intermediate_size=2048,
-        vocab_size=VOCABULARY,
-        tie_word_embeddings=True,
-        max_position_embeddings=1024,
-    )
-    model = transformers.LlamaForCausalLM(config).eval()
-    ids = torch.from_numpy(prompt)[None]
-    options = {"do_sample": True, "top_k": 0, "max_new_tokens": NEW, "min_new_tokens": NEW, "pad_token_id": 0}
-    mask = torch.ones_like(ids)
-    return lambda: model.generate(ids, attention_mask=mask, num_return_sequences=count, **options)
+def artifact(folder: Path, precision: str) -> Path:
+    """The model at a precision; one that is there from an earlier run is used again."""
+    path = folder / precision
+    if not path.exists():
+        begun = time.perf_counter()
+        options: dict[str, Any] = {"precision": precision, "min_agreement": 0.0}
+        export_model(language_model(), path, name="85M", **options)
+        print(f"{precision}: exported and verified in {time.perf_counter() - begun:.0f} s", flush=True)
+    return path
 
 
 def memory_rate(megabytes: int = 400) -> float:
@@ -73,52 +72,96 @@ def memory_rate(megabytes: int = 400) -> float:
     return megabytes * 1e-3 / interleave({"sum": lambda: values.sum()}, 9)["sum"]
 
 
-def floor(count: int, gflops: float, gigabytes: float) -> float:
+def floor(count: int, precision: str, rates: dict[str, float], gigabytes: float) -> float:
     """Seconds that no way avoids."""
+    size, kind = COST[precision]
+    rate, float_rate = (max(r for way, r in rates.items() if way.endswith(k)) for k in (kind, "float32"))
     weights = LAYERS * (2 * WIDTH * WIDTH + 2 * WIDTH * 256 + 3 * WIDTH * 2048)
-    prompt = 2 * weights * PROMPT + LAYERS * 4 * WIDTH * PROMPT * PROMPT / 2
-    step = 2 * (weights + WIDTH * VOCABULARY) * count + LAYERS * 4 * WIDTH * count * (PROMPT + NEW / 2)
-    read = 4e-9 * (weights + WIDTH * VOCABULARY)
-    return 1e-9 * prompt / gflops + NEW * max(1e-9 * step / gflops, read / gigabytes)
+    read = 1e-9 * size * (weights + WIDTH * VOCABULARY) / gigabytes
+    attention = 1e-9 * LAYERS * 4 * WIDTH / float_rate
+    prompt = 2e-9 * weights * PROMPT / rate + attention * PROMPT * PROMPT / 2
+    step = 2e-9 * (weights + WIDTH * VOCABULARY) * count / rate
+    return prompt + NEW * (max(step, read) + attention * count * (PROMPT + NEW / 2))
+
+
+@contextlib.contextmanager
+def running(folder: Path | None, names: list[str], threads: int) -> Iterator[dict[str, Any]]:
+    """The peers, as `benchmarks.peers` starts them."""
+    peers = start(folder, names, threads) if folder else {}
+    try:
+        yield peers
+    finally:
+        for peer in peers.values():
+            peer.close()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--counts", type=int, nargs="+", default=[1, 4, 16, 64])
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
+    parser.add_argument("--peers", type=Path, metavar="FOLDER", help="prepared by benchmarks.peers; none if not given")
+    parser.add_argument("--only", nargs="+", choices=PEERS, default=list(PEERS), help="these peers")
+    parser.add_argument("--artifacts", type=Path, help="folder that keeps the exported artifacts for the next run")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("-o", "--output", type=Path, help="write the figures as JSON")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory() as name, torch.no_grad():
-        folder = Path(name)
-        start = time.perf_counter()
-        export_model(language_model(), folder / "artifact", name="85M")
-        print(f"exported and verified in {time.perf_counter() - start:.0f} s")
-        model = bonnx.load(folder / "artifact", provider="cpu", threads=arguments.threads)
-        rates = matrix_rates(folder, arguments.threads)
-    limit, memory = max(rate for way, rate in rates.items() if way.endswith("float32")), memory_rate()
-    print(f"float32 matrix rate {limit:.0f} GFLOP/s, memory {memory:.1f} GB/s", flush=True)
-    prompt = np.random.default_rng(0).integers(0, VOCABULARY, PROMPT)
-    result: dict[str, Any] = {"rates": rates, "memory": memory, "seconds": {}}
-    for count in arguments.counts:
-        options: dict[str, Any] = {"n": count, "max_new_tokens": NEW}
-        request, ids = model._request(prompt, options)
-        ways: dict[str, Callable[[], Any]] = {
-            "generate": lambda: model.generate(prompt, **options),  # noqa: B023 - used within this turn only
-            "steered by the host": lambda: list(grow(model.session, ids, request, None, None)),  # noqa: B023
+        folder = arguments.artifacts or Path(name)
+        models = {
+            precision: bonnx.load(artifact(folder, precision), provider="cpu", threads=arguments.threads)
+            for precision in arguments.precisions
         }
-        theirs = transformers_way(prompt, count)
-        if theirs is not None:
-            ways["transformers"] = theirs
-        seconds = interleave(ways, arguments.repeats if count <= 16 else max(2, arguments.repeats // 2))
-        least = floor(count, limit, memory)
-        print(f"\nN = {count}: floor {least:.3f} s, {100 * least / seconds['generate']:.0f}% of generate")
-        for way, value in seconds.items():
-            print(f"  {way:<22} {value:8.3f} s   {value / seconds['generate']:6.2f}", flush=True)
-        result["seconds"][count] = seconds | {"floor": least}
+        rates, memory = matrix_rates(Path(name), arguments.threads), memory_rate()
+        print("  ".join(f"{way} {rate:.0f} GFLOP/s" for way, rate in rates.items()), f" memory {memory:.1f} GB/s")
+        result: dict[str, Any] = {"rates": rates, "memory": memory, "seconds": {}, "floors": {}}
+        with running(arguments.peers, arguments.only, arguments.threads) as peers:
+            for count in arguments.counts:
+                ways = _ways(models, count) | {n: (lambda peer=peer: peer(count)) for n, peer in peers.items()}  # noqa: B023
+                repeats = arguments.repeats if count <= 16 else max(2, arguments.repeats // 2)
+                result["seconds"][count] = interleave(ways, repeats, pause=0.2)
+                result["floors"][count] = {p: floor(count, p, rates, memory) for p in models}
+                print(f"N = {count} done", flush=True)
+    print(table(result))
     if arguments.output:
         arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def _ways(models: dict[str, Any], count: int) -> dict[str, Callable[[], Any]]:
+    """`generate` and the host's loop, each call with another prompt."""
+    rng, options = np.random.default_rng(0), {"n": count, "max_new_tokens": NEW}
+    ways: dict[str, Callable[[], Any]] = {}
+
+    def whole(model: Any) -> None:
+        model.generate(rng.integers(0, VOCABULARY, PROMPT), **options)
+
+    def steered(model: Any) -> None:
+        request, ids = model._request(rng.integers(0, VOCABULARY, PROMPT), options)
+        for _ in grow(model.session, ids, request, None, None):
+            pass
+
+    for precision, model in models.items():
+        ways[f"generate {precision}"] = lambda model=model: whole(model)
+        ways[f"generate {precision}, steered by the host"] = lambda model=model: steered(model)
+    return ways
+
+
+def table(result: dict[str, Any]) -> str:
+    """Markdown: seconds of each way by N, and the share of the floor."""
+    counts = list(result["seconds"])
+
+    def row(name: str, cells: Iterable[str]) -> str:
+        return f"| {name} | {' | '.join(cells)} |"
+
+    lines = [row("seconds", (f"N = {n}" for n in counts)), f"|---|{'---|' * len(counts)}"]
+    for way in result["seconds"][counts[0]]:
+        taken = [result["seconds"][n][way] for n in counts]
+        lines.append(row(way, (f"{seconds:.3f}" for seconds in taken)))
+    for precision in result["floors"][counts[0]]:
+        shares = [result["floors"][n][precision] / result["seconds"][n][f"generate {precision}"] for n in counts]
+        lines.append(row(f"floor of {precision} / generate", (f"{100 * share:.0f}%" for share in shares)))
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

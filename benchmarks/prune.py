@@ -1,4 +1,4 @@
-"""Accuracy against tokens computed, with and without pruning: `python -m benchmarks.prune ARTIFACT` (Countdown).
+"""Countdown: accuracy against tokens computed, pruned or with fewer candidates: `python -m benchmarks.prune ARTIFACT`.
 
 Every setting solves the same held-out puzzles with the same seed, so that an unpruned candidate is the same everywhere.
 """
@@ -15,8 +15,10 @@ import bonnx
 from bonnx.models.countdown.puzzle import check
 from bonnx.models.countdown.train import draw_puzzles
 
-# After every so many tokens this share goes on. A step of a solution has 6 tokens.
-SETTINGS = [(0, 1.0), (6, 0.75), (6, 0.5), (6, 0.25), (12, 0.5), (12, 0.25), (4, 0.7), (3, 0.8)]
+# Which share of the candidates is begun, and which goes on after every so many tokens (0: never). A step of a solution
+# has 6 tokens.
+SETTINGS = [(1.0, 0, 1.0), (0.875, 0, 1.0), (0.75, 0, 1.0), (0.5, 0, 1.0)]
+SETTINGS += [(1.0, 12, 0.5), (1.0, 12, 0.25), (1.0, 6, 0.75), (1.0, 6, 0.5), (1.0, 6, 0.25)]
 
 
 def main() -> None:
@@ -30,24 +32,21 @@ def main() -> None:
     puzzles = [puzzle for count in (3, 4) for puzzle, _ in draw_puzzles(rng, count, half, test=True)]
     model = bonnx.load(arguments.artifact)
     print(f"{len(puzzles)} held-out puzzles, {arguments.n} candidates; 95% interval of the difference, same puzzles\n")
-    print("  prune_every  prune_keep  solved, %  difference          tokens computed")
+    print("   n  prune_every  prune_keep  solved, %  difference          tokens computed")
     base: list[bool] = []
     whole = 0
-    for every, keep in SETTINGS:
-        right, tokens = [], 0
+    for share, every, keep in SETTINGS:
+        right, tokens, count = [], 0, round(share * arguments.n)
         for puzzle in puzzles:
-            result = model.generate(
-                puzzle.prompt, n=arguments.n, seed=arguments.seed, prune_every=every, prune_keep=keep
-            )
+            result = model.generate(puzzle.prompt, n=count, seed=arguments.seed, prune_every=every, prune_keep=keep)
             right.append(check(puzzle, str(result.best.text)))
             tokens += result.computed_tokens
         base, whole = base or right, whole or tokens
         difference = np.array(right, float) - np.array(base, float)
         spread = 196 * difference.std(ddof=1) / np.sqrt(len(difference))
         text = f"{100 * difference.mean():+5.1f} +- {spread:3.1f} points"
-        print(
-            f"  {every:>11}  {keep:>10}  {100 * np.mean(right):>9.1f}  {text}  {100 * tokens / whole:5.1f}%", flush=True
-        )
+        solved = f"{100 * np.mean(right):>9.1f}"
+        print(f"  {count:>2}  {every:>11}  {keep:>10}  {solved}  {text}  {100 * tokens / whole:5.1f}%", flush=True)
 
 
 if __name__ == "__main__":

@@ -117,9 +117,12 @@ class Checker:
         """Whole unpadded rows -> backbone (B, T, D) and scores (B, T), the activation applied."""
         with torch.no_grad():
             backbone, scores = self.model(torch.from_numpy(rows))[:2]
-            scores = scores[..., self.scoring.label]
-            scores = scores.sigmoid() if self.scoring.activation == "sigmoid" else scores
-        return backbone.numpy(), scores.numpy()
+        return backbone.numpy(), self.activate(scores).numpy()
+
+    def activate(self, scores: torch.Tensor) -> torch.Tensor:
+        """The scorer's labels (..., num_labels) -> the score (...), as the graphs give it."""
+        scores = scores[..., self.scoring.label]
+        return scores.sigmoid() if self.scoring.activation == "sigmoid" else scores
 
     def _draw(self, *shape: int) -> Array:
         if self.ids:

@@ -80,8 +80,7 @@ def _compare_rows(
     for n, b in np.ndindex(lengths.shape):
         prompt, length = prompts[b][mask[b] > 0], lengths[n, b]
         tokens, what = sequences[n, b, :length], f"generate, prompt {b}, candidate {n}"
-        logits = _logits(checker, prompt, tokens)
-        scores = checker.torch_scores(np.concatenate([prompt, tokens])[None])[1][0, len(prompt) :]
+        logits, scores = _read(checker, prompt, tokens)
         log_probs = logits - np.log(np.exp(logits - logits.max(1, keepdims=True)).sum(1, keepdims=True))
         log_probs = (log_probs - logits.max(1, keepdims=True))[np.arange(length), tokens]
         worst = max(worst, checker.compare(what, outputs["scores"][n, b, :length], scores))
@@ -157,7 +156,7 @@ def _record(checker: Checker) -> None:
 
 def _margin(checker: Checker, request: Request, candidate: int, prompt: Array, tokens: Array) -> float:
     """The least distance of a candidate's draws from an edge."""
-    logits = _logits(checker, prompt, tokens)
+    logits, _ = _read(checker, prompt, tokens)
     draws = (
         expected_token(logits[step], uniform(request.seed, prompt, step, candidate), request)
         for step in range(len(tokens))
@@ -165,12 +164,13 @@ def _margin(checker: Checker, request: Request, candidate: int, prompt: Array, t
     return min(margin for _, margin in draws)
 
 
-def _logits(checker: Checker, prompt: Array, tokens: Array) -> Array:
-    """PyTorch's logits of each of a candidate's tokens: (length, V) float64."""
+def _read(checker: Checker, prompt: Array, tokens: Array) -> tuple[Array, Array]:
+    """What PyTorch gives for a candidate: the logits of each token (length, V) float64, and its scores (length,)."""
     row = torch.from_numpy(np.concatenate([prompt, tokens]))[None]
     with torch.no_grad():
-        found: Array = checker.model(row)[2][0, len(prompt) - 1 : -1].double().numpy()
-    return found
+        _, scores, logits = checker.model(row)
+    found: Array = logits[0, len(prompt) - 1 : -1].double().numpy()
+    return found, checker.activate(scores)[0, len(prompt) :].numpy()
 
 
 def uniform(seed: int, prompt: Array, step: int, candidate: int) -> float:

@@ -45,13 +45,15 @@ class Linear8(nn.Module):
         self.bias = linear.bias
         self.normed = normed
         """Whether the inputs come from a norm and have the fixed range."""
+        # Kept, as a verification runs the layer thousands of times.
+        self._levels = self.weight.to(torch.float32)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
         step: Tensor | float = NORMED_STEP
         if not self.normed:
             step = (x.abs().amax(-1, keepdim=True) * (1 / 127)).clamp(min=_LEAST)
-        integers = F.linear((x / step).round().clamp(-128, 127), self.weight.to(torch.float32))
+        integers = F.linear((x / step).round().clamp(-128, 127), self._levels)
         y = integers * self.scale * step
         return y if self.bias is None else y + self.bias
 
@@ -71,15 +73,15 @@ class Linear4(nn.Module):
         """(out, in / 32)."""
         self.bias = linear.bias
         self.width = width
+        levels = torch.stack([self.packed & 15, self.packed >> 4], -1).flatten(-2).to(torch.float32) - 8
+        self._weight = (levels * self.scale[..., None]).flatten(1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        levels = torch.stack([self.packed & 15, self.packed >> 4], -1).flatten(-2).to(torch.float32) - 8
-        weight = (levels * self.scale[..., None]).flatten(1)
         padded = F.pad(x, (0, -self.width % BLOCK))
         blocks = padded.reshape(*padded.shape[:-1], -1, BLOCK)
         step = (blocks.abs().amax(-1, keepdim=True) / 127).clamp(min=_LEAST)
-        return F.linear(((blocks / step).round() * step).flatten(-2), weight, self.bias)
+        return F.linear(((blocks / step).round() * step).flatten(-2), self._weight, self.bias)
 
 
 class Embedding8(nn.Module):

@@ -1,0 +1,212 @@
+"""Other tools that sample N completions of one prompt, in turns: `python -m benchmarks.peers`.
+
+    python -m benchmarks.peers install FOLDER    # a virtual environment for each library, under FOLDER/envs
+    python -m benchmarks.peers prepare FOLDER    # one random checkpoint, and each library's form of it
+    python -m benchmarks.peers run FOLDER --counts 1 4 16 64 --repeats 3
+    python -m benchmarks.peers rank FOLDER --counts 16
+
+A Llama of hidden 768, 12 layers, 12 heads, 4 kv heads, FFN 2048, vocabulary 32000, tied embeddings; prompt 512, exactly
+64 new tokens in every completion, temperature 1, top-k off. Each peer in each mode is a process of its own
+(`peer_server.py`, where every class says what its modes are), so that all can take turns in one run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+HERE = Path(__file__).parent
+TORCH = ["torch==2.13.0"]
+
+# Requirements of each library's environment, then those that are installed without their own requirements:
+# optimum-intel asks for torchvision, which a text model does not use and which has to fit torch's build.
+ENVIRONMENTS: dict[str, tuple[list[str], list[str]]] = {
+    "transformers": ([*TORCH, "transformers==5.24.0", "numpy==2.4.6"], []),
+    "openvino": (
+        [*TORCH, "openvino-genai==2026.4.1.0", "nncf==3.4.0", "transformers==5.5.4", "requests==2.34.2"],
+        ["optimum==2.3.0", "optimum-intel==2.2.0"],
+    ),
+    "llama": (["llama-cpp-python==0.3.36", "gguf==0.19.0", "safetensors==0.8.0"], []),
+    "ctranslate2": ([*TORCH, "ctranslate2==4.8.5", "transformers==5.24.0"], []),
+    "onnxruntime": (
+        [*TORCH, "onnxruntime-genai==0.18.0", "onnxruntime==1.32.0", "transformers==5.24.0", "onnx-ir==1.1.0"],
+        [],
+    ),
+}
+
+# Name -> library (its environment and its class in peer_server.py) and mode.
+PEERS = {
+    "transformers float32": ("transformers", "float32"),
+    "transformers bfloat16": ("transformers", "bfloat16"),
+    "transformers float32, prompt once": ("transformers", "float32-once"),
+    "transformers bfloat16, prompt once": ("transformers", "bfloat16-once"),
+    "OpenVINO GenAI float32": ("openvino", "f32"),
+    "OpenVINO GenAI default": ("openvino", "default"),
+    "OpenVINO GenAI int8": ("openvino", "int8"),
+    "OpenVINO GenAI int4": ("openvino", "int4"),
+    "llama.cpp f32": ("llama", "f32"),
+    "llama.cpp q8_0": ("llama", "q8_0"),
+    "llama.cpp q4_0": ("llama", "q4_0"),
+    "CTranslate2 float32": ("ctranslate2", "float32"),
+    "CTranslate2 int8": ("ctranslate2", "int8"),
+    "ONNX Runtime GenAI fp32": ("onnxruntime", "fp32"),
+    "ONNX Runtime GenAI int8": ("onnxruntime", "int8"),
+    "ONNX Runtime GenAI int4": ("onnxruntime", "int4"),
+}
+RANKERS = ["transformers float32", "transformers bfloat16", "llama.cpp f32", "llama.cpp q8_0"]
+
+
+class Peer:
+    """A running server: `peer(n)` is the seconds of one generation of n completions, `peer(n, "rank")` of one rank."""
+
+    def __init__(self, command: list[str], environment: dict[str, str], log: Path) -> None:
+        self.log = log
+        with log.open("w") as errors:
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
+            )
+
+    def wait(self) -> None:
+        """Return when the model is loaded."""
+        while self.answer() != "ready":
+            pass
+
+    def answer(self) -> str:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{' '.join(self.process.args)} ended; see {self.log}")  # type: ignore[arg-type]
+        return line.strip()
+
+    def __call__(self, count: int, task: str = "") -> float:
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{task} {count}\n".lstrip())
+        self.process.stdin.flush()
+        while True:
+            line = self.answer()
+            with suppress(ValueError):  # a library may print lines of its own
+                return float(json.loads(line))
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def python(folder: Path, library: str) -> Path:
+    return folder / "envs" / library / "bin" / "python"
+
+
+def install(folder: Path, libraries: list[str]) -> None:
+    for library in libraries:
+        print(f"installing {library}", file=sys.stderr)
+        requirements, bare = ENVIRONMENTS[library]
+        subprocess.run([sys.executable, "-m", "venv", folder / "envs" / library], check=True)
+        pip = [str(python(folder, library)), "-m", "pip", "install", "--quiet"]
+        subprocess.run([*pip, *requirements], check=True)
+        if bare:
+            subprocess.run([*pip, "--no-deps", *bare], check=True)
+
+
+def prepare(folder: Path, libraries: list[str], layers: int) -> None:
+    """The checkpoint, made by transformers, then each library's form of it, under FOLDER/models."""
+    (folder / "models").mkdir(parents=True, exist_ok=True)
+    for what in ["checkpoint", *libraries]:
+        if what == "transformers":  # reads the checkpoint as it is
+            continue
+        command = python(folder, "transformers" if what == "checkpoint" else what)
+        if not command.exists():
+            print(f"skipped {what}: no environment, run `python -m benchmarks.peers install {folder}`", file=sys.stderr)
+            continue
+        options = [what, str(folder / "models"), "--layers", str(layers)]
+        environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+        subprocess.run([str(command), str(HERE / "peer_convert.py"), *options], check=True, env=environment)
+
+
+def start(folder: Path, names: list[str], threads: int) -> dict[str, Peer]:
+    """Servers by name, models loaded; a peer whose environment is missing is left out, with a line on stderr."""
+    peers = {}
+    (folder / "logs").mkdir(exist_ok=True)
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+    for name in names:
+        library, mode = PEERS[name]
+        command = python(folder, library)
+        if not command.exists():
+            print(f"skipped {name}: no {command}, run `python -m benchmarks.peers install {folder}`", file=sys.stderr)
+            continue
+        options = [library, str(folder / "models"), mode, "--threads", str(threads)]
+        peer = Peer(
+            [str(command), str(HERE / "peer_server.py"), *options], environment, folder / "logs" / f"{library}-{mode}"
+        )
+        peer.wait()
+        peers[name] = peer
+    return peers
+
+
+def take_turns(
+    peers: dict[str, Peer], count: int, repeats: int, task: str = "", pause: float = 0.2
+) -> dict[str, float]:
+    """Median seconds of each, all taking turns; the first turn does not count.
+
+    The pause lets a library's threads that still spin for work fall asleep before the next one starts.
+    """
+    taken: dict[str, list[float]] = {name: [] for name in peers}
+    for turn in range(repeats + 1):
+        for name, peer in peers.items():
+            time.sleep(pause)
+            seconds = peer(count, task)
+            if turn:
+                taken[name].append(seconds)
+    return {name: float(np.median(values)) for name, values in taken.items()}
+
+
+def compare(folder: Path, arguments: argparse.Namespace) -> None:
+    task = "rank" if arguments.command == "rank" else ""
+    peers = start(folder, arguments.peers or (RANKERS if task else list(PEERS)), arguments.threads)
+    result: dict[str, Any] = {}
+    try:
+        for count in arguments.counts:
+            result[str(count)] = take_turns(peers, count, arguments.repeats, task)
+            print(f"N = {count} done", file=sys.stderr, flush=True)
+    finally:
+        for peer in peers.values():
+            peer.close()
+    print(f"{'seconds':<36}" + "".join(f"{f'N = {count}':>10}" for count in arguments.counts))
+    for name in peers:
+        print(f"{name:<36}" + "".join(f"{seconds[name]:10.3f}" for seconds in result.values()))
+    if arguments.output:
+        arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("command", choices=["install", "prepare", "run", "rank"])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--libraries", nargs="+", choices=ENVIRONMENTS, default=list(ENVIRONMENTS))
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--peers", nargs="+", choices=PEERS)
+    parser.add_argument("--counts", type=int, nargs="+", default=[1, 4, 16, 64])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("-o", "--output", type=Path, help="write the figures as JSON")
+    arguments = parser.parse_args()
+    folder = arguments.folder.resolve()
+    if arguments.command == "install":
+        install(folder, arguments.libraries)
+    elif arguments.command == "prepare":
+        prepare(folder, arguments.libraries, arguments.layers)
+    else:
+        compare(folder, arguments)
+
+
+if __name__ == "__main__":
+    main()
