@@ -17,12 +17,11 @@ import json
 import os
 import subprocess
 import sys
-import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from .rank import interleave
 
 HERE = Path(__file__).parent
 TORCH = ["torch==2.13.0"]
@@ -152,30 +151,14 @@ def start(folder: Path, names: list[str], threads: int) -> dict[str, Peer]:
     return peers
 
 
-def take_turns(
-    peers: dict[str, Peer], count: int, repeats: int, task: str = "", pause: float = 0.2
-) -> dict[str, float]:
-    """Median seconds of each, all taking turns; the first turn does not count.
-
-    The pause lets a library's threads that still spin for work fall asleep before the next one starts.
-    """
-    taken: dict[str, list[float]] = {name: [] for name in peers}
-    for turn in range(repeats + 1):
-        for name, peer in peers.items():
-            time.sleep(pause)
-            seconds = peer(count, task)
-            if turn:
-                taken[name].append(seconds)
-    return {name: float(np.median(values)) for name, values in taken.items()}
-
-
 def compare(folder: Path, arguments: argparse.Namespace) -> None:
     task = "rank" if arguments.command == "rank" else ""
     peers = start(folder, arguments.peers or (RANKERS if task else list(PEERS)), arguments.threads)
     result: dict[str, Any] = {}
     try:
         for count in arguments.counts:
-            result[str(count)] = take_turns(peers, count, arguments.repeats, task)
+            ways = {name: (lambda peer=peer: peer(count, task)) for name, peer in peers.items()}  # noqa: B023
+            result[str(count)] = interleave(ways, arguments.repeats, pause=0.2)
             print(f"N = {count} done", file=sys.stderr, flush=True)
     finally:
         for peer in peers.values():

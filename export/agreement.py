@@ -21,6 +21,7 @@ from ..runtime.errors import ExportError, InputError
 from ..runtime.inputs import Item, pad
 from ..runtime.manifest import Agreement, Scoring
 from ..runtime.model import Model
+from .parity import activated
 
 __all__ = ["HeldOut", "measure", "random_prompts", "read_held_out"]
 
@@ -77,7 +78,7 @@ def random_prompts(model: LanguageModel | TwoHeadedNetwork, longest: int, seed: 
     """What there is without a file: noise, on which a ranking means little."""
     rng, found = np.random.default_rng(seed), []
     for _ in range(RANDOM_PROMPTS):
-        length = int(rng.integers(1, min(24, longest // 2) + 1))
+        length = int(rng.integers(1, max(1, min(24, longest // 2)) + 1))
         if isinstance(model, LanguageModel):
             found.append(HeldOut(rng.integers(0, model.config.vocab_size, length)))
             continue
@@ -141,8 +142,7 @@ def _scores(model: LanguageModel | TwoHeadedNetwork, prompt: Any, candidates: li
     """The float32 model's candidate scores (num_candidates,), from whole rows."""
     rows, mask = pad([np.concatenate([prompt, candidate]) for candidate in candidates], scoring.pad_token)
     with torch.no_grad():
-        scores = model(torch.from_numpy(rows), torch.from_numpy(mask))[1][..., scoring.label]
-        scores = scores.sigmoid() if scoring.activation == "sigmoid" else scores
+        scores = activated(model(torch.from_numpy(rows), torch.from_numpy(mask))[1], scoring)
     own = mask.copy()
     own[:, : len(prompt)] = 0
     found, _ = aggregate(scores.numpy()[:, None], own[:, None], np.ones((1, 1, 1)), scoring.aggregation)

@@ -25,6 +25,7 @@ from ..runtime.manifest import (
     Graph,
     Limits,
     Manifest,
+    Parity,
     Precision,
     Scoring,
     Value,
@@ -83,28 +84,14 @@ def export_model(
         ExportError: the folder exists, there is no room, or the verification failed; nothing is left behind.
     """
     scoring, limits = scoring or Scoring(), limits or Limits()
-    network = model.config.network if isinstance(model, LanguageModel) else model.config
-    if not 0 <= scoring.label < network.num_labels:
-        raise ExportError(f"scoring label {scoring.label}: the scorer has {network.num_labels} labels, counted from 0")
-    if opset not in OPSETS:
-        raise ExportError(f"opset: expected one of {', '.join(map(str, OPSETS))}; got {opset}")
-    if precision not in PRECISIONS:
-        raise ExportError(f"precision: expected one of {', '.join(PRECISIONS)}; got {precision!r}")
-    if not 0 <= min_agreement <= 1:
-        raise ExportError(f"min_agreement: expected a share between 0 and 1; got {min_agreement}")
+    _check_options(model, scoring, opset, precision, min_agreement)
     output = output.absolute()
     check_output(output, overwrite=overwrite)
     computed = quantized(model, precision)
     with _staged(output) as folder:
         (folder / "onnx").mkdir()
         graphs = _write_graphs(trace_graphs(computed, scoring, opset=opset), folder, _SUFFIXES[precision])
-        for graph in graphs.values():
-            check_structure(folder / graph.file)
-        checker = Checker(computed, folder, graphs, scoring, limits, precision, seed)
-        parity = checker.run()
-        if isinstance(model, LanguageModel):
-            parity += check_generation(checker)
-        np.savez_compressed(folder / "golden.npz", **checker.recorded)  # type: ignore[arg-type]
+        parity = _verify(computed, folder, graphs, scoring, limits, precision, seed)
         if tokenizer is not None:
             shutil.copyfile(tokenizer, folder / "tokenizer.json")
         manifest = Manifest(
@@ -131,6 +118,40 @@ def export_model(
         manifest = _with_files(manifest, folder)
         (folder / MANIFEST).write_bytes(seal(manifest))
     return manifest
+
+
+def _check_options(
+    model: LanguageModel | TwoHeadedNetwork, scoring: Scoring, opset: int, precision: Precision, min_agreement: float
+) -> None:
+    network = model.config.network if isinstance(model, LanguageModel) else model.config
+    if not 0 <= scoring.label < network.num_labels:
+        raise ExportError(f"scoring label {scoring.label}: the scorer has {network.num_labels} labels, counted from 0")
+    if opset not in OPSETS:
+        raise ExportError(f"opset: expected one of {', '.join(map(str, OPSETS))}; got {opset}")
+    if precision not in PRECISIONS:
+        raise ExportError(f"precision: expected one of {', '.join(PRECISIONS)}; got {precision!r}")
+    if not 0 <= min_agreement <= 1:
+        raise ExportError(f"min_agreement: expected a share between 0 and 1; got {min_agreement}")
+
+
+def _verify(
+    computed: LanguageModel | TwoHeadedNetwork,
+    folder: Path,
+    graphs: dict[str, Graph],
+    scoring: Scoring,
+    limits: Limits,
+    precision: Precision,
+    seed: int,
+) -> list[Parity]:
+    """Every check of the written graphs against PyTorch at their precision; some cases are kept for `bonnx verify`."""
+    for graph in graphs.values():
+        check_structure(folder / graph.file)
+    checker = Checker(computed, folder, graphs, scoring, limits, precision, seed)
+    parity = checker.run()
+    if isinstance(computed, LanguageModel):
+        parity += check_generation(checker)
+    np.savez_compressed(folder / "golden.npz", **checker.recorded)  # type: ignore[arg-type]
+    return parity
 
 
 def check_output(output: Path, *, overwrite: bool) -> None:

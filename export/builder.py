@@ -115,10 +115,18 @@ class Builder:
             if twin is not None:
                 value.name = f"{self.name}/{len(self.initializers)}/{name}"
             self.initializers.append(value)
-        fixed = {*self.initializers}
-        transposes = [node for node in graph if node.op_type == "Transpose" and node.inputs[0] in fixed]
-        graph.remove(transposes)
-        self.nodes += transposes
+        fixed, turned = {*self.initializers}, {_transpose(node): node for node in self.nodes}
+        for node in [node for node in graph if node.op_type == "Transpose" and node.inputs[0] in fixed]:
+            same = turned.get(_transpose(node))
+            if same is not None:
+                node.outputs[0].replace_all_uses_with(same.outputs[0])
+            graph.remove(node)
+            self.nodes += [] if same is not None else [node]
+
+
+def _transpose(node: ir.Node) -> tuple[ir.Value | None, tuple[builtins.int, ...]] | None:
+    """What a `Transpose` of two of them shares if they are the same; None for another node."""
+    return (node.inputs[0], tuple(node.attributes["perm"].as_ints())) if node.op_type == "Transpose" else None
 
 
 def _content(value: ir.Value) -> NDArray[Any]:

@@ -83,7 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
     held_out = None
     if arguments.held_out is not None:
         held_out = read_held_out(arguments.held_out), arguments.held_out.name
-    elif shipped:
+    elif shipped and arguments.precision != "fp32":
         prompts = draw_prompts("agreement", HELD_OUT_PUZZLES)
         held_out = [HeldOut(prompt) for prompt in prompts], "held-out puzzles"
     tokenizer = checkpoint / "tokenizer.json"

@@ -20,7 +20,7 @@ from ..runtime.manifest import AGGREGATIONS, Graph, Limits, Parity, Precision, S
 from ..runtime.session import Options, Session
 from .reference import MatMulNBits
 
-__all__ = ["TOLERANCES", "Checker", "Tolerance", "check_structure"]
+__all__ = ["TOLERANCES", "Checker", "Tolerance", "activated", "check_structure"]
 
 Array = NDArray[Any]
 
@@ -117,12 +117,7 @@ class Checker:
         """Whole unpadded rows -> backbone (B, T, D) and scores (B, T), the activation applied."""
         with torch.no_grad():
             backbone, scores = self.model(torch.from_numpy(rows))[:2]
-        return backbone.numpy(), self.activate(scores).numpy()
-
-    def activate(self, scores: torch.Tensor) -> torch.Tensor:
-        """The scorer's labels (..., num_labels) -> the score (...), as the graphs give it."""
-        scores = scores[..., self.scoring.label]
-        return scores.sigmoid() if self.scoring.activation == "sigmoid" else scores
+        return backbone.numpy(), activated(scores, self.scoring).numpy()
 
     def _draw(self, *shape: int) -> Array:
         if self.ids:
@@ -239,6 +234,12 @@ class Checker:
         """Keep a case for `bonnx verify`, with the exact outputs in place of those found."""
         self.recorded |= {f"{name}/in/{key}": value for key, value in feeds.items()}
         self.recorded |= {f"{name}/out/{key}": value for key, value in (outputs | exact).items()}
+
+
+def activated(scores: torch.Tensor, scoring: Scoring) -> torch.Tensor:
+    """What PyTorch's scorer gives, (..., num_labels) -> the score (...), as the graphs give it."""
+    scores = scores[..., scoring.label]
+    return scores.sigmoid() if scoring.activation == "sigmoid" else scores
 
 
 def _mask(sizes: Array, length: int, padding: str) -> Array:

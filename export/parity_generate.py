@@ -13,7 +13,7 @@ from ..runtime.errors import ExportError
 from ..runtime.generation import FINISH_REASONS, Request
 from ..runtime.manifest import Parity
 from ..runtime.steps import generate_feeds, grow
-from .parity import Array, Checker
+from .parity import Array, Checker, activated
 
 __all__ = ["check_generation", "expected_token", "uniform"]
 
@@ -148,7 +148,8 @@ def _record(checker: Checker) -> None:
         prompts, mask, request = _case(checker, (2, 4, 3, 5), temperature, 0, 1.0, 0)
         feeds = generate_feeds(prompts, mask, dataclasses.replace(request, stop_tokens=()), None)
         outputs = checker.run_graph("generate", feeds)
-        rows = ((n, prompts[b][mask[b] > 0], outputs["sequences"][n, b]) for n, b in np.ndindex(3, 2))
+        sequences = outputs["sequences"]
+        rows = ((n, prompts[b][mask[b] > 0], sequences[n, b]) for n, b in np.ndindex(sequences.shape[:2]))
         if all(_margin(checker, request, *row) > far for row in rows):
             break
     checker.record("generate/1", feeds, outputs)
@@ -170,7 +171,7 @@ def _read(checker: Checker, prompt: Array, tokens: Array) -> tuple[Array, Array]
     with torch.no_grad():
         _, scores, logits = checker.model(row)
     found: Array = logits[0, len(prompt) - 1 : -1].double().numpy()
-    return found, checker.activate(scores)[0, len(prompt) :].numpy()
+    return found, activated(scores, checker.scoring)[0, len(prompt) :].numpy()
 
 
 def uniform(seed: int, prompt: Array, step: int, candidate: int) -> float:

@@ -8,11 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from ..models.network import LanguageModel
-from .quantize import BLOCK, NORMED_STEP, Linear4, Linear8
+from .quantize import BLOCK, LEAST, NORMED_STEP, Linear4, Linear8
 
 __all__ = ["Product4", "Product8", "Product32", "QuantizedNorm", "VocabularyHead", "product"]
-
-_LEAST = 1e-30
 
 
 def product(linear: nn.Module, scale: float = 1.0) -> nn.Module:
@@ -69,7 +67,7 @@ class Product8(_Biased):
         """(M, in) -> (M, out)."""
         rows = None
         if x.dtype != torch.uint8:
-            rows = x.abs().amax(-1, keepdim=True).clamp(min=_LEAST)
+            rows = x.abs().amax(-1, keepdim=True).clamp(min=LEAST)
             x = _node("QuantizeLinear", (x / rows, self.step, self.zero), torch.uint8, x.shape)
         weight = self.weight.T if self.shared else self.weight
         integers = _node("MatMulInteger", (x, weight, self.zero), torch.int32, (x.shape[0], weight.shape[1]))

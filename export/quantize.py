@@ -23,12 +23,13 @@ from ..models.network import LanguageModel, TwoHeadedNetwork
 from ..runtime.manifest import Precision
 from .rotate import rotated
 
-__all__ = ["BLOCK", "NORMED_STEP", "Embedding8", "Linear4", "Linear8", "quantized"]
+__all__ = ["BLOCK", "LEAST", "NORMED_STEP", "Embedding8", "Linear4", "Linear8", "quantized"]
 
 # 127 steps reach 4.5 standard deviations: of a normal distribution 7 values in a million lie beyond and are cut.
 NORMED_STEP = 4.5 / 127
 BLOCK = 32
-_LEAST = 1e-30
+# In place of a range of nothing, which nothing can be divided by.
+LEAST = 1e-30
 
 
 class Linear8(nn.Module):
@@ -37,7 +38,7 @@ class Linear8(nn.Module):
     def __init__(self, linear: nn.Linear, *, normed: bool) -> None:
         super().__init__()
         weight = linear.weight.detach()
-        scale = (weight.abs().amax(1) / 127).clamp(min=_LEAST)
+        scale = (weight.abs().amax(1) / 127).clamp(min=LEAST)
         self.weight = nn.Parameter((weight / scale[:, None]).round().to(torch.int8), requires_grad=False)
         """(out, in) int8."""
         self.scale = nn.Parameter(scale, requires_grad=False)
@@ -52,7 +53,7 @@ class Linear8(nn.Module):
         """(..., in) -> (..., out)."""
         step: Tensor | float = NORMED_STEP
         if not self.normed:
-            step = (x.abs().amax(-1, keepdim=True) * (1 / 127)).clamp(min=_LEAST)
+            step = (x.abs().amax(-1, keepdim=True) * (1 / 127)).clamp(min=LEAST)
         integers = F.linear((x / step).round().clamp(-128, 127), self._levels)
         y = integers * self.scale * step
         return y if self.bias is None else y + self.bias
@@ -80,7 +81,7 @@ class Linear4(nn.Module):
         """(..., in) -> (..., out)."""
         padded = F.pad(x, (0, -self.width % BLOCK))
         blocks = padded.reshape(*padded.shape[:-1], -1, BLOCK)
-        step = (blocks.abs().amax(-1, keepdim=True) / 127).clamp(min=_LEAST)
+        step = (blocks.abs().amax(-1, keepdim=True) / 127).clamp(min=LEAST)
         return F.linear(((blocks / step).round() * step).flatten(-2), self._weight, self.bias)
 
 
