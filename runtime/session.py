@@ -90,8 +90,9 @@ class Session:
         settings.log_severity_level = 3
         # Every logical core would also take the other half of each physical one, which slows matrix products.
         settings.intra_op_num_threads = options.threads or 0
-        # Without it 8-bit products overflow on x64 processors that lack VNNI.
-        settings.add_session_config_entry("session.x64quantprecision", "1")
+        if not _has_vnni():
+            # Without it 8-bit products overflow there; where it is not needed it halves their speed.
+            settings.add_session_config_entry("session.x64quantprecision", "1")
         try:
             self._session = runtime.InferenceSession(str(path), settings, providers=providers)
         except Exception as e:  # ONNX Runtime raises bare subclasses of Exception of its own
@@ -172,6 +173,14 @@ def _providers(runtime: Any, options: Options) -> list[Any]:
 def _has_device() -> bool:
     """Whether there is a CUDA driver to speak of; ONNX Runtime itself falls back without a word."""
     return os.path.exists("/dev/nvidiactl") or os.path.exists("/dev/dxg") or os.name == "nt"
+
+
+def _has_vnni() -> bool:
+    """Whether the processor is known to add 8-bit products in 32 bits: told by Linux only."""
+    try:
+        return "vnni" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return False
 
 
 def _no_cuda(reason: str) -> str:
