@@ -32,11 +32,11 @@ class PromptGraph(nn.Module):
         real = attention_mask > 0
         positions = (real.to(torch.int64).cumsum(1) - 1).clamp(min=0)
         cos, sin = trunk.rotation(positions)
-        mask = additive(allowed(real, positions, trunk.config.sliding_window))
+        masks = trunk.for_each_window(lambda window: additive(allowed(real, positions, window)))
         x = trunk.embed(input_ids)
         x = trunk.project(x.reshape(batch * length, x.shape[-1]))
         cache: list[Tensor] = []
-        for layer in trunk.layers[:-1]:
+        for layer, mask in zip(trunk.layers[:-1], masks[:-1], strict=True):
             assert isinstance(layer, Layer)
             y = layer.attention_norm(x)
             q, k, v = layer.queries(y, cos, sin), layer.keys(y, cos, sin), layer.values(y, batch)
@@ -51,7 +51,7 @@ class PromptGraph(nn.Module):
         last = (real.to(torch.int64) * (torch.arange(length) + 1)).amax(1).clamp(min=1) - 1
         rows = torch.arange(batch) * length + last
         x, y = x.index_select(0, rows), y.index_select(0, rows)
-        cos, sin, mask = (t.flatten(0, 1).index_select(0, rows)[:, None] for t in (cos, sin, mask))
+        cos, sin, mask = (t.flatten(0, 1).index_select(0, rows)[:, None] for t in (cos, sin, masks[-1]))
         q = layer.queries(y, cos, sin)
         x = layer.finish(x, attend(q, k, v, mask).reshape(batch, layer.heads * layer.size))
         return self.head(trunk.final_norm(x)), *cache
@@ -82,13 +82,14 @@ class StepGraph(nn.Module):
         lengths = (attention_mask > 0).to(torch.int64).sum(1)
         positions = (lengths + done)[None].expand(count, batch)
         cos, sin = trunk.rotation(positions.reshape(rows, 1))
-        near, reach = self._window(attention_mask, lengths + done, done)
+        windows = trunk.for_each_window(lambda window: _window(window, attention_mask, lengths + done, done))
         x = trunk.project(trunk.embed(tokens.reshape(rows)))
         grown: list[Tensor] = []
         for i, layer in enumerate(trunk.layers):
             assert isinstance(layer, Layer)
             kv_heads, size, group = layer.kv_heads, layer.size, layer.heads // layer.kv_heads
             keys, values, own_k, own_v = cache[4 * i : 4 * i + 4]
+            near, reach = windows[i]
             y = layer.attention_norm(x)
             q, k = layer.queries(y, cos, sin), layer.keys(y, cos, sin)
             own_k = torch.cat([own_k, k.reshape(count, batch, kv_heads, 1, size)], 3)
@@ -106,12 +107,14 @@ class StepGraph(nn.Module):
         scores = trunk.score(normed).reshape(count, batch)
         return scores, self.head(normed).reshape(count, batch, -1), *grown
 
-    def _window(self, attention_mask: Tensor, position: Tensor, done: int) -> tuple[Tensor | None, Tensor | None]:
-        """What a sliding window lets the step read: of the own tokens (1, 1, T + 1), of the prompts (B, 1, 1, 1, P)."""
-        window = self.trunk.config.sliding_window
-        if window is None:
-            return None, None
-        near = additive(torch.arange(done, -1, -1) < window)
-        prompt_positions = (attention_mask > 0).to(torch.int64).cumsum(1) - 1
-        reach = additive(position[:, None] - prompt_positions < window)
-        return near[None, None], reach[:, None, None, None]
+
+def _window(
+    window: int | None, attention_mask: Tensor, position: Tensor, done: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """What a sliding window lets the step read: of the own tokens (1, 1, T + 1), of the prompts (B, 1, 1, 1, P)."""
+    if window is None:
+        return None, None
+    near = additive(torch.arange(done, -1, -1) < window)
+    prompt_positions = (attention_mask > 0).to(torch.int64).cumsum(1) - 1
+    reach = additive(position[:, None] - prompt_positions < window)
+    return near[None, None], reach[:, None, None, None]

@@ -9,16 +9,21 @@ Shapes: B rows, T positions, D hidden_size, H heads, G kv heads, R = H / G, K si
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..models.config import NetworkConfig
-from ..models.network import Block, LanguageModel, TwoHeadedNetwork
+from ..models.network import Block, LanguageModel, TwoHeadedNetwork, rotation
 from .products import QuantizedNorm, product
 from .quantize import Linear8
 
 __all__ = ["MASKED", "Layer", "Trunk", "additive"]
+
+T = TypeVar("T")
 
 # Far below any attention logit, far above the float32 minimum: two of them can be added.
 MASKED = -1e30
@@ -114,13 +119,21 @@ class Trunk(nn.Module):
 
     def rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Positions (B, T) int64 -> cos and sin (B, T, K/2)."""
-        angles = positions.to(torch.float32)[:, :, None] * self.inverse_frequencies
-        return angles.cos(), angles.sin()
+        return rotation(positions, self.inverse_frequencies, self.config.rope_scaling)
+
+    def for_each_window(self, make: Callable[[int | None], T]) -> list[T]:
+        """What is made of each layer's sliding window, equal ones once."""
+        windows = self.config.windows
+        made = {window: make(window) for window in dict.fromkeys(windows)}
+        return [made[window] for window in windows]
 
     def score(self, normed: Tensor) -> Tensor:
         """Normed backbone (M, D) -> one score each (M,), the activation applied."""
         if self.dense1 is not None:
             activation = F.silu if self.config.scorer_activation == "silu" else F.relu
             normed = activation(self.dense1(normed))
-        scores: Tensor = self.dense2(normed)[:, self.label]
+        labels: Tensor = self.dense2(normed)
+        if self.activation == "softmax":
+            labels = labels.softmax(-1)
+        scores = labels[:, self.label]
         return scores.sigmoid() if self.activation == "sigmoid" else scores

@@ -238,6 +238,8 @@ class Checker:
 
 def activated(scores: torch.Tensor, scoring: Scoring) -> torch.Tensor:
     """What PyTorch's scorer gives, (..., num_labels) -> the score (...), as the graphs give it."""
+    if scoring.activation == "softmax":
+        scores = scores.softmax(-1)
     scores = scores[..., scoring.label]
     return scores.sigmoid() if scoring.activation == "sigmoid" else scores
 

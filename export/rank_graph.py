@@ -38,17 +38,17 @@ class RankGraph(nn.Module):
         own_positions = steps.clamp(min=0).reshape(batch, count * length)
         prompt_positions = (real.to(torch.int64).cumsum(1) - 1).clamp(min=0)
         cos, sin = trunk.rotation(torch.cat([prompt_positions, own_positions], 1))
-        masks = _Masks(trunk, real, prompt_positions, own_real, own_positions)
+        masks = trunk.for_each_window(lambda window: _Masks(window, real, prompt_positions, own_real, own_positions))
 
         own = trunk.embed(candidate).transpose(0, 1)
         x = torch.cat([trunk.embed(prompt), own.reshape(batch, count * length, own.shape[-1])], 1)
         x = trunk.project(x.reshape(batch * total, x.shape[-1]))
-        for layer in trunk.layers[:-1]:
+        for layer, mask in zip(trunk.layers[:-1], masks[:-1], strict=True):
             assert isinstance(layer, Layer)
             y = layer.attention_norm(x)
             q, k, v = layer.queries(y, cos, sin), layer.keys(y, cos, sin), layer.values(y, batch)
-            first = attend(q[:, :prompt_length], k[:, :prompt_length], v[:, :prompt_length], masks.prompt)
-            rest = masks.attend(q[:, prompt_length:], k, v)
+            first = attend(q[:, :prompt_length], k[:, :prompt_length], v[:, :prompt_length], mask.prompt)
+            rest = mask.attend(q[:, prompt_length:], k, v)
             x = layer.finish(x, torch.cat([first, rest], 1).reshape(batch * total, layer.heads * layer.size))
         # In the last layer nothing reads the prompt's own output: only its keys and values are computed.
         layer = trunk.layers[-1]
@@ -57,16 +57,17 @@ class RankGraph(nn.Module):
         k, v = layer.keys(y, cos, sin), layer.values(y, batch)
         x, y = (t.reshape(batch, total, -1)[:, prompt_length:].reshape(batch * count * length, -1) for t in (x, y))
         q = layer.queries(y, cos[:, prompt_length:], sin[:, prompt_length:])
-        x = layer.finish(x, masks.attend(q, k, v).reshape(batch * count * length, layer.heads * layer.size))
+        x = layer.finish(x, masks[-1].attend(q, k, v).reshape(batch * count * length, layer.heads * layer.size))
         scores = trunk.score(trunk.final_norm(x)).reshape(batch, count, length)
         return torch.where(own_real, scores, 0.0).transpose(0, 1)
 
 
 class _Masks:
-    """Who may read whom, made once for all layers, and the candidates' attention that uses it."""
+    """Who may read whom within a sliding window, and the candidates' attention that uses it."""
 
-    def __init__(self, trunk: Trunk, real: Tensor, positions: Tensor, own_real: Tensor, own_positions: Tensor) -> None:
-        window = trunk.config.sliding_window
+    def __init__(
+        self, window: int | None, real: Tensor, positions: Tensor, own_real: Tensor, own_positions: Tensor
+    ) -> None:
         self.real, self.prompt_length = real, real.shape[1]
         self.batch, self.count, self.length = own_real.shape
         rows = self.batch * self.count

@@ -28,10 +28,10 @@ class ScoreGraph(nn.Module):
         real = attention_mask > 0
         positions = (real.to(torch.int64).cumsum(1) - 1).clamp(min=0)
         cos, sin = trunk.rotation(positions)
-        mask = additive(allowed(real, positions, trunk.config.sliding_window))
+        masks = trunk.for_each_window(lambda window: additive(allowed(real, positions, window)))
         x = trunk.embed(inputs)
         x = trunk.project(x.reshape(rows * length, x.shape[-1]))
-        for layer in trunk.layers:
+        for layer, mask in zip(trunk.layers, masks, strict=True):
             assert isinstance(layer, Layer)
             y = layer.attention_norm(x)
             q, k, v = layer.queries(y, cos, sin), layer.keys(y, cos, sin), layer.values(y, rows)

@@ -36,12 +36,12 @@ def trace_graphs(
 ) -> dict[str, ir.Model]:
     """The graphs of a model in inference mode, weights inside, float32: `score` and `rank`.
 
-    Of a language model also `generate`, `prefill` and `decode`.
+    Of a model with a vocabulary head also `generate`, `prefill` and `decode`.
     """
     trunk = Trunk(model, activation=scoring.activation, label=scoring.label, fused=opset >= 23).eval()
     width = None if isinstance(model, LanguageModel) else trunk.config.embed_dim
     graphs = {"score": _trace_score(trunk, width, opset), "rank": _trace_rank(trunk, width, opset)}
-    if isinstance(model, LanguageModel):
+    if isinstance(model, LanguageModel) and model.config.vocabulary_head:
         head = VocabularyHead(model)
         prompt, step = _trace_prompt(trunk, head, opset), _trace_step(trunk, head, opset)
         graphs["generate"] = generate_graph(prompt.clone(), step.clone(), trunk.config, scoring.pad_token)

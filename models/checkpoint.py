@@ -1,23 +1,25 @@
-"""Checkpoints: a folder with `config.json` and `model.safetensors`. Nothing is ever unpickled."""
+"""Checkpoints: a folder with `config.json` and safetensors, ours or as transformers writes it."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from .config import ConfigError, LanguageModelConfig, NetworkConfig
-from .network import LanguageModel, TwoHeadedNetwork
+from .huggingface import is_huggingface, translate
+from .network import LanguageModel, Scorer, TwoHeadedNetwork, initialize, inverse_frequencies
+from .weights import WEIGHTS_FILE, Weights
 
 __all__ = ["load_checkpoint", "save_checkpoint"]
 
-CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+CONFIG_FILE = "config.json"
 
 
 def save_checkpoint(
@@ -40,32 +42,80 @@ def save_checkpoint(
     (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
 
 
-def load_checkpoint(folder: str | os.PathLike[str]) -> tuple[LanguageModel | TwoHeadedNetwork, dict[str, Any]]:
-    """The model in inference mode, float32, and the further keys of its config.json.
+def load_checkpoint(
+    folder: str | os.PathLike[str], *, label_tokens: tuple[int, ...] | None = None, new_scorer: bool = False
+) -> tuple[LanguageModel | TwoHeadedNetwork, dict[str, Any]]:
+    """The model in inference mode, float32, and the further keys of its config.json: `scoring`, `limits`.
+
+    Args:
+        folder: what `save_checkpoint` wrote, or `save_pretrained` of transformers; see `docs/reward_models.md`.
+        label_tokens: for a language model that answers at a step tag: the tokens whose logits are the scorer's labels.
+        new_scorer: give a language model without a scorer a fresh one, to be trained.
 
     Raises:
-        ConfigError: a file is missing or unreadable, or a tensor's name or shape does not fit the config (it is named).
+        ConfigError: a file is missing or unreadable, what it holds is not supported, or a tensor's name or shape does
+            not fit the config (it is named).
     """
     folder = Path(folder)
     config = read_config(folder)
-    model: LanguageModel | TwoHeadedNetwork
+    if is_huggingface(config):
+        return _load_huggingface(folder, config, label_tokens, new_scorer)
+    with torch.device("meta"):
+        model = _own_model(folder, config)
+    weights = Weights(folder)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    _check_shapes(expected, weights.shapes)
+    _fill(model, weights.read({name: name for name in expected}))
+    return model, config
+
+
+def _own_model(folder: Path, config: dict[str, Any]) -> LanguageModel | TwoHeadedNetwork:
+    """The module that a config of ours describes; its key is taken out."""
     if "language_model" in config:
         description = dict(config.pop("language_model"))
         network = NetworkConfig.from_dict(description.pop("network", {}))
-        model = LanguageModel(LanguageModelConfig.from_dict({**description, "network": network}))
-    elif "network" in config:
-        model = TwoHeadedNetwork(NetworkConfig.from_dict(config.pop("network")))
-    else:
-        raise ConfigError(
-            f"{folder / CONFIG_FILE}: expected a key 'language_model' or 'network'; found {sorted(config)}"
-        )
+        return LanguageModel(LanguageModelConfig.from_dict({**description, "network": network}))
+    if "network" in config:
+        return TwoHeadedNetwork(NetworkConfig.from_dict(config.pop("network")))
+    raise ConfigError(f"{folder / CONFIG_FILE}: expected a key 'language_model' or 'network'; found {sorted(config)}")
+
+
+def _load_huggingface(
+    folder: Path, config: dict[str, Any], label_tokens: tuple[int, ...] | None, new_scorer: bool
+) -> tuple[LanguageModel, dict[str, Any]]:
+    weights = Weights(folder)
     try:
-        state = load_file(folder / WEIGHTS_FILE)
-    except (OSError, safetensors.SafetensorError) as e:
-        raise ConfigError(f"cannot read the weights {folder / WEIGHTS_FILE}: {e}") from e
-    check_shapes(model.state_dict(), state)
-    model.load_state_dict({name: tensor.to(torch.float32) for name, tensor in state.items()})
-    return model.eval(), config
+        found = translate(config, weights.shapes, label_tokens=label_tokens, new_scorer=new_scorer)
+        with torch.device("meta"):
+            model = LanguageModel(found.config)
+        rows = found.label_rows
+        expected = {
+            found.names[ours]: (found.config.vocab_size, *tensor.shape[1:])
+            if rows is not None and ours == "network.scorer.dense2.weight"
+            else tuple(tensor.shape)
+            for ours, tensor in model.state_dict().items()
+            if ours in found.names
+        }
+        _check_shapes(expected, {name: shape for name, shape in weights.shapes.items() if name in expected})
+    except ConfigError as e:
+        raise ConfigError(f"{folder}: {e}") from e
+    state = weights.read(found.names)
+    if rows is not None:
+        state["network.scorer.dense2.weight"] = state["network.scorer.dense2.weight"][list(rows)].clone()
+    if found.new_scorer:
+        model.network.scorer = Scorer(found.config.network)
+        model.network.scorer.apply(initialize)
+        state |= {f"network.scorer.{name}": value for name, value in model.network.scorer.state_dict().items()}
+    _fill(model, state)
+    return model, {"scoring": found.scoring, "limits": found.limits}
+
+
+def _fill(model: LanguageModel | TwoHeadedNetwork, state: dict[str, Tensor]) -> None:
+    """A model that was made without memory of its own takes these tensors as its parameters."""
+    model.load_state_dict(state, assign=True)
+    network = model.network if isinstance(model, LanguageModel) else model
+    network.inverse_frequencies = inverse_frequencies(network.config)
+    model.eval()
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -89,7 +139,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def check_shapes(expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:
+def _check_shapes(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:
     """Refuse tensors that do not fit.
 
     Raises:
@@ -101,8 +151,6 @@ def check_shapes(expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:
             f"the weights do not fit the config; missing: {', '.join(missing) or 'none'}; "
             f"unexpected: {', '.join(extra) or 'none'}"
         )
-    for name, tensor in expected.items():
-        if tensor.shape != found[name].shape:
-            raise ConfigError(
-                f"tensor '{name}': the config needs {tuple(tensor.shape)}, the weights have {tuple(found[name].shape)}"
-            )
+    for name, shape in expected.items():
+        if shape != found[name]:
+            raise ConfigError(f"tensor '{name}': the config needs {shape}, the weights have {found[name]}")

@@ -48,17 +48,25 @@ class _Frozen(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class RopeScaling(_Frozen, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How the rotary frequencies are stretched beyond the trained context (`linear` and `llama3`).
+    """How the rotary frequencies are stretched beyond the trained context.
 
-    `linear` divides every frequency by `factor` (Chen et al., 2023). `llama3` divides the low ones by `factor`, keeps
-    the high ones and blends between (Llama 3.1 reference code).
+    `linear` divides every frequency by `factor` (Chen et al., 2023). `dynamic` raises the base with the length of the
+    row, once that exceeds the original context (NTK-aware scaling as in transformers). `llama3` divides the low
+    frequencies by `factor`, keeps the high ones and blends between (Llama 3.1 reference code). `yarn` blends likewise,
+    by the turns that a frequency makes in the original context, and multiplies cosines and sines by `attention_factor`
+    (Peng et al., 2023).
     """
 
-    kind: Literal["linear", "llama3"]
+    kind: Literal["linear", "dynamic", "llama3", "yarn"]
     factor: float
+    original_max_positions: int = 8192
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
-    original_max_positions: int = 8192
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    """Whether yarn rounds the bounds of its blend to whole frequencies."""
+    attention_factor: float = 1.0
 
     def __post_init__(self) -> None:
         if not self.factor >= 1.0:
@@ -70,6 +78,10 @@ class RopeScaling(_Frozen, frozen=True, kw_only=True, forbid_unknown_fields=True
                 f"llama3 scaling needs 0 < low_freq_factor < high_freq_factor; "
                 f"got {self.low_freq_factor} and {self.high_freq_factor}"
             )
+        if self.kind == "yarn" and not 0 < self.beta_slow < self.beta_fast:
+            raise ConfigError(f"yarn needs 0 < beta_slow < beta_fast; got {self.beta_slow} and {self.beta_fast}")
+        if not self.attention_factor > 0:
+            raise ConfigError(f"attention_factor must be above 0; got {self.attention_factor}")
 
 
 class NetworkConfig(_Frozen, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -104,6 +116,8 @@ class NetworkConfig(_Frozen, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     rope_scaling: RopeScaling | None = None
     sliding_window: int | None = None
     """Each position attends to itself and this many minus one before it; to all before it if not given."""
+    sliding_layers: list[int] | None = None
+    """Layers that have the window, counted from 0; all of them if not given."""
     scorer_kind: Literal["mlp", "linear"] = "mlp"
     scorer_activation: Literal["silu", "relu"] = "silu"
     scorer_bias: bool = True
@@ -133,6 +147,19 @@ class NetworkConfig(_Frozen, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             )
         if not 0.0 <= self.dropout < 1.0:
             raise ConfigError(f"dropout must be in [0, 1); got {self.dropout}")
+        for layer in self.sliding_layers or []:
+            if not 0 <= layer < self.num_layers:
+                raise ConfigError(f"sliding_layers: there is no layer {layer}, only 0 to {self.num_layers - 1}")
+        if self.rope_scaling is not None and self.rope_scaling.kind == "dynamic" and self.size_of_head < 4:
+            raise ConfigError(f"dynamic rope scaling needs a head size of at least 4; got {self.size_of_head}")
+
+    @property
+    def windows(self) -> list[int | None]:
+        """The sliding window of each layer."""
+        return [
+            self.sliding_window if self.sliding_layers is None or i in self.sliding_layers else None
+            for i in range(self.num_layers)
+        ]
 
     @property
     def size_of_head(self) -> int:
@@ -151,6 +178,8 @@ class LanguageModelConfig(_Frozen, frozen=True, kw_only=True, forbid_unknown_fie
     network: NetworkConfig
     vocab_size: int
     tie_embeddings: bool = True
+    vocabulary_head: bool = True
+    """Reward models have none: they score tokens, and generate nothing."""
 
     def __post_init__(self) -> None:
         if self.vocab_size < 2:

@@ -25,11 +25,11 @@ def forward_cached(model: LanguageModel, ids: Tensor, cache: Cache) -> Tensor:
     """Run ids (B, T) after what the cache holds, none of it padding -> backbone (B, T, D); the cache grows by T."""
     network, start, end = model.network, cache.length, cache.length + ids.shape[1]
     cos, sin = network.rotation(torch.arange(start, end)[None])
-    window = network.config.sliding_window
     back = torch.arange(start, end)[:, None] - torch.arange(end)[None]
-    mask = (back >= 0) if window is None else (back >= 0) & (back < window)
     x = network.input_projection(model.embedding(ids))
     for i, block in enumerate(network.layers()):
+        window = network.config.windows[i]
+        mask = (back >= 0) if window is None else (back >= 0) & (back < window)
         q, k, v = block.attention.project(block.attention_norm(x), cos, sin)
         cache.keys[i, :, :, start:end], cache.values[i, :, :, start:end] = k, v
         keys, values = cache.keys[i, :, :, :end].to(q.dtype), cache.values[i, :, :, :end].to(q.dtype)

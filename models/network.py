@@ -23,30 +23,64 @@ __all__ = [
     "Scorer",
     "TwoHeadedNetwork",
     "build",
+    "initialize",
     "inverse_frequencies",
     "output_size",
     "recommended_defaults",
     "rotate",
+    "rotation",
     "select_best_of_n",
 ]
 
 
 def inverse_frequencies(config: NetworkConfig) -> Tensor:
-    """Rotary frequencies `theta^(-2i/K)`, scaled as the config says: (K/2,) float32, radians per position."""
-    size = config.size_of_head
-    frequencies = config.rope_theta ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
-    if config.rope_scaling is not None:
-        frequencies = _scale(frequencies, config.rope_scaling)
-    return frequencies.to(torch.float32)
+    """Rotary frequencies `theta^(-2i/K)`, scaled as the config says: (K/2,) float32, radians per position.
 
-
-def _scale(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
+    In float32 throughout, as transformers computes them: at far positions the last digit of a frequency counts.
+    `dynamic` scaling is not in them, it depends on the row's length.
+    """
+    size, scaling = config.size_of_head, config.rope_scaling
+    frequencies = 1.0 / config.rope_theta ** (torch.arange(0, size, 2).to(torch.float32) / size)
+    if scaling is None or scaling.kind == "dynamic":
+        return frequencies
     if scaling.kind == "linear":
         return frequencies / scaling.factor
-    turns = scaling.original_max_positions * frequencies / (2 * math.pi)
-    blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    blend = blend.clamp(0.0, 1.0)
-    return blend * frequencies + (1 - blend) * frequencies / scaling.factor
+    kept = _kept(frequencies, config.rope_theta, scaling)
+    return kept * frequencies + (1 - kept) * frequencies / scaling.factor
+
+
+def _kept(frequencies: Tensor, theta: float, scaling: RopeScaling) -> Tensor:
+    """How much of each frequency `llama3` and `yarn` leave as it is: 1 all, 0 none."""
+    if scaling.kind == "llama3":
+        turns = scaling.original_max_positions * frequencies / (2 * math.pi)
+        blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        return blend.clamp(0.0, 1.0)
+    size = 2 * len(frequencies)
+
+    def place(turns: float) -> float:
+        """Index of the frequency that makes so many turns within the original context."""
+        return size * math.log(scaling.original_max_positions / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = place(scaling.beta_fast), place(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, size - 1)
+    high = high + 0.001 if low == high else high
+    return 1 - ((torch.arange(len(frequencies)) - low) / (high - low)).clamp(0.0, 1.0)
+
+
+def rotation(positions: Tensor, frequencies: Tensor, scaling: RopeScaling | None) -> tuple[Tensor, Tensor]:
+    """Positions (B or 1, T) int64 -> cos and sin (B or 1, T, K/2) float32; angles rounded to float32."""
+    angles = positions.to(torch.float32)[:, :, None]
+    if scaling is not None and scaling.kind == "dynamic":
+        size, original = 2 * len(frequencies), scaling.original_max_positions
+        length = positions.amax(1).to(torch.float32)[:, None, None] + 1
+        stretch = scaling.factor * length.clamp(min=original) / original - (scaling.factor - 1)
+        frequencies = frequencies / stretch ** (torch.arange(0, size, 2) / (size - 2))
+    angles = angles * frequencies
+    if scaling is not None and scaling.attention_factor != 1.0:
+        return angles.cos() * scaling.attention_factor, angles.sin() * scaling.attention_factor
+    return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -162,7 +196,7 @@ class TwoHeadedNetwork(nn.Module):
         )
         self.scorer = Scorer(config)
         self.register_buffer("inverse_frequencies", inverse_frequencies(config), persistent=False)
-        self.apply(_initialize)
+        self.apply(initialize)
 
     def layers(self) -> Iterator[Block]:
         """The blocks in order, with their type."""
@@ -171,35 +205,36 @@ class TwoHeadedNetwork(nn.Module):
             yield block
 
     def rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Positions (B or 1, T) int64 -> cos and sin (B or 1, 1, T, K/2) float32; angles rounded to float32."""
-        angles = positions.to(torch.float32)[:, None, :, None] * self.inverse_frequencies
-        return angles.cos(), angles.sin()
+        """Positions (B or 1, T) int64 -> cos and sin (B or 1, 1, T, K/2) float32."""
+        cos, sin = rotation(positions, self.inverse_frequencies, self.config.rope_scaling)
+        return cos[:, None], sin[:, None]
 
     def encode(self, inputs_embeds: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """The backbone's normed output: (B, T, E) and an optional mask (B, T) of 0 and 1 -> (B, T, D)."""
-        length = inputs_embeds.shape[1]
-        if attention_mask is None and self.config.sliding_window is None:
-            positions, mask = torch.arange(length, device=inputs_embeds.device)[None], None
+        windows = self.config.windows
+        masks: dict[int | None, Tensor | None] = {None: None}
+        if attention_mask is None and not any(windows):
+            positions = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None]
         else:
             if attention_mask is None:
                 attention_mask = torch.ones(inputs_embeds.shape[:2], dtype=torch.int64, device=inputs_embeds.device)
             # Real tokens are counted from 0, so padding on either side leaves every score as it was.
             positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
-            mask = self._mask(attention_mask)
+            masks |= {window: self._mask(attention_mask, window) for window in set(windows)}
         cos, sin = (t.to(inputs_embeds.dtype) for t in self.rotation(positions))
         x = self.input_projection(inputs_embeds)
-        for block in self.layers():
-            x = block(x, cos, sin, mask)
+        for block, window in zip(self.layers(), windows, strict=True):
+            x = block(x, cos, sin, masks[window])
         out: Tensor = self.final_norm(x)
         return out
 
-    def _mask(self, attention_mask: Tensor) -> Tensor:
+    def _mask(self, attention_mask: Tensor, window: int | None) -> Tensor:
         """(B, T) -> (B, 1, T, T), True where key j may be read by query i; every query may read itself."""
         index = torch.arange(attention_mask.shape[1], device=attention_mask.device)
         back = index[:, None] - index[None]
         causal = back >= 0
-        if self.config.sliding_window is not None:
-            causal = causal & (back < self.config.sliding_window)
+        if window is not None:
+            causal = causal & (back < window)
         # A padding query that may read nothing would turn into NaN and poison its row.
         allowed: Tensor = causal & (attention_mask[:, None, None, :] > 0) | (back == 0)
         return allowed
@@ -219,20 +254,20 @@ class LanguageModel(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.network.embed_dim)
         nn.init.normal_(self.embedding.weight, std=0.02)
         self.network = TwoHeadedNetwork(config.network)
-        if not config.tie_embeddings:
+        if config.vocabulary_head and not config.tie_embeddings:
             self.head = nn.Linear(config.network.hidden_size, config.vocab_size, bias=False)
 
     def logits(self, backbone: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, vocab_size)."""
         return F.linear(backbone, self.embedding.weight) if self.config.tie_embeddings else self.head(backbone)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Ids (B, T) int64 -> backbone (B, T, D), scores (B, T, num_labels), logits (B, T, vocab_size)."""
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Ids (B, T) int64 -> backbone (B, T, D), scores (B, T, labels), and of a vocabulary head logits (B, T, V)."""
         backbone, scores = self.network(self.embedding(input_ids), attention_mask)
-        return backbone, scores, self.logits(backbone)
+        return (backbone, scores, self.logits(backbone)) if self.config.vocabulary_head else (backbone, scores)
 
 
-def _initialize(module: nn.Module) -> None:
+def initialize(module: nn.Module) -> None:
     """The original's initial values, but final norms start at one (its U(+-sqrt 3) is an accident of a default)."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)

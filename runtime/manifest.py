@@ -28,6 +28,9 @@ __all__ = [
 SCHEMA_VERSION = 1
 # The graph input `aggregation` is an index into this.
 AGGREGATIONS = ("last", "mean", "min", "max", "prod")
+Aggregation: TypeAlias = Literal[
+    "last", "mean", "min", "max", "prod", "step_last", "step_mean", "step_min", "step_max", "step_prod"
+]
 Precision: TypeAlias = Literal["fp32", "int8", "int4"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 _SEAL = re.compile(rb'"seal": "([0-9a-f]{64})"')
@@ -65,16 +68,20 @@ class File(_Frozen, frozen=True, kw_only=True, forbid_unknown_fields=True):
 class Scoring(_Frozen, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How a candidate's positions become one number."""
 
-    aggregation: Literal["last", "mean", "min", "max", "prod"] = "last"
+    aggregation: Aggregation = "last"
     """Used when a program does not choose."""
-    activation: Literal["none", "sigmoid"] = "none"
-    """Applied to every position inside the graph; `sigmoid` makes scores probabilities."""
+    activation: Literal["none", "sigmoid", "softmax"] = "none"
+    """Applied to every position inside the graph; `sigmoid`, and `softmax` over the labels, give probabilities."""
     label: int = 0
     """Which of the scorer's labels is the score."""
+    labels: list[str] = []
+    """Names of the scorer's labels, in order, if they have any."""
     step_token: int | None = None
     """Ends a step; the step forms of the aggregations read only these positions."""
     end_token: int | None = None
     """Appended to a text candidate that does not end with it, unless the caller says that it is partial."""
+    stop_tokens: list[int] = []
+    """End a completion while generating, as the end token does, but are not appended to a candidate."""
     pad_token: int = 0
 
 
