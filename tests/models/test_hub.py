@@ -1,0 +1,263 @@
+"""Checkpoints by hub id, against a small hub of our own on this machine."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForSequenceClassification
+
+from bonnx.models import ConfigError, load_checkpoint
+from bonnx.models.hub import HubSource, parse_source
+from tests.models.local_hub import REPO, serve
+from tests.test_packaging import run_without
+from tests.tolerance import RUNTIME, within
+
+
+@pytest.fixture
+def hub():
+    with serve() as hub:
+        yield hub
+
+
+@pytest.fixture
+def fetch(hub, tmp_path):
+    """Download as a program of its own does, which reads the environment anew: (folder, commit), or a ConfigError."""
+    code = """
+import json, sys
+from bonnx.models.config import ConfigError
+from bonnx.models.hub import download, parse_source
+try:
+    folder, sha = download(parse_source(sys.argv[1]))
+    print(json.dumps([str(folder), sha]))
+except ConfigError as e:
+    assert e.__cause__ is not None or "pickle" in str(e) or "found" in str(e)
+    print(json.dumps(str(e)))
+assert "torch" not in sys.modules
+"""
+
+    def run(text=REPO, **environment):
+        clean = {k: v for k, v in os.environ.items() if not k.upper().startswith(("HF_", "HUGGING"))}
+        clean |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "*"}
+        done = subprocess.run(
+            [sys.executable, "-c", code, text],
+            env=clean | environment,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stderr
+        found = json.loads(done.stdout)
+        if isinstance(found, str):
+            raise ConfigError(found)
+        return Path(found[0]), found[1]
+
+    return run
+
+
+@pytest.fixture
+def reward_model(rng):
+    """A tiny Llama reward model with fresh weights."""
+    torch.manual_seed(int(rng.integers(2**31)))
+    config = LlamaConfig(
+        vocab_size=60,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_labels=1,
+        pad_token_id=0,
+        initializer_range=0.5,
+    )
+    return LlamaForSequenceClassification(config).eval()
+
+
+@pytest.fixture(params=["one file", "shards"])
+def saved(reward_model, request, tmp_path):
+    reward_model.save_pretrained(tmp_path / "saved", max_shard_size="8KB" if request.param == "shards" else "1GB")
+    files = read(tmp_path / "saved")
+    assert ("model.safetensors.index.json" in files) == (request.param == "shards")
+    return files
+
+
+def read(folder):
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+FAKE = {"config.json": b"{}", "model.safetensors": b"weights" * 1000}
+# Contents differ: the cache asks for equal ones once.
+TEXT = {
+    name: f"content of {name}".encode()
+    for name in (
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "chat_template.jinja",
+        "additional_chat_templates/tool.jinja",
+    )
+}
+USELESS = {
+    "pytorch_model.bin": b"pickle",
+    "training_args.bin": b"pickle",
+    "optimizer.pt": b"pickle",
+    "state.pkl": b"pickle",
+    "modeling_tiny.py": b"code",
+    "additional_chat_templates/code.py": b"code",
+    "original/consolidated.00.pth": b"pickle",
+    "consolidated.safetensors": b"twice",
+    "checkpoint-5/model.safetensors": b"older",
+    "checkpoint-5/config.json": b"{}",
+    "README.md": b"words",
+}
+
+
+def test_a_download_is_the_checkpoint_and_nothing_that_can_run(hub, fetch, saved, reward_model, rng):
+    sha = hub.push(saved | TEXT | USELESS)
+    folder, commit = fetch()
+    assert commit == sha
+    assert read(folder) == saved | TEXT
+    assert sorted(hub.asked) == sorted(saved | TEXT)
+    model, _ = load_checkpoint(folder)
+    ids = torch.from_numpy(rng.integers(1, 60, (1, 9)))
+    with torch.no_grad():
+        assert within(model(ids)[1][0, -1], reward_model(ids).logits[0], RUNTIME)
+
+
+def test_a_branch_that_moves_gives_two_commits_and_each_keeps_its_files(hub, fetch):
+    first = hub.push(FAKE | {"config.json": b'{"first": 1}'})
+    one = fetch(f"{REPO}@main")
+    second = hub.push(FAKE | {"config.json": b'{"second": 2}'})
+    side = hub.push(FAKE | {"config.json": b'{"side": 3}'}, branch="side")
+    two, three, again = fetch(f"{REPO}@main"), fetch(f"{REPO}@side"), fetch(f"{REPO}@{first}")
+    assert [one[1], two[1], three[1], again[1]] == [first, second, side, first]
+    assert [(folder / "config.json").read_bytes() for folder, _ in (one, two, three, again)] == [
+        b'{"first": 1}',
+        b'{"second": 2}',
+        b'{"side": 3}',
+        b'{"first": 1}',
+    ]
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "model.pt", "model.pkl"])
+def test_a_repository_of_pickles_is_refused(hub, fetch, name):
+    hub.push({"config.json": b"{}", name: b"pickle", "checkpoint-5/model.safetensors": b"older"})
+    with pytest.raises(ConfigError, match=rf"only {name}: a pickle, which can run any code.*save_pretrained"):
+        fetch()
+    assert hub.asked == ["config.json"]
+
+
+def test_a_repository_without_weights_says_what_it_holds(hub, fetch):
+    hub.push({"config.json": b"{}", "adapter_model.safetensors": b"adapter"})
+    with pytest.raises(ConfigError, match=r"expected model\.safetensors in it; found adapter_model.*, config\.json"):
+        fetch()
+
+
+def test_what_is_not_there_is_told_apart(hub, fetch):
+    hub.push(FAKE)
+    with pytest.raises(ConfigError, match=r"checkpoint org/other: no folder has this name, and http.* no such repo"):
+        fetch("org/other")
+    with pytest.raises(ConfigError, match=rf"checkpoint {REPO}@nowhere: .* no such revision; expected a branch"):
+        fetch(f"{REPO}@nowhere")
+    with pytest.raises(ConfigError, match=r"checkpoint org/a--b: the download failed \(HFValidationError"):
+        fetch("org/a--b")
+
+
+def test_a_gated_repository_needs_its_token(hub, fetch):
+    sha = hub.push(FAKE)
+    hub.token = "hf_secret"
+    for environment in ({}, {"HF_TOKEN": "hf_other"}):
+        with pytest.raises(ConfigError, match=r"gated; accept its terms.*HF_TOKEN") as error:
+            fetch(**environment)
+        assert "hf_other" not in str(error.value)
+    assert fetch(HF_TOKEN="hf_secret")[1] == sha
+
+
+def test_offline_the_cache_is_taken_or_missed(hub, fetch):
+    hub.push(FAKE)
+    with pytest.raises(ConfigError, match=r"cannot be reached, and the cache does not hold.*HF_HUB_OFFLINE"):
+        fetch(HF_HUB_OFFLINE="1")
+    assert not hub.asked
+    online = fetch()
+    hub.push(FAKE | {"config.json": b'{"newer": 1}'})
+    assert fetch(HF_HUB_OFFLINE="1") == online
+    nobody = {"HF_ENDPOINT": "http://127.0.0.1:9"}
+    assert fetch(**nobody) == online
+    with pytest.raises(ConfigError, match=r"http://127\.0\.0\.1:9 cannot be reached"):
+        fetch("org/other", **nobody)
+
+
+def test_a_connection_cut_in_a_file_leaves_nothing_that_looks_complete(hub, fetch, rng, tmp_path):
+    content = rng.bytes(int(rng.integers(50_000, 500_000)))
+    sha = hub.push(FAKE | {"model.safetensors": content})
+    hub.cut = "model.safetensors"
+    with pytest.raises(ConfigError, match=r"the download failed.*try again"):
+        fetch()
+    assert hub.asked.count("model.safetensors") == 1
+    assert not list((tmp_path / "home").rglob("model.safetensors"))
+    # What is half there is not taken for whole without the hub either.
+    with pytest.raises(ConfigError, match="the cache does not hold the checkpoint whole"):
+        fetch(HF_HUB_OFFLINE="1")
+    hub.cut = None
+    folder, commit = fetch()
+    assert commit == sha
+    assert (folder / "model.safetensors").read_bytes() == content
+
+
+def test_without_huggingface_hub_the_error_says_what_to_install():
+    code = """
+import bonnx.models
+from bonnx.models.hub import download, parse_source
+download(parse_source("org/name"))
+"""
+    done = run_without({"huggingface_hub", "torch"}, code)
+    assert "ConfigError: checkpoint org/name: huggingface_hub is not installed; run `pip install bonnx[hub]`" in (
+        done.stderr
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "repo", "revision"),
+    [
+        ("org/name", "org/name", None),
+        ("Qwen/Qwen2.5-Math-PRM-7B", "Qwen/Qwen2.5-Math-PRM-7B", None),
+        ("org/name@v1.0", "org/name", "v1.0"),
+        ("org/name@refs/pr/3", "org/name", "refs/pr/3"),
+        ("o_r-g/n_a-m.e@" + "0a" * 20, "o_r-g/n_a-m.e", "0a" * 20),
+    ],
+)
+def test_hub_ids(text, repo, revision, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source = parse_source(text)
+    assert source == HubSource(repo, revision)
+    assert str(source) == text
+
+
+def test_a_folder_wins_over_a_hub_id(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for text in ("org/name", "org/name@v1", "plain", str(tmp_path / "absolute")):
+        Path(text).mkdir(parents=True)
+        assert parse_source(text) == Path(text)
+    Path("org/file").touch()
+    with pytest.raises(ConfigError, match="'org/file' is a file; expected a folder"):
+        parse_source("org/file")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "name", "a/b/c", "/org/name", "./org/name", "../name", "~/name", "-o/name", "org/", "/name"),
+        *("org/na me", "org/name\n", "org/n\0me", "org/näme", "https://example.org/org/name", "x" * 5000),
+        *("org/name@", "org/name@a b", "org/name@../../x", "org/name@x/../y", "org/name@-x"),
+    ],
+)
+def test_other_texts_are_refused(text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"expected a folder with config\.json, or an id on the hub such as org/name"):
+        parse_source(text)
