@@ -1,0 +1,170 @@
+"""Answers in texts: what is found, which are equal, and that no text is too much for them."""
+
+from fractions import Fraction
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bonnx import InputError
+from bonnx.runtime.answers import boxed, canonical, extractor, number
+
+EXTRACTORS = [boxed, number, canonical, extractor(r"regex:answer:?\s(\S+)"), extractor("regex:[0-9]+|[a-z]+")]
+# Pieces that mean something to an extractor, in any order.
+PIECES = ["\\boxed", "\\boxed{", "{", "}", "\\{", "\\", "$", "\\$", "\\text{", "\\frac{", "\\frac12", "}{", ",", "{,}"]
+PIECES += [
+    "\\%",
+    "%",
+    ".",
+    "..",
+    "-",
+    "+",
+    "/",
+    " / ",
+    "0",
+    "1",
+    "007",
+    "1,000",
+    "000",
+    "e5",
+    "e-999",
+    "E",
+    "x",
+    " ",
+    "\n",
+]
+HOSTILE = st.lists(st.sampled_from(PIECES) | st.text(max_size=3), max_size=25).map("".join)
+
+
+@pytest.mark.parametrize(
+    ("group", "form"),
+    [
+        (["1,000", "1000", "1000.0", " 1000. ", "$1000$", "\\$1,000", "1{,}000", "1\\,000", "1e3", "+1000"], "1000"),
+        (["0.50", ".5", "1/2", "\\frac{1}{2}", "\\dfrac{1}{2}", "\\frac12", "2/4", "0.5%", "$\\frac{2}{4}$."], "0.5"),
+        (["-3", "\u22123", "-3.0", "-$3", "-6/2", "\\frac{-3}{1}", "\\text{-3}"], "-3"),
+        (["1/3", "2/6", "\\tfrac{1}{3}", "0.5/1.5"], "1/3"),
+        (["0", "-0", "0.000", "0/7"], "0"),
+        (["x + 1", " x  +\n1.", "$x + 1$", "\\text{x + 1}", "$\\textbf{ x + 1 }$", "$$x + 1$$"], "x + 1"),
+        (["1/0"], "1/0"),
+        (["(1,2)", "$(1,2)$"], "(1,2)"),
+        (["12,34"], "12,34"),
+        (["1e99999"], "1e99999"),
+        (["", " ", ".", "$$", "\\text{}", "\\text{ . }"], None),
+    ],
+)
+def test_equal_answers_have_one_form(group, form):
+    assert {canonical(text) for text in group} == {form}
+
+
+@given(
+    value=st.fractions(max_denominator=10**6) | st.decimals(-(10**6), 10**6, places=4).map(Fraction),
+    style=st.integers(0, 3),
+    zeros=st.integers(0, 4),
+)
+def test_any_spelling_of_a_number(value, style, zeros):
+    sign, size = ("-" if value < 0 else ""), abs(value)
+    whole = f"{size.numerator:,}" if style % 2 else str(size.numerator)
+    spelled = [f"{sign}{whole}/{size.denominator}", f"{sign}\\frac{{{whole}}}{{{size.denominator}}}"][style // 2]
+    form = canonical(spelled)
+    assert Fraction(form) == value
+    assert canonical(form) == form
+    assert number(f"so it is {spelled}. Done.") == form
+    assert boxed(f"so \\boxed{{{spelled}}} or {style}") == form
+    if "/" not in form:
+        longer = (form if "." in form else form + ".") + "0" * zeros
+        assert canonical(f"${longer}$") == form
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("3 and 4, so 7.", "7"),
+        ("12-3=9", "9"),
+        ("from 12-3", "3"),
+        ("x = -3", "-3"),
+        ("it costs $1,234.50.", "1234.5"),
+        ("about 3/4 of them", "0.75"),
+        ("growth of 12.5%", "12.5"),
+        ("so \\frac{3}{8} of it", "0.375"),
+        ("1.5e-3 m", "0.0015"),
+        ("nothing", None),
+        ("\u0661\u0662", None),
+    ],
+)
+def test_the_last_number(text, answer):
+    assert number(text) == answer
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("\\boxed{1} then \\boxed{2}", "2"),
+        ("\\boxed{\\frac{1}{4}}", "0.25"),
+        ("\\boxed{a_{1}} and \\boxed{b", "a_{1}"),
+        ("\\boxed{\\{1, 2\\}}", "\\{1, 2\\}"),
+        ("\\boxed {5}", "5"),
+        ("\\boxed{ }", None),
+        ("boxed{5}", None),
+        ("\\boxed{", None),
+    ],
+)
+def test_the_last_box(text, answer):
+    assert boxed(text) == answer
+
+
+def test_the_last_match():
+    assert extractor("regex:answer is (\\S+)")("The answer is 1,0. No, the answer is 2.50.") == "2.5"
+    assert extractor("regex:[A-D]")("A or C") == "C"
+    assert extractor("regex:.+")("first\nlast\n") == "last"
+    assert extractor("regex:.*")("first") == "first"
+    assert extractor("regex:x|(y)")("x") is None
+    assert extractor("boxed") is boxed
+    assert extractor("number") is number
+
+
+@pytest.mark.parametrize("name", ["Boxed", "", "regex", "regex:(", "regex:a{9999999999999}"])
+def test_no_such_extractor(name):
+    with pytest.raises(InputError, match="answers: "):
+        extractor(name)
+
+
+def slow_boxed(text):
+    """From the last box to the first, each read until its brace closes; quadratic."""
+    for start in range(len(text), -1, -1):
+        if text.startswith(("\\boxed{", "\\boxed {"), start):
+            depth, i = 0, text.index("{", start)
+            for end in range(i, len(text)):
+                escaped = (len(text[:end]) - len(text[:end].rstrip("\\"))) % 2
+                depth += 0 if escaped else {"{": 1, "}": -1}.get(text[end], 0)
+                if depth == 0:
+                    return canonical(text[i + 1 : end])
+    return None
+
+
+@given(HOSTILE)
+def test_any_text(text):
+    for extract in EXTRACTORS:
+        form = extract(text)
+        assert form is None or (form == form.strip() and form)
+        if form is not None:
+            assert canonical(form) == form
+    assert boxed(text) == slow_boxed(text)
+
+
+LONG = ["\\boxed{", "{", "}", "\\boxed{1}", "\\text{", "\\text{}", "$", ".", "1", "1,000,", "000,", "1/", "1.", "1 / "]
+LONG += ["\\frac{1}{", "\\frac{11111", "-", "1e", " ", "%", "\\", "\\frac", "1,", "$-", "9" * 999 + " "]
+
+
+@pytest.mark.parametrize("piece", LONG)
+def test_long_texts(piece):
+    text = piece * (200_000 // len(piece))
+    for extract in (boxed, number, canonical):
+        for hostile in (text, text + "x", "1" + text, "\\boxed{" + text + "}", "\\text{" * 1000 + text + "}" * 1000):
+            form = extract(hostile)
+            assert form is None or isinstance(form, str)
+
+
+def test_more_digits_than_python_reads():
+    digits = "7" * 5000
+    assert number(f"it is {digits}.") == canonical(digits) == boxed(f"\\boxed{{{digits}}}") == digits
+    assert canonical(f"{digits}/{digits}") == f"{digits}/{digits}"
