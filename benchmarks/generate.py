@@ -35,9 +35,11 @@ from .peers import PEERS, start
 from .rank import interleave, matrix_rates
 
 PROMPT, NEW, VOCABULARY, WIDTH, LAYERS = 512, 64, 32000, 768, 12
-PRECISIONS = ("fp32", "int8", "int4")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
 # Bytes of a weight, and which of the measured rates its products can reach.
-COST = {"fp32": (4.0, "float32"), "int8": (1.0, "int8"), "int4": (0.625, "int8")}
+# A CPU computes with 16-bit weights in float32.
+COST = {"fp32": (4.0, "float32"), "fp16": (4.0, "float32"), "bf16": (4.0, "float32")}
+COST |= {"int8": (1.0, "int8"), "int4": (0.625, "int8")}
 
 
 def language_model() -> LanguageModel:
@@ -98,7 +100,7 @@ def running(folder: Path | None, names: list[str], threads: int) -> Iterator[dic
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--counts", type=int, nargs="+", default=[1, 4, 16, 64])
-    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=["fp32", "int8", "int4"])
     parser.add_argument("--peers", type=Path, metavar="FOLDER", help="prepared by benchmarks.peers; none if not given")
     parser.add_argument("--only", nargs="+", choices=PEERS, default=list(PEERS), help="these peers")
     parser.add_argument("--artifacts", type=Path, help="folder that keeps the exported artifacts for the next run")

@@ -102,7 +102,7 @@ class Builder:
     def hoist(self, graph: ir.Graph) -> None:
         """Take over a graph's initializers; one that we have, by name and content, serves both.
 
-        What is only transposed comes along: a runtime folds that outside of a loop, but not inside.
+        What is only transposed or cast comes along: outside of a loop a runtime folds that, once for all who read it.
         """
         ours = {value.name: value for value in self.initializers}
         for name, value in list(graph.initializers.items()):
@@ -115,18 +115,22 @@ class Builder:
             if twin is not None:
                 value.name = f"{self.name}/{len(self.initializers)}/{name}"
             self.initializers.append(value)
-        fixed, turned = {*self.initializers}, {_transpose(node): node for node in self.nodes}
-        for node in [node for node in graph if node.op_type == "Transpose" and node.inputs[0] in fixed]:
-            same = turned.get(_transpose(node))
+        fixed, made = {*self.initializers}, {_change(node): node for node in self.nodes}
+        for node in [node for node in graph if _change(node) is not None and node.inputs[0] in fixed]:
+            same = made.get(_change(node))
             if same is not None:
                 node.outputs[0].replace_all_uses_with(same.outputs[0])
             graph.remove(node)
             self.nodes += [] if same is not None else [node]
 
 
-def _transpose(node: ir.Node) -> tuple[ir.Value | None, tuple[builtins.int, ...]] | None:
-    """What a `Transpose` of two of them shares if they are the same; None for another node."""
-    return (node.inputs[0], tuple(node.attributes["perm"].as_ints())) if node.op_type == "Transpose" else None
+def _change(node: ir.Node) -> tuple[ir.Value | None, Any] | None:
+    """What two nodes that only transpose or cast share if they are the same; None for another node."""
+    attribute = {"Transpose": "perm", "Cast": "to"}.get(node.op_type)
+    if attribute is None:
+        return None
+    value = node.attributes[attribute].value
+    return node.inputs[0], tuple(value) if attribute == "perm" else value
 
 
 def _content(value: ir.Value) -> NDArray[Any]:

@@ -1,4 +1,4 @@
-"""Matrix products as the graphs compute them: float32, 8-bit and 4-bit."""
+"""Matrix products as the graphs compute them: float32, 16-bit, 8-bit and 4-bit."""
 
 from __future__ import annotations
 
@@ -8,13 +8,27 @@ import torch
 from torch import Tensor, nn
 
 from ..models.network import LanguageModel
-from .quantize import BLOCK, LEAST, NORMED_STEP, Linear4, Linear8
+from .outliers import SplitLinear
+from .quantize import BLOCK, LEAST, NORMED_STEP, Linear4, Linear8, Linear16
 
-__all__ = ["Product4", "Product8", "Product32", "QuantizedNorm", "VocabularyHead", "product"]
+__all__ = [
+    "Product4",
+    "Product8",
+    "Product16",
+    "Product32",
+    "QuantizedNorm",
+    "SplitProduct",
+    "VocabularyHead",
+    "product",
+]
 
 
 def product(linear: nn.Module, scale: float = 1.0) -> nn.Module:
     """What computes `scale` times a layer."""
+    if isinstance(linear, SplitLinear):
+        return SplitProduct(linear, scale)
+    if isinstance(linear, Linear16):
+        return Product16(linear, scale)
     if isinstance(linear, Linear8):
         return Product8(linear, scale)
     if isinstance(linear, Linear4):
@@ -41,11 +55,42 @@ class Product32(_Biased):
 
     def __init__(self, linear: nn.Linear, scale: float = 1.0) -> None:
         super().__init__(linear.bias, scale)
-        self.weight = _fixed((linear.weight * scale).T.contiguous())
+        # A view, where it can be: what is written is laid out tensor by tensor.
+        self.weight = _fixed((linear.weight if scale == 1.0 else linear.weight * scale).T)
 
     def forward(self, x: Tensor) -> Tensor:
         """(M, in) -> (M, out)."""
         return self.add(x @ self.weight)
+
+
+class Product16(_Biased):
+    """`Linear16`: products of 16 bits; `widen.py` turns them into products of float32 where those are not to be had.
+
+    Rows without a bound are divided by their greatest value. Their products with any weights then sum up to no more
+    than these weights do, and `Linear16` has seen to it that float16 holds that.
+
+    Weights that an embedding reads too are `shared`: left as (out, in) in the file.
+    """
+
+    def __init__(self, linear: Linear16, scale: float = 1.0, *, shared: bool = False) -> None:
+        super().__init__(linear.bias, scale)
+        self.shared = shared
+        self.weight = linear.weight if shared else _fixed(linear.weight.T)
+        # Not multiplied into the weights, which would be rounded once more.
+        self.scale, self.bounded = linear.scale * scale, linear.bounded
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(M, in) -> (M, out) float32."""
+        if self.bounded:
+            y = self._product(x)
+            return self.add(y if self.scale == 1 else y * self.scale)
+        rows = x.abs().amax(-1, keepdim=True).clamp(min=LEAST)
+        return self.add(self._product(x / rows) * (rows if self.scale == 1 else rows * self.scale))
+
+    def _product(self, x: Tensor) -> Tensor:
+        x = x.to(self.weight.dtype)
+        y = _transposed(x, self.weight) if self.shared else x @ self.weight
+        return y.to(torch.float32)
 
 
 class Product8(_Biased):
@@ -57,7 +102,7 @@ class Product8(_Biased):
     def __init__(self, linear: Linear8, scale: float = 1.0, *, shared: bool = False) -> None:
         super().__init__(linear.bias, scale)
         self.shared = shared
-        self.weight = linear.weight if shared else _fixed(linear.weight.T.contiguous())
+        self.weight = linear.weight if shared else _fixed(linear.weight.T)
         # Rows without a fixed range are divided by their greatest value, so a step is 1/127 of it.
         step = NORMED_STEP if linear.normed else 1 / 127
         self.scale = _fixed(linear.scale * (scale * step))
@@ -92,6 +137,20 @@ class Product4(_Biased):
         return _node("com.microsoft::MatMulNBits", inputs, torch.float32, (x.shape[0], out), attributes)
 
 
+class SplitProduct(nn.Module):
+    """`SplitLinear`."""
+
+    def __init__(self, split: SplitLinear, scale: float = 1.0) -> None:
+        super().__init__()
+        self.outliers, self.kept = split.outliers, split.kept
+        self.others, self.wide = product(split.others, scale), Product32(split.wide, scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(M, in) -> (M, out)."""
+        out: Tensor = self.others(x * self.kept) + self.wide(x.index_select(1, self.outliers))
+        return out
+
+
 class QuantizedNorm(nn.Module):
     """A norm whose output feeds `Product8`s: (M, D) -> (M, D) uint8, 128 means 0."""
 
@@ -116,6 +175,8 @@ class VocabularyHead(nn.Module):
         if not model.config.tie_embeddings and isinstance(model.head, Linear8):
             shared = model.head.weight is model.embedding.weight
             self.product: nn.Module | None = Product8(model.head, shared=shared)
+        elif not model.config.tie_embeddings and isinstance(model.head, Linear16):
+            self.product = Product16(model.head, shared=True)
         else:
             self.product = None
             self.weight = model.embedding.weight if model.config.tie_embeddings else model.head.weight
@@ -125,8 +186,12 @@ class VocabularyHead(nn.Module):
         if self.product is not None:
             logits: Tensor = self.product(backbone)
             return logits
-        shape = (backbone.shape[0], self.weight.shape[0])
-        return _node("Gemm", (backbone, self.weight), torch.float32, shape, {"transB": 1})
+        return _transposed(backbone, self.weight)
+
+
+def _transposed(x: Tensor, weight: Tensor) -> Tensor:
+    """x (M, in) and weight (out, in) -> (M, out)."""
+    return _node("Gemm", (x, weight), x.dtype, (x.shape[0], weight.shape[0]), {"transB": 1})
 
 
 def _node(

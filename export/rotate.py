@@ -8,23 +8,21 @@ Ashkboos et al., 2024): a norm with weights w gives `w * rms(x)`, and `W (w * rm
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor, nn
 
 from ..models.network import TwoHeadedNetwork
 
-__all__ = ["rotated"]
+__all__ = ["rotate"]
 
 
-def rotated(network: TwoHeadedNetwork, seed: int = 0) -> TwoHeadedNetwork:
-    """A copy that computes the same in another basis, its block norms without weights.
+def rotate(network: TwoHeadedNetwork, outliers: Tensor | None = None, seed: int = 0) -> None:
+    """Turn a network in place: it computes the same in another basis, its block norms without weights.
 
-    It has a projection at its entry also where the original has none, and turns back before its final norm.
+    It then has a projection at its entry also where the original has none, and turns back before its final norm.
+    Features that are `outliers`, indices (K,), stay what they are: they would drown the others in every direction.
     """
-    network = copy.deepcopy(network)
-    turn = _orthogonal(network.config.hidden_size, seed)
+    turn = _orthogonal(network.config.hidden_size, outliers, seed)
     entry = network.input_projection
     if not isinstance(entry, nn.Linear):
         entry = nn.Linear(network.config.hidden_size, network.config.hidden_size, bias=False)
@@ -45,7 +43,6 @@ def rotated(network: TwoHeadedNetwork, seed: int = 0) -> TwoHeadedNetwork:
     back = nn.Linear(network.config.hidden_size, network.config.hidden_size, bias=False)
     back.weight.data = turn.to(torch.float32)
     network.final_norm = nn.Sequential(back, network.final_norm)
-    return network.requires_grad_(False)
 
 
 def _turn_outputs(linear: nn.Linear, turn: Tensor) -> None:
@@ -58,9 +55,15 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return (a.detach().double() @ b.detach().double()).to(torch.float32)
 
 
-def _orthogonal(size: int, seed: int) -> Tensor:
-    """A random orthogonal matrix, float64, the same for the same seed."""
+def _orthogonal(size: int, outliers: Tensor | None, seed: int) -> Tensor:
+    """A random orthogonal matrix, float64, the same for the same seed; the identity for the outliers."""
     generator = torch.Generator().manual_seed(seed)
-    q, r = torch.linalg.qr(torch.randn(size, size, dtype=torch.float64, generator=generator))
-    turn: Tensor = q * r.diagonal().sign()
+    fixed = torch.zeros(size, dtype=torch.bool)
+    if outliers is not None:
+        fixed[outliers] = True
+    others = (~fixed).nonzero()[:, 0]
+    random = torch.randn(len(others), len(others), dtype=torch.float64, generator=generator)
+    q, r = torch.linalg.qr(random)
+    turn = torch.eye(size, dtype=torch.float64)
+    turn[others[:, None], others] = q * r.diagonal().sign()
     return turn
