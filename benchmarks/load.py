@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
+from bonnx.export.selection import plain_selection
 from bonnx.runtime.folder import read_verified
 
 LEVELS = ["DISABLE_ALL", "ENABLE_BASIC", "ENABLE_EXTENDED", "ENABLE_ALL"]
@@ -43,7 +44,7 @@ def main() -> None:
 def draw(manifest: Any) -> dict[str, Any]:
     """Sixteen candidates of 20 tokens after a prompt of 10."""
     rng, shapes = np.random.default_rng(0), {"prompt": (1, 10), "candidate": (16, 1, 20)}
-    feeds: dict[str, Any] = {"step_mask": np.ones((1, 1, 1), np.int64), "aggregation": np.array(0)}
+    feeds: dict[str, Any] = {**plain_selection()}
     for name, shape in shapes.items():
         feeds[f"{name}_mask"] = np.ones(shape, np.int64)
         if manifest.kind == "language_model":

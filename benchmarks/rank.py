@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 import bonnx
 from bonnx.export.artifact import export_model
+from bonnx.export.selection import plain_selection
 from bonnx.export.trace import trace_graphs
 from bonnx.models import build
 from bonnx.models.network import TwoHeadedNetwork, rotate
@@ -255,7 +256,7 @@ def compare(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
                 "candidate_mask": np.ones((count, 1, LENGTH), np.int64),
             }
             given = {"prompt_embeds": prompt[None], "candidate_embeds": np.stack(candidates)[:, None], **masks}
-            given |= {"step_mask": np.ones((1, 1, 1), np.int64), "aggregation": np.array(0)}
+            given |= plain_selection()
             ways["rank, opset 18"] = lambda: decomposed.run(None, given)  # noqa: B023
         expected = net(rows)[1][:, PROMPT:, 0].numpy()
         for found in (np.stack(model.rank(prompt, candidates).scores), by_hand(p, c).numpy()):

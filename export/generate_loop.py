@@ -18,7 +18,8 @@ import onnx_ir as ir
 from ..models.config import NetworkConfig
 from .builder import Builder, name_value
 from .sampling import draw_token, prompt_stream, random_uniform
-from .selection import select
+from .selection import aggregate
+from .vote import best_of_n
 
 __all__ = ["generate_graph"]
 
@@ -259,7 +260,7 @@ def _prune(b: Builder, given: Options, done: ir.Value, tables: Tables) -> ir.Val
 
 def _keep_best(b: Builder, given: Options, tables: Tables) -> ir.Value:
     """(N, B) bool: the best `prune_keep` of those in the race, rounded up."""
-    found, _ = _select(b, given, tables, _mask(b, tables))
+    found = _aggregate(b, given, tables, _mask(b, tables))
     low = b.float(-np.inf)
     found = b.Where(b.And(tables.kept, b.Not(b.IsNaN(found))), found, low)
     _, order = b.TopK(found, b.Shape(found, start=0, end=1), axis=0, _outputs=2)
@@ -279,11 +280,11 @@ def _mask(b: Builder, tables: Tables) -> ir.Value:
     return mask
 
 
-def _select(b: Builder, given: Options, tables: Tables, mask: ir.Value) -> list[ir.Value]:
-    """Candidate scores (N, B) and best index (B) of the tables."""
+def _aggregate(b: Builder, given: Options, tables: Tables, mask: ir.Value) -> ir.Value:
+    """Candidate scores (N, B) of the tables."""
     at_step = b.Or(b.Equal(tables.sequences, given.step_token), b.Less(given.step_token, b.int(0)))
-    chosen: list[ir.Value] = b.call(select, tables.scores, mask, b.Cast(at_step, to=INT), given.aggregation)
-    return chosen
+    found: ir.Value = b.call(aggregate, tables.scores, mask, b.Cast(at_step, to=INT), given.aggregation)
+    return found
 
 
 def _stops(b: Builder, given: Options, tokens: ir.Value) -> ir.Value:
@@ -302,7 +303,8 @@ def _results(b: Builder, given: Options, tables: Tables) -> dict[str, ir.Value]:
     # The order of `FINISH_REASONS`.
     reasons = b.Where(tables.pruned, b.int(2), b.Max(b.ReduceMax(ended, b.ints(2), keepdims=0), b.int(0)))
     whole = b.Mul(mask, b.Cast(b.Not(b.Unsqueeze(tables.pruned, b.ints(2))), to=INT))
-    candidate_scores, best = _select(b, given, tables, whole)
+    candidate_scores = _aggregate(b, given, tables, whole)
+    best = b.call(best_of_n, candidate_scores)
     index = b.Unsqueeze(b.Max(best, b.int(0)), b.ints(0, 2))
     shape = b.Concat(b.ints(1), b.Shape(tables.sequences, start=1), axis=0)
     best_sequence = b.GatherElements(tables.sequences, b.Expand(index, shape), axis=0)

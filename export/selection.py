@@ -1,11 +1,10 @@
-"""Best-of-N as an ONNX subgraph: mask, aggregate, ArgMax over the candidates. Appended to every graph that scores.
+"""Best-of-N as an ONNX subgraph: mask, aggregate, and choose as `vote.py` says. Part of every graph that scores.
 
-Rules: padding never counts; ties go to the lowest index; a NaN never wins; a candidate with no tokens never wins and
-its score is NaN; when nothing can win, `best_index` is -1.
+Rules: padding never counts; a candidate with no tokens never wins and its score is NaN.
 
 The aggregation is chosen at run time: `aggregation` is an index into `AGGREGATIONS`, and `step_mask` limits it to
 the positions where a step ends (Lightman et al., 2023, and Snell et al., 2024, compare the forms); a single 1 reads
-every position. A candidate in which no step ends is read at its last token. Both are plain inputs: ONNX Runtime's
+every position. A candidate in which no step ends is read at its last token. All are plain inputs: ONNX Runtime's
 JavaScript cannot override an initial value.
 """
 
@@ -13,20 +12,23 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 from onnxscript import opset18, script
 
 from .builder import Builder, name_value
+from .vote import best_of_n, elect
 
-__all__ = ["append_selection", "select"]
+__all__ = ["FUNCTIONS", "aggregate", "append_selection", "plain_selection"]
 
 # The operators' type variables are too narrow for values that onnxscript infers.
 op: Any = opset18
 
 
 @script(default_opset=opset18)
-def select(scores, mask, step_mask, aggregation):  # type: ignore[no-untyped-def]
-    """The subgraph.
+def aggregate(scores, mask, step_mask, aggregation):  # type: ignore[no-untyped-def]
+    """A candidate's scores become one.
 
     Args:
         scores: (N, B, T) float32.
@@ -35,7 +37,7 @@ def select(scores, mask, step_mask, aggregation):  # type: ignore[no-untyped-def
         aggregation: int64 scalar.
 
     Returns:
-        candidate_scores (N, B) float32 and best_index (B) int64.
+        candidate_scores (N, B) float32.
     """
     nan = op.Constant(value_float=float("nan"))
     low = op.Constant(value_float=float("-inf"))
@@ -44,7 +46,6 @@ def select(scores, mask, step_mask, aggregation):  # type: ignore[no-untyped-def
     one = op.Constant(value_float=1.0)
     # Not -1: over an axis of size 0, ONNX Runtime before 1.32 leaves that axis in place.
     last_axis = op.Constant(value_ints=[2])
-    candidate_axis = op.Constant(value_ints=[0])
     zero_index = op.Constant(value_int=0)
 
     real = op.Greater(mask, zero_index)
@@ -70,33 +71,36 @@ def select(scores, mask, step_mask, aggregation):  # type: ignore[no-untyped-def
     value = op.Where(op.Equal(aggregation, op.Constant(value_int=4)), product, value)
     spoiled = op.Cast(op.And(read, op.IsNaN(scores)), to=1)
     invalid = op.Or(op.Greater(op.ReduceMax(spoiled, last_axis, keepdims=0), zero), op.Not(op.Greater(count, zero)))
-    candidate_scores = op.Where(invalid, nan, value)
+    return op.Where(invalid, nan, value)
 
-    usable = op.Not(op.IsNaN(candidate_scores))
-    ranked = op.Where(usable, candidate_scores, low)
-    best = op.Equal(ranked, op.ReduceMax(ranked, candidate_axis, keepdims=1))
-    # Usable first, then value: a score of -inf is one and beats NaN.
-    winners = op.Cast(op.And(usable, best), to=1)
-    first = op.ArgMax(winners, axis=0, keepdims=0)
-    found = op.Greater(op.ReduceMax(winners, candidate_axis, keepdims=0), zero)
-    best_index = op.Where(found, first, op.Constant(value_int=-1))
-    return candidate_scores, best_index
+
+FUNCTIONS = (aggregate, best_of_n, elect)
 
 
 def append_selection(graph: ir.Graph, builder: Builder, scores: ir.Value, mask: ir.Value) -> None:
-    """Append `select` to a graph in place.
+    """Append aggregation and vote to a graph in place.
 
     Args:
-        graph: it gets the inputs `aggregation` and `step_mask` and the outputs `candidate_scores` and `best_index`.
+        graph: it gets the inputs `step_mask`, `aggregation`, `answer_ids` and `vote`, and the outputs
+            `candidate_scores`, `best_index` and `group_scores`.
         builder: collects the nodes that are appended to the graph; it may hold some already.
         scores: (N, B, T) float32.
         mask: (N, B, T) int64.
     """
     step_mask = ir.val("step_mask", ir.DataType.INT64, ["step_candidates", "step_batch", "step_length"])
-    aggregation = ir.val("aggregation", ir.DataType.INT64, [])
-    candidate_scores, best_index = builder.call(select, scores, mask, step_mask, aggregation)
+    answer_ids = ir.val("answer_ids", ir.DataType.INT64, ["answer_candidates", "answer_batch"])
+    aggregation, vote = (ir.val(name, ir.DataType.INT64, []) for name in ("aggregation", "vote"))
+    candidate_scores = builder.call(aggregate, scores, mask, step_mask, aggregation)
+    best_index, group_scores = builder.call(elect, candidate_scores, answer_ids, vote)
     name_value(candidate_scores, "candidate_scores", ir.DataType.FLOAT, ["num_candidates", "batch"])
     name_value(best_index, "best_index", ir.DataType.INT64, ["batch"])
-    graph.inputs.extend([step_mask, aggregation])
-    graph.outputs.extend([candidate_scores, best_index])
+    name_value(group_scores, "group_scores", ir.DataType.FLOAT, ["num_candidates", "batch"])
+    graph.inputs.extend([step_mask, aggregation, answer_ids, vote])
+    graph.outputs.extend([candidate_scores, best_index, group_scores])
     builder.extend(graph)
+
+
+def plain_selection() -> dict[str, NDArray[np.int64]]:
+    """What to feed for best-of-N at the last position: every step, `last`, no vote."""
+    names = {"step_mask": np.ones((1, 1, 1), np.int64), "answer_ids": np.full((1, 1), -1)}
+    return names | {"aggregation": np.array(0), "vote": np.array(0)}

@@ -8,7 +8,7 @@ import numpy as np
 
 from .session import Array
 
-__all__ = ["aggregate", "best_of_n"]
+__all__ = ["aggregate", "best_of_n", "elect"]
 
 _READ: dict[str, Callable[[Array], float]] = {
     "last": lambda x: float(x[-1]),
@@ -48,3 +48,31 @@ def best_of_n(candidate_scores: Array) -> Array:
     best = np.where(usable, candidate_scores, -np.inf)
     winners = usable & (best == best.max(axis=0))
     return np.where(usable.any(axis=0), winners.argmax(axis=0), -1).astype(np.int64)
+
+
+def elect(candidate_scores: Array, answer_ids: Array, vote: str) -> tuple[Array, Array]:
+    """The winners of a vote.
+
+    Args:
+        candidate_scores: (N, B) float32.
+        answer_ids: broadcastable to (N, B), int64, equal for equal answers; below 0 where no answer was found.
+        vote: one of `VOTES`.
+
+    Returns:
+        best_index (B) int64, -1 for no winner; group_scores (N, B) float32: the sum or count of each candidate's
+        answer, NaN for one that cannot win; where there is no vote or no voter, each candidate's own score.
+    """
+    best, groups = best_of_n(candidate_scores), candidate_scores.copy()
+    ids = np.broadcast_to(answer_ids, candidate_scores.shape)
+    for b, (column, answers) in enumerate(zip(candidate_scores.T, ids.T, strict=True)):
+        voters = [n for n, score in enumerate(column) if answers[n] >= 0 and not np.isnan(score)]
+        if vote == "score" or not voters:
+            continue
+        groups[:, b] = np.nan
+        for n in voters:
+            weights = [float(column[m]) if vote == "weighted" else 1.0 for m in voters if answers[m] == answers[n]]
+            groups[n, b] = sum(weights)
+        leader = int(best_of_n(groups[:, b : b + 1])[0])
+        together = (answers == answers[leader]) & ~np.isnan(groups[:, b])
+        best[b] = best_of_n(np.where(together, column, np.nan)[:, None])[0]
+    return best, groups

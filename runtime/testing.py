@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .aggregate import aggregate
+from .aggregate import aggregate, elect
 from .errors import InputError
 from .generation import Candidate, GenerateOptions, Generation, make_request
 from .inputs import Item, aggregation_code, check_some, is_stepwise
 from .model import Ranking, winner
+from .vote import Answers, make_ballot
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -55,16 +56,20 @@ class FakeModel:
         aggregation: str | None = None,
         step_masks: Sequence[Sequence[int]] | None = None,
         partial: bool = False,
+        vote: str = "score",
+        answers: Answers | None = None,
     ) -> Ranking:
         """As `Model.rank`; `partial` changes nothing.
 
         Raises:
-            InputError: nothing to rank, an unknown aggregation, or a step aggregation without step_masks.
+            InputError: nothing to rank, an unknown aggregation or vote, a step aggregation without step_masks, or a
+                vote without answers.
             NoWinnerError: every score is NaN.
         """
         name = aggregation or self._aggregation
         aggregation_code(name)
         check_some(candidates, "candidates")
+        ballot = make_ballot(vote, answers, candidates, "candidates")
         if is_stepwise(name) and step_masks is None:
             raise InputError("a step aggregation needs step_masks here: a fake model has no step token")
         scores = [np.atleast_1d(np.asarray(self._score(prompt, c), np.float32)) for c in candidates]
@@ -74,9 +79,11 @@ class FakeModel:
             padded[i, 0, : len(row)], mask[i, 0, : len(row)] = row, 1
             marks = step_masks[i] if is_stepwise(name) and step_masks is not None else [1] * len(row)
             steps[i, 0, : len(marks)] = marks
-        found, best = aggregate(padded, mask, steps, name.removeprefix("step_"))
+        found, _ = aggregate(padded, mask, steps, name.removeprefix("step_"))
+        best, groups = elect(found, ballot.ids, vote)
         index = winner(int(best[0]), "candidates")
-        return Ranking(index, candidates[index], found[:, 0], scores, name)
+        standing = ballot.count(found[:, 0], groups[:, 0])
+        return Ranking(index, candidates[index], found[:, 0], scores, name, *standing)
 
     def generate(
         self,

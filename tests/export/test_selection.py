@@ -13,7 +13,7 @@ from onnx.reference import ReferenceEvaluator
 
 from bonnx import AGGREGATIONS
 from bonnx.export.builder import Builder, finish
-from bonnx.export.selection import append_selection, select
+from bonnx.export.selection import FUNCTIONS, append_selection, plain_selection
 from tests.tolerance import RUNTIME, within
 
 
@@ -22,7 +22,7 @@ def selection_model():
     scores, mask = ir.val("scores", ir.DataType.FLOAT, shape), ir.val("mask", ir.DataType.INT64, shape)
     graph = ir.Graph([scores, mask], [], nodes=[], name="selection")
     append_selection(graph, Builder("selection"), scores, mask)
-    model = ir.to_proto(finish(graph, [select], 18))
+    model = ir.to_proto(finish(graph, FUNCTIONS, 18))
     onnx.checker.check_model(model, full_check=True)
     return model
 
@@ -72,7 +72,8 @@ def test_selection_follows_the_rules(data, name, engine):
     mask, steps = (np.array(data.draw(bits), np.int64).reshape(shape) for _ in range(2))
     if data.draw(st.booleans()):
         steps = np.ones((1, 1, 1), np.int64)
-    feeds = {"scores": scores, "mask": mask, "step_mask": steps, "aggregation": np.array(AGGREGATIONS.index(name))}
+    feeds = plain_selection() | {"scores": scores, "mask": mask, "step_mask": steps}
+    feeds["aggregation"] = np.array(AGGREGATIONS.index(name))
     with np.errstate(invalid="ignore"):
         found, best = (SESSION if engine == "ort" else REFERENCE).run(["candidate_scores", "best_index"], feeds)
     wanted, wanted_best = expected(scores, mask, steps, name)
@@ -85,7 +86,7 @@ def test_selection_follows_the_rules(data, name, engine):
 def test_long_candidates(name, rng):
     scores = rng.uniform(0.9, 1.0, (7, 2, 700)).astype(np.float32)
     mask = (np.arange(700) < rng.integers(1, 701, (7, 2))[..., None]).astype(np.int64)
-    feeds = {"scores": scores, "mask": mask, "step_mask": rng.integers(0, 2, mask.shape)}
+    feeds = plain_selection() | {"scores": scores, "mask": mask, "step_mask": rng.integers(0, 2, mask.shape)}
     found, best = SESSION.run(
         ["candidate_scores", "best_index"], feeds | {"aggregation": np.array(AGGREGATIONS.index(name))}
     )

@@ -1,4 +1,6 @@
-"""`generate.onnx` in JavaScript: onnxruntime-web against ONNX Runtime in Python, neither with any code of bonnx.
+"""`generate.onnx` and `rank.onnx` in JavaScript: onnxruntime-web against ONNX Runtime in Python.
+
+No code of bonnx runs in either.
 
 The first run takes onnxruntime-web from the npm registry, later ones from npm's own cache.
 """
@@ -16,7 +18,7 @@ import pytest
 from bonnx.models.countdown.vocabulary import END, PAD, STEP, encode
 
 PACKAGE = "onnxruntime-web@1.30.0"
-SCRIPT = Path(__file__).with_name("generate.mjs")
+SCRIPT = Path(__file__).with_name("graph.mjs")
 # How npm says that it got no answer. Any other error, such as a version that is gone, is a failure.
 UNREACHABLE = {"EAI_AGAIN", "ECONNREFUSED", "ECONNRESET", "EHOSTUNREACH", "ENETUNREACH", "ENOTCACHED", "ENOTFOUND"}
 UNREACHABLE |= {"ECONNECTIONTIMEOUT", "EIDLETIMEOUT", "ERESPONSETIMEOUT", "ETIMEDOUT", "ETRANSFERTIMEOUT"}
@@ -104,32 +106,23 @@ def npm_folder(tmp_path_factory):
     shutil.rmtree(folder / "node_modules")
 
 
-@pytest.fixture(scope="module")
-def web(countdown, npm_folder):
-    """The outputs of every case in onnxruntime-web, from one run of Node."""
-    script, given, found = shutil.copy(SCRIPT, npm_folder), npm_folder / "cases.json", npm_folder / "results.json"
-    cases = [{name: to_plain(value) for name, value in feeds(*case).items()} for case in CASES.values()]
-    given.write_text(json.dumps(cases))
+def in_node(artifact, graph, folder, cases):
+    """The outputs of each case in onnxruntime-web, from one run of Node."""
+    script, given, found = shutil.copy(SCRIPT, folder), folder / "cases.json", folder / "results.json"
+    plain = [{name: to_plain(value) for name, value in case.items()} for case in cases]
+    given.write_text(json.dumps(plain))
     done = subprocess.run(
-        [shutil.which("node"), script, countdown, given, found], capture_output=True, text=True, timeout=600
+        [shutil.which("node"), script, artifact, graph, given, found], capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
     results = json.loads(found.read_text())
     assert f"onnxruntime-web@{results['version']}" == PACKAGE
-    outputs = [{name: to_array(value) for name, value in result.items()} for result in results["results"]]
-    return dict(zip(CASES, outputs, strict=True))
+    return [{name: to_array(value) for name, value in result.items()} for result in results["results"]]
 
 
-@pytest.fixture(scope="module")
-def session(countdown):
-    return onnxruntime.InferenceSession(countdown / "onnx" / "generate.onnx", providers=["CPUExecutionProvider"])
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_onnxruntime_web_generates_the_same(case, session, web):
+def check_same(found, session, feeds):
     names = [output.name for output in session.get_outputs()]
-    wanted = dict(zip(names, session.run(names, feeds(*CASES[case])), strict=True))
-    found = web[case]
+    wanted = dict(zip(names, session.run(names, feeds), strict=True))
     assert found.keys() == wanted.keys()
     for name, value in wanted.items():
         assert found[name].dtype == value.dtype, name
@@ -137,3 +130,46 @@ def test_onnxruntime_web_generates_the_same(case, session, web):
             np.testing.assert_array_equal(found[name], value, name)
         else:
             np.testing.assert_allclose(found[name], value, rtol=0, atol=1e-4, err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def web(countdown, npm_folder):
+    """The outputs of every case of `generate`."""
+    return dict(
+        zip(CASES, in_node(countdown, "generate", npm_folder, [feeds(*c) for c in CASES.values()]), strict=True)
+    )
+
+
+def session_of(artifact, graph):
+    return onnxruntime.InferenceSession(artifact / "onnx" / f"{graph}.onnx", providers=["CPUExecutionProvider"])
+
+
+@pytest.fixture(scope="module")
+def session(countdown):
+    return session_of(countdown, "generate")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_onnxruntime_web_generates_the_same(case, session, web):
+    check_same(web[case], session, feeds(*CASES[case]))
+
+
+def test_onnxruntime_web_votes_the_same(countdown, npm_folder):
+    texts, answers = ["25-12=13;", "7+3=10;", "12+3=15;", "7*3=21;", "13+2=15;"], [2**62 + 1, 5, -1, 2**62 + 1, 2**62]
+    rows = [[*encode(text), END] for text in texts]
+    width = max(map(len, rows))
+    plain = {
+        "prompt_ids": [encode(ONE[0])],
+        "prompt_mask": [[1] * len(encode(ONE[0]))],
+        "candidate_ids": [[row + [PAD] * (width - len(row))] for row in rows],
+        "candidate_mask": [[[1] * len(row) + [0] * (width - len(row))] for row in rows],
+        "step_mask": [[[1]]],
+        "aggregation": MEAN,
+        "answer_ids": [[answer] for answer in answers],
+    }
+    given = {name: np.array(value, np.int64) for name, value in plain.items()}
+    cases = [given | {"vote": np.array(vote)} for vote in (0, 1, 2)]
+    cases[0]["answer_ids"] = np.array([[-1]])
+    session = session_of(countdown, "rank")
+    for found, case in zip(in_node(countdown, "rank", npm_folder, cases), cases, strict=True):
+        check_same(found, session, case)

@@ -1,4 +1,4 @@
-// Runs generate.onnx in onnxruntime-web: node generate.mjs ARTIFACT CASES RESULTS
+// Runs a graph in onnxruntime-web: node graph.mjs ARTIFACT GRAPH CASES RESULTS
 //
 // A tensor in the two JSON files is {type, dims, data}. int64 travels as decimal strings, for a JavaScript number is
 // exact only to 2^53; a float that is not finite as null.
@@ -12,12 +12,12 @@ process.on("uncaughtException", (error) => {
   process.exit(1);
 });
 
-const [artifact, casesFile, resultsFile] = process.argv.slice(2);
+const [artifact, graph, casesFile, resultsFile] = process.argv.slice(2);
 
 // What a web page has unless its server sends the headers for more.
 ort.env.wasm.numThreads = 1;
 const read = async (name) => new Uint8Array(await readFile(join(artifact, "onnx", name)));
-const session = await ort.InferenceSession.create(await read("generate.onnx"), {
+const session = await ort.InferenceSession.create(await read(`${graph}.onnx`), {
   executionProviders: ["wasm"],
   externalData: [{ path: "weights.bin", data: await read("weights.bin") }],
 });

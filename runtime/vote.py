@@ -1,0 +1,121 @@
+"""Candidates that vote: their answers become the numbers that a graph takes, what it found becomes an order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .answers import extractor
+from .errors import InputError
+from .manifest import VOTES
+from .session import Array
+
+__all__ = ["Answers", "Ballot", "Standing", "make_ballot"]
+
+# One for each candidate, None for none; the name of an extractor; or a function of a candidate.
+Answers: TypeAlias = Sequence[Hashable | None] | str | Callable[[Any], Hashable | None]
+
+
+class Standing(NamedTuple):
+    """The order of the candidates: see `Ranking`."""
+
+    order: tuple[int, ...]
+    margin: float | None
+    answers: tuple[Hashable | None, ...] | None
+    group_scores: NDArray[np.float32] | None
+
+
+@dataclass(frozen=True)
+class Ballot:
+    """How candidates vote.
+
+    Attributes:
+        vote: one of `VOTES`.
+        answers: one for each candidate, None for none; None if none were given.
+        ids: (N, 1) int64, equal for equal answers, -1 for none.
+    """
+
+    vote: str
+    answers: tuple[Hashable | None, ...] | None
+    ids: Array
+
+    def feeds(self) -> dict[str, Array]:
+        """The graph's inputs."""
+        return {"answer_ids": self.ids, "vote": np.array(VOTES.index(self.vote), np.int64)}
+
+    def count(self, candidate_scores: Array, group_scores: Array) -> Standing:
+        """The order that the graph's choice is the first of.
+
+        Args:
+            candidate_scores: (N,) float32.
+            group_scores: (N,) float32.
+        """
+        voted = self.vote != "score"
+        excluded = np.isnan(group_scores)
+        # The first of those that stand together: of an answer's candidates, or each by itself.
+        leaders = np.where(excluded, len(excluded), np.arange(len(excluded)))
+        if voted and not excluded[self.ids[:, 0] >= 0].all():
+            first: dict[int, int] = {}
+            for i in np.flatnonzero(~excluded):
+                leaders[i] = first.setdefault(int(self.ids[i, 0]), int(i))
+        # The last key is the first to be compared.
+        keys = [-candidate_scores, np.isnan(candidate_scores), leaders, -group_scores, excluded]
+        order = np.lexsort(keys)
+        others = [i for i in order if leaders[i] != leaders[order[0]] and not excluded[i]]
+        margin = None
+        if others:
+            best, second = float(group_scores[order[0]]), float(group_scores[others[0]])
+            margin = 0.0 if best == second else best - second
+        return Standing(tuple(order.tolist()), margin, self.answers, group_scores if voted else None)
+
+
+def make_ballot(vote: str, answers: Answers | None, candidates: Sequence[Any], what: str) -> Ballot:
+    """Read the answers of candidates.
+
+    Args:
+        vote: one of `VOTES`.
+        answers: see `Model.rank`.
+        candidates: what an extractor reads.
+        what: what they are called in messages.
+
+    Raises:
+        InputError: no such vote or extractor, a vote without answers, or answers that do not fit the candidates.
+    """
+    if vote not in VOTES:
+        raise InputError(f"vote: expected one of {', '.join(VOTES)}; got {vote!r:.60}")
+    if answers is None:
+        if vote != "score":
+            raise InputError(
+                f"vote='{vote}' needs answers: pass a list with one for each of the {what}, 'boxed', 'number', "
+                "'regex:PATTERN', or a function that takes one of them"
+            )
+        return Ballot(vote, None, np.full((len(candidates), 1), -1, np.int64))
+    found = _read(answers, candidates, what)
+    ids = np.full((len(candidates), 1), -1, np.int64)
+    numbers: dict[Hashable, int] = {}
+    for i, answer in enumerate(found):
+        try:
+            ids[i] = -1 if answer is None else numbers.setdefault(answer, len(numbers))
+        except TypeError as e:
+            raise InputError(f"answers[{i}]: expected something hashable or None; got {type(answer).__name__}") from e
+    return Ballot(vote, found, ids)
+
+
+def _read(answers: Answers, candidates: Sequence[Any], what: str) -> tuple[Hashable | None, ...]:
+    if isinstance(answers, str):
+        read = extractor(answers)
+        for i, candidate in enumerate(candidates):
+            if not isinstance(candidate, str):
+                raise InputError(
+                    f"answers='{answers:.60}' reads text, and {what}[{i}] is none; pass the answers, or a function"
+                )
+        return tuple(read(candidate) for candidate in candidates)
+    if callable(answers):
+        return tuple(answers(candidate) for candidate in candidates)
+    if len(answers) != len(candidates):
+        raise InputError(f"answers: expected one for each of {len(candidates)} {what}; got {len(answers)}")
+    return tuple(answers)

@@ -1,0 +1,128 @@
+"""The vote subgraph against NumPy and against the rules, on ONNX Runtime and on ONNX's reference evaluator."""
+
+import math
+from collections import Counter
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx.reference import ReferenceEvaluator
+
+from bonnx.export.builder import Builder, finish, name_value
+from bonnx.export.selection import FUNCTIONS
+from bonnx.export.vote import elect
+from bonnx.runtime.aggregate import best_of_n
+from bonnx.runtime.aggregate import elect as elect_in_numpy
+from bonnx.runtime.manifest import VOTES
+
+
+def vote_model(opset):
+    given = [
+        ir.val("candidate_scores", ir.DataType.FLOAT, ["num_candidates", "batch"]),
+        ir.val("answer_ids", ir.DataType.INT64, ["answer_candidates", "answer_batch"]),
+        ir.val("vote", ir.DataType.INT64, []),
+    ]
+    builder = Builder("vote")
+    best, groups = builder.call(elect, *given)
+    name_value(best, "best_index", ir.DataType.INT64, ["batch"])
+    name_value(groups, "group_scores", ir.DataType.FLOAT, ["num_candidates", "batch"])
+    graph = ir.Graph(given, [best, groups], nodes=[], name="vote")
+    builder.extend(graph)
+    model = ir.to_proto(finish(graph, FUNCTIONS, opset))
+    onnx.checker.check_model(model, full_check=True)
+    onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
+    return model
+
+
+def session(model):
+    return onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+
+
+MODELS = [vote_model(opset) for opset in (18, 23)]
+ENGINES = [make(model) for make in (session, ReferenceEvaluator) for model in MODELS]
+
+
+def run(engine, scores, ids, vote):
+    feeds = {"candidate_scores": scores, "answer_ids": ids, "vote": np.array(VOTES.index(vote))}
+    with np.errstate(invalid="ignore"):
+        return engine.run(["best_index", "group_scores"], feeds)
+
+
+def expected(scores, ids, vote):
+    """Written from the rules for one prompt, in plain Python: winner and group scores."""
+    usable = [i for i, score in enumerate(scores) if not math.isnan(score)]
+    voters = [i for i in usable if ids[i] >= 0 and vote != "score"]
+    if not voters:
+        return max(usable, key=lambda i: (scores[i], -i), default=-1), list(scores)
+    totals = Counter()
+    for i in voters:
+        totals[ids[i]] += scores[i] if vote == "weighted" else 1
+    groups = [totals[ids[i]] if i in voters else math.nan for i in range(len(scores))]
+    standing = [answer for answer in dict.fromkeys(ids[i] for i in voters) if not math.isnan(totals[answer])]
+    if not standing:
+        return -1, groups
+    # `max` takes the first of equals: the answer that comes first.
+    answer = max(standing, key=lambda answer: totals[answer])
+    return max((i for i in voters if ids[i] == answer), key=lambda i: (scores[i], -i)), groups
+
+
+# Few distinct values, so that ties are common; quarters and halves, so that sums are exact.
+FINITE = [0.0, -0.0, 0.25, 0.5, 1.0, -1.0, 2.0]
+ODD = [*FINITE, math.nan, math.inf, -math.inf]
+IDS = [-(2**63), -1, 0, 1, 2**31, 2**62, 2**63 - 1]
+
+
+@settings(max_examples=400, deadline=None)
+@given(data=st.data(), engine=st.sampled_from(ENGINES), vote=st.sampled_from(VOTES))
+def test_votes_follow_the_rules(data, engine, vote):
+    count, batch = data.draw(st.integers(1, 7)), data.draw(st.integers(1, 3))
+    values = st.sampled_from(FINITE if data.draw(st.booleans()) else ODD)
+    answers = st.sampled_from(data.draw(st.lists(st.sampled_from(IDS), min_size=1, max_size=4)))
+    size = {"min_size": count * batch, "max_size": count * batch}
+    scores = np.array(data.draw(st.lists(values, **size)), np.float32).reshape(count, batch)
+    ids = np.array(data.draw(st.lists(answers, **size)), np.int64).reshape(count, batch)
+    best, groups = run(engine, scores, ids, vote)
+    for b in range(batch):
+        wanted, wanted_groups = expected(scores[:, b].tolist(), ids[:, b].tolist(), vote)
+        assert best[b] == wanted
+        np.testing.assert_array_equal(groups[:, b], np.array(wanted_groups, np.float32))
+    with np.errstate(invalid="ignore"):
+        for found, twin in zip((best, groups), elect_in_numpy(scores, ids, vote), strict=True):
+            np.testing.assert_array_equal(found, twin)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_ids_may_be_one_number_for_all(engine, rng):
+    scores = rng.standard_normal((6, 2)).astype(np.float32)
+    best, groups = run(engine, scores, np.array([[-1]]), "score")
+    assert best.tolist() == scores.argmax(0).tolist()
+    np.testing.assert_array_equal(groups, scores)
+    best, groups = run(engine, scores, np.array([[3]]), "weighted")
+    assert best.tolist() == scores.argmax(0).tolist()
+    np.testing.assert_allclose(groups, np.broadcast_to(scores.sum(0), (6, 2)), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("vote", VOTES)
+def test_many_candidates_in_any_order(vote, rng):
+    """Scores of a few sizes are added exactly, so a permutation changes no digit of a sum."""
+    scores = rng.uniform(0, 1, (4096, 1)).astype(np.float32)
+    ids = rng.integers(-(2**62), 2**62, 300)[rng.integers(0, 300, (4096, 1))]
+    best, groups = run(ENGINES[0], scores, ids, vote)
+    wanted, wanted_groups = elect_in_numpy(scores, ids, vote)
+    np.testing.assert_array_equal(best, wanted)
+    np.testing.assert_array_equal(groups, wanted_groups)
+    order = rng.permutation(4096)
+    again, moved = run(ENGINES[0], scores[order], ids[order], vote)
+    np.testing.assert_array_equal(moved, groups[order])
+    # Of equal answers the first wins, which another order makes another one.
+    assert groups[order[again[0]]] == groups[best[0]] == np.nanmax(groups)
+
+
+def test_a_weighted_vote_is_neither_the_best_score_nor_the_majority():
+    scores, ids = np.array([[0.9], [0.3], [0.3], [0.2], [0.5], [0.6]], np.float32), np.array([[7, 5, 5, 5, 2, 2]]).T
+    assert [int(run(ENGINES[0], scores, ids, vote)[0][0]) for vote in VOTES] == [0, 5, 1]
+    assert best_of_n(scores).tolist() == [0]
