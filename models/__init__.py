@@ -20,6 +20,8 @@ _TORCH = {
     "from_edifice": ".edifice",
     "load_checkpoint": ".checkpoint",
     "save_checkpoint": ".checkpoint",
+    "draw_examples": ".scorer",
+    "train_scorer": ".scorer",
 }
 
 __all__ = ["ConfigError", "LanguageModelConfig", "NetworkConfig", "RopeScaling", "ffn_inner_size", *sorted(_TORCH)]

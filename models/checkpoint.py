@@ -15,11 +15,12 @@ from torch import Tensor
 from .config import ConfigError, LanguageModelConfig, NetworkConfig
 from .huggingface import is_huggingface, translate
 from .network import LanguageModel, Scorer, TwoHeadedNetwork, initialize, inverse_frequencies
+from .tokenizer_files import class_fields, copy_tokenizer
 from .weights import WEIGHTS_FILE, Weights
 
 __all__ = ["load_checkpoint", "save_checkpoint"]
 
-CONFIG_FILE = "config.json"
+CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
 
 
 def save_checkpoint(
@@ -28,24 +29,37 @@ def save_checkpoint(
     *,
     dtype: torch.dtype = torch.float32,
     metadata: dict[str, Any] | None = None,
+    tokenizer_from: str | os.PathLike[str] | None = None,
 ) -> None:
     """Write the model's config and its weights as `dtype` into `folder`, which is made if it is not there.
 
-    `metadata` becomes further keys of config.json, such as `scoring` (see `docs/checkpoint.md`).
+    Args:
+        model: what is saved.
+        folder: where; what it holds under the same names is replaced.
+        dtype: of the weights in the file.
+        metadata: further keys of config.json, such as `scoring` (see `docs/checkpoint.md`).
+        tokenizer_from: folder of the checkpoint that the model was made from; its tokenizer and its chat templates are
+            copied, and text becomes the same tokens.
+
+    Raises:
+        ConfigError: `tokenizer_from` has no tokenizer.json, or is `folder`.
     """
-    folder = Path(folder)
+    folder, metadata = Path(folder), dict(metadata or {})
+    if tokenizer_from is not None:
+        metadata["tokenizer"] = class_fields(read_config(Path(tokenizer_from)))
+        copy_tokenizer(Path(tokenizer_from), folder)
     folder.mkdir(parents=True, exist_ok=True)
     kind = "language_model" if isinstance(model, LanguageModel) else "network"
     state = {name: tensor.detach().to(dtype).contiguous() for name, tensor in model.state_dict().items()}
     save_file(state, folder / WEIGHTS_FILE)
-    text = json.dumps({kind: model.config.to_dict(), **(metadata or {})}, indent=2)
+    text = json.dumps({kind: model.config.to_dict(), **metadata}, indent=2)
     (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
 
 
 def load_checkpoint(
     folder: str | os.PathLike[str], *, label_tokens: tuple[int, ...] | None = None, new_scorer: bool = False
 ) -> tuple[LanguageModel | TwoHeadedNetwork, dict[str, Any]]:
-    """The model in inference mode, float32, and the further keys of its config.json: `scoring`, `limits`.
+    """The model in inference mode, float32, and the further keys of its config.json: `scoring`, `text`, `limits`.
 
     Args:
         folder: what `save_checkpoint` wrote, or `save_pretrained` of transformers; see `docs/reward_models.md`.
@@ -84,6 +98,9 @@ def _load_huggingface(
     folder: Path, config: dict[str, Any], label_tokens: tuple[int, ...] | None, new_scorer: bool
 ) -> tuple[LanguageModel, dict[str, Any]]:
     weights = Weights(folder)
+    if (folder / GENERATION_FILE).is_file():
+        # Where both name tokens that end a text, generation goes by this file: it often has more of them.
+        config = {**config, **{k: v for k, v in _read_json(folder / GENERATION_FILE).items() if k == "eos_token_id"}}
     try:
         found = translate(config, weights.shapes, label_tokens=label_tokens, new_scorer=new_scorer)
         with torch.device("meta"):
@@ -107,7 +124,7 @@ def _load_huggingface(
         model.network.scorer.apply(initialize)
         state |= {f"network.scorer.{name}": value for name, value in model.network.scorer.state_dict().items()}
     _fill(model, state)
-    return model, {"scoring": found.scoring, "limits": found.limits}
+    return model, {"scoring": found.scoring, "text": {"unknown": "replace", **found.steps}, "limits": found.limits}
 
 
 def _fill(model: LanguageModel | TwoHeadedNetwork, state: dict[str, Tensor]) -> None:
@@ -124,14 +141,18 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         ConfigError: it is missing or is not a JSON object.
     """
-    path = folder / CONFIG_FILE
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        return _read_json(folder / CONFIG_FILE)
     except OSError as e:
         raise ConfigError(
-            f"cannot read the checkpoint {folder}: {e.strerror or e} ({path.name}); "
+            f"cannot read the checkpoint {folder}: {e.strerror or e} ({CONFIG_FILE}); "
             f"expected a folder with {CONFIG_FILE} and {WEIGHTS_FILE}"
         ) from e
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as e:
         raise ConfigError(f"{path} is not JSON: {e}") from e
     if not isinstance(config, dict):

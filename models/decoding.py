@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -46,7 +48,7 @@ def sample(
     model: LanguageModel,
     prompts: Tensor,
     max_new_tokens: int,
-    end_token: int,
+    end_token: int | Sequence[int],
     pad_token: int,
     generator: torch.Generator,
     temperature: float = 1.0,
@@ -57,7 +59,7 @@ def sample(
         model: in inference mode.
         prompts: (B, P) int64, no padding.
         max_new_tokens: completions are cut here.
-        end_token: ends a completion; what follows it is `pad_token`.
+        end_token: ends a completion, as each of several does; what follows it is `pad_token`.
         pad_token: fills rows that have ended.
         generator: source of every random number.
         temperature: divides the logits.
@@ -67,13 +69,14 @@ def sample(
     """
     rows = prompts.shape[0]
     cache = Cache(model, rows, prompts.shape[1] + max_new_tokens, torch.float32)
+    ends = torch.tensor(end_token, dtype=torch.int64)
     ended, ids, picked = torch.zeros(rows, dtype=torch.bool), prompts, []
     for _ in range(max_new_tokens):
         logits = model.logits(forward_cached(model, ids, cache)[:, -1:])[:, 0].float()
         draw = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
         draw = torch.where(ended, pad_token, draw)
         picked.append(draw)
-        ended = ended | (draw == end_token)
+        ended = ended | torch.isin(draw, ends)
         if bool(ended.all()):
             break
         ids = draw[:, None]

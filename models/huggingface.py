@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from .config import ConfigError, LanguageModelConfig, NetworkConfig, RopeScaling
@@ -39,6 +39,7 @@ class Translation:
         label_rows: tokens whose rows of the vocabulary head are the scorer's weights, or None.
         new_scorer: whether the checkpoint has no scorer and the model starts with a fresh one.
         scoring: fields of the artifact's scoring rule.
+        steps: how a step ends in text: `step_text` and `step_split`.
         limits: fields of the artifact's limits.
     """
 
@@ -47,6 +48,7 @@ class Translation:
     label_rows: tuple[int, ...] | None
     new_scorer: bool
     scoring: dict[str, Any]
+    steps: dict[str, str]
     limits: dict[str, Any]
 
 
@@ -99,9 +101,13 @@ def translate(
     if label_tokens is not None:
         names["network.scorer.dense2.weight"] = f"{prefix}embed_tokens.weight" if tied else "lm_head.weight"
     _check_extra(shapes, set(names.values()), prefix)
-    scoring = head.scoring | {"pad_token": fields.config.get("pad_token_id") or 0, "stop_tokens": _stops(config)}
+    pad = fields.config.get("pad_token_id")
+    scoring = head.scoring | {"pad_token": pad or 0, "stop_tokens": _stops(config)}
+    # Where a text may end with its pad token (pad = eos), these read the token before: they were trained so.
+    scoring["passes_pad"] = pad is not None and _architecture(fields).endswith("ForSequenceClassification")
     limits = {"max_tokens": fields.whole("max_position_embeddings", 8192)}
-    return Translation(model, names, label_tokens, head.names == {} and label_tokens is None, scoring, limits)
+    is_new = not head.names and label_tokens is None
+    return Translation(model, names, label_tokens, is_new, scoring, head.steps, limits)
 
 
 class _Fields:
@@ -256,10 +262,11 @@ class _Head:
     names: dict[str, str]
     scoring: dict[str, Any]
     causal: bool
+    steps: dict[str, str] = field(default_factory=dict)
 
 
 def _head(fields: _Fields, shapes: Shapes, label_tokens: tuple[int, ...] | None, new_scorer: bool) -> _Head:
-    architecture = (fields.config.get("architectures") or [""])[0]
+    architecture = _architecture(fields)
     if label_tokens is not None:
         options = {"scorer_kind": "linear", "scorer_bias": False, "num_labels": len(label_tokens)}
         return _Head(options, {}, {"activation": "softmax", "aggregation": "step_last"}, causal=True)
@@ -268,22 +275,29 @@ def _head(fields: _Fields, shapes: Shapes, label_tokens: tuple[int, ...] | None,
         options = {"scorer_kind": "mlp", "scorer_activation": "relu", "scorer_hidden": shapes["score.0.weight"][0]}
         names = {f"network.scorer.dense{i}.{p}": f"score.{n}.{p}" for i, n in ((1, 0), (2, 2)) for p in _PARTS}
         stepwise = architecture.endswith("ForProcessRewardModel")
-        return _Head({**options, "num_labels": len(labels)}, names, _rule(labels, stepwise), causal=False)
+        # As its authors do: steps are divided by blank lines, and each ends with a token of its own.
+        steps = {"step_text": "<extra_0>", "step_split": "\n\n"} if stepwise else {}
+        return _Head({**options, "num_labels": len(labels)}, names, _rule(labels, stepwise), False, steps)
     for name, causal in (("score", False), ("v_head.summary", True), ("v_head", True)):
         if f"{name}.weight" in shapes:
             labels, bias = _labels(fields, shapes[f"{name}.weight"][0], causal), f"{name}.bias" in shapes
             options = {"scorer_kind": "linear", "scorer_bias": bias, "num_labels": len(labels)}
             names = {f"network.scorer.dense2.{p}": f"{name}.{p}" for p in (_PARTS if bias else _PARTS[:1])}
-            scoring = _rule(labels, architecture.endswith("ForTokenClassification") or causal)
-            return _Head(options, names, scoring | ({"activation": "sigmoid"} if causal else {}), causal)
+            stepwise = architecture.endswith("ForTokenClassification") or causal
+            scoring = _rule(labels, stepwise) | ({"activation": "sigmoid"} if causal else {})
+            return _Head(options, names, scoring, causal, {"step_text": "\n"} if stepwise else {})
     if new_scorer:
-        return _Head({}, {}, {}, causal=True)
+        return _Head({}, {}, {"activation": "sigmoid"}, causal=True)
     what = f"'architectures' says {architecture}" if architecture else "'architectures' is not given"
     raise ConfigError(
         f"the checkpoint has no scorer (config.json, {what}): none of the tensors score.weight, score.0.weight, "
         "v_head.summary.weight is there. A language model that answers at a step tag needs --label-tokens; for another "
-        "train a scorer first, see docs/reward_models.md"
+        "train a scorer first, see docs/scorer.md"
     )
+
+
+def _architecture(fields: _Fields) -> str:
+    return str((fields.config.get("architectures") or [""])[0])
 
 
 _PARTS = ("weight", "bias")

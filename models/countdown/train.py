@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import random
 from pathlib import Path
 
@@ -31,6 +30,7 @@ from ..checkpoint import save_checkpoint
 from ..config import LanguageModelConfig, NetworkConfig
 from ..decoding import sample
 from ..network import LanguageModel
+from ..scorer import schedule
 from .puzzle import Puzzle, check, draw_solution, held_out, step_labels
 from .vocabulary import END, PAD, STEP, VOCABULARY, decode, encode, make_tokenizer
 
@@ -157,12 +157,6 @@ def new_model(seed: int) -> LanguageModel:
     return LanguageModel(LanguageModelConfig(network=network, vocab_size=len(VOCABULARY)))
 
 
-def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Linear warm-up over the first 2%, then a cosine to a tenth of the peak."""
-    warm = max(1, steps // 50)
-    return peak * min((step + 1) / warm, 0.55 + 0.45 * math.cos(math.pi * step / steps))
-
-
 class Run:
     """The model, its optimizer and the step, kept in one file so that a stopped run can go on."""
 
@@ -253,7 +247,7 @@ def train(
                 losses = {"language": language_loss(run.model, rng, rows)}
                 if spoiled is not None:
                     losses["scorer"] = scorer_loss(run.model, rng, rows, spoiled)
-                run.advance(torch.stack(list(losses.values())).sum(), learning_rate(run.step - start, steps, peak))
+                run.advance(torch.stack(list(losses.values())).sum(), schedule(run.step - start, steps, peak))
                 seen = {name: round(loss.item(), 4) for name, loss in losses.items()}
                 said = " ".join(f"{name} loss {value:.3f}" for name, value in seen.items())
                 progress.update(task, completed=run.step, description=said)
