@@ -19,6 +19,7 @@ import torch
 
 import bonnx
 from bonnx.export.artifact import export_model
+from bonnx.export.tokenizer import read_tokenizer
 from bonnx.models import build, load_checkpoint
 from bonnx.models.countdown import CHECKPOINT
 from bonnx.models.countdown.train import draw_puzzles
@@ -35,7 +36,7 @@ def parity(folder: Path) -> list[tuple[str, str]]:
     torch.manual_seed(0)
     model, metadata = load_checkpoint(CHECKPOINT)
     scoring = Scoring(**metadata["scoring"])
-    export_model(model, folder / "countdown", name="c", scoring=scoring, tokenizer=CHECKPOINT / "tokenizer.json")
+    export_model(model, folder / "countdown", name="c", scoring=scoring, tokenizer=read_tokenizer(CHECKPOINT))
     rows = []
     options: dict[str, dict[str, Any]] = {
         "default": {},

@@ -7,26 +7,29 @@ lower by at most 1% of the spread of the candidates' scores counts as its choice
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
-import torch
 
+from ..models.config import LanguageModelConfig, NetworkConfig
 from ..models.network import LanguageModel, TwoHeadedNetwork
 from ..runtime.aggregate import aggregate, best_of_n
 from ..runtime.errors import ExportError, InputError
 from ..runtime.inputs import Item, pad
-from ..runtime.manifest import Agreement, Scoring
+from ..runtime.manifest import Agreement, Scoring, TextRules
 from ..runtime.model import Model
-from .parity import activated
+from .parity import score_rows
+from .questions import draw_questions
 
-__all__ = ["HeldOut", "measure", "random_prompts", "read_held_out"]
+__all__ = ["HeldOut", "measure", "own_prompts", "read_held_out"]
 
-CANDIDATES, NEW_TOKENS, RANDOM_PROMPTS = 16, 64, 50
+CANDIDATES, NEW_TOKENS, PROMPTS = 16, 64, 50
 _AS_GOOD = 0.01
+# Tokens that the longest question and answer may need, whatever the tokenizer.
+_ROOM = 512
 
 
 class HeldOut(NamedTuple):
@@ -37,8 +40,8 @@ class HeldOut(NamedTuple):
 
 
 class _Line(msgspec.Struct):
-    prompt: str | list[int]
-    candidates: list[str | list[int]] | None = None
+    prompt: str | list[Any]
+    candidates: list[str | list[Any]] | None = None
 
 
 def read_held_out(path: Path) -> list[HeldOut]:
@@ -74,31 +77,50 @@ def _parse(line: str, where: str) -> HeldOut:
     return HeldOut(entry.prompt, entry.candidates)
 
 
-def random_prompts(model: LanguageModel | TwoHeadedNetwork, longest: int, seed: int) -> list[HeldOut]:
-    """What there is without a file: noise, on which a ranking means little."""
+def own_prompts(
+    config: LanguageModelConfig | NetworkConfig, text: TextRules | None, longest: int, seed: int
+) -> tuple[list[HeldOut], str]:
+    """What there is without a file, and what to call it: questions where text is read, else noise, which tells little.
+
+    A model that generates draws the candidates itself.
+    """
+    generates = isinstance(config, LanguageModelConfig) and config.vocabulary_head
+    if text is None or text.unknown == "refuse" or longest < _ROOM:
+        return _noise(config, longest, seed), "random tokens"
+    questions = draw_questions(PROMPTS, CANDIDATES, seed)
+    if generates:
+        return [HeldOut(question) for question, _ in questions], "built-in questions"
+    if text.chat_template is None:
+        return [HeldOut(f"{question}\n", answers) for question, answers in questions], "built-in questions"
+    chats = [([{"role": "user", "content": question}], answers) for question, answers in questions]
+    return [HeldOut(*chat) for chat in chats], "built-in questions"
+
+
+def _noise(config: LanguageModelConfig | NetworkConfig, longest: int, seed: int) -> list[HeldOut]:
     rng, found = np.random.default_rng(seed), []
-    for _ in range(RANDOM_PROMPTS):
+    for _ in range(PROMPTS):
         length = int(rng.integers(1, max(1, min(24, longest // 2)) + 1))
-        if isinstance(model, LanguageModel):
-            found.append(HeldOut(rng.integers(0, model.config.vocab_size, length)))
+        if isinstance(config, LanguageModelConfig):
+            ids = rng.integers(0, config.vocab_size, (CANDIDATES + 1, length))
+            found.append(HeldOut(ids[0], None if config.vocabulary_head else list(ids[1:])))
             continue
-        rows = rng.standard_normal((CANDIDATES + 1, length, model.config.embed_dim), np.float32)
+        rows = rng.standard_normal((CANDIDATES + 1, length, config.embed_dim), np.float32)
         found.append(HeldOut(rows[0], list(rows[1:])))
     return found
 
 
 def measure(
-    model: LanguageModel | TwoHeadedNetwork,
+    load: Callable[[], LanguageModel | TwoHeadedNetwork],
     artifact: Model,
     cases: Sequence[HeldOut],
     *,
     source: str,
     least: float,
 ) -> Agreement:
-    """Let the artifact select, and the float32 model from the same candidates.
+    """Let the artifact select, and then the float32 model from the same candidates.
 
     Args:
-        model: float32, in inference mode.
+        load: gives the model, float32, in inference mode; called when the artifact is done.
         artifact: of fewer bits.
         cases: prompts.
         source: where they come from.
@@ -108,42 +130,66 @@ def measure(
         ExportError: it does not reach it.
         InputError: a prompt or candidate cannot be read.
     """
-    scoring = artifact.manifest.scoring
+    without = next((i for i, case in enumerate(cases) if case.candidates is None), None)
+    if without is not None and "generate" not in artifact.manifest.graphs:
+        raise InputError(
+            f"held-out prompt {without}: this model samples no candidates; give each prompt its own: on each line an "
+            "object with 'prompt' and 'candidates'"
+        )
+    selected = [_select(artifact, case, number) for number, case in enumerate(cases)]
+    artifact.close()
+    model, scoring = load(), artifact.manifest.scoring
     same = as_good = 0
-    for i, case in enumerate(cases):
-        prompt = artifact.reader.read(case.prompt, f"held-out prompt {i}", candidate=False, partial=True)
-        if case.candidates is None:
-            room = artifact.manifest.limits.max_tokens - len(prompt)
-            drawn = artifact.generate(prompt, n=CANDIDATES, max_new_tokens=min(NEW_TOKENS, room), seed=i)
-            candidates: list[Any] = [candidate.tokens for candidate in drawn.candidates]
-            chosen = drawn.best_index
-        else:
-            what = f"held-out prompt {i}, candidates"
-            candidates = [artifact.reader.read(c, what, candidate=True, partial=False) for c in case.candidates]
-            chosen = artifact.rank(prompt, candidates).best_index
-        scores = _scores(model, prompt, candidates, scoring)
+    errors: list[Any] = []
+    for prompt, candidates, chosen, found in selected:
+        scores = _scores(model, artifact, prompt, candidates, scoring)
         expected = int(best_of_n(scores[:, None])[0])
         # Two equal candidates are the same choice.
         is_same = np.array_equal(candidates[chosen], candidates[expected])
         same += int(is_same)
         spread = np.nanmax(scores) - np.nanmin(scores)
         as_good += int(is_same or scores[expected] - scores[chosen] <= _AS_GOOD * spread)
-    share = as_good / len(cases)
+        errors.append(np.abs(found - scores))
+    share, error = as_good / len(cases), np.concatenate(errors)
     if share < least:
         raise ExportError(
             f"{artifact.manifest.precision} selects a candidate as good as float32's for {as_good} of {len(cases)} "
             f"prompts ({source}), {100 * share:.1f}%; at least {100 * least:g}% were asked for: use a higher "
             "precision, or a lower --min-agreement"
         )
-    return Agreement(prompts=len(cases), share=share, same=same / len(cases), least=least, source=source)
+    return Agreement(
+        prompts=len(cases),
+        share=share,
+        same=same / len(cases),
+        mean_error=float(np.nanmean(error)),
+        max_error=float(np.nanmax(error)),
+        least=least,
+        source=source,
+    )
 
 
-def _scores(model: LanguageModel | TwoHeadedNetwork, prompt: Any, candidates: list[Any], scoring: Scoring) -> Any:
+def _select(artifact: Model, case: HeldOut, number: int) -> tuple[Item, list[Any], int, Any]:
+    """The prompt, its candidates, which of them the artifact selects, and the scores (num_candidates,) it gives."""
+    try:
+        if case.candidates is not None:
+            ranking = artifact.rank(case.prompt, case.candidates)
+            return case.prompt, list(case.candidates), ranking.best_index, ranking.candidate_scores
+        prompt = artifact.reader.prompt(case.prompt)
+        room = artifact.manifest.limits.max_tokens - len(prompt)
+        drawn = artifact.generate(prompt, n=CANDIDATES, max_new_tokens=min(NEW_TOKENS, room), seed=number)
+    except InputError as e:
+        raise InputError(f"held-out prompt {number}: {e}") from e
+    scores = np.array([candidate.score for candidate in drawn.candidates], np.float32)
+    return prompt, [candidate.tokens for candidate in drawn.candidates], drawn.best_index, scores
+
+
+def _scores(
+    model: LanguageModel | TwoHeadedNetwork, artifact: Model, prompt: Item, candidates: list[Any], scoring: Scoring
+) -> Any:
     """The float32 model's candidate scores (num_candidates,), from whole rows."""
-    rows, mask = pad([np.concatenate([prompt, candidate]) for candidate in candidates], scoring.pad_token)
-    with torch.no_grad():
-        scores = activated(model(torch.from_numpy(rows), torch.from_numpy(mask))[1], scoring)
-    own = mask.copy()
-    own[:, : len(prompt)] = 0
-    found, _ = aggregate(scores.numpy()[:, None], own[:, None], np.ones((1, 1, 1)), scoring.aggregation)
-    return found[:, 0]
+    rows, feeds = artifact.rank_feeds(prompt, candidates, scoring.aggregation)
+    assert rows.prompt is not None
+    values, mask = pad([np.concatenate([rows.prompt, item]) for item in rows.items], scoring.pad_token)
+    _, scores = score_rows(model, values, scoring, mask)
+    own = scores[:, None, len(rows.prompt) :], feeds["candidate_mask"], feeds["step_mask"]
+    return aggregate(*own, scoring.aggregation.removeprefix("step_"))[0][:, 0]

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import importlib.metadata
 import platform
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import onnx_ir as ir
+import torch
+from torch import nn
 
 from ..models.network import LanguageModel, TwoHeadedNetwork
 from ..runtime.errors import ExportError
@@ -28,23 +31,26 @@ from ..runtime.manifest import (
     Parity,
     Precision,
     Scoring,
+    TextRules,
     Value,
     seal,
 )
 from ..runtime.model import Model
 from ..runtime.session import Options
-from .agreement import HeldOut, measure, random_prompts
+from .agreement import HeldOut, measure, own_prompts
 from .card import model_card
 from .parity import Checker, check_structure
 from .parity_generate import check_generation
+from .parity_selection import selection_cases
 from .quantize import quantized
+from .tokenizer import TextFiles
 from .trace import DEFAULT_OPSET, OPSETS, trace_graphs
 
 __all__ = ["export_model"]
 
-WEIGHTS = "weights.bin"
+WEIGHTS, TOKENIZER, TEMPLATE = "weights.bin", "tokenizer.json", "chat_template.jinja"
 # As in transformers.js.
-_SUFFIXES: dict[Precision, str] = {"fp32": "", "int8": "_int8", "int4": "_q4"}
+_SUFFIXES: dict[Precision, str] = {"fp32": "", "fp16": "_fp16", "bf16": "_bf16", "int8": "_int8", "int4": "_q4"}
 # Smaller tensors stay in the graph: a program that reads shapes needs no second file, and pages stay aligned.
 _EXTERNAL_FROM, _ALIGNMENT = 1024, 64
 
@@ -54,15 +60,18 @@ def export_model(
     output: Path,
     *,
     name: str,
+    source: str | None = None,
     scoring: Scoring | None = None,
     limits: Limits | None = None,
-    tokenizer: Path | None = None,
+    tokenizer: TextFiles | None = None,
+    text: TextRules | None = None,
     opset: int = DEFAULT_OPSET,
     precision: Precision = "fp32",
     held_out: tuple[Sequence[HeldOut], str] | None = None,
     min_agreement: float = 0.85,
     overwrite: bool = False,
     seed: int = 0,
+    reload: Callable[[], LanguageModel | TwoHeadedNetwork] | None = None,
 ) -> Manifest:
     """Export a model, verify what was written, and only then put it in its place.
 
@@ -70,54 +79,78 @@ def export_model(
         model: in inference mode.
         output: the artifact's folder; it must not exist, unless `overwrite`.
         name: of the model, for people.
+        source: id and commit of a checkpoint from a hub.
         scoring: how positions become one number; the last position's score if not given.
         limits: greatest sizes that the runtime accepts.
-        tokenizer: a tokenizer.json to put in.
+        tokenizer: to put in, with its chat template.
+        text: how text becomes tokens; `special_tokens` and what concerns the template are taken from the tokenizer.
         opset: 23, or 18 with every operator decomposed.
-        precision: `fp32`, `int8` for speed, `int4` for memory.
+        precision: `fp32`, `fp16` or `bf16` for half the size, `int8` for speed on a CPU, `int4` for memory.
         held_out: prompts on which fewer bits must prove themselves, and where they come from; noise if not given.
         min_agreement: share of these prompts, 0 to 1, for which a candidate as good as float32's must be selected.
         overwrite: replace an existing artifact; the old one stays until the new one has passed.
         seed: of the random inputs of the verification.
+        reload: gives the model once more. With it this one is used up: its memory is given back as soon as it has been
+            read, so that a model needs little more than its own size.
 
     Raises:
         ExportError: the folder exists, there is no room, or the verification failed; nothing is left behind.
     """
     scoring, limits = scoring or Scoring(), limits or Limits()
     _check_options(model, scoring, opset, precision, min_agreement)
+    _check_cache(model, limits)
     output = output.absolute()
     check_output(output, overwrite=overwrite)
-    computed = quantized(model, precision)
+    config, is_language_model = model.config, isinstance(model, LanguageModel)
+    computed = quantized(model, precision, consume=reload is not None)
     with _staged(output) as folder:
         (folder / "onnx").mkdir()
         graphs = _write_graphs(trace_graphs(computed, scoring, opset=opset), folder, _SUFFIXES[precision])
-        parity = _verify(computed, folder, graphs, scoring, limits, precision, seed)
-        if tokenizer is not None:
-            shutil.copyfile(tokenizer, folder / "tokenizer.json")
+        parity = _verify(computed, folder, graphs, scoring, limits, precision, seed, frugal=reload is not None)
+        text = _write_tokenizer(tokenizer, text or TextRules(), folder)
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
             seal="",
             name=name,
-            kind="language_model" if isinstance(model, LanguageModel) else "network",
-            model=model.config.to_dict(),
+            source=source,
+            kind="language_model" if is_language_model else "network",
+            model=config.to_dict(),
             precision=precision,
             scoring=scoring,
             limits=limits,
             graphs=graphs,
-            tokenizer="tokenizer.json" if tokenizer is not None else None,
+            tokenizer=TOKENIZER if tokenizer is not None else None,
+            text=text,
             files={},
             parity=parity,
             tools=_tools(),
         )
         if precision != "fp32":
-            cases, source = held_out or (random_prompts(model, limits.max_tokens, seed), "random tokens")
+            readable = None if tokenizer is None else text
+            cases, origin = held_out or own_prompts(config, readable, limits.max_tokens, seed)
             artifact = Model(folder, manifest, Options(provider="cpu"))
-            agreement = measure(model, artifact, cases, source=source, least=min_agreement)
+            agreement = measure(reload or (lambda: model), artifact, cases, source=origin, least=min_agreement)
             manifest = msgspec.structs.replace(manifest, agreement=agreement)
         (folder / "README.md").write_text(model_card(manifest), encoding="utf-8")
         manifest = _with_files(manifest, folder)
         (folder / MANIFEST).write_bytes(seal(manifest))
     return manifest
+
+
+def _write_tokenizer(tokenizer: TextFiles | None, text: TextRules, folder: Path) -> TextRules:
+    """Write the tokenizer and its template; the rules, completed with what these say."""
+    if tokenizer is None:
+        return text
+    (folder / TOKENIZER).write_bytes(tokenizer.json)
+    template = tokenizer.chat_template
+    if template is not None:
+        (folder / TEMPLATE).write_bytes(template.encode())
+    return msgspec.structs.replace(
+        text,
+        special_tokens=tokenizer.adds_special_tokens,
+        chat_template=None if template is None else TEMPLATE,
+        template_tokens={} if template is None else tokenizer.special_tokens,
+    )
 
 
 def _check_options(
@@ -134,6 +167,19 @@ def _check_options(
         raise ExportError(f"min_agreement: expected a share between 0 and 1; got {min_agreement}")
 
 
+def _check_cache(model: LanguageModel | TwoHeadedNetwork, limits: Limits) -> None:
+    """Refuse what `generate` would get wrong: keys in its cache whose frequencies a longer row no longer has."""
+    if not isinstance(model, LanguageModel) or not model.config.vocabulary_head:
+        return
+    scaling = model.config.network.rope_scaling
+    if scaling is not None and scaling.kind == "dynamic" and limits.max_tokens > scaling.original_max_positions:
+        raise ExportError(
+            f"dynamic rope scaling: every frequency changes with each token beyond {scaling.original_max_positions}, "
+            f"and keys that `generate` has cached would be of another length; --max-tokens is {limits.max_tokens}, "
+            f"expected at most {scaling.original_max_positions} for a model with a vocabulary head"
+        )
+
+
 def _verify(
     computed: LanguageModel | TwoHeadedNetwork,
     folder: Path,
@@ -142,16 +188,32 @@ def _verify(
     limits: Limits,
     precision: Precision,
     seed: int,
+    *,
+    frugal: bool,
 ) -> list[Parity]:
     """Every check of the written graphs against PyTorch at their precision; some cases are kept for `bonnx verify`."""
     for graph in graphs.values():
         check_structure(folder / graph.file)
     checker = Checker(computed, folder, graphs, scoring, limits, precision, seed)
-    parity = checker.run()
-    if isinstance(computed, LanguageModel) and computed.config.vocabulary_head:
+    cases = [*checker.cases(), *selection_cases(checker)]
+    generates = isinstance(computed, LanguageModel) and computed.config.vocabulary_head
+    if frugal and not generates:
+        _give_back(computed)
+    parity = checker.run(cases)
+    if generates:
         parity += check_generation(checker)
     np.savez_compressed(folder / "golden.npz", **checker.recorded)  # type: ignore[arg-type]
     return parity
+
+
+def _give_back(model: nn.Module) -> None:
+    """Free a module's memory, whoever still knows its tensors; the tracer does."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        storage = tensor.untyped_storage()
+        tensor.data = torch.empty(0)
+        if storage.resizable():
+            storage.resize_(0)
+    gc.collect()
 
 
 def check_output(output: Path, *, overwrite: bool) -> None:
@@ -201,9 +263,12 @@ def _write_graphs(models: dict[str, ir.Model], folder: Path, suffix: str) -> dic
             for value in model.graph.initializers.values():
                 tensor = value.const_value
                 assert tensor is not None
-                data = tensor.tobytes()
-                if len(data) < _EXTERNAL_FROM:
+                if tensor.nbytes < _EXTERNAL_FROM:
                     continue
+                array = tensor.numpy()
+                shape = ir.Shape(array.shape)
+                # The bytes themselves where they lie in order, and not a copy.
+                data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
                 digest = hashlib.sha256(data).hexdigest()
                 if digest not in places:
                     weights.write(b"\0" * (-weights.tell() % _ALIGNMENT))
@@ -211,7 +276,7 @@ def _write_graphs(models: dict[str, ir.Model], folder: Path, suffix: str) -> dic
                     weights.write(data)
                 offset, length = places[digest]
                 value.const_value = ir.ExternalTensor(
-                    WEIGHTS, offset, length, tensor.dtype, shape=ir.Shape(tensor.numpy().shape), name=str(value.name)
+                    WEIGHTS, offset, length, tensor.dtype, shape=shape, name=str(value.name)
                 )
             file = f"onnx/{name}{suffix}.onnx"
             (folder / file).write_bytes(ir.to_proto(model).SerializeToString())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..runtime.description import describe_scoring, describe_text
 from ..runtime.manifest import Manifest
 
 __all__ = ["model_card"]
@@ -9,15 +10,15 @@ __all__ = ["model_card"]
 
 def model_card(manifest: Manifest) -> str:
     """Markdown for people who find the folder."""
-    network, scoring = manifest.network, manifest.scoring
+    network = manifest.network
     rows = [
         ("kind", manifest.kind.replace("_", " ")),
         ("layers, hidden size", f"{network['num_layers']}, {network['hidden_size']}"),
         ("heads, kv heads", f"{network['num_heads']}, {network['num_kv_heads']}"),
         ("precision", manifest.precision),
-        ("aggregation", scoring.aggregation),
-        ("score activation", scoring.activation),
-        ("step token, end token", f"{scoring.step_token}, {scoring.end_token}"),
+        ("score", describe_scoring(manifest.scoring)),
+        ("text", describe_text(manifest)),
+        ("source", manifest.source),
         ("most tokens, most candidates", f"{manifest.limits.max_tokens}, {manifest.limits.max_candidates}"),
     ]
     text = '"a prompt", ["one candidate", "another"]' if manifest.tokenizer else "prompt, candidates"
@@ -36,7 +37,7 @@ def model_card(manifest: Manifest) -> str:
         "",
         "| | |",
         "|---|---|",
-        *(f"| {key} | {value} |" for key, value in rows),
+        *(f"| {key} | {value} |" for key, value in rows if value is not None),
         "",
         "## Graphs",
         "",

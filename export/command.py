@@ -6,19 +6,19 @@ import argparse
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 
-from ..models.checkpoint import load_checkpoint
-from ..models.config import ConfigError
 from ..models.countdown import CHECKPOINT
+from ..models.hub import download, parse_source
 from ..runtime.command import print_json
 from ..runtime.errors import InputError
-from ..runtime.manifest import AGGREGATIONS, PRECISIONS, Limits, Manifest, Scoring
+from ..runtime.manifest import PRECISIONS, Aggregation, Manifest
 from .agreement import HeldOut, read_held_out
 from .artifact import check_output, export_model
 from .demo import demonstrate, draw_prompts, show
+from .source import Overrides, read_source
 from .trace import DEFAULT_OPSET, OPSETS
 
 __all__ = ["configure", "run"]
@@ -30,7 +30,10 @@ HELD_OUT_PUZZLES = 200
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument(
-        "--checkpoint", type=Path, help="folder with config.json and model.safetensors; Countdown if not given"
+        "--checkpoint",
+        metavar="DIR",
+        help="folder with config.json and safetensors files, or the id of one on a hub (org/name or "
+        "org/name@revision); Countdown if not given",
     )
     parser.add_argument("-o", "--output", type=Path, help=f"folder to write; {DEFAULT_OUTPUT} for Countdown")
     parser.add_argument("--overwrite", action="store_true", help="replace an artifact that is there")
@@ -40,19 +43,31 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--precision",
         choices=PRECISIONS,
         default="fp32",
-        help="int8: 8-bit products, the fastest on a CPU with VNNI; int4: 4-bit weights, the smallest",
+        help="fp16, bf16: weights of half the size; int8: 8-bit products, the fastest on a CPU with VNNI; "
+        "int4: 4-bit weights, the smallest",
     )
     parser.add_argument(
         "--held-out",
+        "--calibration",
         type=Path,
         metavar="FILE",
-        help="prompts on which int8 or int4 must select as float32 does: one a line, or a JSON object with 'prompt' "
+        help="prompts on which fewer bits must select as float32 does: one a line, or a JSON object with 'prompt' "
         "and 'candidates' a line, or for embeddings an .npz file with 'prompts' and 'candidates'; random if not given",
     )
     parser.add_argument(
         "--min-agreement", type=float, default=0.85, help="share of these prompts, 0 to 1, below which export refuses"
     )
-    parser.add_argument("--aggregation", choices=AGGREGATIONS)
+    parser.add_argument("--aggregation", choices=get_args(Aggregation), help="how positions become one score")
+    parser.add_argument("--activation", choices=["none", "sigmoid", "softmax"], help="applied to every score")
+    parser.add_argument("--label", help="which of several labels is the score: its name, or its number from 0")
+    parser.add_argument(
+        "--label-tokens",
+        nargs="+",
+        metavar="TOKEN",
+        help="for a language model that answers at a step tag: the token that means good, then the others",
+    )
+    parser.add_argument("--step-text", help="the text that ends each step of a candidate")
+    parser.add_argument("--step-split", help="where a candidate without it is split into steps")
     parser.add_argument("--max-tokens", type=int, help="greatest prompt + candidate length the runtime accepts")
     parser.add_argument("--max-candidates", type=int, help="greatest number of candidates the runtime accepts")
     parser.add_argument("--seed", type=int, default=0, help="of the verification's random inputs")
@@ -62,7 +77,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Export, verify, print the parity table; for Countdown also let the artifact solve puzzles."""
     shipped = arguments.checkpoint is None
-    checkpoint: Path = CHECKPOINT if shipped else arguments.checkpoint
     if arguments.output is None and not shipped:
         raise InputError("--checkpoint needs -o/--output: the folder to write")
     default = DEFAULT_OUTPUT if arguments.precision == "fp32" else Path(f"{DEFAULT_OUTPUT}_{arguments.precision}")
@@ -70,47 +84,39 @@ def run(arguments: argparse.Namespace) -> int:
     # The demonstration may be run again and again; any other folder is replaced only when asked.
     overwrite = arguments.overwrite or arguments.output is None
     check_output(output, overwrite=overwrite)
-    model, metadata = load_checkpoint(checkpoint)
-    scoring, limits = _read(metadata, "scoring", Scoring), _read(metadata, "limits", Limits)
-    if arguments.aggregation is not None:
-        scoring = msgspec.structs.replace(scoring, aggregation=arguments.aggregation)
-    for name in ("max_tokens", "max_candidates"):
-        value = getattr(arguments, name)
-        if value is not None:
-            if value < 1:
-                raise InputError(f"--{name.replace('_', '-')}: expected at least 1; got {value}")
-            limits = msgspec.structs.replace(limits, **{name: value})
-    held_out = None
-    if arguments.held_out is not None:
-        held_out = read_held_out(arguments.held_out), arguments.held_out.name
-    elif shipped and arguments.precision != "fp32":
-        prompts = draw_prompts("agreement", HELD_OUT_PUZZLES)
-        held_out = [HeldOut(prompt) for prompt in prompts], "held-out puzzles"
-    tokenizer = checkpoint / "tokenizer.json"
-    parameters = sum(p.numel() for p in model.parameters())
-    print(f"{checkpoint}: {parameters:,} parameters", file=sys.stderr)
+    checkpoint, name, revision = (CHECKPOINT, "countdown", None) if shipped else _fetch(arguments.checkpoint)
+    source = read_source(
+        checkpoint, Overrides(**{name: getattr(arguments, name) for name in Overrides.__annotations__})
+    )
+    held_out = _held_out(arguments, shipped)
+    parameters = sum(p.numel() for p in source.model.parameters())
+    print(f"{revision or checkpoint}: {parameters:,} parameters", file=sys.stderr)
     if arguments.dry_run:
         print(f"would write {output}", file=sys.stderr)
         return 0
     start = time.perf_counter()
     manifest = export_model(
-        model,
+        source.model,
         output,
-        name=arguments.name or checkpoint.resolve().name,
-        scoring=scoring,
-        limits=limits,
-        tokenizer=tokenizer if tokenizer.is_file() else None,
+        name=arguments.name or name,
+        source=revision,
+        scoring=source.scoring,
+        limits=source.limits,
+        tokenizer=source.tokenizer,
+        text=source.text,
         opset=arguments.opset,
         precision=arguments.precision,
         held_out=held_out,
         min_agreement=arguments.min_agreement,
         overwrite=overwrite,
         seed=arguments.seed,
+        reload=source.reload,
     )
     print(f"wrote {output} and verified it in {time.perf_counter() - start:.0f} s", file=sys.stderr)
     demonstration = demonstrate(output) if shipped else None
     if arguments.json:
         summary: dict[str, Any] = {"output": str(output), "parity": msgspec.to_builtins(manifest.parity)}
+        summary["agreement"] = msgspec.to_builtins(manifest.agreement)
         print_json(summary | ({"demonstration": demonstration} if demonstration else {}))
         return 0
     _print_parity(manifest)
@@ -119,11 +125,22 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _read(metadata: dict[str, Any], key: str, kind: type[Any]) -> Any:
-    try:
-        return msgspec.convert(metadata.get(key, {}), kind)
-    except msgspec.ValidationError as e:
-        raise ConfigError(f"config.json, '{key}': {e}") from e
+def _fetch(checkpoint: str) -> tuple[Path, str, str | None]:
+    """The folder, a name for people, and for a checkpoint from a hub its id with the commit."""
+    source = parse_source(checkpoint)
+    if isinstance(source, Path):
+        return source, source.resolve().name, None
+    folder, commit = download(source)
+    return folder, source.repo.split("/")[-1], f"{source.repo}@{commit}"
+
+
+def _held_out(arguments: argparse.Namespace, shipped: bool) -> tuple[list[HeldOut], str] | None:
+    if arguments.held_out is not None:
+        return read_held_out(arguments.held_out), arguments.held_out.name
+    if shipped and arguments.precision != "fp32":
+        prompts = draw_prompts("agreement", HELD_OUT_PUZZLES)
+        return [HeldOut(prompt) for prompt in prompts], "held-out puzzles"
+    return None
 
 
 def _print_parity(manifest: Manifest) -> None:

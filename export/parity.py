@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,11 +17,12 @@ from ..models.network import LanguageModel, TwoHeadedNetwork, select_best_of_n
 from ..runtime.aggregate import aggregate
 from ..runtime.difference import greatest_difference
 from ..runtime.errors import ExportError
-from ..runtime.manifest import AGGREGATIONS, Graph, Limits, Parity, Precision, Scoring
+from ..runtime.manifest import Graph, Limits, Parity, Precision, Scoring
 from ..runtime.session import Options, Session
 from .reference import MatMulNBits
+from .selection import plain_selection
 
-__all__ = ["TOLERANCES", "Checker", "Tolerance", "activated", "check_structure"]
+__all__ = ["TOLERANCES", "Case", "Checker", "Tolerance", "activated", "check_structure", "score_rows"]
 
 Array = NDArray[Any]
 
@@ -40,12 +42,16 @@ class Tolerance(NamedTuple):
 # input is rounded; the whole step that is then the difference decides more such cases in the layers above.
 TOLERANCES: dict[Precision, Tolerance] = {
     "fp32": Tolerance(1e-4, 5e-5, 1e-4),
+    "fp16": Tolerance(1e-2, 1e-2, 1e-2),
+    "bf16": Tolerance(1e-4, 5e-5, 1e-4),
     "int8": Tolerance(0.1, 0.2, 0.05),
     "int4": Tolerance(0.1, 0.2, 0.05),
 }
 # (prompt length, candidate length, candidates, batch): 1 on every axis, odd, long.
 _SHAPES = [(1, 1, 1, 1), (1, 7, 5, 1), (9, 1, 3, 2), (33, 5, 1, 3), (5, 3, 17, 2), (13, 11, 4, 1), (101, 29, 2, 1)]
 _RANDOM_SHAPES, _LONG = 12, 257
+# Parameters from which there are fewer shapes, and no reference evaluator, which copies every weight.
+_LARGE = 100_000_000
 
 
 def check_structure(path: Path) -> None:
@@ -56,17 +62,26 @@ def check_structure(path: Path) -> None:
     """
     try:
         onnx.checker.check_model(str(path), full_check=True)
-        model = onnx.load(str(path))
+        model = onnx.load(str(path), load_external_data=False)
         onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as e:
         raise ExportError(f"{path.name} is not valid ONNX: {e}") from e
 
 
+class Case(NamedTuple):
+    """One run of a graph, and what judges its outputs: the greatest difference, or an `ExportError`."""
+
+    check: str
+    graph: str
+    feeds: dict[str, Array]
+    judge: Callable[[dict[str, Array]], float]
+
+
 class Checker:
     """Compares a model with its graphs on fresh random inputs.
 
-    The reference is the PyTorch model, of the graphs' precision, run on whole rows without padding, one row at a time:
-    no code of the graphs.
+    The reference is the PyTorch model, of the graphs' precision, run on whole rows without padding: no code of the
+    graphs. PyTorch's part comes first, so that its memory can be given back before ONNX Runtime's.
     """
 
     def __init__(
@@ -83,41 +98,70 @@ class Checker:
         self.model, self.folder, self.graphs, self.scoring, self.limits = model.eval(), folder, graphs, scoring, limits
         self.ids = isinstance(model, LanguageModel)
         self.network = model.network if isinstance(model, LanguageModel) else model
+        self.is_large = sum(p.numel() for p in model.parameters()) > _LARGE
         self.rng = np.random.default_rng(seed)
-        self.sessions = {n: Session(folder / g.file, g, Options(provider="cpu")) for n, g in graphs.items()}
+        self._sessions: dict[str, Session] = {}
         self.recorded: dict[str, Array] = {}
 
-    def run(self) -> list[Parity]:
-        """Every check.
+    def cases(self) -> list[Case]:
+        """Every case, with what PyTorch gives for it."""
+        cases = [*self._rank("rank, right padding", "right"), *self._rank("rank, left padding", "left")]
+        cases += [*self._rank("rank, no padding", "none"), *self._score()]
+        return cases if self.is_large else [*cases, self._reference()]
+
+    def run(self, cases: Sequence[Case]) -> list[Parity]:
+        """Run cases and judge them, one graph after the other.
 
         Raises:
             ExportError: a difference is greater than allowed, or another candidate was selected.
         """
-        checks = [self._rank("rank, right padding", "right"), self._rank("rank, left padding", "left")]
-        checks += [self._rank("rank, no padding", "none"), self._score(), self._selection(), self._reference()]
-        return checks
+        found: dict[str, list[float]] = {case.check: [] for case in cases}
+        for graph in dict.fromkeys(case.graph for case in cases):
+            for case in cases:
+                if case.graph == graph:
+                    found[case.check].append(case.judge(self.run_graph(graph, case.feeds)))
+            self.close(graph)
+        return [self.parity(check, len(differences), max(differences)) for check, differences in found.items()]
 
     def case(self, prompt: int, length: int, count: int, batch: int, padding: str) -> tuple[dict[str, Array], Array]:
         """Random feeds of `rank` and the scores (count, batch, length) that PyTorch gives; padding is 0."""
+        feeds = self.feeds(prompt, length, count, batch, padding)
+        suffix = "ids" if self.ids else "embeds"
+        prompts, candidates = feeds[f"prompt_{suffix}"], feeds[f"candidate_{suffix}"]
+        prompt_mask, mask = feeds["prompt_mask"], feeds["candidate_mask"]
+        expected = np.zeros(mask.shape, np.float32)
+        # Rows of one length stand side by side: none has padding.
+        lengths = prompt_mask.sum(1) + mask.sum(2)
+        for length in np.unique(lengths):
+            places = np.argwhere(lengths == length)
+            rows = [
+                np.concatenate([prompts[b][prompt_mask[b] > 0], candidates[n, b][mask[n, b] > 0]]) for n, b in places
+            ]
+            for (n, b), scores in zip(places, self.torch_scores(np.stack(rows))[1], strict=True):
+                expected[n, b][mask[n, b] > 0] = scores[prompt_mask[b].sum() :]
+        return feeds, expected
+
+    def feeds(self, prompt: int, length: int, count: int, batch: int, padding: str) -> dict[str, Array]:
+        """Random feeds of `rank`."""
         rng, axis = self.rng, ([] if self.ids else [self.network.config.embed_dim])
         prompt_size = np.full(batch, prompt) if padding == "none" else rng.integers(1, prompt + 1, batch)
         sizes = np.full((count, batch), length) if padding == "none" else rng.integers(1, length + 1, (count, batch))
-        prompt_mask, mask = _mask(prompt_size, prompt, padding), _mask(sizes, length, padding)
-        prompts, candidates = self._draw(batch, prompt, *axis), self._draw(count, batch, length, *axis)
-        expected = np.zeros(mask.shape, np.float32)
-        for n, b in np.ndindex(count, batch):
-            row = np.concatenate([prompts[b][prompt_mask[b] > 0], candidates[n, b][mask[n, b] > 0]])
-            expected[n, b][mask[n, b] > 0] = self.torch_scores(row[None])[1][0, prompt_size[b] :]
+        if self._stretches(prompt + length):
+            sizes = np.broadcast_to(sizes[:1], sizes.shape)
         suffix = "ids" if self.ids else "embeds"
-        feeds = {f"prompt_{suffix}": prompts, "prompt_mask": prompt_mask}
-        feeds |= {f"candidate_{suffix}": candidates, "candidate_mask": mask}
-        return feeds | {"step_mask": np.ones((1, 1, 1), np.int64), "aggregation": np.array(0)}, expected
+        feeds = {f"prompt_{suffix}": self._draw(batch, prompt, *axis)}
+        feeds["prompt_mask"] = _mask(prompt_size, prompt, padding)
+        feeds |= {f"candidate_{suffix}": self._draw(count, batch, length, *axis)}
+        return feeds | {"candidate_mask": _mask(sizes, length, padding)} | plain_selection()
+
+    def _stretches(self, length: int) -> bool:
+        """Whether the frequencies of a row depend on its length: then `rank` takes those of its longest candidate."""
+        scaling = self.network.config.rope_scaling
+        return scaling is not None and scaling.kind == "dynamic" and length > scaling.original_max_positions
 
     def torch_scores(self, rows: Array) -> tuple[Array, Array]:
         """Whole unpadded rows -> backbone (B, T, D) and scores (B, T), the activation applied."""
-        with torch.no_grad():
-            backbone, scores = self.model(torch.from_numpy(rows))[:2]
-        return backbone.numpy(), activated(scores, self.scoring).numpy()
+        return score_rows(self.model, rows, self.scoring)
 
     def _draw(self, *shape: int) -> Array:
         if self.ids:
@@ -127,83 +171,98 @@ class Checker:
 
     def _shapes(self) -> Iterator[tuple[int, int, int, int]]:
         longest = max(2, min(_LONG, self.limits.max_tokens // 2))
-        for prompt, length, count, batch in _SHAPES:
+        for prompt, length, count, batch in _SHAPES[:4] if self.is_large else _SHAPES:
             yield min(prompt, longest), min(length, longest), count, batch
         yield longest, longest, 2, 1
-        for _ in range(_RANDOM_SHAPES):
+        for _ in range(3 if self.is_large else _RANDOM_SHAPES):
             prompt, length = self.rng.integers(1, min(24, longest) + 1, 2)
             count, batch = self.rng.integers(1, [9, 4])
             yield int(prompt), int(length), int(count), int(batch)
 
-    def _rank(self, name: str, padding: str) -> Parity:
-        worst, cases = 0.0, 0
-        for shape in self._shapes():
+    def _rank(self, name: str, padding: str) -> Iterator[Case]:
+        for number, shape in enumerate(self._shapes()):
             feeds, expected = self.case(*shape, padding)
-            outputs = self.run_graph("rank", feeds)
-            worst = max(worst, self.compare(f"{name} {shape}", outputs["scores"], expected))
-            self._same_choice(f"{name} {shape}", feeds, outputs, expected)
-            cases += 1
-            if cases in (2, 5):
-                self.record(f"rank/{padding}{cases}", feeds, outputs, scores=expected)
-        return self.parity(name, cases, worst)
+            kept = f"rank/{padding}{number + 1}" if number in (1, 4) else None
 
-    def _score(self) -> Parity:
+            def judge(
+                outputs: dict[str, Array],
+                what: str = f"{name} {shape}",
+                feeds: dict[str, Array] = feeds,
+                expected: Array = expected,
+                kept: str | None = kept,
+            ) -> float:
+                worst = self.compare(what, outputs["scores"], expected)
+                self._same_choice(what, feeds, outputs, expected)
+                if kept is not None:
+                    self.record(kept, feeds, outputs, scores=expected)
+                return worst
+
+            yield Case(name, "rank", feeds, judge)
+
+    def _score(self) -> Iterator[Case]:
         """The same rows unpadded, padded on the right, and padded on the left, through `score`."""
-        worst, cases = 0.0, 0
-        for _, length, count, batch in self._shapes():
+        for number, (_, length, count, batch) in enumerate(self._shapes()):
             axis = [] if self.ids else [self.network.config.embed_dim]
             row, extra = self._draw(count * batch, length, *axis), int(self.rng.integers(1, 6))
             backbone, expected = self.torch_scores(row)
             for left in (0, extra):
-                right = extra if left == 0 and cases % 2 else 0
+                right = extra if left == 0 and number % 2 else 0
                 widths = [(0, 0), (left, right), *[(0, 0) for _ in axis]]
                 mask = np.pad(np.ones((count * batch, length), np.int64), widths[:2])
                 feeds = {"input_ids" if self.ids else "inputs_embeds": np.pad(row, widths), "attention_mask": mask}
-                feeds |= {"num_candidates": np.array(count), "aggregation": np.array(0)}
-                feeds["step_mask"] = np.ones((1, 1, 1), np.int64)
-                outputs = self.run_graph("score", feeds)
-                real = slice(left, left + length)
-                worst = max(worst, self.compare("score", outputs["scores"][:, real, 0], expected))
-                worst = max(worst, self.compare("score, backbone", outputs["backbone"][:, real], backbone))
-                cases += 1
-                if cases == 4:
-                    exact = {"scores": outputs["scores"].copy(), "backbone": outputs["backbone"].copy()}
-                    exact["scores"][:, real, 0], exact["backbone"][:, real] = expected, backbone
-                    self.record("score/4", feeds, outputs, **exact)
-        return self.parity("score, padded and unpadded", cases, worst)
+                feeds |= {"num_candidates": np.array(count), **plain_selection()}
+                kept = "score/4" if number == 1 and left else None
+                exact = {"scores": expected, "backbone": backbone}
+                judge = partial(self._judge_score, feeds, exact, slice(left, left + length), kept)
+                yield Case("score, padded and unpadded", "score", feeds, judge)
 
-    def _selection(self) -> Parity:
-        """Every aggregation, with and without steps, ragged and with empty candidates, against NumPy."""
-        worst, cases = 0.0, 0
-        for code, name in enumerate(AGGREGATIONS):
-            for stepwise in (False, True):
-                feeds, _ = self.case(4, 9, 6, 3, "right")
-                feeds["candidate_mask"][self.rng.integers(6), 0] = 0
-                feeds["aggregation"] = np.array(code)
-                if stepwise:
-                    feeds["step_mask"] = self.rng.integers(0, 2, feeds["candidate_mask"].shape)
-                outputs = self.run_graph("rank", feeds)
-                found, best = aggregate(outputs["scores"], feeds["candidate_mask"], feeds["step_mask"], name)
-                worst = max(worst, self.compare(f"selection {name}", outputs["candidate_scores"], found))
-                if not np.array_equal(outputs["best_index"], best):
-                    raise ExportError(f"selection {name}: the graph chose {outputs['best_index']}, NumPy {best}")
-                cases += 1
-        return self.parity("selection, all aggregations", cases, worst)
+    def _judge_score(
+        self,
+        feeds: dict[str, Array],
+        exact: dict[str, Array],
+        real: slice,
+        kept: str | None,
+        outputs: dict[str, Array],
+    ) -> float:
+        worst = self.compare("score", outputs["scores"][:, real, 0], exact["scores"])
+        worst = max(worst, self.compare("score, backbone", outputs["backbone"][:, real], exact["backbone"]))
+        if kept is not None:
+            whole = {"scores": outputs["scores"].copy(), "backbone": outputs["backbone"].copy()}
+            whole["scores"][:, real, 0], whole["backbone"][:, real] = exact["scores"], exact["backbone"]
+            self.record(kept, feeds, outputs, **whole)
+        return worst
 
-    def _reference(self) -> Parity:
-        """ONNX's own reference evaluator on a small case of `rank`."""
+    def _reference(self) -> Case:
+        """ONNX's own reference evaluator on a small case of `rank`, where all candidates vote for one answer."""
         feeds, expected = self.case(3, 2, 2, 1, "right")
-        evaluator = ReferenceEvaluator(onnx.load(str(self.folder / self.graphs["rank"].file)), new_ops=[MatMulNBits])
-        outputs = dict(zip(evaluator.output_names, evaluator.run(None, feeds), strict=True))
-        self._same_choice("reference evaluator", feeds, outputs, expected)
-        return self.parity(
-            "ONNX reference evaluator", 1, self.compare("reference evaluator", outputs["scores"], expected)
-        )
+        feeds |= {"answer_ids": np.zeros((1, 1), np.int64), "vote": np.array(1)}
+
+        def judge(_: dict[str, Array]) -> float:
+            model = onnx.load(str(self.folder / self.graphs["rank"].file))
+            evaluator = ReferenceEvaluator(model, new_ops=[MatMulNBits])
+            outputs = dict(zip(evaluator.output_names, evaluator.run(None, feeds), strict=True))
+            self._same_choice("reference evaluator", feeds, outputs, expected)
+            total = np.broadcast_to(outputs["candidate_scores"].sum(0), (2, 1))
+            self.compare("reference evaluator, vote", outputs["group_scores"], total)
+            return self.compare("reference evaluator", outputs["scores"], expected)
+
+        return Case("ONNX reference evaluator", "rank", feeds, judge)
+
+    def session(self, name: str) -> Session:
+        """The session of a graph, opened at its first use."""
+        if name not in self._sessions:
+            graph = self.graphs[name]
+            self._sessions[name] = Session(self.folder / graph.file, graph, Options(provider="cpu"))
+        return self._sessions[name]
+
+    def close(self, name: str) -> None:
+        """Give a session's memory back."""
+        self._sessions.pop(name, None)
 
     def run_graph(self, name: str, feeds: dict[str, Array]) -> dict[str, Array]:
         """All outputs of a graph."""
         names = [value.name for value in self.graphs[name].outputs]
-        return dict(zip(names, self.sessions[name].run(feeds, names), strict=True))
+        return dict(zip(names, self.session(name).run(feeds, names), strict=True))
 
     def _same_choice(self, what: str, feeds: dict[str, Array], outputs: dict[str, Array], expected: Array) -> None:
         """The selected index is PyTorch's, unless the two best are closer than the tolerance."""
@@ -242,6 +301,19 @@ def activated(scores: torch.Tensor, scoring: Scoring) -> torch.Tensor:
         scores = scores.softmax(-1)
     scores = scores[..., scoring.label]
     return scores.sigmoid() if scoring.activation == "sigmoid" else scores
+
+
+def score_rows(
+    model: LanguageModel | TwoHeadedNetwork, rows: Array, scoring: Scoring, mask: Array | None = None
+) -> tuple[Array, Array]:
+    """Whole rows through PyTorch: backbone (B, T, D) and scores (B, T), the activation applied; no logits."""
+    values = torch.from_numpy(rows)
+    network = model.network if isinstance(model, LanguageModel) else model
+    with torch.no_grad():
+        if isinstance(model, LanguageModel):
+            values = model.embedding(values)
+        backbone, scores = network(values, None if mask is None else torch.from_numpy(mask))
+    return backbone.numpy(), activated(scores, scoring).numpy()
 
 
 def _mask(sizes: Array, length: int, padding: str) -> Array:

@@ -130,7 +130,7 @@ def _is_close_race(checker: Checker, request: Request, outputs: dict[str, Array]
 
 def _compare_steps(checker: Checker, prompt: Array, request: Request, outputs: dict[str, Array]) -> None:
     """The host's loop over `prefill` and `decode` gives the same candidates for a prompt that stands alone."""
-    *_, last = grow(checker.sessions.__getitem__, prompt, request, None, None)
+    *_, last = grow(checker.session, prompt, request, None, None)
     lengths = outputs["lengths"][:, 0]
     if not np.array_equal(last.lengths, lengths) or not np.array_equal(last.reasons, outputs["finish_reasons"][:, 0]):
         raise ExportError(f"decode ended candidates after {last.lengths} tokens, generate after {lengths}")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..models.network import LanguageModel, TwoHeadedNetwork
 from ..runtime.manifest import Scoring
+from . import sampling, selection
 from .builder import Builder, finish, name_value
 from .generate_graph import PromptGraph, StepGraph
 from .generate_loop import generate_graph
@@ -20,9 +21,9 @@ from .generate_steps import decode_graph, prefill_graph
 from .layers import Trunk
 from .products import VocabularyHead
 from .rank_graph import RankGraph
-from .sampling import FUNCTIONS
 from .score_graph import ScoreGraph
-from .selection import append_selection, select
+from .selection import append_selection
+from .widen import widened
 
 __all__ = ["DEFAULT_OPSET", "OPSETS", "trace_graphs"]
 
@@ -34,7 +35,7 @@ OPSETS = (18, 23)
 def trace_graphs(
     model: LanguageModel | TwoHeadedNetwork, scoring: Scoring, *, opset: int = DEFAULT_OPSET
 ) -> dict[str, ir.Model]:
-    """The graphs of a model in inference mode, weights inside, float32: `score` and `rank`.
+    """The graphs of a model in inference mode, weights inside: `score` and `rank`.
 
     Of a model with a vocabulary head also `generate`, `prefill` and `decode`.
     """
@@ -44,10 +45,11 @@ def trace_graphs(
     if isinstance(model, LanguageModel) and model.config.vocabulary_head:
         head = VocabularyHead(model)
         prompt, step = _trace_prompt(trunk, head, opset), _trace_step(trunk, head, opset)
-        graphs["generate"] = generate_graph(prompt.clone(), step.clone(), trunk.config, scoring.pad_token)
+        ours = widened(prompt.clone(), ir.DataType.FLOAT16), widened(step.clone(), ir.DataType.FLOAT16)
+        graphs["generate"] = generate_graph(*ours, trunk.config, scoring.pad_token)
         graphs["prefill"] = prefill_graph(prompt)
         graphs["decode"] = decode_graph(step)
-    return {name: finish(graph, [*FUNCTIONS, select], opset) for name, graph in graphs.items()}
+    return {name: finish(graph, [*sampling.FUNCTIONS, *selection.FUNCTIONS], opset) for name, graph in graphs.items()}
 
 
 def _example(*shape: int, width: int | None = None) -> Tensor:
@@ -154,6 +156,7 @@ def _trace(
             found: list[int | str | ir.SymbolicDim] = [*value.shape]
             found[: len(dimensions)] = [name or size for name, size in zip(dimensions, found, strict=False)]
             name_value(value, value.name, value.dtype, found)
+    widened(graph, ir.DataType.BFLOAT16)
     _keep_fusable(graph)
     # What the tracer noted about inner values and their places in the source is of no use to a runtime.
     graph.metadata_props.clear()

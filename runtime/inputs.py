@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .errors import InputError
-from .manifest import AGGREGATIONS, Manifest
+from .manifest import AGGREGATIONS, Manifest, Scoring
+from .passages import Writer, is_text
 from .session import Array
-from .text import Text
+from .text import Row, Text
 
-__all__ = ["Item", "Reader", "aggregation_code", "check_some", "is_stepwise", "pad", "step_mask"]
+__all__ = ["Item", "Reader", "Rows", "aggregation_code", "check_some", "is_stepwise", "pad", "step_mask"]
 
-# A text, token ids, or embeddings (length, embed_dim) float32.
-Item: TypeAlias = str | Sequence[int] | NDArray[np.integer] | NDArray[np.float32]
+# A text, messages ({"role": ..., "content": ...} each), a candidate's steps as texts, token ids, or embeddings
+# (length, embed_dim) float32.
+Item: TypeAlias = (
+    str | Sequence[Mapping[str, object]] | Sequence[str] | Sequence[int] | NDArray[np.integer] | NDArray[np.float32]
+)
 
 
 def is_stepwise(name: str) -> bool:
@@ -47,35 +53,122 @@ def check_some(items: Sequence[Item], what: str) -> None:
         raise InputError(f"{what}: expected a list of at least one {what.removesuffix('s')}; got {items!r:.60}")
 
 
+@dataclass(frozen=True)
+class Rows:
+    """What a graph is to score.
+
+    Attributes:
+        prompt: (P,) int64 or (P, embed_dim) float32, read once for all rows; None for rows that stand alone.
+        items: the rows after the prompt, of the same kinds.
+        skip: how many tokens at the beginning of each row are the prompt's still: its end, in another tokenization.
+        ends: for each row (its length,) bool, where a step ends; None if the rows do not tell.
+        cut: tokens of the prompt that were left out.
+    """
+
+    prompt: Array | None
+    items: list[Array]
+    skip: list[int]
+    ends: list[NDArray[np.bool_]] | None
+    cut: int = 0
+
+
 class Reader:
     """Checks items against the manifest and turns them into arrays (length,) int64 or (length, embed_dim) float32."""
 
-    def __init__(self, manifest: Manifest, text: Text | None) -> None:
-        self.text = text
+    def __init__(self, manifest: Manifest, text: Text | None, writer: Writer) -> None:
+        self.text, self._writer = text, writer
+        self._limit = manifest.limits.max_tokens
         self.vocabulary = manifest.model.get("vocab_size")
         self.width = None if manifest.kind == "language_model" else manifest.network["embed_dim"]
 
-    def read(self, item: Item, what: str, *, candidate: bool, partial: bool) -> Array:
-        """One prompt, candidate or row.
+    def prompt(self, item: Item) -> Array:
+        """What the model is to continue.
 
         Raises:
-            InputError: `what` cannot be read; the message says why.
+            InputError: it cannot be read; the message says why.
         """
-        if isinstance(item, str):
-            return self._text(item, what, candidate=candidate, partial=partial)
-        array = np.asarray(item)
-        if self.width is not None:
-            return self._embeddings(array, what)
-        return self._ids(array, what)
+        if not is_text(item):
+            return self._array(item, "prompt")
+        tokenizer = self._tokenizer("prompt")
+        text, special = self._writer.prompt(item, "prompt")
+        return np.array(tokenizer.encode(text, "prompt", special=special), np.int64)
 
-    def stops(self, stop: Sequence[int | str] | None, end_token: int | None) -> tuple[int, ...]:
+    def rows(self, items: Sequence[Item], what: str, *, partial: bool) -> Rows:
+        """Rows that stand alone.
+
+        Raises:
+            InputError: one cannot be read; the message names it.
+        """
+        if not any(map(is_text, items)):
+            return _plain(None, [self._array(item, f"{what}[{i}]") for i, item in enumerate(items)])
+        tokenizer = self._tokenizer(f"{what}[{[*map(is_text, items)].index(True)}]")
+        passages, special = self._writer.rows(items, what)
+        return _tokenized(tokenizer.rows(passages, special=special, partial=partial), 0)
+
+    def pairs(self, prompt: Item, candidates: Sequence[Item], *, partial: bool, truncate: bool) -> Rows:
+        """A prompt and its candidates.
+
+        Args:
+            prompt: text, messages, token ids or embeddings.
+            candidates: at least one.
+            partial: text candidates are not finished.
+            truncate: leave out the beginning of a prompt that is too long.
+
+        Raises:
+            InputError: something cannot be read; the message names it.
+        """
+        texts = [*map(is_text, candidates)]
+        if is_text(prompt) and all(texts):
+            passages, special = self._writer.pairs(prompt, candidates, partial=partial)
+            rows = self._tokenizer("prompt").rows(passages, special=special, partial=partial)
+            found = _tokenized(rows, _shared(rows))
+        else:
+            first = self.prompt(prompt)
+            if all(texts):
+                alone = self._alone(candidates, range(len(candidates)), partial)
+                found = dataclasses.replace(_tokenized(alone, 0), prompt=first)
+            else:
+                read = iter(self._alone(candidates, np.flatnonzero(texts), partial))
+                items = [
+                    np.array(next(read).ids, np.int64) if texts[i] else self._array(c, f"candidates[{i}]")
+                    for i, c in enumerate(candidates)
+                ]
+                found = _plain(first, items)
+        return self._truncated(found) if truncate else found
+
+    def _alone(self, candidates: Sequence[Item], places: Iterable[int], partial: bool) -> list[Row]:
+        """The text candidates at these places, after a prompt that is no text, or beside candidates that are none."""
+        passages = [self._writer.alone(candidates[i], f"candidates[{i}]") for i in places]
+        if not passages:
+            return []
+        return self._tokenizer(passages[0].what).rows(passages, special=False, partial=partial)
+
+    def _truncated(self, rows: Rows) -> Rows:
+        """Without the oldest tokens of the prompt, if that is too long; a special token that begins it stays."""
+        prompt, longest = rows.prompt, max(map(len, rows.items))
+        assert prompt is not None
+        excess = len(prompt) + longest - self._limit
+        if excess <= 0:
+            return rows
+        begins = prompt.ndim == 1 and len(prompt) and self.text is not None and self.text.is_special(int(prompt[0]))
+        keep = 1 if begins else 0
+        if excess > len(prompt) - keep - 1:
+            raise InputError(
+                f"a candidate of {longest} tokens: this artifact takes at most {self._limit} together with the prompt, "
+                "and a candidate is never cut; shorten it, or export again with --max-tokens"
+            )
+        kept = np.concatenate([prompt[:keep], prompt[keep + excess :]])
+        return dataclasses.replace(rows, prompt=kept, cut=excess)
+
+    def stops(self, stop: Sequence[int | str] | None, scoring: Scoring) -> tuple[int, ...]:
         """The tokens that end a completion: those given, or the artifact's own.
 
         Raises:
             InputError: a text that is not one token, or an id outside the vocabulary.
         """
         if stop is None:
-            return () if end_token is None else (end_token,)
+            own = [] if scoring.end_token is None else [scoring.end_token]
+            return tuple(dict.fromkeys([*own, *scoring.stop_tokens]))
         if isinstance(stop, str) or not all(isinstance(entry, int | np.integer | str) for entry in stop):
             raise InputError(f"stop: expected a list of token ids or of texts; got {stop!r:.60}")
         found = []
@@ -88,14 +181,15 @@ class Reader:
                 found.append(int(self._ids(np.array([entry]), "stop")[0]))
         return tuple(found)
 
-    def _text(self, item: str, what: str, *, candidate: bool, partial: bool) -> Array:
+    def _tokenizer(self, what: str) -> Text:
         if self.text is None:
             takes = "token ids" if self.width is None else f"embeddings (length, {self.width}) float32"
             raise InputError(f"{what}: this artifact has no tokenizer; pass {takes} instead of text")
-        if not item:
-            raise InputError(f"{what}: it has no tokens; expected at least one")
-        ids = self.text.encode_candidate(item, what, partial=partial) if candidate else self.text.encode(item, what)
-        return np.array(ids, np.int64)
+        return self.text
+
+    def _array(self, item: Item, what: str) -> Array:
+        array = np.asarray(item)
+        return self._ids(array, what) if self.width is None else self._embeddings(array, what)
 
     def _embeddings(self, array: Array, what: str) -> Array:
         if array.ndim != 2 or array.shape[1] != self.width:
@@ -120,6 +214,28 @@ class Reader:
         return array.astype(np.int64)
 
 
+def _plain(prompt: Array | None, items: list[Array]) -> Rows:
+    return Rows(prompt, items, [0] * len(items), None)
+
+
+def _tokenized(rows: Sequence[Row], shared: int) -> Rows:
+    """Rows of text, whose first `shared` tokens are the same."""
+    items, ends = [np.array(row.ids, np.int64) for row in rows], None
+    if rows[0].ends is not None:
+        ends = [np.isin(np.arange(len(row.ids)), row.ends or [])[shared:] for row in rows]
+    return Rows(items[0][:shared], [i[shared:] for i in items], [max(0, row.first - shared) for row in rows], ends)
+
+
+def _shared(rows: Sequence[Row]) -> int:
+    """How many tokens all rows begin with alike, and none of them a candidate's own."""
+    shared = min(min(row.first, len(row.ids) - 1) for row in rows)
+    first = np.array(rows[0].ids[:shared])
+    for row in rows[1:]:
+        differs = np.flatnonzero(np.array(row.ids[:shared]) != first[:shared])
+        shared = int(differs[0]) if len(differs) else shared
+    return shared
+
+
 def pad(items: Sequence[Array], fill: int, length: int | None = None) -> tuple[Array, Array]:
     """Stack items of one kind, padded on the right: values (rows, T[, E]) and mask (rows, T) int64."""
     length = max((len(item) for item in items), default=0) if length is None else length
@@ -132,8 +248,12 @@ def pad(items: Sequence[Array], fill: int, length: int | None = None) -> tuple[A
     return values, mask
 
 
-def step_mask(values: Array, given: Sequence[Sequence[int]] | None, step_token: int | None) -> Array:
+def step_mask(
+    values: Array, given: Sequence[Sequence[int]] | None, skip: Sequence[int], step_token: int | None
+) -> Array:
     """Where steps end in padded rows (rows, T[, E]): int64 (rows, T), from the step token or as the caller marks them.
+
+    The caller's marks begin behind the tokens to be skipped.
 
     Raises:
         InputError: no step token and nothing given, or marks that do not fit the rows.
@@ -149,9 +269,9 @@ def step_mask(values: Array, given: Sequence[Sequence[int]] | None, step_token: 
     mask = np.zeros((rows, length), np.int64)
     for row, marks in enumerate(given):
         array = np.asarray(marks)
-        if array.ndim != 1 or len(array) > length or not (np.isin(array, (0, 1)).all()):
+        if array.ndim != 1 or len(array) > length - skip[row] or not (np.isin(array, (0, 1)).all()):
             raise InputError(
-                f"step_masks[{row}]: expected 0 or 1 for each of at most {length} tokens; got {array.shape}"
+                f"step_masks[{row}]: expected 0 or 1 for each of at most {length - skip[row]} tokens; got {array.shape}"
             )
-        mask[row, : len(array)] = array
+        mask[row, skip[row] : skip[row] + len(array)] = array
     return mask

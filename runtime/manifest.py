@@ -12,6 +12,7 @@ __all__ = [
     "AGGREGATIONS",
     "PRECISIONS",
     "SCHEMA_VERSION",
+    "VOTES",
     "Agreement",
     "File",
     "Graph",
@@ -20,6 +21,7 @@ __all__ = [
     "Parity",
     "Precision",
     "Scoring",
+    "TextRules",
     "Value",
     "seal",
     "seal_is_intact",
@@ -31,7 +33,9 @@ AGGREGATIONS = ("last", "mean", "min", "max", "prod")
 Aggregation: TypeAlias = Literal[
     "last", "mean", "min", "max", "prod", "step_last", "step_mean", "step_min", "step_max", "step_prod"
 ]
-Precision: TypeAlias = Literal["fp32", "int8", "int4"]
+# And `vote` into this; `score` is no vote.
+VOTES = ("score", "weighted", "majority")
+Precision: TypeAlias = Literal["fp32", "fp16", "bf16", "int8", "int4"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 _SEAL = re.compile(rb'"seal": "([0-9a-f]{64})"')
 _BLANK = b"0" * 64
@@ -83,6 +87,27 @@ class Scoring(_Frozen, frozen=True, kw_only=True, forbid_unknown_fields=True):
     stop_tokens: list[int] = []
     """End a completion while generating, as the end token does, but are not appended to a candidate."""
     pad_token: int = 0
+    passes_pad: bool = False
+    """Whether `last` passes over pad tokens that end a candidate, as transformers' sequence classifiers do."""
+
+
+class TextRules(_Frozen, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How text becomes tokens."""
+
+    special_tokens: bool = False
+    """Whether plain text gets the tokenizer's own special tokens, such as the one that begins a sequence."""
+    unknown: Literal["refuse", "replace"] = "refuse"
+    """What becomes of a piece of text that has no token: an error, or the tokenizer's unknown token."""
+    chat_template: str | None = None
+    """File of the Jinja template that makes one text of messages."""
+    template_tokens: dict[str, str] = {}
+    """Special tokens by the names that the template uses, such as `bos_token`."""
+    checked_against: str | None = None
+    """The transformers with whose tokens and rendered messages these were compared at export."""
+    step_text: str | None = None
+    """Ends each step of a text candidate; the step forms of the aggregations read the token of its last character."""
+    step_split: str | None = None
+    """Where a text candidate without `step_text` is split into steps, each of which then gets it."""
 
 
 class Limits(_Frozen, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -110,6 +135,9 @@ class Agreement(_Frozen, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """0 to 1: the same candidate, or one that float32 rates lower by at most 1% of the candidates' spread."""
     same: float
     """0 to 1: the same candidate."""
+    mean_error: float
+    """Of a candidate's score, absolute, on the same prompts."""
+    max_error: float
     least: float
     """The share below which export refuses."""
     source: str
@@ -118,7 +146,8 @@ class Agreement(_Frozen, frozen=True, kw_only=True, forbid_unknown_fields=True):
     def __str__(self) -> str:
         return (
             f"A candidate as good as float32's choice is selected for {100 * self.share:.1f}% of {self.prompts} "
-            f"prompts ({self.source}), the same one for {100 * self.same:.1f}%; {100 * self.least:g}% were asked for."
+            f"prompts ({self.source}), the same one for {100 * self.same:.1f}%; {100 * self.least:g}% were asked for. "
+            f"Scores are off by {self.mean_error:.2g} on average, {self.max_error:.2g} at most."
         )
 
 
@@ -128,6 +157,8 @@ class Manifest(_Frozen, frozen=True, kw_only=True, forbid_unknown_fields=True):
     schema_version: int
     seal: str
     name: str
+    source: str | None = None
+    """Id and commit of the checkpoint, if it came from a hub."""
     kind: Literal["language_model", "network"]
     model: dict[str, Any]
     precision: Precision
@@ -136,6 +167,7 @@ class Manifest(_Frozen, frozen=True, kw_only=True, forbid_unknown_fields=True):
     limits: Limits
     graphs: dict[str, Graph]
     tokenizer: str | None
+    text: TextRules = TextRules()
     files: dict[str, File]
     parity: list[Parity]
     """Against PyTorch at the same precision."""

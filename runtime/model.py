@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,15 +13,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from .chat import ChatTemplate
 from .errors import ArtifactError, InputError, NoWinnerError
 from .folder import locate, read_verified
 from .generation import FINISH_REASONS, Candidate, GenerateOptions, Generation, Request, make_request
-from .inputs import Item, Reader, aggregation_code, check_some, is_stepwise, pad, step_mask
+from .inputs import Item, Reader, Rows, aggregation_code, check_some, is_stepwise, pad, step_mask
 from .limits import check_size
 from .manifest import Manifest
+from .passages import Writer
 from .session import Array, Options, Provider, Session
 from .steps import generate_feeds, grow
 from .text import Text
+from .vote import Answers, make_ballot
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -39,6 +42,16 @@ class Ranking:
         candidate_scores: (num_candidates,) float32; NaN for a candidate that cannot win.
         scores: for each candidate (its length,) float32, one score for each of its tokens.
         aggregation: how a candidate's scores became one.
+        order: indices, best first: by the score of the answer that a candidate votes for, then by its own; without
+            a vote by its own only. Those that cannot win come last.
+        margin: how far the winner is ahead: its score minus the next candidate's, or with a vote its answer's score
+            minus the next answer's; None if there is no other.
+        answers: for each candidate what it votes for, None for none; None if no answers were given.
+        group_scores: (num_candidates,) float32, with a vote: the sum or count of each candidate's answer, NaN for one
+            that cannot win; each candidate's own score if none that counts has an answer.
+        step_scores: for each candidate its scores where a step ends, (steps,) float32; None unless the aggregation
+            reads steps.
+        cut: tokens of the prompt that were left out, if that was allowed.
     """
 
     best_index: int
@@ -46,6 +59,12 @@ class Ranking:
     candidate_scores: NDArray[np.float32]
     scores: list[NDArray[np.float32]]
     aggregation: str
+    order: tuple[int, ...]
+    margin: float | None
+    answers: tuple[Hashable | None, ...] | None
+    group_scores: NDArray[np.float32] | None
+    step_scores: list[NDArray[np.float32]] | None = None
+    cut: int = 0
 
 
 @dataclass(frozen=True)
@@ -58,6 +77,7 @@ class Scored:
         scores: for each row (its length,) float32.
         backbone: for each row (its length, hidden_size) float32, or None if it was not asked for.
         aggregation: how a row's scores became one.
+        order: as in `Ranking`, as are the following.
     """
 
     best_index: int
@@ -65,6 +85,10 @@ class Scored:
     scores: list[NDArray[np.float32]]
     backbone: list[NDArray[np.float32]] | None
     aggregation: str
+    order: tuple[int, ...]
+    margin: float | None
+    answers: tuple[Hashable | None, ...] | None
+    group_scores: NDArray[np.float32] | None
 
 
 def load(
@@ -100,10 +124,13 @@ class Model:
 
     def __init__(self, folder: Path, manifest: Manifest, options: Options) -> None:
         self.folder, self.manifest, self.options = folder, manifest, options
-        text = None
+        rules, text, chat = manifest.text, None, None
         if manifest.tokenizer is not None:
-            text = Text(locate(folder, manifest.tokenizer), manifest.scoring)
-        self.reader = Reader(manifest, text)
+            text = Text(locate(folder, manifest.tokenizer), manifest.scoring, rules)
+        if rules.chat_template is not None:
+            source = locate(folder, rules.chat_template).read_bytes().decode()
+            chat = ChatTemplate(source, rules.template_tokens)
+        self.reader = Reader(manifest, text, Writer(rules, chat))
         self._suffix = "ids" if manifest.kind == "language_model" else "embeds"
         self._sessions: dict[str, Session] = {}
         self._lock = threading.Lock()
@@ -130,6 +157,11 @@ class Model:
                 self._sessions[name] = Session(locate(self.folder, graph.file), graph, self.options)
             return self._sessions[name]
 
+    def close(self) -> None:
+        """Give back the memory of the graphs that are loaded; one that is used again is loaded again."""
+        with self._lock:
+            self._sessions.clear()
+
     def rank(
         self,
         prompt: Item,
@@ -138,37 +170,81 @@ class Model:
         aggregation: str | None = None,
         step_masks: Sequence[Sequence[int]] | None = None,
         partial: bool = False,
+        truncate: bool = False,
+        vote: str = "score",
+        answers: Answers | None = None,
     ) -> Ranking:
         """Score candidates after a prompt and choose the best; the prompt is computed once.
 
         Args:
-            prompt: text, token ids, or embeddings (length, embed_dim) float32.
-            candidates: one or more, of the same kinds; their lengths may differ.
+            prompt: text, messages (`{"role": ..., "content": ...}` each), token ids, or embeddings (length, embed_dim)
+                float32.
+            candidates: one or more; text is what follows the prompt, or what the assistant answers the messages; a list
+                of texts is a candidate in steps.
             aggregation: `last`, `mean`, `min`, `max`, `prod`, or `step_` and one of these to read only the positions
                 where a step ends; the artifact's own rule if not given.
             step_masks: for each candidate 0 or 1 for each token, 1 where a step ends; needed for embeddings.
-            partial: text candidates are not finished yet: no end token is appended.
+            partial: text candidates are not finished yet: no end token is appended, and no template closes the answer.
+            truncate: leave out the beginning of a prompt that is too long, instead of an error; `Ranking.cut` says how
+                much. A candidate is never cut.
+            vote: `score` (the best candidate), or the best candidate of one answer: `weighted` (the answer whose
+                candidates' scores sum to most) or `majority` (the answer of most candidates). If no candidate has an
+                answer, the best candidate wins.
+            answers: what each candidate votes for, anything hashable or None; or how to find it in a text: `boxed`,
+                `number` or `regex:PATTERN` (see `bonnx.runtime.answers`), or a function of a candidate. Needed to vote.
 
         Raises:
             InputError: nothing to rank, or something that cannot be.
             NoWinnerError: every score is NaN.
         """
         name = aggregation or self.manifest.scoring.aggregation
-        selection = {"aggregation": np.array(aggregation_code(name), np.int64)}
         check_some(candidates, "candidates")
-        first = self.reader.read(prompt, "prompt", candidate=False, partial=True)
-        items, values, mask = self._padded(candidates, "candidates", partial, len(first))
-        feeds = selection | {
-            f"prompt_{self._suffix}": first[None],
-            "prompt_mask": np.ones((1, len(first)), np.int64),
+        ballot = make_ballot(vote, answers, candidates, "candidates")
+        rows, feeds = self.rank_feeds(prompt, candidates, name, step_masks, partial=partial, truncate=truncate)
+        feeds |= ballot.feeds()
+        graph = "rank"
+        if rows.prompt is not None and not len(rows.prompt):
+            # The first token of each candidate reaches into the prompt, so nothing is shared.
+            graph, feeds = "score", _as_rows(feeds, self._suffix)
+        wanted = ["scores", "candidate_scores", "best_index", "group_scores"]
+        scores, found, best, groups = self.session(graph).run(feeds, wanted)
+        scores = scores.reshape(len(candidates), -1)
+        index = winner(int(best[0]), "candidates")
+        own = [scores[i, skip : len(item)] for i, (skip, item) in enumerate(zip(rows.skip, rows.items, strict=True))]
+        steps = feeds["step_mask"].reshape(-1, feeds["step_mask"].shape[-1])
+        ends = None
+        if is_stepwise(name):
+            ends = [scores[i, : len(item)][steps[i, : len(item)] > 0] for i, item in enumerate(rows.items)]
+        standing = ballot.count(found[:, 0], groups[:, 0])
+        return Ranking(index, candidates[index], found[:, 0], own, name, *standing, ends, rows.cut)
+
+    def rank_feeds(
+        self,
+        prompt: Item,
+        candidates: Sequence[Item],
+        aggregation: str,
+        step_masks: Sequence[Sequence[int]] | None = None,
+        *,
+        partial: bool = False,
+        truncate: bool = False,
+    ) -> tuple[Rows, dict[str, Array]]:
+        """What `rank` gives to its graph: prompt and candidates as read, and the inputs.
+
+        Raises:
+            InputError: something cannot be ranked.
+        """
+        code = np.array(aggregation_code(aggregation), np.int64)
+        rows = self.reader.pairs(prompt, candidates, partial=partial, truncate=truncate)
+        assert rows.prompt is not None
+        values, mask = self._padded(rows)
+        return rows, {
+            "aggregation": code,
+            f"prompt_{self._suffix}": rows.prompt[None],
+            "prompt_mask": np.ones((1, len(rows.prompt)), np.int64),
             f"candidate_{self._suffix}": values[:, None],
             "candidate_mask": mask[:, None],
-            "step_mask": self._steps(name, values, step_masks)[:, None],
+            "step_mask": self._steps(aggregation, rows, values, step_masks)[:, None],
         }
-        scores, found, best = self.session("rank").run(feeds, ["scores", "candidate_scores", "best_index"])
-        index = winner(int(best[0]), "candidates")
-        per_token = [scores[i, 0, : len(item)] for i, item in enumerate(items)]
-        return Ranking(index, candidates[index], found[:, 0], per_token, name)
 
     def score(
         self,
@@ -178,15 +254,20 @@ class Model:
         step_masks: Sequence[Sequence[int]] | None = None,
         partial: bool = False,
         backbone: bool = False,
+        vote: str = "score",
+        answers: Answers | None = None,
     ) -> Scored:
         """Score whole rows, each by itself, at every position, and choose the best.
 
         Args:
-            rows: one or more texts, lists of token ids, or embeddings (length, embed_dim) float32.
+            rows: one or more texts, conversations (lists of messages), lists of token ids, or embeddings (length,
+                embed_dim) float32.
             aggregation: as in `rank`.
             step_masks: as in `rank`.
             partial: as in `rank`.
             backbone: also return the backbone's outputs.
+            vote: as in `rank`.
+            answers: as in `rank`, for each row.
 
         Raises:
             InputError: nothing to score, or something that cannot be.
@@ -195,22 +276,26 @@ class Model:
         name = aggregation or self.manifest.scoring.aggregation
         selection = {"aggregation": np.array(aggregation_code(name), np.int64)}
         check_some(rows, "rows")
-        items, values, mask = self._padded(rows, "rows", partial, 0)
+        ballot = make_ballot(vote, answers, rows, "rows")
+        selection |= ballot.feeds()
+        read = self.reader.rows(rows, "rows", partial=partial)
+        values, mask = self._padded(read)
         feeds = selection | {
             "input_ids" if self._suffix == "ids" else "inputs_embeds": values,
             "attention_mask": mask,
-            "num_candidates": np.array(len(items), np.int64),
-            "step_mask": self._steps(name, values, step_masks)[:, None],
+            "num_candidates": np.array(len(rows), np.int64),
+            "step_mask": self._steps(name, read, values, step_masks)[:, None],
         }
-        wanted = ["scores", "candidate_scores", "best_index", *(["backbone"] if backbone else [])]
-        scores, found, best, *rest = self.session("score").run(feeds, wanted)
+        wanted = ["scores", "candidate_scores", "best_index", "group_scores", *(["backbone"] if backbone else [])]
+        scores, found, best, groups, *rest = self.session("score").run(feeds, wanted)
         index = winner(int(best[0]), "rows")
         return Scored(
             index,
             found[:, 0],
-            [scores[i, : len(item), 0] for i, item in enumerate(items)],
-            [rest[0][i, : len(item)] for i, item in enumerate(items)] if backbone else None,
+            [scores[i, : len(item), 0] for i, item in enumerate(read.items)],
+            [rest[0][i, : len(item)] for i, item in enumerate(read.items)] if backbone else None,
             name,
+            *ballot.count(found[:, 0], groups[:, 0]),
         )
 
     def generate(
@@ -226,7 +311,7 @@ class Model:
         With a deadline or a callback the host steers the same steps, and the tokens are the same.
 
         Args:
-            prompt: text or token ids.
+            prompt: text, messages or token ids.
             deadline: seconds; what still grows then is cut, with `deadline` as its finish reason.
             on_progress: called with the candidates after every token.
             **options: see `GenerateOptions`.
@@ -261,8 +346,8 @@ class Model:
         """Everything checked, and the prompt's tokens."""
         scoring, limits = self.manifest.scoring, self.manifest.limits
         self.session("generate")
-        ids = self.reader.read(prompt, "prompt", candidate=False, partial=True)
-        stops = self.reader.stops(options.get("stop"), scoring.end_token)
+        ids = self.reader.prompt(prompt)
+        stops = self.reader.stops(options.get("stop"), scoring)
         request = make_request(options, stops, scoring.aggregation, max(1, limits.max_tokens - len(ids)))
         if is_stepwise(request.aggregation) and scoring.step_token is None:
             raise InputError("a step aggregation needs a step token, and the artifact's scoring rule has none")
@@ -292,16 +377,35 @@ class Model:
         text = None if self.reader.text is None else self.reader.text.decode(tokens.tolist())
         return Candidate(text, tokens, scores, log_probs, float(score), FINISH_REASONS[reason] if reason >= 0 else None)
 
-    def _padded(self, rows: Sequence[Item], what: str, partial: bool, prompt: int) -> tuple[list[Array], Array, Array]:
-        """What is to be scored after a prompt of that many tokens: read, within limits, and padded with its mask."""
-        items = [self.reader.read(row, f"{what}[{i}]", candidate=True, partial=partial) for i, row in enumerate(rows)]
-        check_size(self.manifest, len(items), prompt, max(map(len, items)), self.options.memory_limit)
-        return items, *pad(items, self.manifest.scoring.pad_token)
+    def _padded(self, rows: Rows) -> tuple[Array, Array]:
+        """Rows within limits, padded, and their mask."""
+        prompt = 0 if rows.prompt is None else len(rows.prompt)
+        check_size(self.manifest, len(rows.items), prompt, max(map(len, rows.items)), self.options.memory_limit)
+        return pad(rows.items, self.manifest.scoring.pad_token)
 
-    def _steps(self, name: str, values: Array, given: Sequence[Sequence[int]] | None) -> Array:
+    def _steps(self, name: str, rows: Rows, values: Array, given: Sequence[Sequence[int]] | None) -> Array:
+        """Positions that the aggregation may read, (rows, length) or (1, 1) for all."""
         if not is_stepwise(name):
-            return np.ones((1, 1), np.int64)
-        return step_mask(values, given, self.manifest.scoring.step_token)
+            mask = np.ones((1, 1), np.int64)
+        elif given is None and rows.ends is not None:
+            mask, _ = pad([ends.astype(np.int64) for ends in rows.ends], 0)
+        else:
+            mask = step_mask(values, given, rows.skip, self.manifest.scoring.step_token)
+        if name == "last" and self.manifest.scoring.passes_pad and values.ndim == 2:
+            # A candidate that is padding from end to end is read at its last token, as one without a step's end.
+            mask = (values != self.manifest.scoring.pad_token).astype(np.int64)
+        if any(rows.skip):
+            mask = mask * (np.arange(values.shape[1]) >= np.array(rows.skip)[:, None])
+        return mask
+
+
+def _as_rows(feeds: dict[str, Array], suffix: str) -> dict[str, Array]:
+    """Inputs of `rank` without a prompt, for `score`."""
+    values, mask = feeds[f"candidate_{suffix}"][:, 0], feeds["candidate_mask"][:, 0]
+    rows = {"input_ids" if suffix == "ids" else "inputs_embeds": values, "attention_mask": mask}
+    rows["num_candidates"] = np.array(len(values), np.int64)
+    kept = ("step_mask", "aggregation", "answer_ids", "vote")
+    return rows | {name: feeds[name] for name in kept}
 
 
 def _clock(deadline: float | None) -> float | None:

@@ -1,47 +1,126 @@
-"""Text to token ids and back, with the artifact's own tokenizer. Imported for language models only."""
+"""Text to token ids and back, with the artifact's own tokenizer. Imported for language models only.
+
+A prompt and a candidate are tokenized as one text, as the model saw them in training: a token may begin in the prompt
+and end in the candidate. What belongs to whom is told by the characters that a token covers.
+"""
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 
 from .errors import ArtifactError, InputError
-from .manifest import Scoring
+from .manifest import Scoring, TextRules
 
-__all__ = ["Text"]
+__all__ = ["Passage", "Row", "Text"]
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A whole text to score.
+
+    Attributes:
+        text: prompt and candidate.
+        start: character at which the candidate's own part begins.
+        stop: character at which it ends; behind it a template may have put something.
+        what: names the candidate in an error.
+    """
+
+    text: str
+    start: int
+    stop: int
+    what: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """Its tokens.
+
+    Attributes:
+        ids: all of them.
+        first: index of the first that reaches into the candidate's own part.
+        ends: indices of those at which a step ends, if the artifact's steps end with a text; else None.
+    """
+
+    ids: list[int]
+    first: int
+    ends: list[int] | None
 
 
 class Text:
     """The tokenizer of an artifact. Safe to share between threads."""
 
-    def __init__(self, path: Path, scoring: Scoring) -> None:
-        self._scoring = scoring
+    def __init__(self, path: Path, scoring: Scoring, rules: TextRules) -> None:
+        self._scoring, self._rules = scoring, rules
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as e:  # the library raises bare Exception
             raise ArtifactError(f"{path}: cannot be read as a tokenizer: {e}; export the model again") from e
         unknown = getattr(self._tokenizer.model, "unk_token", None)
-        self._unknown = None if unknown is None else self._tokenizer.token_to_id(unknown)
+        refused = unknown is not None and rules.unknown == "refuse"
+        self._unknown = self._tokenizer.token_to_id(str(unknown)) if refused else None
+        self._special = {i for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
 
-    def encode(self, text: str, what: str) -> list[int]:
-        """Token ids; `what` names the text in an error.
+    def encode(self, text: str, what: str, *, special: bool = False) -> list[int]:
+        """Token ids, with the tokenizer's own special tokens around them if `special`; `what` names the text.
 
         Raises:
             InputError: a piece of the text has no token.
         """
-        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        _check_unicode(text, 0, what, what)
+        encoding = self._tokenizer.encode(text, add_special_tokens=special)
+        self._check_known(encoding, text, 0, what, what)
         ids: list[int] = encoding.ids
-        if self._unknown is not None and self._unknown in ids:
-            start, end = encoding.offsets[ids.index(self._unknown)]
-            raise InputError(f"{what}: the vocabulary has no token for {text[start:end]!r} (at character {start})")
         return ids
 
-    def encode_candidate(self, text: str, what: str, *, partial: bool) -> list[int]:
-        """Token ids, finished with the end token as the scoring rule says, unless the text is partial."""
-        ids, end = self.encode(text, what), self._scoring.end_token
-        return ids if partial or end is None or ids[-1:] == [end] else [*ids, end]
+    def rows(self, passages: Sequence[Passage], *, special: bool, partial: bool) -> list[Row]:
+        """Token ids of whole texts, each finished with the end token as the scoring rule says, unless partial.
+
+        Raises:
+            InputError: a piece of a text has no token, or a candidate none at all.
+        """
+        for passage in passages:
+            _check_unicode(passage.text, passage.start, "prompt", passage.what)
+        encodings = self._tokenizer.encode_batch([p.text for p in passages], add_special_tokens=special)
+        return [self._row(p, encoding, partial) for p, encoding in zip(passages, encodings, strict=True)]
+
+    def _row(self, passage: Passage, encoding: Any, partial: bool) -> Row:
+        self._check_known(encoding, passage.text, passage.start, "prompt", passage.what)
+        ids, spans = list(encoding.ids), encoding.offsets
+        first = next((i for i, (_, end) in enumerate(spans) if end > passage.start), None)
+        if first is None:
+            raise InputError(f"{passage.what}: it has no tokens; expected at least one")
+        # A text that stands alone has the tokens that begin it, too.
+        first = first if passage.start else 0
+        end_token = self._scoring.end_token
+        if not partial and end_token is not None and ids[-1:] != [end_token]:
+            ids.append(end_token)
+        if self._rules.step_text is None:
+            return Row(ids, first, None)
+        # Tokens that a tokenizer adds cover no character; their span would be out of order.
+        order = [i for i, (start, end) in enumerate(spans) if end > start]
+        starts, ends = [spans[i][0] for i in order], set()
+        for last in _occurrences(passage, self._rules.step_text):
+            place = bisect_right(starts, last) - 1
+            if place >= 0 and spans[order[place]][1] > last:
+                ends.add(order[place])
+        return Row(ids, first, sorted(ends))
+
+    def _check_known(self, encoding: Any, text: str, border: int, before: str, after: str) -> None:
+        if self._unknown is None or self._unknown not in encoding.ids:
+            return
+        start, end = encoding.offsets[encoding.ids.index(self._unknown)]
+        what, place = (before, start) if start < border else (after, start - border)
+        raise InputError(f"{what}: the vocabulary has no token for {text[start:end]!r} (at character {place})")
+
+    def is_special(self, token: int) -> bool:
+        """Whether a token is one of the tokenizer's special ones."""
+        return token in self._special
 
     def encode_stop(self, text: str) -> int:
         """The one token that a stop text is.
@@ -55,6 +134,26 @@ class Text:
         return ids[0]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids, without the end token."""
-        text: str = self._tokenizer.decode([i for i in ids if i != self._scoring.end_token], skip_special_tokens=True)
+        """The text of token ids, without the tokens that end it."""
+        ends = {self._scoring.end_token, *self._scoring.stop_tokens}
+        text: str = self._tokenizer.decode([i for i in ids if i not in ends], skip_special_tokens=True)
         return text
+
+
+def _check_unicode(text: str, border: int, before: str, after: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        what, place = (before, e.start) if e.start < border else (after, e.start - border)
+        raise InputError(
+            f"{what}: expected Unicode text; {text[e.start]!r} (at character {place}) is half of a surrogate pair"
+        ) from e
+
+
+def _occurrences(passage: Passage, step_text: str) -> list[int]:
+    """The last character of each step's end within the candidate's own part."""
+    found, place = [], passage.text.find(step_text, passage.start, passage.stop)
+    while place >= 0:
+        found.append(place + len(step_text) - 1)
+        place = passage.text.find(step_text, place + len(step_text), passage.stop)
+    return found

@@ -8,6 +8,7 @@ import torch
 
 import bonnx
 from bonnx.export.artifact import export_model
+from bonnx.export.tokenizer import read_tokenizer
 from bonnx.models import build, load_checkpoint
 from bonnx.models.config import LanguageModelConfig, NetworkConfig
 from bonnx.models.countdown import CHECKPOINT
@@ -35,9 +36,7 @@ def countdown(tmp_path_factory):
     folder = tmp_path_factory.mktemp("countdown") / "artifact"
     model, metadata = load_checkpoint(CHECKPOINT)
     scoring, limits = Scoring(**metadata["scoring"]), Limits(**metadata["limits"])
-    export_model(
-        model, folder, name="countdown", scoring=scoring, limits=limits, tokenizer=CHECKPOINT / "tokenizer.json"
-    )
+    export_model(model, folder, name="countdown", scoring=scoring, limits=limits, tokenizer=read_tokenizer(CHECKPOINT))
     return folder
 
 

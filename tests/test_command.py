@@ -75,6 +75,27 @@ def test_rank_text(countdown, tmp_path, form):
         assert found["best"] == expected.best
 
 
+def test_rank_by_vote(countdown, tmp_path):
+    texts = ["12-3=9;", "25-12=13;", "7+2=9;"]
+    (tmp_path / "candidates").write_text("\n".join(texts))
+    options = ("rank", countdown, "--prompt", PUZZLE, "--candidates", "candidates", "--vote", "majority")
+    found = json.loads(run(tmp_path, *options, "--answers", "number", "--json").stdout)
+    assert found["answers"] == ["9", "13", "9"]
+    assert found["group_scores"] == [2.0, 1.0, 2.0]
+    assert found["margin"] == 1.0
+    scores = found["candidate_scores"]
+    assert found["order"] == ([0, 2, 1] if scores[0] >= scores[2] else [2, 0, 1])
+    assert found["best_index"] == found["order"][0]
+    lines = run(tmp_path, *options, "--answers", "regex:=([0-9]+)").stdout.splitlines()
+    assert [line.lstrip("* ").split()[1:] for line in lines] == [
+        ["2.00000", "9", texts[0]],
+        ["1.00000", "13", texts[1]],
+        ["2.00000", "9", texts[2]],
+    ]
+    done = run(tmp_path, *options)
+    assert (done.returncode, "vote='majority' needs answers" in done.stderr) == (2, True)
+
+
 def test_rank_embeddings(small, tmp_path, rng):
     prompt, candidates = (rng.standard_normal(shape).astype(np.float32) for shape in ((4, 12), (3, 5, 12)))
     np.save(tmp_path / "prompt.npy", prompt)
@@ -100,7 +121,11 @@ def test_wrong_usage_is_2_and_failure_is_1(countdown, tmp_path):
         (2, "required: command", ()),
         (2, "--checkpoint needs -o/--output", ("export", "--checkpoint", ".")),
         (1, "is not an artifact", ("inspect", tmp_path)),
-        (1, "cannot read the checkpoint", ("export", "--checkpoint", "nowhere", "-o", "out")),
+        (
+            1,
+            "expected a folder with config.json, or an id on the hub",
+            ("export", "--checkpoint", "nowhere", "-o", "out"),
+        ),
         (1, "provider='cuda' was asked for", (*rank, "good", "--provider", "cuda")),
     ]
     for code, message, arguments in cases:

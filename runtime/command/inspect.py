@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 
 import msgspec
 
+from ..description import describe_scoring, describe_text, listed
 from ..folder import read_verified
 from . import print_json
 
@@ -25,18 +27,27 @@ def run(arguments: argparse.Namespace) -> int:
         print_json(msgspec.to_builtins(manifest))
         return 0
     size = sum(file.size for file in manifest.files.values())
-    scoring, network = manifest.scoring, manifest.network
+    lines = {
+        "network": listed(manifest.network),
+        "scoring": describe_scoring(manifest.scoring),
+        "text": describe_text(manifest),
+        "limits": f"{manifest.limits.max_tokens} tokens, {manifest.limits.max_candidates} candidates",
+        "source": manifest.source,
+    }
     print(f"{manifest.name}: {manifest.kind.replace('_', ' ')}, {manifest.precision}, {size / 1e6:.1f} MB")
-    print(f"  network  {', '.join(f'{key} {value}' for key, value in network.items() if value is not None)}")
-    print(f"  scoring  {', '.join(f'{key} {value}' for key, value in msgspec.to_builtins(scoring).items())}")
-    print(f"  limits   {manifest.limits.max_tokens} tokens, {manifest.limits.max_candidates} candidates")
-    for name, graph in manifest.graphs.items():
-        print(f"  {name}: {graph.file}, opset {graph.opset}")
-        for kind, values in (("in ", graph.inputs), ("out", graph.outputs)):
-            for value in values:
-                print(f"    {kind} {value.name:<18} {value.dtype:<8} ({', '.join(map(str, value.shape))})")
+    for name, line in lines.items():
+        if line is not None:
+            print(f"  {name:<8} {line}")
+    print("  graphs")
+    for graph in manifest.graphs.values():
+        # Those of a cache are many and alike: `key.*`, one for each layer.
+        stems = ([re.sub(r"\d+$", "*", value.name) for value in values] for values in (graph.inputs, graph.outputs))
+        inputs, outputs = (", ".join(dict.fromkeys(names)) for names in stems)
+        print(f"    {graph.file}, opset {graph.opset}: {inputs} -> {outputs}")
+    print("  equal to PyTorch at this precision, greatest difference and what was allowed")
     for parity in manifest.parity:
-        print(f"  parity   {parity.check:<28} {parity.cases:>3} cases, greatest difference {parity.max_difference:.2e}")
+        allowed = f"{parity.relative:g} relative + {parity.absolute:g}"
+        print(f"    {parity.check:<28} {parity.cases:>3} cases  {parity.max_difference:.2e}  {allowed}")
     if manifest.agreement is not None:
         print(f"  {manifest.agreement}")
     return 0

@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import numpy as np
 
 from ..errors import InputError
 from ..inputs import Item
-from ..model import load
+from ..manifest import VOTES
+from ..model import Ranking, load
 from . import print_json
 
 __all__ = ["configure", "parse_item", "run"]
@@ -22,16 +24,21 @@ __all__ = ["configure", "parse_item", "run"]
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("artifact", help="folder that `bonnx export` wrote")
-    parser.add_argument("--prompt", required=True, help="text, a JSON list of token ids, or an .npy file of embeddings")
+    parser.add_argument(
+        "--prompt", required=True, help="text, a JSON list of messages or of token ids, or an .npy file of embeddings"
+    )
     parser.add_argument(
         "--candidates",
         required=True,
         metavar="FILE",
-        help="one candidate a line, or a JSON list of texts or of token ids; '-' reads stdin; "
-        "for embeddings an .npy file (candidates, length, embed_dim) or an .npz file with one array each",
+        help="one candidate a line, or a JSON list of texts, of lists of steps or of lists of token ids; '-' reads "
+        "stdin; for embeddings an .npy file (candidates, length, embed_dim) or an .npz file with one array each",
     )
     parser.add_argument("--aggregation", help="last, mean, min, max, prod, or step_ and one of these")
+    parser.add_argument("--vote", choices=VOTES, default="score", help="by the answers' scores, or by their number")
+    parser.add_argument("--answers", help="what candidates vote for: boxed, number or regex:PATTERN")
     parser.add_argument("--partial", action="store_true", help="candidates are not finished: append no end token")
+    parser.add_argument("--truncate", action="store_true", help="leave out the beginning of a prompt that is too long")
     parser.add_argument("--provider", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--threads", type=int)
 
@@ -40,24 +47,55 @@ def run(arguments: argparse.Namespace) -> int:
     """Rank and print."""
     prompt, candidates = _prompt(arguments.prompt), _candidates(arguments.candidates)
     model = load(arguments.artifact, provider=arguments.provider, threads=arguments.threads)
-    ranking = model.rank(prompt, candidates, aggregation=arguments.aggregation, partial=arguments.partial)
+    ranking = model.rank(
+        prompt,
+        candidates,
+        aggregation=arguments.aggregation,
+        partial=arguments.partial,
+        truncate=arguments.truncate,
+        vote=arguments.vote,
+        answers=arguments.answers,
+    )
     if arguments.json:
-        best = ranking.best.tolist() if isinstance(ranking.best, np.ndarray) else ranking.best
-        print_json(
-            {
-                "best_index": ranking.best_index,
-                "best": best,
-                "candidate_scores": _finite(ranking.candidate_scores),
-                "scores": [_finite(scores) for scores in ranking.scores],
-                "aggregation": ranking.aggregation,
-                "provider": model.provider,
-            }
-        )
-        return 0
-    for i, score in enumerate(ranking.candidate_scores):
-        shown = candidates[i] if isinstance(candidates[i], str | list) else f"candidate {i}"
-        print(f"{'*' if i == ranking.best_index else ' '} {score:9.5f}  {shown}")
+        print_json(_as_json(ranking) | {"provider": model.provider})
+    else:
+        _show(ranking, candidates)
     return 0
+
+
+def _as_json(ranking: Ranking) -> dict[str, Any]:
+    found = {
+        "best_index": ranking.best_index,
+        "best": ranking.best.tolist() if isinstance(ranking.best, np.ndarray) else ranking.best,
+        "candidate_scores": _finite(ranking.candidate_scores),
+        "scores": [_finite(scores) for scores in ranking.scores],
+        "aggregation": ranking.aggregation,
+        "order": ranking.order,
+        "margin": None if ranking.margin is None else _finite([ranking.margin])[0],
+    }
+    if ranking.step_scores is not None:
+        found["step_scores"] = [_finite(scores) for scores in ranking.step_scores]
+    if ranking.cut:
+        found["cut"] = ranking.cut
+    if ranking.answers is not None:
+        found["answers"] = ranking.answers
+    if ranking.group_scores is not None:
+        found["group_scores"] = _finite(ranking.group_scores)
+    return found
+
+
+def _show(ranking: Ranking, candidates: Sequence[Item]) -> None:
+    """A line for each candidate; with a vote its answer's score and its answer too."""
+    answers = ["" if answer is None else str(answer) for answer in ranking.answers or ()]
+    width = max(map(len, answers), default=0)
+    for i, score in enumerate(ranking.candidate_scores):
+        line = f"{'*' if i == ranking.best_index else ' '} {score:9.5f}"
+        if ranking.group_scores is not None:
+            line += f"  {ranking.group_scores[i]:9.5f}"
+        if answers:
+            line += f"  {answers[i]:<{width}}"
+        shown = str(candidates[i]) if isinstance(candidates[i], str | list) else f"candidate {i}"
+        print(f"{line}  {shown}".replace("\n", "\\n"))
 
 
 def _finite(values: Any) -> list[float | None]:
@@ -73,13 +111,15 @@ def _prompt(text: str) -> Item:
 
 
 def parse_item(text: str) -> Item:
-    """A JSON list of whole numbers is token ids; anything else is text."""
+    """A JSON list of whole numbers is token ids, one of objects a conversation; anything else is text."""
     if text.startswith("["):
         try:
             value = json.loads(text)
         except ValueError:
             return text
         if isinstance(value, list) and all(isinstance(i, int) and not isinstance(i, bool) for i in value):
+            return value
+        if isinstance(value, list) and all(isinstance(message, dict) for message in value):
             return value
     return text
 

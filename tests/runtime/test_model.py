@@ -1,11 +1,14 @@
 """`bonnx.load`, `rank` and `score`: answers against PyTorch, bad input refused, threads."""
 
+import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import bonnx
 from bonnx import InputError, NoWinnerError, ProviderError
@@ -81,6 +84,93 @@ def test_step_masks_for_embeddings(model, rng):
         model.rank(embeddings(rng, 3), candidates, aggregation="step_mean")
     with pytest.raises(InputError, match=r"step_masks\[0\]"):
         model.rank(embeddings(rng, 3), candidates, aggregation="step_mean", step_masks=[[2], [1]])
+
+
+@pytest.mark.parametrize("vote", ["score", "weighted", "majority"])
+def test_votes(model, rng, vote):
+    """The graphs against the scores that they themselves give, for candidates and for whole rows."""
+    candidates, answers = [embeddings(rng, n) for n in rng.integers(1, 9, 12)], [*"abcabcabc", None, None, "d"]
+    options = {"vote": vote, "answers": answers, "aggregation": "mean"}
+    ranking, scored = model.rank(embeddings(rng, 3), candidates, **options), model.score(candidates, **options)
+    for found, scores in ((ranking, ranking.candidate_scores), (scored, scored.row_scores)):
+        total = dict.fromkeys("abcd", 0.0)
+        for answer, score in zip(answers, scores, strict=True):
+            if answer:
+                total[answer] += score if vote == "weighted" else 1
+        if vote == "score":
+            wanted, second = sorted(scores, reverse=True)[:2]
+            assert found.best_index == scores.argmax()
+            assert found.group_scores is None
+        else:
+            wanted, second = sorted(total.values(), reverse=True)[:2]
+            winner = max(total, key=total.get)
+            assert found.best_index == max((i for i in range(12) if answers[i] == winner), key=lambda i: scores[i])
+            assert within(found.group_scores[[0, 1, 2, 11]], [*total.values()], RUNTIME)
+            assert np.isnan(found.group_scores[9:11]).all()
+        assert within(found.margin, wanted - second, RUNTIME)
+        assert found.order[0] == found.best_index
+        assert sorted(found.order) == [*range(12)]
+        assert found.answers == tuple(answers)
+
+
+def test_majority_of_the_same_text(countdown):
+    model = bonnx.load(countdown)
+    candidates = model.generate("3,7,20,24>1:", n=16, seed=0).candidates
+    texts = [candidate.text for candidate in candidates]
+    ranking = model.rank("3,7,20,24>1:", [c.tokens for c in candidates], vote="majority", answers=texts)
+    counts = [texts.count(text) for text in texts]
+    assert ranking.group_scores.tolist() == counts
+    assert texts[ranking.best_index] == texts[counts.index(max(counts))]
+
+
+def test_bad_votes(model, countdown, rng):
+    good = embeddings(rng, 3)
+    cases = [
+        ({"vote": "median"}, "vote: expected one of score, weighted, majority; got 'median'"),
+        ({"vote": "majority"}, "vote='majority' needs answers"),
+        ({"vote": "majority", "answers": ["a"]}, "answers: expected one for each of 2 candidates; got 1"),
+        ({"vote": "weighted", "answers": ["a", []]}, r"answers\[1\]: expected something hashable or None; got list"),
+        ({"vote": "weighted", "answers": "boxed"}, r"answers='boxed' reads text, and candidates\[0\] is none"),
+        ({"answers": "box"}, "answers: expected 'boxed', 'number' or 'regex:PATTERN'; got 'box'"),
+    ]
+    for options, message in cases:
+        with pytest.raises(InputError, match=message):
+            model.rank(good, [good, good], **options)
+    with pytest.raises(InputError, match="answers: expected one for each of 1 rows; got 0"):
+        model.score([good], vote="majority", answers=[])
+
+
+# Few distinct values, so that ties are common.
+BALLOTS = st.lists(
+    st.tuples(st.sampled_from([0.0, 0.5, 1.0, -1.0, math.nan]), st.sampled_from(["a", "b", 7, (1, 2), None])),
+    min_size=1,
+    max_size=8,
+)
+
+
+@given(BALLOTS, st.sampled_from(["score", "weighted", "majority"]))
+def test_order_and_margin(ballots, vote):
+    fake = bonnx.FakeModel(lambda prompt, candidate: candidate[0])
+    scores, answers = zip(*ballots, strict=True)
+    if all(map(math.isnan, scores)):
+        with pytest.raises(NoWinnerError):
+            fake.rank("", ballots, vote=vote, answers=answers)
+        return
+    found = fake.rank("", ballots, vote=vote, answers=lambda candidate: candidate[1])
+    usable = [i for i in range(len(ballots)) if not math.isnan(scores[i])]
+    voters = [i for i in usable if answers[i] is not None and vote != "score"]
+    # Who stands together, in the order of the first.
+    groups = [[i for i in voters if answers[i] == answer] for answer in dict.fromkeys(answers[i] for i in voters)]
+    groups = groups or [[i] for i in usable]
+    size = {"score": max, "weighted": sum, "majority": len if voters else max}[vote]
+    totals = [size([scores[i] for i in group]) for group in groups]
+    ranked = sorted(range(len(groups)), key=lambda g: -totals[g])
+    order = [i for g in ranked for i in sorted(groups[g], key=lambda i: -scores[i])]
+    order += sorted({*usable} - {*order}, key=lambda i: (-scores[i], i))
+    order += [i for i in range(len(ballots)) if math.isnan(scores[i])]
+    assert found.order == tuple(order)
+    assert found.best_index == order[0]
+    assert found.margin == (totals[ranked[0]] - totals[ranked[1]] if len(groups) > 1 else None)
 
 
 def test_bad_embeddings(model, rng):

@@ -1,0 +1,45 @@
+"""A manifest's rules in words, for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .manifest import Manifest, Scoring
+
+__all__ = ["describe_scoring", "describe_text", "listed"]
+
+
+def listed(values: Mapping[str, Any]) -> str:
+    """Names and values, without those that are None."""
+    return ", ".join(f"{key} {value}" for key, value in values.items() if value is not None)
+
+
+def describe_scoring(scoring: Scoring) -> str:
+    """How positions become a score, in words."""
+    read = scoring.aggregation.removeprefix("step_")
+    where = "the ends of steps" if scoring.aggregation.startswith("step_") else "all tokens"
+    parts = ["the last token" if scoring.aggregation == "last" else f"{read} of {where}"]
+    if len(scoring.labels) > 1:
+        parts.append(f"label {scoring.labels[scoring.label]} of {', '.join(scoring.labels)}")
+    elif scoring.label:
+        parts.append(f"label {scoring.label}")
+    parts.append({"none": "raw"}.get(scoring.activation, f"{scoring.activation}: probabilities"))
+    tokens = {"step token": scoring.step_token, "end token": scoring.end_token, "pad token": scoring.pad_token}
+    tokens["stop tokens"] = scoring.stop_tokens or None  # type: ignore[assignment]
+    return f"{', '.join(parts)}; {listed(tokens)}"
+
+
+def describe_text(manifest: Manifest) -> str | None:
+    """How text becomes tokens, in words."""
+    if manifest.tokenizer is None:
+        return None
+    rules, parts = manifest.text, ["tokenizer"]
+    parts.append("special tokens added" if rules.special_tokens else "no special tokens added")
+    parts.append("chat template" if rules.chat_template is not None else "no chat template")
+    if rules.step_text is not None:
+        split = "" if rules.step_split is None else f", put where {rules.step_split!r} divides them"
+        parts.append(f"steps end with {rules.step_text!r}{split}")
+    if rules.checked_against is not None:
+        parts.append(f"as in transformers {rules.checked_against}")
+    return ", ".join(parts)
