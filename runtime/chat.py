@@ -94,7 +94,7 @@ class ChatTemplate:
         from .sandbox import render
 
         given = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
-        return render(self._template, {**given, **self._tokens}, now)
+        return render(self._template, {**self._tokens, **given}, now)
 
 
 def is_messages(value: object) -> bool:

@@ -138,7 +138,7 @@ def test_wrong_usage_is_2_and_failure_is_1(countdown, tmp_path):
 def test_inspect_and_doctor(countdown, tmp_path):
     document = json.loads(run(tmp_path, "inspect", countdown, "--json").stdout)
     assert document["scoring"]["activation"] == "sigmoid"
-    assert "rank: onnx/rank.onnx" in run(tmp_path, "inspect", countdown).stdout
+    assert "onnx/rank.onnx, opset 23: prompt_ids" in run(tmp_path, "inspect", countdown).stdout
     done = run(tmp_path, "doctor", "--json")
     found = json.loads(done.stdout)
     assert found["ok"] is (done.returncode == 0)

@@ -16,6 +16,7 @@ from bonnx.export.artifact import export_model
 from bonnx.export.outliers import SplitLinear, find_outliers
 from bonnx.export.products import Product16
 from bonnx.export.quantize import Embedding16, Linear16, quantized
+from bonnx.export.selection import plain_selection
 from bonnx.export.trace import trace_graphs
 from bonnx.models import build
 from bonnx.models.config import LanguageModelConfig, NetworkConfig
@@ -126,7 +127,7 @@ def test_a_graph_keeps_16_bits_and_no_half_overflows(massive, precision):
     assert sorted(kinds) == sorted([kind] * 15 + [onnx.TensorProto.FLOAT] * 2)
     rows = torch.randn(3, 4, 24)
     feeds = {"inputs_embeds": rows.numpy(), "attention_mask": np.ones((3, 4), np.int64), "num_candidates": np.array(3)}
-    feeds |= {"step_mask": np.ones((1, 1, 1), np.int64), "aggregation": np.array(0)}
+    feeds |= plain_selection()
     seen = []
     evaluator = ReferenceEvaluator(model)
     for node in evaluator.rt_nodes_:

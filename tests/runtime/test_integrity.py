@@ -127,4 +127,4 @@ def test_recorded_outputs_that_are_not_met(edited):
 
 def test_the_manifest_is_plain_json(small):
     document = json.loads((small / "manifest.json").read_text())
-    assert document["graphs"]["rank"]["outputs"][-1] == {"name": "best_index", "dtype": "int64", "shape": ["batch"]}
+    assert {"name": "best_index", "dtype": "int64", "shape": ["batch"]} in document["graphs"]["rank"]["outputs"]
