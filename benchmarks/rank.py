@@ -231,7 +231,7 @@ def compare(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     rng = np.random.default_rng(1)
     decomposed = None
     if arguments.opset_18:
-        ir.save(trace_graphs(net, Scoring(), opset=18)["rank"], folder / "18.onnx")
+        ir.save(dict(trace_graphs(net, Scoring(), opset=18))["rank"], folder / "18.onnx")
         decomposed = session(folder / "18.onnx", arguments.threads)
     rates = matrix_rates(folder, arguments.threads)
     limit = max(rate for name, rate in rates.items() if name.endswith("float32"))

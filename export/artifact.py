@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import hashlib
 import importlib.metadata
 import platform
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -214,6 +215,9 @@ def _give_back(model: nn.Module) -> None:
         if storage.resizable():
             storage.resize_(0)
     gc.collect()
+    # The C library keeps what is freed for itself; glibc's has a way to ask.
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def check_output(output: Path, *, overwrite: bool) -> None:
@@ -255,11 +259,11 @@ def _staged(output: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _write_graphs(models: dict[str, ir.Model], folder: Path, suffix: str) -> dict[str, Graph]:
+def _write_graphs(models: Iterable[tuple[str, ir.Model]], folder: Path, suffix: str) -> dict[str, Graph]:
     """Write every graph, equal tensors once for all of them."""
     graphs, places = {}, dict[str, tuple[int, int]]()
     with (folder / "onnx" / WEIGHTS).open("wb") as weights:
-        for name, model in models.items():
+        for name, model in models:
             for value in model.graph.initializers.values():
                 tensor = value.const_value
                 assert tensor is not None
@@ -283,6 +287,8 @@ def _write_graphs(models: dict[str, ir.Model], folder: Path, suffix: str) -> dic
             inputs, outputs = ([_value(v) for v in values] for values in (model.graph.inputs, model.graph.outputs))
             opset = model.graph.opset_imports[""]
             graphs[name] = Graph(file=file, opset=opset, inputs=inputs, outputs=outputs)
+            # Let go before the next one is traced.
+            del model
     return graphs
 
 

@@ -34,22 +34,30 @@ OPSETS = (18, 23)
 
 def trace_graphs(
     model: LanguageModel | TwoHeadedNetwork, scoring: Scoring, *, opset: int = DEFAULT_OPSET
-) -> dict[str, ir.Model]:
-    """The graphs of a model in inference mode, weights inside: `score` and `rank`.
+) -> Iterator[tuple[str, ir.Model]]:
+    """The graphs of a model in inference mode by their names, weights inside: `score` and `rank`.
 
-    Of a model with a vocabulary head also `generate`, `prefill` and `decode`.
+    Of a model with a vocabulary head also `generate`, `prefill` and `decode`. One after the other, so that what is
+    written need not stay in memory.
     """
+    functions = [*sampling.FUNCTIONS, *selection.FUNCTIONS]
+    for name, graph in _graphs(model, scoring, opset):
+        yield name, finish(graph, functions, opset)
+        del graph
+
+
+def _graphs(model: LanguageModel | TwoHeadedNetwork, scoring: Scoring, opset: int) -> Iterator[tuple[str, ir.Graph]]:
     trunk = Trunk(model, activation=scoring.activation, label=scoring.label, fused=opset >= 23).eval()
     width = None if isinstance(model, LanguageModel) else trunk.config.embed_dim
-    graphs = {"score": _trace_score(trunk, width, opset), "rank": _trace_rank(trunk, width, opset)}
+    yield "score", _trace_score(trunk, width, opset)
+    yield "rank", _trace_rank(trunk, width, opset)
     if isinstance(model, LanguageModel) and model.config.vocabulary_head:
         head = VocabularyHead(model)
         prompt, step = _trace_prompt(trunk, head, opset), _trace_step(trunk, head, opset)
         ours = widened(prompt.clone(), ir.DataType.FLOAT16), widened(step.clone(), ir.DataType.FLOAT16)
-        graphs["generate"] = generate_graph(*ours, trunk.config, scoring.pad_token)
-        graphs["prefill"] = prefill_graph(prompt)
-        graphs["decode"] = decode_graph(step)
-    return {name: finish(graph, [*sampling.FUNCTIONS, *selection.FUNCTIONS], opset) for name, graph in graphs.items()}
+        yield "generate", generate_graph(*ours, trunk.config, scoring.pad_token)
+        yield "prefill", prefill_graph(prompt)
+        yield "decode", decode_graph(step)
 
 
 def _example(*shape: int, width: int | None = None) -> Tensor:

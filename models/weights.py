@@ -19,6 +19,8 @@ __all__ = ["WEIGHTS_FILE", "Weights"]
 WEIGHTS_FILE = "model.safetensors"
 _INDEX_FILE = f"{WEIGHTS_FILE}.index.json"
 _FLOATS = {"F64", "F32", "F16", "BF16"}
+# Numbers that are read at a time, so that a tensor is not in memory twice.
+_PART = 2**22
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -60,21 +62,24 @@ class Weights:
         return self._files[name]
 
     def read(self, names: dict[str, str]) -> dict[str, Tensor]:
-        """Tensors as float32, file by file: {ours: theirs} -> {ours: tensor}.
+        """Tensors of one or more axes as float32: {ours: theirs} -> {ours: tensor}.
 
         Raises:
             ConfigError: a tensor holds NaN or infinity.
         """
         found: dict[str, Tensor] = {}
-        for path in dict.fromkeys(self._files[theirs] for theirs in names.values()):
-            with _reading(path), safe_open(path, framework="pt") as file:
-                for ours, theirs in names.items():
-                    if self._files[theirs] != path:
-                        continue
-                    tensor = file.get_tensor(theirs).to(torch.float32)
-                    if not torch.isfinite(tensor).all():
-                        raise ConfigError(f"{path}: tensor '{theirs}' holds NaN or infinity; the training went wrong")
-                    found[ours] = tensor
+        for ours, theirs in names.items():
+            found[ours] = tensor = torch.empty(self.shapes[theirs])
+            # Opened for each part anew: the pages of a file that stays open stay in memory.
+            step = max(1, _PART * len(tensor) // max(1, tensor.numel()))
+            for start in range(0, len(tensor), step):
+                place = slice(start, start + step)
+                with _reading(self._files[theirs]), safe_open(self._files[theirs], framework="pt") as file:
+                    part = tensor[place].copy_(file.get_slice(theirs)[place])
+                if not part.isfinite().all():
+                    raise ConfigError(
+                        f"{self._files[theirs]}: tensor '{theirs}' holds NaN or infinity; the training went wrong"
+                    )
         return found
 
 

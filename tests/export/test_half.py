@@ -119,7 +119,7 @@ def test_the_graphs_of_such_a_network_pass_every_check(massive, tmp_path, precis
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_a_graph_keeps_16_bits_and_no_half_overflows(massive, precision):
-    graph = trace_graphs(quantized(massive, precision), Scoring())["score"]
+    graph = dict(trace_graphs(quantized(massive, precision), Scoring()))["score"]
     model = ir.to_proto(graph)
     kind = onnx.TensorProto.FLOAT16 if precision == "fp16" else onnx.TensorProto.BFLOAT16
     kinds = [t.data_type for t in model.graph.initializer if len(t.dims) == 2]
