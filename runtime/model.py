@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,10 @@ from .vote import Answers, make_ballot
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+    from .search.policy import Policy
+    from .search.result import SearchResult
+    from .search.tree import Scorer
 
 __all__ = ["Model", "Ranking", "Scored", "load"]
 
@@ -341,6 +345,51 @@ class Model:
         """
         request, ids = self._request(prompt, options)
         return self._stream(ids, request, _clock(deadline))
+
+    def search(
+        self,
+        prompt: Item,
+        method: str = "best_of_n",
+        budget: int = 16,
+        *,
+        answers: Answers | None = None,
+        vote: str | None = None,
+        scorer: Scorer | None = None,
+        deadline: float | None = None,
+        policy: Policy | str | os.PathLike[str] | None = None,
+        **options: Any,
+    ) -> SearchResult:
+        """Spend a budget of completions on a prompt by a method of one's choice, and choose the best candidate.
+
+        Args:
+            prompt: text, messages or token ids.
+            method: one of `bonnx.runtime.search.METHODS`: `best_of_n`, `weighted`, `majority`, `self_certainty`,
+                `adaptive`, `pruned`, `beam`, `lookahead`, `dvts` or `revisions`; docs/search.md says what each does.
+            budget: completions that it may cost; the result's `cost` says what it did cost.
+            answers: how to find what a candidate votes for: `boxed`, `number`, `regex:PATTERN`, or a function of its
+                text (of its token ids where there is no tokenizer); None is no answer.
+            vote: `score`, `weighted` or `majority`, if not the method's own.
+            scorer: a function of the token ids of prompt and completion that gives a score in place of the model's own.
+                One that gives NaN says that the candidate cannot win.
+            deadline: seconds; what still grows then is cut, and the choice is made from what there is.
+            policy: a file that `Policy.save` wrote, or a policy: it chooses the method by the prompt's difficulty.
+            **options: the method's settings (`width`, `rounds`, ...), and `max_new_tokens`, `temperature`, `top_k`,
+                `top_p`, `seed`, `stop` and `aggregation` as in `generate`.
+
+        Raises:
+            InputError: an option or the prompt has no meaning, the budget is less than the method needs, the policy is
+                another model's, or the scorer raised.
+            ArtifactError: the artifact has no language model.
+            NoWinnerError: every candidate's score is NaN.
+        """
+        from .search import search
+
+        return search(self, prompt, method, budget, answers, vote, scorer, deadline, policy, options)
+
+    def pieces(self, tokens: Sequence[int]) -> list[str]:
+        """What each token of a completion adds to its text; its number where the artifact has no tokenizer."""
+        text = self.reader.text
+        return [f"{token} " for token in tokens] if text is None else text.pieces(tokens)
 
     def _request(self, prompt: Item, options: GenerateOptions) -> tuple[Request, Array]:
         """Everything checked, and the prompt's tokens."""

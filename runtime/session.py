@@ -128,11 +128,11 @@ class Session:
         # Not ascontiguousarray, which makes a list of one of a scalar.
         return {name: make(np.asarray(array, order="C"), *place) for name, array in arrays.items()}
 
-    def values(self, feeds: dict[str, Any]) -> dict[str, Any]:
+    def values(self, feeds: dict[str, Any], *, logits: bool = False) -> dict[str, Any]:
         """Run on arrays or held values; every output stays where it was computed, none is copied to the host."""
         arrays = {name: value for name, value in feeds.items() if isinstance(value, np.ndarray)}
         given = feeds | self.hold(arrays)
-        outputs = [value.name for value in self.graph.outputs if value.name != "logits"]
+        outputs = [value.name for value in self.graph.outputs if logits or value.name != "logits"]
         if self.provider != "cuda":
             return dict(zip(outputs, self._session.run_with_ort_values(outputs, given), strict=True))
         return dict(zip(outputs, self._bound(given, outputs), strict=True))

@@ -139,6 +139,16 @@ class Text:
         text: str = self._tokenizer.decode([i for i in ids if i not in ends], skip_special_tokens=True)
         return text
 
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """What each token adds to the text; bytes of a character that has not ended yet come with its last token."""
+        found, before = [], ""
+        for end in range(1, len(ids) + 1):
+            text: str = self._tokenizer.decode(list(ids[:end]), skip_special_tokens=False)
+            whole = text.rstrip("\ufffd")
+            found.append(whole[len(before) :])
+            before = whole if len(whole) > len(before) else before
+        return found
+
 
 def _check_unicode(text: str, border: int, before: str, after: str) -> None:
     try:

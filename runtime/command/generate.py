@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import sys
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from ..errors import InputError
 from ..generation import Candidate, Generation
 from ..inputs import Item
 from ..model import Model, load
+from ..search import SearchResult
 from . import print_json
 from .rank import parse_item
 
@@ -43,6 +45,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prune-every", type=int, default=0, metavar="TOKENS", help="drop the weakest so often")
     parser.add_argument("--prune-keep", type=float, default=0.5, metavar="SHARE", help="how many go on")
     parser.add_argument("--deadline", type=float, metavar="SECONDS", help="cut what still grows then")
+    parser.add_argument("--method", help="another way to spend n completions: beam, lookahead, dvts, weighted, ...")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the method, such as width=4"
+    )
+    parser.add_argument("--policy", metavar="FILE", help="choose the method by the prompt's difficulty")
+    parser.add_argument("--answers", help="what candidates vote for: boxed, number or regex:PATTERN")
+    parser.add_argument("--vote", help="score, weighted or majority, if not the method's own")
+    parser.add_argument("--save", metavar="RUN", help="also append the search to this folder, for `bonnx report`")
     parser.add_argument("--provider", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--threads", type=int)
 
@@ -52,6 +62,14 @@ def run(arguments: argparse.Namespace) -> int:
     prompts = _prompts(arguments)
     options: dict[str, Any] = {name: getattr(arguments, name) for name in _OPTIONS}
     model = load(arguments.artifact, provider=arguments.provider, threads=arguments.threads)
+    if arguments.method is not None or arguments.policy is not None:
+        what = _search_options(arguments, options)
+        for prompt in prompts:
+            _search(model, prompt, what, arguments)
+        return 0
+    for name in ("set", "answers", "vote", "save"):
+        if getattr(arguments, name):
+            raise InputError(f"--{name} belongs to --method or --policy")
     for prompt in prompts:
         if arguments.json:
             result = model.generate(prompt, deadline=arguments.deadline, **options)
@@ -79,6 +97,61 @@ def _lines(name: str) -> Iterator[Item]:
             yield from (parse_item(line.rstrip("\r\n")) for line in file if line.strip())
     except (OSError, UnicodeDecodeError) as e:
         raise InputError(f"--prompts: cannot read {name}: {e}") from e
+
+
+def _search_options(arguments: argparse.Namespace, options: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `Model.search`."""
+    if arguments.prune_every:
+        raise InputError("--prune-every: with a method, pruning is one of its own: --method pruned --set every=12")
+    found: dict[str, Any] = {name: options[name] for name in options if name not in ("n", "prune_every", "prune_keep")}
+    found = {name: value for name, value in found.items() if value is not None}
+    for setting in arguments.set:
+        name, equals, value = setting.partition("=")
+        if not equals:
+            raise InputError(f"--set: expected NAME=VALUE, such as width=4; got {setting!r}")
+        found[name] = _value(value)
+    if arguments.method is not None and arguments.policy is None:
+        found["method"] = arguments.method
+    elif arguments.method is not None:
+        raise InputError("--method: a policy chooses the method; leave one of them out")
+    found |= {"budget": arguments.n, "policy": arguments.policy, "deadline": arguments.deadline}
+    return found | {"answers": arguments.answers, "vote": arguments.vote}
+
+
+def _value(text: str) -> Any:
+    """A number if it is one, else the text."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _search(model: Model, prompt: Item, what: dict[str, Any], arguments: argparse.Namespace) -> None:
+    """Search, print, and keep it if that is asked for."""
+    result = model.search(prompt, **what)
+    found = result.as_json(prompt, model.pieces)
+    if arguments.save:
+        folder = Path(arguments.save)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with (folder / "searches.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(found, ensure_ascii=False, allow_nan=False) + "\n")
+        except OSError as e:
+            raise InputError(f"--save: cannot write to {folder}: {e.strerror or e}") from e
+    if arguments.json:
+        print_json({"best": _what(result.best), **found})
+        return
+    title = Text(str(prompt).replace("\n", "\\n"))
+    Console(highlight=False).print(_table(title, result, sort=True))
+    cost = result.cost
+    settings = ", ".join(f"{name} {value}" for name, value in result.options.items())
+    print(
+        f"{result.method} ({settings}): {cost.prompt_tokens} prompt tokens, {cost.sampled_tokens} sampled, "
+        f"{cost.computed_tokens} computed, {cost.seconds:.3f} s, {model.provider}",
+        file=sys.stderr,
+    )
 
 
 def _as_json(prompt: Item, result: Generation) -> dict[str, Any]:
@@ -125,7 +198,7 @@ def _show(model: Model, prompt: Item, options: dict[str, Any], deadline: float |
     print(f"{tokens}, {model.provider}", file=sys.stderr)
 
 
-def _table(title: Text, result: Generation, *, sort: bool) -> Table:
+def _table(title: Text, result: Generation | SearchResult, *, sort: bool) -> Table:
     """One line a candidate, the best first at the end, so that a long list is read from the top."""
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     table.add_column("")

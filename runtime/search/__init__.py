@@ -1,0 +1,18 @@
+"""Ways to spend test-time compute on a prompt, beyond N completions side by side; numpy and ONNX Runtime only."""
+
+from .policy import Choice, Policy, cross_validated, fit_policy, quantile_bins
+from .result import Cost, Node, SearchResult
+from .search import METHODS, search
+
+__all__ = [
+    "METHODS",
+    "Choice",
+    "Cost",
+    "Node",
+    "Policy",
+    "SearchResult",
+    "cross_validated",
+    "fit_policy",
+    "quantile_bins",
+    "search",
+]

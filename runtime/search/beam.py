@@ -1,0 +1,130 @@
+"""Search by steps against the scorer: beam search, lookahead search and diverse verifier tree search."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from ..errors import InputError
+from ..session import Array
+from ..steps import STOP
+from .tree import Branch, Tree
+
+__all__ = ["Beam", "Lookahead", "Trees"]
+
+
+@dataclass(frozen=True)
+class Beam:
+    """Beam search (Snell et al., 2024, section 5): N first steps; the best N / M go on, with M next steps each.
+
+    Completions that end leave the beam as candidates, and fewer go on, so that there are N candidates in the end. After
+    `rounds` the branches that are left grow to their ends.
+
+    Attributes:
+        width: M, or `sqrt` for the square root of N.
+        rounds: the most rounds of branching.
+    """
+
+    width: int | Literal["sqrt"] = 4
+    rounds: int = 40
+
+    def __post_init__(self) -> None:
+        if self.width != "sqrt" and (not isinstance(self.width, int) or self.width < 1):
+            raise InputError(f"width: expected a whole number of at least 1, or 'sqrt'; got {self.width!r}")
+        if not isinstance(self.rounds, int) or self.rounds < 1:
+            raise InputError(f"rounds: expected a whole number of at least 1; got {self.rounds!r}")
+
+    def run(self, tree: Tree, budget: int) -> list[Branch]:
+        """The finished branches."""
+        return self._search(tree, [budget], self._width(budget))
+
+    def _width(self, budget: int) -> int:
+        width = max(1, round(math.sqrt(budget))) if self.width == "sqrt" else int(self.width)
+        if budget < width:
+            raise InputError(f"budget: {budget} beams are fewer than the width, {width}; expected at least as many")
+        return width
+
+    def _search(self, tree: Tree, sizes: Sequence[int], width: int, steps: int = 0) -> list[Branch]:
+        """Beam search in groups that know nothing of one another, of these sizes."""
+        active = tree.roots(sum(sizes))
+        groups = [group for group, size in enumerate(sizes) for _ in range(size)]
+        for branch, group in zip(active, groups, strict=True):
+            branch.group = group
+        left, done = list(sizes), list[Branch]()
+        for round_ in range(self.rounds + 1):
+            tree.grow(active, whole=round_ == self.rounds)
+            values, beyond = _values(tree, active, steps)
+            kept: dict[int, Branch] = {}
+            for group in sorted({branch.group for branch in active}):
+                members = [i for i, branch in enumerate(active) if branch.group == group]
+                going = [i for i in members if active[i].reason < 0]
+                left[group] -= len(members) - len(going)
+                # Those that cannot be rated go last.
+                going.sort(key=lambda i: -values[i] if not math.isnan(values[i]) else math.inf)
+                kept |= {i: active[i] for i in going[: math.ceil(left[group] / width)]}
+            following = list[Branch]()
+            for i, branch in enumerate(active):
+                ended = "finished" if branch.reason == STOP else "cut"
+                fate = ended if branch.reason >= 0 else "kept" if i in kept else "dropped"
+                tree.note(branch, float(values[i]), round_, fate, beyond.get(i))
+                done += [branch] if branch.reason >= 0 else []
+            for group in dict.fromkeys(branch.group for branch in kept.values()):
+                mine = [branch for branch in kept.values() if branch.group == group]
+                shares = np.full(len(mine), left[group] // len(mine))
+                shares[: left[group] % len(mine)] += 1
+                for branch, share in zip(mine, shares.tolist(), strict=True):
+                    following += tree.fork(branch, share)
+            if not following:
+                break
+            active = following
+        return done
+
+
+@dataclass(frozen=True)
+class Lookahead(Beam):
+    """Beam search whose scores are read `steps` greedy steps further on (Snell et al., 2024).
+
+    It costs about N (steps + 1) completions; the budget counts these, so there are budget / (steps + 1) beams.
+
+    Attributes:
+        steps: k; 3 in the paper.
+    """
+
+    steps: int = 3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.steps, int) or self.steps < 1:
+            raise InputError(f"steps: expected a whole number of at least 1; got {self.steps!r}")
+
+    def run(self, tree: Tree, budget: int) -> list[Branch]:
+        """The finished branches."""
+        beams = budget // (self.steps + 1)
+        if beams < 1:
+            raise InputError(f"budget: {budget} is less than one beam that looks {self.steps} steps ahead")
+        return self._search(tree, [beams], self._width(beams), self.steps)
+
+
+@dataclass(frozen=True)
+class Trees(Beam):
+    """Diverse verifier tree search (Beeching et al., 2024): N / M independent beam searches of M beams."""
+
+    def run(self, tree: Tree, budget: int) -> list[Branch]:
+        """The finished branches."""
+        width = self._width(budget)
+        count = budget // width
+        sizes = [budget // count + (i < budget % count) for i in range(count)]
+        return self._search(tree, sizes, width)
+
+
+def _values(tree: Tree, active: Sequence[Branch], steps: int) -> tuple[Array, dict[int, Branch]]:
+    """What each branch is judged by, and what was seen of those that were looked beyond."""
+    if not steps:
+        return tree.rate(active), {}
+    going = [i for i, branch in enumerate(active) if branch.reason < 0]
+    seen = dict(zip(going, tree.look_ahead([active[i] for i in going], steps), strict=True))
+    return tree.rate([seen.get(i, branch) for i, branch in enumerate(active)]), seen

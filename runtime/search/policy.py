@@ -1,0 +1,160 @@
+"""The compute-optimal policy: the best method and setting for prompts of each difficulty and each budget."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import InputError
+from ..manifest import Manifest
+
+__all__ = ["Choice", "Policy", "cross_validated", "fit_policy", "quantile_bins", "read_policy"]
+
+Array = NDArray[np.float64]
+
+
+class Choice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A method and its settings."""
+
+    method: str
+    options: dict[str, Any]
+
+
+class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What to do with prompts of each difficulty.
+
+    Attributes:
+        schema_version: 1.
+        name: of the model that it was made for.
+        artifact: seal of that model's manifest.
+        probe: completions whose mean score tells how hard a prompt is.
+        thresholds: mean scores that part the bins, from easy to hard; one fewer than there are bins.
+        choices: for each budget, as text, a choice for each bin, the easiest first.
+    """
+
+    schema_version: int
+    name: str
+    artifact: str
+    probe: int
+    thresholds: list[float]
+    choices: dict[str, list[Choice]]
+
+    def bin(self, mean: float) -> int:
+        """Bin of a prompt, 0 the easiest; one that cannot be rated is hard."""
+        return sum(not mean >= threshold for threshold in self.thresholds)
+
+    def budget(self, most: int) -> int:
+        """The largest budget that the policy knows and that is not above this.
+
+        Raises:
+            InputError: it knows none that small.
+        """
+        known = sorted(map(int, self.choices))
+        if not isinstance(most, int) or most < known[0]:
+            raise InputError(f"budget: the policy knows {', '.join(map(str, known))}; got {most!r}")
+        return max(budget for budget in known if budget <= most)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the policy as JSON."""
+        target = Path(path)
+        part = target.with_name(target.name + ".part")
+        part.write_bytes(msgspec.json.format(msgspec.json.encode(self), indent=1) + b"\n")
+        part.replace(target)
+
+
+def read_policy(policy: Policy | str | os.PathLike[str], manifest: Manifest) -> Policy:
+    """A policy for this artifact.
+
+    Raises:
+        InputError: the file cannot be read, is no policy, or was made for another artifact.
+    """
+    where = "policy"
+    if not isinstance(policy, Policy):
+        where = f"policy {os.fspath(policy)}"
+        try:
+            policy = msgspec.json.decode(Path(policy).read_bytes(), type=Policy)
+        except OSError as e:
+            raise InputError(f"{where}: cannot be read: {e.strerror or e}") from e
+        except msgspec.MsgspecError as e:
+            raise InputError(f"{where}: not a policy as `Policy.save` writes it: {e}") from e
+    if policy.schema_version != 1:
+        raise InputError(f"{where}: schema_version {policy.schema_version}; this bonnx reads 1")
+    if policy.artifact != manifest.seal:
+        raise InputError(
+            f"{where}: made for another artifact of {policy.name!r} ({policy.artifact[:12]}); this one is "
+            f"{manifest.name!r} ({manifest.seal[:12]}); make a policy for it"
+        )
+    bins = len(policy.thresholds) + 1
+    counts = {budget: len(choices) for budget, choices in policy.choices.items()}
+    if not counts or policy.probe < 1 or any(count != bins or not key.isdecimal() for key, count in counts.items()):
+        raise InputError(f"{where}: expected a probe of at least 1 and {bins} choices for each budget; got {counts}")
+    return policy
+
+
+def quantile_bins(easiness: Array, bins: int = 5) -> NDArray[np.int64]:
+    """Bins of equal size (n,), 0 the easiest; ties keep their order."""
+    order = np.argsort(-easiness, kind="stable")
+    found = np.empty(len(order), np.int64)
+    found[order] = np.arange(len(order)) * bins // len(order)
+    return found
+
+
+def fit_policy(
+    accuracy: Mapping[int, Mapping[str, Array]],
+    easiness: Array,
+    settings: Mapping[str, Choice],
+    *,
+    name: str,
+    artifact: str,
+    probe: int,
+    bins: int = 5,
+) -> Policy:
+    """The best setting of each bin and budget (Snell et al., 2024, section 3).
+
+    Args:
+        accuracy: for each budget and setting, how often each prompt is solved (n,), from 0 to 1.
+        easiness: of each prompt (n,), the mean score of `probe` completions.
+        settings: what each name stands for.
+        name: of the model.
+        artifact: seal of its manifest.
+        probe: completions behind each mean score.
+        bins: of difficulty.
+    """
+    place = quantile_bins(easiness, bins)
+    edges = [float((easiness[place == b].min() + easiness[place == b + 1].max()) / 2) for b in range(bins - 1)]
+    choices = {
+        str(budget): [settings[_best(table, place == b)] for b in range(bins)] for budget, table in accuracy.items()
+    }
+    return Policy(1, name, artifact, probe, edges, choices)
+
+
+def cross_validated(table: Mapping[str, Array], place: NDArray[np.int64], seed: int = 0) -> tuple[Array, list[str]]:
+    """Accuracy (n,) of each prompt under the setting that is best for its bin on the other half of the prompts.
+
+    Args:
+        table: for each setting how often each prompt is solved (n,).
+        place: bin of each prompt (n,).
+        seed: of the two halves.
+
+    Returns:
+        the accuracies, and the setting that was chosen for each prompt.
+    """
+    fold = np.random.default_rng(seed).permutation(len(place)) % 2
+    found, chosen = np.zeros(len(place)), [""] * len(place)
+    for half in (0, 1):
+        for b in np.unique(place):
+            setting = _best(table, (place == b) & (fold != half))
+            for i in np.flatnonzero((place == b) & (fold == half)):
+                found[i], chosen[i] = table[setting][i], setting
+    return found, chosen
+
+
+def _best(table: Mapping[str, Array], rows: Sequence[bool] | NDArray[np.bool_]) -> str:
+    """The setting that solves most of some prompts; the first of equal ones, and of all if there are no prompts."""
+    return max(table, key=lambda name: float(table[name][rows].mean()) if np.any(rows) else 0.0)

@@ -1,0 +1,106 @@
+"""Sequential revisions: each attempt is written with the earlier ones in view."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from ..errors import InputError
+from ..steps import LENGTH, generate_feeds
+from .tree import Branch, Tree
+
+__all__ = ["Revisions"]
+
+
+@dataclass(frozen=True)
+class Revisions:
+    """Chains of attempts, for a model that was trained to revise (Snell et al., 2024, section 6).
+
+    Each attempt continues the prompt and the last attempts of its chain, whole and one after the other, each with its
+    stop token. The budget is the number of attempts; every chain has as many, and what is left over is not used.
+
+    Attributes:
+        chains: that know nothing of one another, or `sqrt` for the square root of the budget; 1 is all in sequence,
+            the budget all in parallel.
+        memory: earlier attempts that the next one sees.
+    """
+
+    chains: int | Literal["sqrt"] = "sqrt"
+    memory: int = 4
+
+    def __post_init__(self) -> None:
+        if self.chains != "sqrt" and (not isinstance(self.chains, int) or self.chains < 1):
+            raise InputError(f"chains: expected a whole number of at least 1, or 'sqrt'; got {self.chains!r}")
+        if not isinstance(self.memory, int) or self.memory < 1:
+            raise InputError(f"memory: expected a whole number of at least 1; got {self.memory!r}")
+
+    def run(self, tree: Tree, budget: int) -> list[Branch]:
+        """Every attempt; `group` is its chain."""
+        count = max(1, round(math.sqrt(budget))) if self.chains == "sqrt" else self.chains
+        if budget < count:
+            raise InputError(f"budget: {budget} attempts are fewer than {count} chains; expected at least as many")
+        done: list[list[Branch]] = [[] for _ in range(count)]
+        for _ in range(budget // count):
+            for chain, attempt in zip(done, self._attempt(tree, done), strict=True):
+                chain.append(attempt)
+        return [attempt for chain in done for attempt in chain]
+
+    def _attempt(self, tree: Tree, done: list[list[Branch]]) -> list[Branch]:
+        """The next attempt of every chain; chains that have written the same take different candidates."""
+        contexts = [tuple(self._context(tree, chain)) for chain in done]
+        same, found = Counter(contexts), dict[tuple[int, ...], list[Branch]]()
+        for count in sorted(set(same.values())):
+            batch = [context for context in same if same[context] == count]
+            found |= dict(zip(batch, _generate(tree, batch, count), strict=True))
+        attempts = []
+        for group, context in enumerate(contexts):
+            attempt = found[context].pop(0)
+            attempt.group = group
+            attempts.append(attempt)
+        return attempts
+
+    def _context(self, tree: Tree, chain: list[Branch]) -> list[int]:
+        ids: list[int] = tree.prompt.tolist()
+        for attempt in chain[-self.memory :]:
+            ids += attempt.tokens
+            if attempt.reason == LENGTH and tree.request.stop_tokens:
+                ids.append(tree.request.stop_tokens[0])
+        return ids
+
+    def room(self, limit: int, prompt: int) -> int:
+        """Tokens of an attempt, if the artifact takes `limit` tokens in all."""
+        return (limit - prompt - self.memory) // (self.memory + 1)
+
+
+def _generate(tree: Tree, contexts: list[tuple[int, ...]], count: int) -> list[list[Branch]]:
+    """`count` completions of each context: one run of one graph."""
+    width = max(map(len, contexts))
+    ids, mask = np.zeros((2, len(contexts), width), np.int64)
+    for row, real, context in zip(ids, mask, contexts, strict=True):
+        row[width - len(context) :], real[width - len(context) :] = context, 1
+    feeds = generate_feeds(ids, mask, dataclasses.replace(tree.request, n=count), tree.step_token)
+    names = ["sequences", "lengths", "scores", "log_probs", "finish_reasons", "computed_tokens"]
+    tokens, lengths, scores, log_probs, reasons, computed = tree.session("generate").run(feeds, names)
+    tree.cost.prompt_tokens += sum(map(len, contexts))
+    tree.cost.sampled_tokens += int(lengths.sum())
+    tree.cost.computed_tokens += int(computed)
+    tree.cost.scored_tokens += int(computed) if tree.scorer is None else 0
+    return [
+        [
+            Branch(
+                n,
+                (0, 0.0, 0.0),
+                tokens[n, b, : lengths[n, b]].tolist(),
+                scores[n, b, : lengths[n, b]].tolist(),
+                log_probs[n, b, : lengths[n, b]].tolist(),
+                reason=int(reasons[n, b]),
+            )
+            for n in range(count)
+        ]
+        for b in range(len(contexts))
+    ]

@@ -1,0 +1,137 @@
+"""Completions side by side: best-of-N, its votes, self-certainty, and as many as are worth it."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..errors import InputError
+from ..session import Array
+from .tree import Branch, Tree
+
+__all__ = ["Adaptive", "Sampling", "SelfCertainty", "borda", "leader_is_safe", "worth_one_more"]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """As many completions as the budget says, none of which knows of another."""
+
+    def run(self, tree: Tree, budget: int) -> list[Branch]:
+        """The finished branches."""
+        branches = tree.roots(budget)
+        tree.grow(branches, whole=True)
+        return branches
+
+
+@dataclass(frozen=True)
+class SelfCertainty(Sampling):
+    """Best-of-N without a scorer: candidates vote, those the model was more certain of count for more.
+
+    Attributes:
+        power: p of the Borda vote, see `borda`.
+    """
+
+    power: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.power) and self.power >= 0):
+            raise InputError(f"power: expected a number of at least 0; got {self.power!r}")
+
+
+@dataclass(frozen=True)
+class Adaptive:
+    """Completions in batches, until more are not worth it; the budget is the most.
+
+    Without a vote sampling is opening boxes (Weitzman, 1979; for best-of-N arXiv 2510.01394): it stops when the
+    expected gain of one more is below its price. After m completions the next is the best of all with probability
+    1 / (m + 1), whatever the scores' distribution, and cannot be better than `ceiling`.
+
+    With a vote it stops when the leading answer will most likely stay ahead of the second (Aggarwal et al., 2023,
+    Adaptive-Consistency).
+
+    Attributes:
+        batch: completions at a time.
+        price: of one completion, in units of the score.
+        ceiling: no score is greater; 1 for probabilities.
+        confidence: that the leader stays ahead, 0.5 to 1.
+    """
+
+    batch: int = 4
+    price: float = 0.01
+    ceiling: float = 1.0
+    confidence: float = 0.95
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.batch, int) or self.batch < 1:
+            raise InputError(f"batch: expected a whole number of at least 1; got {self.batch!r}")
+        if not self.price > 0:
+            raise InputError(f"price: expected a number above 0; got {self.price!r}")
+        if not math.isfinite(self.ceiling):
+            raise InputError(f"ceiling: expected a number; got {self.ceiling!r}")
+        if not 0.5 <= self.confidence < 1:
+            raise InputError(f"confidence: expected at least 0.5 and below 1; got {self.confidence!r}")
+
+    def run(self, tree: Tree, budget: int) -> list[Branch]:
+        """The finished branches: the first of those that `Sampling` gives."""
+        roots, done = tree.roots(budget), list[Branch]()
+        while len(done) < budget:
+            batch = roots[len(done) : len(done) + self.batch]
+            tree.grow(batch, whole=True)
+            done += batch
+            if self._is_enough(tree, done):
+                break
+        return done
+
+    def _is_enough(self, tree: Tree, done: Sequence[Branch]) -> bool:
+        if tree.answer_of is not None:
+            return leader_is_safe([tree.answer_of(branch) for branch in done], self.confidence)
+        scores = tree.rate(done)
+        best = np.nanmax(scores) if not np.isnan(scores).all() else -math.inf
+        return not worth_one_more(float(best), len(done), self.ceiling, self.price)
+
+
+def worth_one_more(best: float, count: int, ceiling: float, price: float) -> bool:
+    """Whether one more completion may gain its price, after `count` of which the best has the score `best`."""
+    return (ceiling - best) / (count + 1) > price
+
+
+def leader_is_safe(answers: Sequence[Hashable | None], confidence: float) -> bool:
+    """Whether the most frequent answer stays ahead of the second with this probability.
+
+    Under a uniform prior on the share of the first among these two it is P(share > 1/2), a sum of binomials.
+    """
+    counts = [count for _, count in Counter(answer for answer in answers if answer is not None).most_common(2)]
+    first, second = [*counts, 0, 0][:2]
+    total = first + second + 1
+    ahead = sum(math.comb(total, k) for k in range(second + 1, total + 1))
+    return bool(ahead >= confidence * 2**total)
+
+
+def borda(certainties: Array, ids: Array, power: float) -> tuple[int, Array]:
+    """The winner of Borda voting by self-certainty (Kang et al., 2025).
+
+    The candidate of rank r among n gives (n - r + 1)^power points to its answer; power 0 is majority. If none has an
+    answer each stands for itself.
+
+    Args:
+        certainties: (n,).
+        ids: answers as integers (n,), below 0 for none.
+        power: p.
+
+    Returns:
+        the most certain candidate of the answer with most points, and each candidate's points (n,) float32, NaN for
+        one without an answer.
+    """
+    count = len(certainties)
+    place = np.empty(count)
+    place[np.argsort(-certainties, kind="stable")] = np.arange(count)
+    points = (count - place) ** power
+    groups = points
+    if (ids >= 0).any():
+        groups = np.array([points[ids == own].sum() if own >= 0 else np.nan for own in ids])
+    leading = np.flatnonzero(groups == np.nanmax(groups))
+    return int(leading[np.argmax(certainties[leading])]), groups.astype(np.float32)

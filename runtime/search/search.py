@@ -1,0 +1,251 @@
+"""One function for every way to spend a budget of completions on a prompt."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import time
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..errors import InputError, NoWinnerError
+from ..generation import FINISH_REASONS, Candidate, make_request
+from ..inputs import Item, is_stepwise
+from ..limits import check_size
+from ..session import Array
+from ..steps import PRUNED
+from ..vote import Answers, make_ballot
+from .beam import Beam, Lookahead, Trees
+from .choice import choose, choose_in_chains
+from .policy import Policy, read_policy
+from .pruning import Pruned
+from .result import SearchResult
+from .revisions import Revisions
+from .sampling import Adaptive, Sampling, SelfCertainty, borda
+from .tree import Branch, Scorer, Tree
+
+if TYPE_CHECKING:
+    from ..model import Model
+
+__all__ = ["METHODS", "search"]
+
+# Each method, and how its candidates are chosen from; None is a weighted vote if there are answers, else the score.
+METHODS: dict[str, tuple[type[Any], str | None]] = {
+    "best_of_n": (Sampling, "score"),
+    "weighted": (Sampling, "weighted"),
+    "majority": (Sampling, "majority"),
+    "self_certainty": (SelfCertainty, "borda"),
+    "adaptive": (Adaptive, "score"),
+    "pruned": (Pruned, "score"),
+    "beam": (Beam, None),
+    "lookahead": (Lookahead, None),
+    "dvts": (Trees, None),
+    "revisions": (Revisions, None),
+}
+_SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop", "aggregation")
+
+
+@dataclass(frozen=True)
+class Search:
+    """What all methods are told alike; see `Model.search`."""
+
+    model: Model
+    prompt: Array
+    answers: Answers | None
+    vote: str | None
+    scorer: Scorer | None
+    until: float | None
+    sampling: dict[str, Any]
+    start: float
+
+    def run(self, method: str, budget: int, settings: dict[str, Any]) -> SearchResult:
+        """Spend a budget by one method."""
+        runner = _make(method, settings)
+        tree = self._tree(runner, method, budget)
+        return self._result(tree, runner.run(tree, budget), runner, method)
+
+    def by_policy(self, policy: Policy, budget: int) -> SearchResult:
+        """Spend a budget by the method that a policy has for prompts as hard as this one.
+
+        A few completions tell how hard it is. They are the first ones of a method that samples; beside the others'
+        candidates they stand for themselves.
+        """
+        stored = policy.budget(budget)
+        sampler = _make("best_of_n", {})
+        tree = self._tree(sampler, "best_of_n", max(policy.probe, stored))
+        roots = tree.roots(max(policy.probe, stored))
+        tree.grow(roots[: policy.probe], whole=True)
+        mean = float(np.nanmean(tree.rate(roots[: policy.probe])))
+        bin_ = policy.bin(mean)
+        choice = policy.choices[str(stored)][bin_]
+        runner = _make(choice.method, choice.options)
+        if type(runner) is Sampling:
+            tree.grow([branch for branch in roots if branch.reason < 0], whole=True)
+            branches = roots
+            tree.answer_of = self._answer_of(choice.method)
+        else:
+            probed = self._noted(tree, roots[: policy.probe])
+            following = self._tree(runner, choice.method, stored)
+            following.cost, following.nodes = tree.cost, tree.nodes
+            tree, branches = following, [*probed, *runner.run(following, stored)]
+        result = self._result(tree, branches, runner, choice.method)
+        said = {"mean_score": mean, "bin": bin_ + 1, "bins": len(policy.thresholds) + 1, "budget": stored}
+        return dataclasses.replace(result, policy=said)
+
+    def _tree(self, runner: Any, method: str, budget: int) -> Tree:
+        """Everything checked, and a tree without branches."""
+        if isinstance(budget, bool) or not isinstance(budget, int | np.integer) or budget < 1:
+            raise InputError(f"budget: expected a whole number of completions, at least 1; got {budget!r}")
+        model, sampling, length = self.model, self.sampling, len(self.prompt)
+        model.session("prefill")
+        scoring, limits = model.manifest.scoring, model.manifest.limits
+        room = max(1, limits.max_tokens - length)
+        if isinstance(runner, Revisions):
+            room = runner.room(limits.max_tokens, length)
+            if room < 1:
+                raise InputError(
+                    f"memory: {runner.memory} earlier attempts after a prompt of {length} tokens leave no room in the "
+                    f"artifact's {limits.max_tokens}; expected fewer"
+                )
+        stops = model.reader.stops(sampling.get("stop"), scoring)
+        request = make_request({**sampling, "n": int(budget)}, stops, scoring.aggregation, room)  # type: ignore[typeddict-item]
+        if is_stepwise(request.aggregation) and scoring.step_token is None:
+            raise InputError("a step aggregation needs a step token, and the artifact's scoring rule has none")
+        if isinstance(runner, Revisions) and request.max_new_tokens > room:
+            raise InputError(
+                f"max_new_tokens: {request.max_new_tokens} for each of {runner.memory + 1} attempts in view, after a "
+                f"prompt of {length}, are more than the artifact's {limits.max_tokens} tokens; expected at most {room}"
+            )
+        check_size(model.manifest, request.n, length, request.max_new_tokens, model.options.memory_limit)
+        tree = Tree(model.session, self.prompt, request, scoring.step_token, self.scorer, self.until)
+        tree.with_certainty = isinstance(runner, SelfCertainty)
+        tree.answer_of = self._answer_of(method)
+        return tree
+
+    def _vote(self, method: str) -> str:
+        default = METHODS[method][1]
+        if default == "borda":
+            if self.vote not in (None, "borda"):
+                raise InputError(f"vote: self_certainty votes by a rule of its own, 'borda'; got {self.vote!r:.60}")
+            return default
+        return self.vote or default or ("score" if self.answers is None else "weighted")
+
+    def _answer_of(self, method: str) -> Any:
+        """What one branch votes for, if the method votes."""
+        vote = self._vote(method)
+        # Refused now, and not when everything has been computed.
+        make_ballot("score" if vote == "borda" else vote, self.answers, [], "candidates")
+        if vote == "score":
+            return None
+
+        def answer_of(branch: Branch) -> Hashable | None:
+            found = make_ballot("score", self.answers, [self._item(branch)], "candidates").answers
+            return None if found is None else found[0]
+
+        return answer_of
+
+    def _item(self, branch: Branch) -> Item:
+        """What an extractor of answers reads."""
+        text = self.model.reader.text
+        return branch.tokens if text is None else text.decode(branch.tokens)
+
+    def _noted(self, tree: Tree, branches: Sequence[Branch]) -> list[Branch]:
+        """Ended branches whose last piece has been judged."""
+        scores = tree.rate(branches)
+        for branch, score in zip(branches, scores.tolist(), strict=True):
+            if branch.begun < len(branch.tokens):
+                reason = FINISH_REASONS[branch.reason]
+                fate = {"stop": "finished", "pruned": "pruned"}.get(reason, "cut")
+                tree.note(branch, score, len(branch.tokens) if fate == "pruned" else 0, fate)
+        return list(branches)
+
+    def _result(self, tree: Tree, branches: list[Branch], runner: Any, method: str) -> SearchResult:
+        self._noted(tree, branches)
+        vote = self._vote(method)
+        scores = np.where([b.reason == PRUNED for b in branches], np.float32(np.nan), tree.rate(branches))
+        items = [self._item(branch) for branch in branches]
+        ballot = make_ballot("score" if vote == "borda" else vote, self.answers, items, "candidates")
+        ids = ballot.ids[:, 0]
+        if vote == "borda":
+            index, groups = borda(np.array([np.mean(b.certainties) for b in branches]), ids, runner.power)
+        elif isinstance(runner, Revisions):
+            index, groups = choose_in_chains(scores, ids, vote, [branch.group for branch in branches])
+        else:
+            index, groups = choose(scores, ids, vote)
+        if index < 0:
+            raise NoWinnerError("none of the candidates can win: every score is NaN; look at the scorer")
+        tree.cost.seconds = time.monotonic() - self.start
+        return SearchResult(
+            method=method,
+            options=dataclasses.asdict(runner) | {"budget": tree.request.n},
+            best_index=index,
+            candidates=[self._candidate(b, score) for b, score in zip(branches, scores.tolist(), strict=True)],
+            vote=vote,
+            answers=ballot.answers,
+            group_scores=groups,
+            cost=tree.cost,
+            nodes=tree.nodes,
+            leaves=[-1 if branch.node is None else branch.node for branch in branches],
+        )
+
+    def _candidate(self, branch: Branch, score: float) -> Candidate:
+        text = self.model.reader.text
+        return Candidate(
+            None if text is None else text.decode(branch.tokens),
+            np.array(branch.tokens, np.int64),
+            np.array(branch.scores, np.float32),
+            np.array(branch.log_probs, np.float32),
+            score,
+            FINISH_REASONS[branch.reason],
+        )
+
+
+def search(
+    model: Model,
+    prompt: Item,
+    method: str,
+    budget: int,
+    answers: Answers | None,
+    vote: str | None,
+    scorer: Scorer | None,
+    deadline: float | None,
+    policy: Any,
+    options: dict[str, Any],
+) -> SearchResult:
+    """See `Model.search`."""
+    if answers is not None and not (isinstance(answers, str) or callable(answers)):
+        raise InputError(
+            "answers: there are no candidates yet; expected 'boxed', 'number', 'regex:PATTERN' or a function; got "
+            f"{type(answers).__name__}"
+        )
+    if deadline is not None and not deadline > 0:
+        raise InputError(f"deadline: expected seconds above 0; got {deadline!r}")
+    start = time.monotonic()
+    sampling = {name: options[name] for name in _SAMPLING if name in options}
+    settings = {name: value for name, value in options.items() if name not in sampling}
+    until = None if deadline is None else start + deadline
+    what = Search(model, model.reader.prompt(prompt), answers, vote, scorer, until, sampling, start)
+    if policy is None:
+        return what.run(method, budget, settings)
+    if settings:
+        raise InputError(f"{next(iter(settings))}: a policy sets the method; leave one of them out")
+    return what.by_policy(read_policy(policy, model.manifest), budget)
+
+
+def _make(method: str, settings: dict[str, Any]) -> Any:
+    """A method with its settings."""
+    if method not in METHODS:
+        near = difflib.get_close_matches(str(method), METHODS, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else f"expected one of {', '.join(METHODS)}"
+        raise InputError(f"method: unknown {method!r:.60}; {hint}")
+    kind, _ = METHODS[method]
+    known = [field.name for field in dataclasses.fields(kind)]
+    for name in settings:
+        if name not in known:
+            near = difflib.get_close_matches(name, [*known, *_SAMPLING], n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"it knows {', '.join([*known, *_SAMPLING])}"
+            raise InputError(f"unknown option '{name}' of method '{method}'; {hint}")
+    return kind(**settings)

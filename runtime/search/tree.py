@@ -1,0 +1,283 @@
+"""A prompt's completions as branches that grow, fork and end: what every method of search is written in.
+
+`prefill` reads the prompt once; `decode` reads one token of many branches at a time. A branch keeps its own keys and
+values, so it can stop at a step's end and go on later, or be forked there, and nothing is computed again but the last
+token of a fork, from which another next token is drawn.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from ..aggregate import aggregate
+from ..errors import InputError
+from ..generation import Request
+from ..inputs import is_stepwise
+from ..session import Array, Session
+from ..steps import DEADLINE, LENGTH, STOP
+from .result import Cost, Node
+
+__all__ = ["Branch", "Scorer", "Tree", "certainty"]
+
+# Prompt and completion ids -> a score.
+Scorer = Callable[[list[int]], float]
+
+
+@dataclass(eq=False)
+class Branch:
+    """A completion under way.
+
+    Attributes:
+        number: the branch's own stream of random numbers.
+        tokens: what the network has read.
+        scores: the scorer's value at each of them.
+        log_probs: of each under the model.
+        certainties: self-certainty of the distribution that each was drawn from, if it is asked for.
+        pending: the next token, drawn and not yet read, its log-probability and certainty.
+        cache: for each layer keys and values (1, G, len(tokens), K).
+        reason: an index into `FINISH_REASONS`, or -1 while it grows.
+        again: the pending token has been read before the fork, and was not drawn anew.
+        node: index of the last piece that was judged, None before the first.
+        begun: how many tokens are in the pieces that were judged.
+        group: whatever a method sorts its branches by.
+    """
+
+    number: int
+    pending: tuple[int, float, float]
+    tokens: list[int] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
+    log_probs: list[float] = field(default_factory=list)
+    certainties: list[float] = field(default_factory=list)
+    cache: list[Array] = field(default_factory=list)
+    reason: int = -1
+    again: bool = False
+    node: int | None = None
+    begun: int = 0
+    group: int = 0
+
+
+class Tree:
+    """The branches of one prompt.
+
+    Args:
+        session: gives the session of a graph.
+        prompt: (P,) int64.
+        request: how to sample; its `n` is the most branches that grow at once.
+        step_token: ends a step; None if steps have no such token, and then only the end of a completion ends one.
+        scorer: rates branches in place of the model's own scorer.
+        deadline: on the clock of `time.monotonic`.
+        with_certainty: compute the self-certainty of every token.
+        answer_of: what a finished branch votes for, if it votes.
+    """
+
+    def __init__(
+        self,
+        session: Callable[[str], Session],
+        prompt: Array,
+        request: Request,
+        step_token: int | None,
+        scorer: Scorer | None = None,
+        deadline: float | None = None,
+        *,
+        with_certainty: bool = False,
+        answer_of: Callable[[Branch], Hashable | None] | None = None,
+    ) -> None:
+        self.session, self.prompt, self.request = session, prompt, request
+        self.step_token, self.scorer, self.deadline = step_token, scorer, deadline
+        self.with_certainty, self.answer_of = with_certainty, answer_of
+        self.cost, self.nodes = Cost(), list[Node]()
+        self._fixed: dict[str, Any] = {}
+        self._numbers = 0
+
+    def roots(self, count: int) -> list[Branch]:
+        """Branches that have read nothing; numbers and first tokens are those of `generate`."""
+        prefill = self.session("prefill")
+        mask = np.ones((1, len(self.prompt)), np.int64)
+        drawing = self.request.drawing()
+        feeds = {"input_ids": self.prompt[None], "attention_mask": mask, **drawing}
+        feeds |= {"num_candidates": np.array(count), "seed": np.array(self.request.seed)}
+        found = prefill.values(feeds, logits=self.with_certainty)
+        self._fixed = {name: value for name, value in found.items() if name.startswith("prompt_") or name == "stream"}
+        self._fixed |= self.session("decode").hold({"attention_mask": mask, **drawing})
+        self.cost.prompt_tokens += len(self.prompt)
+        self._numbers = count
+        sure = float(certainty(found["logits"].numpy())[0]) if self.with_certainty else math.nan
+        tokens, log_probs = found["tokens"].numpy()[:, 0], found["log_probs"].numpy()[:, 0]
+        return [Branch(i, (int(tokens[i]), float(log_probs[i]), sure)) for i in range(count)]
+
+    def fork(self, branch: Branch, count: int) -> list[Branch]:
+        """The branch itself and `count - 1` others that go on from where it is, each with a draw of its own."""
+        first = [branch] if count else []
+        return [*first, *(self._copy(branch) for _ in range(count - 1))]
+
+    def _copy(self, branch: Branch) -> Branch:
+        """A branch with the last token to be read again, since what was drawn after it is another's."""
+        self._numbers += 1
+        last = len(branch.tokens) - 1
+        return replace(
+            branch,
+            number=self._numbers - 1,
+            pending=(branch.tokens[last], branch.log_probs[last], (branch.certainties or [math.nan])[-1]),
+            tokens=branch.tokens[:last],
+            scores=branch.scores[:last],
+            log_probs=branch.log_probs[:last],
+            certainties=branch.certainties[:last],
+            cache=[array[:, :, :last] for array in branch.cache],
+            again=True,
+        )
+
+    def look_ahead(self, branches: Sequence[Branch], steps: int) -> list[Branch]:
+        """What follows each branch if the most likely token is always taken, for some steps; they stay as they are."""
+        grown = [self._copy(branch) for branch in branches]
+        for _ in range(steps):
+            going = [branch for branch in grown if branch.reason < 0]
+            if going:
+                self.grow(going, greedy=True)
+        return grown
+
+    def grow(
+        self, branches: Sequence[Branch], *, whole: bool = False, up_to: int | None = None, greedy: bool = False
+    ) -> None:
+        """Let branches grow, each to the end of its next step, or with `whole` to its own end.
+
+        All branches of one length are read together; the shorter ones go first and are joined by the others.
+
+        Args:
+            branches: none has ended.
+            whole: go on beyond the ends of steps.
+            up_to: stop at this many tokens.
+            greedy: take the most likely token.
+        """
+        decode = self.session("decode")
+        shapes = {value.name: value.shape for value in decode.graph.inputs}
+        names = [name for name in shapes if name.split(".")[0] in ("key", "value")]
+        fixed = self._fixed
+        if greedy:
+            fixed = fixed | decode.hold({"temperature": np.array(0, np.float32)})
+        waiting = sorted(branches, key=lambda branch: -len(branch.tokens))
+        rows: list[Branch] = []
+        cache: dict[str, Any] = {}
+        while rows or waiting:
+            length = len(rows[0].tokens) if rows else len(waiting[-1].tokens)
+            joining = []
+            while waiting and len(waiting[-1].tokens) == length:
+                joining.append(waiting.pop())
+            if joining:
+                cache = decode.hold(_joined(names, shapes, cache, joining, length))
+                rows = [*rows, *joining]
+            tokens = np.array([[branch.pending[0]] for branch in rows])
+            numbers = np.array([[branch.number] for branch in rows])
+            feeds = fixed | cache | decode.hold({"tokens": tokens, "numbers": numbers})
+            found = decode.values(feeds, logits=self.with_certainty)
+            fresh = self._read(rows, found)
+            grown = [found[f"grown_{name}"] for name in names]
+            late = self.deadline is not None and time.monotonic() > self.deadline
+            going = [
+                i
+                for i, branch in enumerate(rows)
+                if not (self._ends(branch, late=late) or len(branch.tokens) == up_to)
+                and not (fresh[i] and not whole and self._ends_step(branch))
+            ]
+            if len(going) < len(rows):
+                arrays = [value.numpy() for value in grown]
+                for i in sorted(set(range(len(rows))) - set(going)):
+                    rows[i].cache = [array[i] for array in arrays]
+                cache = decode.hold({name: array[going] for name, array in zip(names, arrays, strict=True)})
+                rows = [rows[i] for i in going]
+            else:
+                cache = dict(zip(names, grown, strict=True))
+
+    def _read(self, rows: Sequence[Branch], found: dict[str, Any]) -> list[bool]:
+        """Each branch reads its pending token, and the next one takes its place; whether it was new to the branch."""
+        fresh = [not branch.again for branch in rows]
+        parts = [found[name].numpy()[:, 0].tolist() for name in ("scores", "next_tokens", "log_probs")]
+        sure = certainty(found["logits"].numpy()[:, 0]).tolist() if self.with_certainty else [math.nan] * len(rows)
+        for branch, score, *drawn in zip(rows, *parts, sure, strict=True):
+            token, log_prob, certain = branch.pending
+            branch.tokens.append(token)
+            branch.scores.append(score)
+            branch.log_probs.append(log_prob)
+            branch.certainties.append(certain)
+            branch.pending = (drawn[0], drawn[1], drawn[2])
+            branch.again = False
+        self.cost.sampled_tokens += sum(fresh)
+        self.cost.computed_tokens += len(rows)
+        if self.scorer is None:
+            self.cost.scored_tokens += len(rows)
+        return fresh
+
+    def _ends(self, branch: Branch, *, late: bool) -> bool:
+        """Whether a branch has come to its end, which it then knows."""
+        if branch.tokens[-1] in self.request.stop_tokens:
+            branch.reason = STOP
+        elif len(branch.tokens) >= self.request.max_new_tokens:
+            branch.reason = LENGTH
+        elif late:
+            branch.reason = DEADLINE
+        return branch.reason >= 0
+
+    def _ends_step(self, branch: Branch) -> bool:
+        # An end that follows a step belongs to it: else every fork would only end once more.
+        return branch.tokens[-1] == self.step_token and branch.pending[0] not in self.request.stop_tokens
+
+    def rate(self, branches: Sequence[Branch]) -> Array:
+        """Scores (n,) float32 of branches as they stand; NaN where there is none.
+
+        Raises:
+            InputError: a scorer of the caller's raised, or gave something that is no number.
+        """
+        if self.scorer is not None:
+            return np.array([self._ask(self.scorer, branch) for branch in branches], np.float32)
+        width = max((len(branch.tokens) for branch in branches), default=0)
+        scores, mask = np.zeros((len(branches), 1, width), np.float32), np.zeros((len(branches), 1, width), np.int64)
+        tokens = np.full(mask.shape, -1)
+        for i, branch in enumerate(branches):
+            size = len(branch.tokens)
+            scores[i, 0, :size], mask[i, 0, :size], tokens[i, 0, :size] = branch.scores, 1, branch.tokens
+        name = self.request.aggregation
+        steps = tokens == self.step_token if is_stepwise(name) else mask
+        return aggregate(scores, mask, steps, name.removeprefix("step_"))[0][:, 0]
+
+    def _ask(self, scorer: Scorer, branch: Branch) -> float:
+        ids = [*self.prompt.tolist(), *branch.tokens]
+        self.cost.scored_tokens += len(ids)
+        try:
+            return float(scorer(ids))
+        except Exception as e:
+            raise InputError(f"scorer: expected a number for {ids}; it raised {type(e).__name__}: {e}") from e
+
+    def note(self, branch: Branch, score: float, round_: int, fate: str, lookahead: Branch | None = None) -> None:
+        """Keep what a branch has grown since it was last judged, and what came of it."""
+        begun, size = branch.begun, len(branch.tokens)
+        beyond = None if lookahead is None else lookahead.tokens[size:]
+        node = Node(branch.node, branch.tokens[begun:], branch.scores[begun:], score, round_, fate, beyond)
+        branch.node, branch.begun = len(self.nodes), size
+        self.nodes.append(node)
+
+
+def _joined(
+    names: Sequence[str], shapes: dict[str, list[int | str]], cache: dict[str, Any], joining: list[Branch], length: int
+) -> dict[str, Array]:
+    """The cache of the rows that grow, and behind them those of branches of the same length."""
+    found = {}
+    for i, name in enumerate(names):
+        blank = np.zeros((1, int(shapes[name][2]), 0, int(shapes[name][4])), np.float32)
+        stacked = np.stack([branch.cache[i] if length else blank for branch in joining])
+        growing = cache[name].numpy() if cache else stacked[:0]
+        found[name] = np.concatenate([growing, stacked]) if len(growing) else stacked
+    return found
+
+
+def certainty(logits: Array) -> Array:
+    """Self-certainty (Kang et al., 2025) of distributions (rows, V): the mean over tokens of -log(V p), in nats."""
+    wide = logits.astype(np.float64)
+    top = wide.max(-1, keepdims=True)
+    log_sum = top[..., 0] + np.log(np.exp(wide - top).sum(-1))
+    found: Array = log_sum - wide.mean(-1) - math.log(wide.shape[-1])
+    return found
