@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -50,6 +51,8 @@ TOLERANCES: dict[Precision, Tolerance] = {
 # (prompt length, candidate length, candidates, batch): 1 on every axis, odd, long.
 _SHAPES = [(1, 1, 1, 1), (1, 7, 5, 1), (9, 1, 3, 2), (33, 5, 1, 3), (5, 3, 17, 2), (13, 11, 4, 1), (101, 29, 2, 1)]
 _RANDOM_SHAPES, _LONG = 12, 257
+# Layers for which the tolerances of few bits are meant.
+_FEW_LAYERS = 4
 # Parameters from which there are fewer shapes, and no reference evaluator, which copies every weight.
 _LARGE = 100_000_000
 
@@ -95,6 +98,11 @@ class Checker:
         seed: int = 0,
     ) -> None:
         self.tolerance = TOLERANCES[precision]
+        if precision in ("int8", "int4"):
+            # Steps of rounding add up from layer to layer as a random walk does.
+            layers = (model.network if isinstance(model, LanguageModel) else model).config.num_layers
+            grown = self.tolerance.absolute * math.sqrt(max(1, layers / _FEW_LAYERS))
+            self.tolerance = self.tolerance._replace(absolute=grown)
         self.model, self.folder, self.graphs, self.scoring, self.limits = model.eval(), folder, graphs, scoring, limits
         self.ids = isinstance(model, LanguageModel)
         self.network = model.network if isinstance(model, LanguageModel) else model
