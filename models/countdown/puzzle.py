@@ -16,6 +16,7 @@ from functools import lru_cache
 __all__ = [
     "MAX_RESULT",
     "Puzzle",
+    "answer",
     "check",
     "draw_solution",
     "held_out",
@@ -118,6 +119,36 @@ def _walk(puzzle: Puzzle, completion: str) -> Iterator[list[int] | None]:
         else:
             left = None
         yield None if left is None else list(left)
+
+
+def answer(completion: str) -> str | None:
+    """What a completion computes, so that votes count equal ones together: `((24-20)/(7-3))`.
+
+    Steps that do not need one another may stand in any order, and so may the operands of + and *. A number that is the
+    result of a step and has not been used since is that result, of several the first by its text; any other number is
+    one of the puzzle's. None if a step is no operation or computes something else than it says.
+    """
+    results: list[tuple[int, str]] = []
+
+    def operand(value: int) -> str:
+        made = min((result for result in results if result[0] == value), default=None)
+        if made is None:
+            return str(value)
+        results.remove(made)
+        return made[1]
+
+    for step in completion.rstrip("\n").removesuffix(";").split(";"):
+        match = _STEP.fullmatch(step)
+        if match is None:
+            return None
+        a, operator, b, result = int(match[1]), match[2], int(match[3]), int(match[4])
+        if _apply(a, operator, b) != result:
+            return None
+        parts = [operand(a), operand(b)]
+        if operator in "+*":
+            parts.sort()
+        results.append((result, f"({parts[0]}{operator}{parts[1]})"))
+    return ";".join(sorted(text for _, text in results))
 
 
 def check(puzzle: Puzzle, completion: str) -> bool:

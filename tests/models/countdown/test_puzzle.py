@@ -8,6 +8,7 @@ import pytest
 
 from bonnx.models.countdown.puzzle import (
     Puzzle,
+    answer,
     check,
     draw_solution,
     held_out,
@@ -122,3 +123,57 @@ def test_the_tokenizer_that_ships_is_the_vocabulary():
         ids = tokenizer.encode(text).ids
         assert ids == encode(text)
         assert tokenizer.decode(ids) == decode(ids) == text
+
+
+def expression(rng, size):
+    """A random tree over numbers that its results never meet, so that no number has two meanings."""
+    if size == 1:
+        return rng.randrange(2, 20)
+    left = rng.randrange(1, size)
+    return (rng.choice("+*-"), expression(rng, left), expression(rng, size - left))
+
+
+def written(rng, tree, steps):
+    """Append the tree's operations in a random order and with random operands of + and * first; its value."""
+    if isinstance(tree, int):
+        return tree
+    operator, *parts = tree
+    order = [0, 1] if rng.random() < 0.5 else [1, 0]
+    values = [0, 0]
+    for i in order:
+        values[i] = written(rng, parts[i], steps)
+    a, b = values
+    if operator != "-" and rng.random() < 0.5:
+        a, b = b, a
+    result = {"+": a + b, "-": a - b, "*": a * b}[operator]
+    steps.append((f"{a}{operator}{b}={result};", a, b, result))
+    return result
+
+
+def test_an_answer_does_not_depend_on_the_order_of_writing():
+    rng, seen = random.Random(), 0
+    while seen < 300:
+        tree = expression(rng, rng.randrange(2, 6))
+        forms = []
+        for _ in range(4):
+            steps = []
+            written(rng, tree, steps)
+            forms.append(steps)
+        numbers = [value for text, *values in forms[0] for value in values]
+        results = [step[3] for step in forms[0]]
+        # Each result is used once at most, and no number of the puzzle looks like one.
+        if not all(1 <= r <= 999 and numbers.count(r) <= 2 for r in results) or len(set(results)) < len(results):
+            continue
+        seen += 1
+        assert len({answer("".join(step[0] for step in steps)) for steps in forms}) == 1
+
+
+def test_different_computations_are_different_answers():
+    assert answer("24-20=4;7-3=4;4/4=1;") == answer("7-3=4;24-20=4;4/4=1;\n")
+    assert answer("3+4=7;7*2=14;") == answer("4+3=7;2*7=14;") != answer("3*4=12;12+2=14;")
+    assert answer("9-2=7;") != answer("8-1=7;")
+
+
+@pytest.mark.parametrize("text", ["", "\n", "1+2=4;", "1+2", "1+2=3;x", "2-5=3;", "7/2=3;", "1+2=3;;"])
+def test_what_computes_nothing_has_no_answer(text):
+    assert answer(text) is None

@@ -1,0 +1,162 @@
+"""What is computed: tasks, each of one model on one puzzle, independent of every other."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import bonnx
+from bonnx.models.countdown.puzzle import Puzzle, answer, check
+from bonnx.models.countdown.train import MAX_NEW_TOKENS, draw_puzzles
+from bonnx.models.countdown.vocabulary import STEP
+from bonnx.runtime.generation import make_request
+from bonnx.runtime.search.tree import Tree
+
+__all__ = ["BUDGETS", "CHAINS", "METHODS", "POOL", "PRUNED", "Task", "compute", "plan", "puzzles"]
+
+Task = tuple[str, str, int]
+
+BUDGETS = (4, 16, 64, 256)
+# Samples that every method without a search is computed from, and others that only say how hard a puzzle is.
+POOL, PROBE = 256, 64
+# A search is run again, with other seeds, where it costs little.
+REPEATS = {4: 4, 16: 2, 64: 1, 256: 1}
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "beam, M = 4": ("beam", {"width": 4}),
+    "beam, M = sqrt N": ("beam", {"width": "sqrt"}),
+    "lookahead, k = 1": ("lookahead", {"width": "sqrt", "steps": 1}),
+    "lookahead, k = 3": ("lookahead", {"width": "sqrt", "steps": 3}),
+    "DVTS, M = 4": ("dvts", {"width": 4}),
+}
+PRUNED = "pruned to half every 12 tokens"
+CHAINS = (1, 2, 4, 8, 16, 32)
+ATTEMPTS = 32
+
+
+def puzzles(count: int) -> list[Puzzle]:
+    """Held-out puzzles of 4 numbers: of those of 3 the model that ships solves too many."""
+    drawn: dict[str, Puzzle] = {}
+    rng = random.Random("miniature")
+    while len(drawn) < count:
+        ((puzzle, _),) = draw_puzzles(rng, 4, 1, test=True)
+        drawn.setdefault(puzzle.prompt, puzzle)
+    return list(drawn.values())
+
+
+def plan(count: int) -> list[Task]:
+    """Every task for the first puzzles, in the order in which the figures need them."""
+    kinds = [("shipped", "pool"), *(("shipped", method) for method in METHODS), ("shipped", PRUNED)]
+    kinds += [("shipped", "greedy")]
+    kinds += [(model, kind) for model in ("small", "small_outcome") for kind in ("pool", "beam, M = 4")]
+    tasks = [(model, kind, i) for i in range(count) for model, kind in kinds]
+    return tasks + [("revise", "chains", i) for i in range(count // 2)]
+
+
+_MODELS: dict[tuple[Path, str], bonnx.Model] = {}
+
+
+def compute(artifacts: Path, task: Task, puzzle: Puzzle) -> dict[str, Any]:
+    """One task; in a process of its own, with one thread."""
+    name, kind, _ = task
+    if (artifacts, name) not in _MODELS:
+        os.nice(5)
+        _MODELS[artifacts, name] = bonnx.load(artifacts / name, provider="cpu", threads=1)
+    model = _MODELS[artifacts, name]
+    run: Callable[[bonnx.Model, Puzzle], dict[str, Any]]
+    run = {"pool": _pool, "greedy": _greedy, "chains": _chains, PRUNED: _pruned}.get(kind) or _search(kind)
+    return run(model, puzzle)
+
+
+def _pool(model: bonnx.Model, puzzle: Puzzle) -> dict[str, Any]:
+    """Samples with all that any method reads of them."""
+    pool, probe = _sample(model, puzzle, POOL, seed=1), _sample(model, puzzle, PROBE, seed=2)
+    return {**pool, "probe_right": probe["right"], "probe_score": probe["score"], "probe_tokens": probe["tokens"]}
+
+
+def _sample(model: bonnx.Model, puzzle: Puzzle, count: int, seed: int) -> dict[str, Any]:
+    ids = model.reader.prompt(puzzle.prompt)
+    stops = model.reader.stops(None, model.manifest.scoring)
+    request = make_request({"n": count, "seed": seed, "max_new_tokens": MAX_NEW_TOKENS}, stops, "last", MAX_NEW_TOKENS)
+    tree = Tree(model.session, ids, request, STEP, with_certainty=True)
+    branches = tree.roots(count)
+    tree.grow(branches, whole=True)
+    assert model.reader.text is not None
+    texts = [model.reader.text.decode(branch.tokens) for branch in branches]
+    # The scorer's values at the ends of steps, and at the end.
+    steps = [[s for t, s in zip(b.tokens, b.scores, strict=True) if t == STEP] for b in branches]
+    return {
+        "right": [int(check(puzzle, text)) for text in texts],
+        "answers": _numbered([answer(text) for text in texts]),
+        "score": [round(branch.scores[-1], 5) for branch in branches],
+        "steps": [[round(score, 4) for score in scores] for scores in steps],
+        "certainty": [round(float(np.mean(branch.certainties)), 4) for branch in branches],
+        "tokens": [len(branch.tokens) for branch in branches],
+    }
+
+
+def _numbered(answers: list[str | None]) -> list[int]:
+    numbers: dict[str, int] = {}
+    return [-1 if a is None else numbers.setdefault(a, len(numbers)) for a in answers]
+
+
+def _search(kind: str) -> Callable[[bonnx.Model, Puzzle], dict[str, Any]]:
+    method, options = METHODS[kind]
+
+    def run(model: bonnx.Model, puzzle: Puzzle) -> dict[str, Any]:
+        found: dict[str, list[Any]] = {}
+        for budget in BUDGETS:
+            if method == "lookahead" and budget < options["steps"] + 1:
+                continue
+            for seed in range(REPEATS[budget]):
+                result = model.search(
+                    puzzle.prompt, method, budget, answers=answer, seed=10 + seed, **_SHORT, **options
+                )
+                by_score = max(range(len(result.candidates)), key=lambda i: result.candidates[i].score)
+                found.setdefault(str(budget), []).append(
+                    [
+                        int(check(puzzle, str(result.best.text))),
+                        int(check(puzzle, str(result.candidates[by_score].text))),
+                        result.cost.sampled_tokens,
+                        int(any(check(puzzle, str(c.text)) for c in result.candidates)),
+                    ]
+                )
+        return found
+
+    return run
+
+
+_SHORT: dict[str, Any] = {"max_new_tokens": MAX_NEW_TOKENS}
+
+
+def _pruned(model: bonnx.Model, puzzle: Puzzle) -> dict[str, Any]:
+    found = {}
+    for budget in BUDGETS:
+        result = model.search(puzzle.prompt, "pruned", budget, seed=1, every=12, keep=0.5, **_SHORT)
+        found[str(budget)] = [[int(check(puzzle, str(result.best.text))), result.cost.sampled_tokens]]
+    return found
+
+
+def _greedy(model: bonnx.Model, puzzle: Puzzle) -> dict[str, Any]:
+    result = model.generate(puzzle.prompt, temperature=0.0, max_new_tokens=MAX_NEW_TOKENS)
+    return {"right": int(check(puzzle, str(result.best.text)))}
+
+
+def _chains(model: bonnx.Model, puzzle: Puzzle) -> dict[str, Any]:
+    """The same number of attempts in more or fewer chains: right by score, by weighted votes, and each attempt."""
+    found = {}
+    for chains in CHAINS:
+        result = model.search(
+            puzzle.prompt, "revisions", ATTEMPTS, answers=answer, chains=chains, seed=3, memory=4, **_SHORT
+        )
+        right = [int(check(puzzle, str(candidate.text))) for candidate in result.candidates]
+        by_score = max(range(ATTEMPTS), key=lambda i: result.candidates[i].score)
+        cost = [result.cost.sampled_tokens, result.cost.prompt_tokens]
+        found[str(chains)] = {
+            "weighted": right[result.best_index], "score": right[by_score], "right": right, "cost": cost
+        }  # fmt: skip
+    return found
