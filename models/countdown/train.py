@@ -10,6 +10,8 @@
 
 For another task, replace `solved_batch` (solved examples) and `label` (the checker). Every step draws its data from
 (seed, step), so a run that was stopped goes on as if it had not been, and two runs with one seed are the same.
+`--size small` is a network with a fourteenth of the parameters. With `--labels outcome` the scorer is told only whether
+the whole completion is right, not which steps are.
 """
 
 from __future__ import annotations
@@ -17,7 +19,11 @@ from __future__ import annotations
 import argparse
 import json
 import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +40,19 @@ from ..scorer import schedule
 from .puzzle import Puzzle, check, draw_solution, held_out, step_labels
 from .vocabulary import END, PAD, STEP, VOCABULARY, decode, encode, make_tokenizer
 
-__all__ = ["draw_puzzles", "label", "main", "solved_batch", "train"]
+__all__ = [
+    "NETWORKS",
+    "Labels",
+    "Phase",
+    "Run",
+    "draw_puzzles",
+    "label",
+    "main",
+    "save",
+    "solved_batch",
+    "spoil",
+    "train",
+]
 
 # A completion of 4 numbers: 3 steps of 6 tokens and the end.
 MAX_NEW_TOKENS = 19
@@ -47,6 +65,15 @@ METADATA = {
     "scoring": {"aggregation": "last", "activation": "sigmoid", "step_token": STEP, "end_token": END, "pad_token": PAD},
     "limits": {"max_tokens": 64},
 }
+# No dropout, because no example is ever seen twice.
+NETWORKS = {
+    "default": NetworkConfig(embed_dim=256, dropout=0.0),
+    "small": NetworkConfig(
+        embed_dim=80, hidden_size=80, num_layers=2, num_heads=4, num_kv_heads=2, scorer_hidden=64, dropout=0.0
+    ),
+}
+# What the scorer learns at the end of a step: whether that step is right, or whether the whole completion is.
+Labels: TypeAlias = Literal["process", "outcome"]
 
 
 def draw_puzzles(rng: random.Random, count: int, amount: int, *, test: bool) -> list[tuple[Puzzle, str]]:
@@ -73,17 +100,18 @@ def solved_batch(rng: random.Random, rows: int) -> tuple[Tensor, Tensor]:
     return inputs, targets
 
 
-def label(puzzle: Puzzle, completion: list[int]) -> list[float]:
+def label(puzzle: Puzzle, completion: list[int], kind: Labels = "process") -> list[float]:
     """What the scorer should say at each token of a completion: 0 or 1 at step tokens and at the end, else IGNORED."""
     text = decode([token for token in completion if token != PAD])
-    steps = step_labels(puzzle, text)
+    right = check(puzzle, text)
+    steps = step_labels(puzzle, text) if kind == "process" else [right] * completion.count(STEP)
     labels, step = [float(IGNORED)] * len(completion), 0
     for i, token in enumerate(completion):
         if token == STEP:
             labels[i] = float(steps[step])
             step += 1
         elif token == END:
-            labels[i] = float(check(puzzle, text))
+            labels[i] = float(right)
     return labels
 
 
@@ -105,7 +133,7 @@ def spoil(rng: random.Random, completion: list[int]) -> list[int]:
 
 
 def scored_batch(
-    model: LanguageModel, rng: random.Random, count: int, rows: int, spoiled: float = 0.0
+    model: LanguageModel, rng: random.Random, count: int, rows: int, spoiled: float, kind: Labels
 ) -> tuple[Tensor, Tensor]:
     """The model's own completions for fresh training puzzles -> ids (rows, T) int64, labels (rows, T) float32.
 
@@ -122,7 +150,7 @@ def scored_batch(
         completions[i] = torch.tensor(spoil(rng, completions[i].tolist()))
     labels = torch.full((rows, prompts.shape[1] + completions.shape[1]), float(IGNORED))
     for i, completion in enumerate(completions.tolist()):
-        labels[i, prompts.shape[1] :] = torch.tensor(label(puzzles[i], completion))
+        labels[i, prompts.shape[1] :] = torch.tensor(label(puzzles[i], completion, kind))
     return torch.cat([prompts, completions], 1), labels
 
 
@@ -135,12 +163,12 @@ def language_loss(model: LanguageModel, rng: random.Random, rows: int) -> Tensor
     return F.cross_entropy(logits.float(), targets[targets != IGNORED])
 
 
-def scorer_loss(model: LanguageModel, rng: random.Random, rows: int, spoiled: float) -> Tensor:
+def scorer_loss(model: LanguageModel, rng: random.Random, rows: int, spoiled: float, kind: Labels) -> Tensor:
     """Mean binary loss of the scorer at the labelled places of the model's own completions."""
     losses = []
     # Four numbers are harder and get three rows in four.
     for count, share in ((3, rows // 4), (4, rows - rows // 4)):
-        ids, labels = scored_batch(model, rng, count, share, spoiled)
+        ids, labels = scored_batch(model, rng, count, share, spoiled, kind)
         with torch.autocast("cpu", torch.bfloat16):
             backbone = model.network.encode(model.embedding(ids))[labels != IGNORED]
             scores = model.network.scorer(backbone)
@@ -150,19 +178,21 @@ def scorer_loss(model: LanguageModel, rng: random.Random, rows: int, spoiled: fl
     return torch.cat(losses).mean()
 
 
-def new_model(seed: int) -> LanguageModel:
-    """The default network; no dropout, because no example is ever seen twice."""
-    torch.manual_seed(seed)
-    network = NetworkConfig(embed_dim=256, dropout=0.0)
-    return LanguageModel(LanguageModelConfig(network=network, vocab_size=len(VOCABULARY)))
+@dataclass(frozen=True)
+class Phase:
+    """Steps that share losses, which are added up, and a schedule with its greatest learning rate."""
+
+    steps: int
+    peak: float
+    losses: Callable[[LanguageModel, random.Random], dict[str, Tensor]]
 
 
 class Run:
     """The model, its optimizer and the step, kept in one file so that a stopped run can go on."""
 
-    def __init__(self, folder: Path, seed: int) -> None:
+    def __init__(self, folder: Path, seed: int, model: LanguageModel) -> None:
         self.path, self.seed, self.step, self.phase_start = folder / "run.safetensors", seed, 0, 0
-        self.model = new_model(seed).train()
+        self.model = model.train()
         self.begin_phase()
         if self.path.is_file():
             self._restore()
@@ -182,6 +212,28 @@ class Run:
         self.optimizer.step()
         self.step += 1
 
+    def follow(self, phases: Sequence[Phase], save_every: int) -> None:
+        """Train to the end of the phases, with a line of `log.jsonl` at every save."""
+        total, start = sum(phase.steps for phase in phases), 0
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+        with Progress(*columns, TimeRemainingColumn()) as progress:
+            task = progress.add_task("training", total=total, completed=self.step)
+            for phase in phases:
+                if self.step == start:
+                    self.begin_phase()
+                while self.step < start + phase.steps:
+                    losses = phase.losses(self.model, random.Random(f"{self.seed} {self.step}"))
+                    rate = schedule(self.step - start, phase.steps, phase.peak)
+                    self.advance(torch.stack(list(losses.values())).sum(), rate)
+                    seen = {name: round(loss.item(), 4) for name, loss in losses.items()}
+                    said = " ".join(f"{name} loss {value:.3f}" for name, value in seen.items())
+                    progress.update(task, completed=self.step, description=said)
+                    if self.step % save_every == 0 or self.step == total:
+                        self.save()
+                        with self.path.with_name("log.jsonl").open("a", encoding="utf-8") as log:
+                            log.write(json.dumps({"step": self.step, **seen}) + "\n")
+                start += phase.steps
+
     def save(self) -> None:
         """Replace the file in one move, so that a torn write is never read."""
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
@@ -189,11 +241,14 @@ class Run:
             for moment in ("exp_avg", "exp_avg_sq"):
                 if parameter in self.optimizer.state:
                     tensors[f"{moment}.{name}"] = self.optimizer.state[parameter][moment]
-        numbers = {"seed": self.seed, "step": self.step, "phase_start": self.phase_start}
+        numbers = {"seed": self.seed, "size": self._size(), "step": self.step, "phase_start": self.phase_start}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         torn = self.path.with_suffix(".part")
         save_file(tensors, torn, metadata={name: str(value) for name, value in numbers.items()})
         torn.replace(self.path)
+
+    def _size(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters())
 
     def _restore(self) -> None:
         with safe_open(self.path, framework="pt") as file:
@@ -201,6 +256,11 @@ class Run:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
         if numbers["seed"] != self.seed:
             raise SystemExit(f"{self.path} was begun with --seed {numbers['seed']}; give that seed or another folder")
+        if numbers["size"] != self._size():
+            raise SystemExit(
+                f"{self.path} was begun with a model of {numbers['size']} parameters, this one has {self._size()}; "
+                "give the same --size or another folder"
+            )
         self.step, self.phase_start = numbers["step"], numbers["phase_start"]
         self.model.load_state_dict({name: tensors[f"model.{name}"] for name in self.model.state_dict()})
         for name, parameter in self.model.named_parameters():
@@ -212,9 +272,17 @@ class Run:
                 }
 
 
+def save(model: LanguageModel, folder: Path, metadata: dict[str, Any]) -> None:
+    """Write the checkpoint and the tokenizer."""
+    save_checkpoint(model, folder, dtype=torch.float16, metadata=metadata)
+    make_tokenizer().save(str(folder / "tokenizer.json"))
+
+
 def train(
     folder: Path,
     *,
+    size: str = "default",
+    labels: Labels = "process",
     language_steps: int = 3000,
     joint_steps: int = 1800,
     spoiled_steps: int = 600,
@@ -226,6 +294,8 @@ def train(
 
     Args:
         folder: holds the state of the run, `log.jsonl`, and at the end `config.json` and `model.safetensors`.
+        size: of the network, a key of `NETWORKS`.
+        labels: what the scorer learns. The first phase has none, so two runs may share its state.
         language_steps: steps of the first phase.
         joint_steps: steps of the second.
         spoiled_steps: steps of the third.
@@ -233,31 +303,22 @@ def train(
         seed: of the initial weights and of every puzzle and sample.
         save_every: steps between saves.
     """
-    run, total, start = Run(folder, seed), language_steps + joint_steps + spoiled_steps, 0
-    # Steps, greatest learning rate, and the share of the scorer's samples that is spoiled; the first has no scorer.
-    phases = ((language_steps, 1e-3, None), (joint_steps, 5e-4, 0.0), (spoiled_steps, 2e-4, SPOILED))
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
-    with Progress(*columns, TimeRemainingColumn()) as progress:
-        task = progress.add_task("language model", total=total, completed=run.step)
-        for steps, peak, spoiled in phases:
-            if run.step == start:
-                run.begin_phase()
-            while run.step < start + steps:
-                rng = random.Random(f"{seed} {run.step}")
-                losses = {"language": language_loss(run.model, rng, rows)}
-                if spoiled is not None:
-                    losses["scorer"] = scorer_loss(run.model, rng, rows, spoiled)
-                run.advance(torch.stack(list(losses.values())).sum(), schedule(run.step - start, steps, peak))
-                seen = {name: round(loss.item(), 4) for name, loss in losses.items()}
-                said = " ".join(f"{name} loss {value:.3f}" for name, value in seen.items())
-                progress.update(task, completed=run.step, description=said)
-                if run.step % save_every == 0 or run.step == total:
-                    run.save()
-                    with (folder / "log.jsonl").open("a", encoding="utf-8") as log:
-                        log.write(json.dumps({"step": run.step, **seen}) + "\n")
-            start += steps
-    save_checkpoint(run.model, folder, dtype=torch.float16, metadata=METADATA)
-    make_tokenizer().save(str(folder / "tokenizer.json"))
+
+    def language(model: LanguageModel, rng: random.Random) -> dict[str, Tensor]:
+        return {"language": language_loss(model, rng, rows)}
+
+    def both(model: LanguageModel, rng: random.Random, spoiled: float) -> dict[str, Tensor]:
+        return {**language(model, rng), "scorer": scorer_loss(model, rng, rows, spoiled, labels)}
+
+    torch.manual_seed(seed)
+    run = Run(folder, seed, LanguageModel(LanguageModelConfig(network=NETWORKS[size], vocab_size=len(VOCABULARY))))
+    phases = (
+        Phase(language_steps, 1e-3, language),
+        Phase(joint_steps, 5e-4, partial(both, spoiled=0.0)),
+        Phase(spoiled_steps, 2e-4, partial(both, spoiled=SPOILED)),
+    )
+    run.follow(phases, save_every)
+    save(run.model, folder, METADATA)
     return run.model.eval()
 
 
@@ -265,6 +326,8 @@ def main() -> None:
     """The command line of the recipe."""
     parser = argparse.ArgumentParser(description="Train the Countdown model and its scorer.")
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder; a run that is in it goes on")
+    parser.add_argument("--size", choices=list(NETWORKS), default="default", help="of the network")
+    parser.add_argument("--labels", choices=get_args(Labels), default="process", help="of the scorer")
     parser.add_argument("--language-steps", type=int, default=3000)
     parser.add_argument("--joint-steps", type=int, default=1800)
     parser.add_argument("--spoiled-steps", type=int, default=600)
@@ -273,6 +336,8 @@ def main() -> None:
     arguments = parser.parse_args()
     train(
         arguments.output,
+        size=arguments.size,
+        labels=arguments.labels,
         language_steps=arguments.language_steps,
         joint_steps=arguments.joint_steps,
         spoiled_steps=arguments.spoiled_steps,

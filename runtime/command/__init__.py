@@ -20,6 +20,7 @@ _COMMANDS = {
     "verify": ("bonnx.runtime.command.verify", "prove an artifact on this machine"),
     "doctor": ("bonnx.runtime.command.doctor", "say what is installed and what is wrong with it"),
     "generate": ("bonnx.runtime.command.generate", "sample completions, score them and choose the best"),
+    "report": ("bonnx.runtime.command.report", "show a search run in a browser or in the terminal"),
     "rank": ("bonnx.runtime.command.rank", "score candidates after a prompt and choose the best"),
 }
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -19,7 +20,7 @@ from ..errors import InputError
 from ..generation import Candidate, Generation
 from ..inputs import Item
 from ..model import Model, load
-from ..search import SearchResult
+from ..report import Search, show
 from . import print_json
 from .rank import parse_item
 
@@ -119,7 +120,9 @@ def _search_options(arguments: argparse.Namespace, options: dict[str, Any]) -> d
 
 
 def _value(text: str) -> Any:
-    """A number if it is one, else the text."""
+    """A number or truth if it is one, else the text."""
+    if text in ("true", "false"):
+        return text == "true"
     for kind in (int, float):
         try:
             return kind(text)
@@ -143,15 +146,10 @@ def _search(model: Model, prompt: Item, what: dict[str, Any], arguments: argpars
     if arguments.json:
         print_json({"best": _what(result.best), **found})
         return
-    title = Text(str(prompt).replace("\n", "\\n"))
-    Console(highlight=False).print(_table(title, result, sort=True))
-    cost = result.cost
-    settings = ", ".join(f"{name} {value}" for name, value in result.options.items())
-    print(
-        f"{result.method} ({settings}): {cost.prompt_tokens} prompt tokens, {cost.sampled_tokens} sampled, "
-        f"{cost.computed_tokens} computed, {cost.seconds:.3f} s, {model.provider}",
-        file=sys.stderr,
-    )
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=10_000)
+    show(console, msgspec.convert(found, Search))
 
 
 def _as_json(prompt: Item, result: Generation) -> dict[str, Any]:
@@ -198,7 +196,7 @@ def _show(model: Model, prompt: Item, options: dict[str, Any], deadline: float |
     print(f"{tokens}, {model.provider}", file=sys.stderr)
 
 
-def _table(title: Text, result: Generation | SearchResult, *, sort: bool) -> Table:
+def _table(title: Text, result: Generation, *, sort: bool) -> Table:
     """One line a candidate, the best first at the end, so that a long list is read from the top."""
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     table.add_column("")

@@ -27,14 +27,19 @@ class Beam:
     Attributes:
         width: M, or `sqrt` for the square root of N.
         rounds: the most rounds of branching.
+        distinct: of branches that have written the same only the first goes on, as long as there are others. Where
+            steps are short many are the same, and without this a beam soon holds little else.
     """
 
     width: int | Literal["sqrt"] = 4
     rounds: int = 40
+    distinct: bool = True
 
     def __post_init__(self) -> None:
         if self.width != "sqrt" and (not isinstance(self.width, int) or self.width < 1):
             raise InputError(f"width: expected a whole number of at least 1, or 'sqrt'; got {self.width!r}")
+        if not isinstance(self.distinct, bool):
+            raise InputError(f"distinct: expected True or False; got {self.distinct!r}")
         if not isinstance(self.rounds, int) or self.rounds < 1:
             raise InputError(f"rounds: expected a whole number of at least 1; got {self.rounds!r}")
 
@@ -63,8 +68,9 @@ class Beam:
                 members = [i for i, branch in enumerate(active) if branch.group == group]
                 going = [i for i in members if active[i].reason < 0]
                 left[group] -= len(members) - len(going)
+                again = _repeated(active, going) if self.distinct else set()
                 # Those that cannot be rated go last.
-                going.sort(key=lambda i: -values[i] if not math.isnan(values[i]) else math.inf)
+                going.sort(key=lambda i: (i in again, -values[i] if not math.isnan(values[i]) else math.inf))
                 kept |= {i: active[i] for i in going[: math.ceil(left[group] / width)]}
             following = list[Branch]()
             for i, branch in enumerate(active):
@@ -119,6 +125,16 @@ class Trees(Beam):
         count = budget // width
         sizes = [budget // count + (i < budget % count) for i in range(count)]
         return self._search(tree, sizes, width)
+
+
+def _repeated(active: Sequence[Branch], members: Sequence[int]) -> set[int]:
+    """Of some branches those that have written what an earlier one has."""
+    seen, found = set[tuple[int, ...]](), set[int]()
+    for i in members:
+        written = tuple(active[i].tokens)
+        found |= {i} if written in seen else set()
+        seen.add(written)
+    return found
 
 
 def _values(tree: Tree, active: Sequence[Branch], steps: int) -> tuple[Array, dict[int, Branch]]:

@@ -47,7 +47,7 @@ class Reference:
             prefix = self.step(prefix, number)
         return prefix
 
-    def beam(self, sizes, width, rounds=40, lookahead=0):
+    def beam(self, sizes, width, rounds=40, lookahead=0, distinct=True):
         active = [(group, (), self.number()) for group, size in enumerate(sizes) for _ in range(size)]
         left, done = list(sizes), []
         for round_ in range(rounds + 1):
@@ -69,6 +69,9 @@ class Reference:
                 mine = [i for i, row in enumerate(active) if row[0] == group]
                 left[group] -= sum(self.ended(active[i][1]) for i in mine)
                 going = sorted((i for i in mine if not self.ended(active[i][1])), key=lambda i: -values[i])
+                if distinct:
+                    firsts = {active[i][1]: i for i in sorted(going, reverse=True)}
+                    going = [i for i in going if i in firsts.values()] + [i for i in going if i not in firsts.values()]
                 kept.append(going[: math.ceil(left[group] / width)])
             for group in [g for g in dict.fromkeys(row[0] for row in active) if kept[g]]:
                 for place, i in enumerate(kept[group]):
@@ -94,20 +97,20 @@ def table(rng):
 @pytest.mark.parametrize("method", ["beam", "lookahead", "dvts"])
 def test_search_by_steps_is_the_obvious_one(rng, method, repeat):
     table = Table(int(rng.integers(2**31)), longest=int(rng.integers(4, 14)))
-    budget, rounds = int(rng.integers(4, 40)), int(rng.integers(1, 6))
+    budget, rounds, distinct = int(rng.integers(4, 40)), int(rng.integers(1, 6)), bool(rng.integers(2))
     width = ["sqrt", 1, 2, 3, 4][rng.integers(5)]
     if method == "lookahead":
         width, steps = ["sqrt", 1][rng.integers(2)], int(rng.integers(1, 4))
-        result = run(table, method, budget, width=width, rounds=rounds, steps=steps)
+        result = run(table, method, budget, width=width, rounds=rounds, steps=steps, distinct=distinct)
         beams = budget // (steps + 1)
     else:
         steps, beams = 0, budget
-        result = run(table, method, budget, width=width, rounds=rounds)
+        result = run(table, method, budget, width=width, rounds=rounds, distinct=distinct)
     wide = max(1, round(math.sqrt(beams))) if width == "sqrt" else width
     count = beams // wide if method == "dvts" else 1
     sizes = [beams // count + (i < beams % count) for i in range(count)]
     reference = Reference(table)
-    expected = reference.beam(sizes, wide, rounds, steps)
+    expected = reference.beam(sizes, wide, rounds, steps, distinct)
     assert sequences(result) == expected
     assert len(expected) == beams
     scores = [table.score(prefix) for prefix in expected]

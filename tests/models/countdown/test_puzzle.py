@@ -174,6 +174,11 @@ def test_different_computations_are_different_answers():
     assert answer("9-2=7;") != answer("8-1=7;")
 
 
-@pytest.mark.parametrize("text", ["", "\n", "1+2=4;", "1+2", "1+2=3;x", "2-5=3;", "7/2=3;", "1+2=3;;"])
-def test_what_computes_nothing_has_no_answer(text):
+@pytest.mark.parametrize("text", ["", "\n", "1+2", "1+2=3;x", "1+2=3;;", "1%2=3;"])
+def test_what_is_no_operation_has_no_answer(text):
     assert answer(text) is None
+
+
+def test_an_answer_is_not_checked():
+    # Else a vote would know what is right.
+    assert answer("4-4=1;") == "(4-4)"

@@ -1,0 +1,90 @@
+"""Figures as SVG, by matplotlib."""
+
+from __future__ import annotations
+
+import io
+import re
+from typing import Any
+
+from ..errors import InputError
+from .read import Figure
+
+__all__ = ["picture"]
+
+# Okabe and Ito's colours, which colour-blind people tell apart; markers and dashes say the same once more.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
+_MARKERS, _DASHES = "osD^vPX", ("-", "--", "-.", ":")
+
+
+def picture(figure: Figure) -> str:
+    """An SVG element; its text is text, so that it can be read aloud and searched.
+
+    Raises:
+        InputError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure as Canvas
+    except ModuleNotFoundError as e:
+        raise InputError("a run with figures needs matplotlib; run `pip install bonnx[report]`") from e
+    with matplotlib.rc_context(
+        {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 11, "svg.hashsalt": "bonnx"}
+    ):
+        canvas = Canvas(figsize=(5.4, 4.6), layout="constrained")
+        axes = canvas.subplots()
+        (_bars if figure.x_scale == "category" else _lines)(axes, figure)
+        axes.set_xlabel(figure.x_label)
+        axes.set_ylabel(figure.y_label)
+        axes.grid(axis="y", alpha=0.3)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+        long = len(figure.series) < 4 or max(len(series.name) for series in figure.series) > 28
+        canvas.legend(loc="outside lower center", ncols=1 if long else 2, frameon=False, fontsize=9.5)
+        file = io.StringIO()
+        canvas.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+    text = file.getvalue()
+    svg = text[text.index("<svg") :]
+    # Ids are the page's: two pictures must not share one.
+    for name in sorted(set(re.findall(r' id="([^"]+)"', svg)), key=len, reverse=True):
+        svg = svg.replace(f'id="{name}"', f'id="{figure.id}-{name}"')
+        svg = svg.replace(f'#{name}"', f'#{figure.id}-{name}"').replace(f"url(#{name})", f"url(#{figure.id}-{name})")
+    return re.sub(r'<svg ([^>]*?)width="[^"]*" height="[^"]*"|<svg height="[^"]*" ', _scalable, svg, count=1)
+
+
+def _scalable(match: re.Match[str]) -> str:
+    return f'<svg role="img" {match[1] or ""}'
+
+
+def _lines(axes: Any, figure: Figure) -> None:
+    xs = sorted({point.x for series in figure.series for point in series.points}, key=float)
+    for i, series in enumerate(figure.series):
+        x, y = [p.x for p in series.points], [p.y for p in series.points]
+        colour = _COLOURS[i % len(_COLOURS)]
+        style = {"color": colour, "marker": _MARKERS[i % len(_MARKERS)], "linestyle": _DASHES[i % len(_DASHES)]}
+        axes.plot(x, y, label=series.name, markersize=5, **style)
+        if all(p.low is not None and p.high is not None for p in series.points):
+            axes.fill_between(
+                x, [p.low for p in series.points], [p.high for p in series.points], color=colour, alpha=0.1
+            )
+    if figure.x_scale == "log2":
+        axes.set_xscale("log", base=2)
+        if len(xs) <= 6:
+            axes.set_xticks(xs, [f"{x:g}" for x in xs])
+        else:
+            from matplotlib.ticker import StrMethodFormatter
+
+            axes.xaxis.set_major_formatter(StrMethodFormatter("{x:.0f}"))
+
+
+def _bars(axes: Any, figure: Figure) -> None:
+    names = list(dict.fromkeys(str(point.x) for series in figure.series for point in series.points))
+    width = 0.84 / len(figure.series)
+    hatches = ("", "//", "..", "xx", "\\\\", "--", "++")
+    for i, series in enumerate(figure.series):
+        places = [names.index(str(p.x)) + (i - (len(figure.series) - 1) / 2) * width for p in series.points]
+        y = [p.y for p in series.points]
+        known = all(p.low is not None and p.high is not None for p in series.points)
+        spread = [[p.y - (p.low or 0) for p in series.points], [(p.high or 0) - p.y for p in series.points]]
+        style = {"color": _COLOURS[i % len(_COLOURS)], "hatch": hatches[i % len(hatches)], "edgecolor": "white"}
+        axes.bar(places, y, width, yerr=spread if known else None, label=series.name, ecolor="#333", **style)
+    axes.set_xticks(range(len(names)), names)
