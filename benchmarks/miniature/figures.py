@@ -22,6 +22,8 @@ Array = NDArray[np.float64]
 BINS = ["1 (easiest)", "2", "3", "4", "5 (hardest)"]
 # Completions whose mean score says how hard a prompt is, where their cost is counted.
 FEW = 4
+# Of one more completion, in units of the score.
+PRICES = (0.1, 0.05, 0.02, 0.01, 0.005, 0.002)
 _AGGREGATIONS: dict[str, Callable[[Sequence[float], float], float]] = {
     "last": lambda steps, last: last,
     "min": lambda steps, last: min([*steps, last]),
@@ -151,6 +153,9 @@ class Run:
                 "self-certainty": pool.accuracy(budget, borda, pool.certainty),
             }
             spent = dict.fromkeys(table, pool.spent(budget))
+            for price in PRICES:
+                name = f"adaptive at {price}, weighted"
+                spent[name], table[name] = adaptive(pool, price, weighted, budget)
             for kind in METHODS:
                 # Searches choose by score: on this task votes help none of them.
                 found = searched(results, "shipped", kind, self.count, budget, 1)
@@ -196,7 +201,15 @@ def methods(run: Run) -> list[dict[str, Any]]:
 def saving(run: Run) -> dict[str, Any]:
     """Fewer tokens for the same: pruning, and stopping when more samples are not worth it."""
     pool = run.pool
-    plain = [(float(pool.spent(b).mean()), run.accuracy[b]["best-of-N"]) for b in BUDGETS]
+
+    def stopped(choose: Callable[[Array, NDArray[np.int64]], int]) -> list[tuple[float, Array]]:
+        found = [adaptive(pool, price, choose) for price in PRICES]
+        return [(float(spent.mean()), right) for spent, right in found]
+
+    plain = {
+        name: [(float(pool.spent(b).mean()), run.accuracy[b][name]) for b in BUDGETS]
+        for name in ("best-of-N", "best-of-N weighted")
+    }
     cut = []
     for budget in BUDGETS:
         right, spent = (searched(run.results, "shipped", PRUNED, run.count, budget, column) for column in (0, 1))
@@ -211,28 +224,33 @@ def saving(run: Run) -> dict[str, Any]:
         "y_label": "puzzles solved, %",
         "x_scale": "log2",
         "series": [
-            line("best-of-N", plain),
+            *(line(name, points) for name, points in plain.items()),
             line(PRUNED, cut),
-            line("adaptive N", [adaptive(pool, price) for price in (0.1, 0.05, 0.02, 0.01, 0.005, 0.002)]),
+            *(
+                line(name, stopped(choose))
+                for name, choose in (("adaptive N", by_score), ("adaptive N, weighted", weighted))
+            ),
         ],
     }
 
 
-def adaptive(pool: Pool, price: float, batch: int = 4) -> tuple[float, Array]:
-    """Mean tokens, and how often each puzzle is solved, if sampling stops by the rule of `adaptive`."""
-    right, spent = np.zeros(len(pool.right)), 0.0
+def adaptive(
+    pool: Pool, price: float, choose: Callable[[Array, NDArray[np.int64]], int], most: int = POOL, batch: int = 4
+) -> tuple[Array, Array]:
+    """Tokens, and how often each puzzle is solved, (n,) each, if sampling stops by the rule `gain` of `adaptive`."""
+    right, spent = np.zeros((2, len(pool.right)))
     starts = range(0, POOL, POOL // 8)
     for start in starts:
         order = np.roll(np.arange(POOL), -start)
-        best = np.maximum.accumulate(pool.score[:, order], 1)[:, batch - 1 :: batch]
-        count = np.arange(batch, POOL + 1, batch)
+        best = np.maximum.accumulate(pool.score[:, order], 1)[:, batch - 1 : most : batch]
+        count = np.arange(batch, most + 1, batch)
         enough = (1 - best) / (count + 1) <= price
         stop = count[np.where(enough.any(1), enough.argmax(1), len(count) - 1)]
         for i, n in enumerate(stop):
             rows = order[:n]
-            right[i] += pool.right[i, rows][pool.score[i, rows].argmax()]
-            spent += pool.tokens[i, rows].sum()
-    return spent / len(starts) / len(right), right / len(starts)
+            right[i] += pool.right[i, rows][choose(pool.score[i, rows], pool.answers[i, rows])]
+            spent[i] += pool.tokens[i, rows].sum()
+    return spent / len(starts), right / len(starts)
 
 
 def bins(run: Run) -> list[dict[str, Any]]:
@@ -266,7 +284,7 @@ def optimal(run: Run) -> dict[str, Any]:
     ):
         points = []
         for budget in BUDGETS:
-            found, chosen = cross_validated(run.accuracy[budget], place)
+            found, chosen = cross_validated(run.accuracy[budget], place, tokens=run.tokens[budget])
             spent = np.array([run.tokens[budget][name][i] for i, name in enumerate(chosen)])
             # The samples that say how hard a puzzle is are the first ones of a method that samples.
             extra = np.array([name in METHODS for name in chosen]) * run.pool.spent(probe)
@@ -280,8 +298,8 @@ def optimal(run: Run) -> dict[str, Any]:
         "id": "optimal",
         "title": "Choosing the method by difficulty",
         "caption": "For each fifth of difficulty and each budget the method that solved most on one half of the "
-        "puzzles is used on the other half (2-fold cross-validation). Difficulty by right samples (oracle) or by the "
-        "mean score (predicted) of 64 other samples, which are not counted; or from 4 that are.",
+        "puzzles (the cheapest within a point) is used on the other half. Difficulty by right samples (oracle) or by "
+        "the mean score (predicted) of 64 other samples, which are not counted; or from 4 that are.",
         "x_label": "tokens sampled for a puzzle",
         "y_label": "puzzles solved, %",
         "x_scale": "log2",
@@ -414,7 +432,8 @@ def policy(results: Mapping[str, Any], artifact: Path) -> Policy:
         for budget, table in run.accuracy.items()
     }
     easiness = run.pool.probe_score[:, :FEW].mean(1)
-    return fit_policy(accuracy, easiness, settings, name=manifest.name, artifact=manifest.seal, probe=FEW)
+    what = {"name": manifest.name, "artifact": manifest.seal, "probe": FEW, "tokens": run.tokens}
+    return fit_policy(accuracy, easiness, settings, **what)
 
 
 def draw(results: Mapping[str, Any], folder: Path) -> None:

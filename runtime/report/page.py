@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +98,15 @@ def say_prompt(prompt: Any) -> str:
 
 
 def one_line(text: str) -> str:
-    """Line ends as signs."""
-    return text.replace("\n", "⏎")
+    """Line ends as signs, and so what would move the cursor or turn the direction of writing."""
+    return "".join(map(_visible, text))
+
+
+def _visible(character: str) -> str:
+    if character == "\n":
+        return "⏎"
+    # Controls and marks of direction: a text could hide behind them.
+    return f"\\u{ord(character):04x}" if unicodedata.category(character) in ("Cc", "Cf") else character
 
 
 def _colour(score: float | None, search: Search) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +114,7 @@ def fit_policy(
     artifact: str,
     probe: int,
     bins: int = 5,
+    tokens: Mapping[int, Mapping[str, Array]] | None = None,
 ) -> Policy:
     """The best setting of each bin and budget (Snell et al., 2024, section 3).
 
@@ -125,22 +126,30 @@ def fit_policy(
         artifact: seal of its manifest.
         probe: completions behind each mean score.
         bins: of difficulty.
+        tokens: what each prompt cost, as `accuracy`: of settings within a point of the best the cheapest is taken.
     """
     place = quantile_bins(easiness, bins)
     edges = [float((easiness[place == b].min() + easiness[place == b + 1].max()) / 2) for b in range(bins - 1)]
     choices = {
-        str(budget): [settings[_best(table, place == b)] for b in range(bins)] for budget, table in accuracy.items()
+        str(budget): [settings[_best(table, place == b, (tokens or {}).get(budget))] for b in range(bins)]
+        for budget, table in accuracy.items()
     }
     return Policy(1, name, artifact, probe, edges, choices)
 
 
-def cross_validated(table: Mapping[str, Array], place: NDArray[np.int64], seed: int = 0) -> tuple[Array, list[str]]:
+def cross_validated(
+    table: Mapping[str, Array],
+    place: NDArray[np.int64],
+    seed: int = 0,
+    tokens: Mapping[str, Array] | None = None,
+) -> tuple[Array, list[str]]:
     """Accuracy (n,) of each prompt under the setting that is best for its bin on the other half of the prompts.
 
     Args:
         table: for each setting how often each prompt is solved (n,).
         place: bin of each prompt (n,).
         seed: of the two halves.
+        tokens: as in `fit_policy`, for this budget.
 
     Returns:
         the accuracies, and the setting that was chosen for each prompt.
@@ -149,12 +158,22 @@ def cross_validated(table: Mapping[str, Array], place: NDArray[np.int64], seed: 
     found, chosen = np.zeros(len(place)), [""] * len(place)
     for half in (0, 1):
         for b in np.unique(place):
-            setting = _best(table, (place == b) & (fold != half))
+            setting = _best(table, (place == b) & (fold != half), tokens)
             for i in np.flatnonzero((place == b) & (fold == half)):
                 found[i], chosen[i] = table[setting][i], setting
     return found, chosen
 
 
-def _best(table: Mapping[str, Array], rows: Sequence[bool] | NDArray[np.bool_]) -> str:
-    """The setting that solves most of some prompts; the first of equal ones, and of all if there are no prompts."""
-    return max(table, key=lambda name: float(table[name][rows].mean()) if np.any(rows) else 0.0)
+def _best(table: Mapping[str, Array], rows: NDArray[np.bool_], tokens: Mapping[str, Array] | None) -> str:
+    """The setting that solves most of some prompts; of all if there are no prompts, the first.
+
+    With `tokens` the cheapest of those that solve at most a point less than the best.
+    """
+    if not rows.any():
+        return next(iter(table))
+    solved = {name: float(values[rows].mean()) for name, values in table.items()}
+    most = max(solved.values())
+    if tokens is None:
+        return next(name for name, value in solved.items() if value == most)
+    good = [name for name, value in solved.items() if value >= most - 0.01]
+    return min(good, key=lambda name: float(tokens[name][rows].mean()))

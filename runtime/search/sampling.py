@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -58,12 +59,14 @@ class Adaptive:
         price: of one completion, in units of the score.
         ceiling: no score is greater; 1 for probabilities.
         confidence: that the leader stays ahead, 0.5 to 1.
+        rule: `gain` or `leader` is the first or the second rule whatever the vote; `auto` goes by the vote.
     """
 
     batch: int = 4
     price: float = 0.01
     ceiling: float = 1.0
     confidence: float = 0.95
+    rule: Literal["auto", "gain", "leader"] = "auto"
 
     def __post_init__(self) -> None:
         if not isinstance(self.batch, int) or self.batch < 1:
@@ -74,9 +77,13 @@ class Adaptive:
             raise InputError(f"ceiling: expected a number; got {self.ceiling!r}")
         if not 0.5 <= self.confidence < 1:
             raise InputError(f"confidence: expected at least 0.5 and below 1; got {self.confidence!r}")
+        if self.rule not in ("auto", "gain", "leader"):
+            raise InputError(f"rule: expected auto, gain or leader; got {self.rule!r}")
 
     def run(self, tree: Tree, budget: int) -> list[Branch]:
         """The finished branches: the first of those that `Sampling` gives."""
+        if self.rule == "leader" and tree.answer_of is None:
+            raise InputError("rule: 'leader' needs a vote; pass answers, and vote='weighted' or 'majority'")
         roots, done = tree.roots(budget), list[Branch]()
         while len(done) < budget:
             batch = roots[len(done) : len(done) + self.batch]
@@ -87,7 +94,7 @@ class Adaptive:
         return done
 
     def _is_enough(self, tree: Tree, done: Sequence[Branch]) -> bool:
-        if tree.answer_of is not None:
+        if tree.answer_of is not None and self.rule != "gain":
             return leader_is_safe([tree.answer_of(branch) for branch in done], self.confidence)
         scores = tree.rate(done)
         best = np.nanmax(scores) if not np.isnan(scores).all() else -math.inf

@@ -52,7 +52,20 @@ def parsed(text):
     return parser
 
 
-PIECES = ["12", "-", "3=", ";", "\n", "<script>alert(1)</script>", "&amp;", "é漢", ' "', "</span>"]
+PIECES = [
+    "12",
+    "-",
+    "3=",
+    ";",
+    "\n",
+    "<script>alert(1)</script>",
+    "&amp;",
+    "é漢",
+    ' "',
+    "</span>",
+    "\u202e",
+    "\x1b[31m",
+]
 
 
 def made_search(rng, tree=True):

@@ -185,6 +185,13 @@ def test_adaptive_votes_until_the_leader_is_safe(table):
     assert len(result.candidates) == enough
 
 
+def test_adaptive_may_stop_by_gain_and_vote(table):
+    plain = run(table, "adaptive", 40, batch=2, price=0.05)
+    voted = run(table, "adaptive", 40, batch=2, price=0.05, rule="gain", vote="weighted", answers=first)
+    assert sequences(plain) == sequences(voted)
+    assert voted.best_index == run(table, "weighted", len(plain.candidates), answers=first).best_index
+
+
 def test_leader_is_safe_is_the_share_of_a_beta_distribution(rng):
     for _ in range(20):
         first_count, second = sorted(rng.integers(0, 12, 2))[::-1]
@@ -275,6 +282,8 @@ def test_a_deadline_cuts_and_still_chooses(table):
         ("self_certainty", {"power": -1}, "power: expected"),
         ("adaptive", {"price": 0}, "price: expected"),
         ("adaptive", {"confidence": 1.0}, "confidence: expected"),
+        ("adaptive", {"rule": "leader"}, "needs a vote"),
+        ("adaptive", {"rule": "x"}, "rule: expected"),
         ("pruned", {"keep": 0}, "keep: expected"),
         ("revisions", {"chains": 9}, "8 attempts are fewer than 9 chains"),
         ("revisions", {"memory": 40}, "leave no room"),

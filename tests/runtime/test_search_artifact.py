@@ -15,7 +15,7 @@ from bonnx.models import load_checkpoint
 from bonnx.models.countdown import CHECKPOINT
 from bonnx.models.countdown.puzzle import check, parse_prompt
 from bonnx.models.countdown.vocabulary import END, decode, encode
-from bonnx.runtime.search import Choice, Policy, fit_policy
+from bonnx.runtime.search import Choice, Policy, cross_validated, fit_policy
 from tests.tolerance import RUNTIME, within
 
 PUZZLE = "3,7,12,25>98:"
@@ -191,3 +191,11 @@ def test_the_command_searches(countdown, puzzler, tmp_path):
         done = command("generate", countdown, PUZZLE, "-n", 8, *wrong)
         assert done.returncode == 2
         assert message in done.stderr
+
+
+def test_of_settings_within_a_point_the_cheapest_is_taken():
+    table = {"dear": np.full(40, 0.905), "cheap": np.full(40, 0.9), "poor": np.full(40, 0.5)}
+    tokens = {"dear": np.full(40, 9.0), "cheap": np.full(40, 2.0), "poor": np.full(40, 1.0)}
+    place = np.arange(40) % 2
+    assert set(cross_validated(table, place)[1]) == {"dear"}
+    assert set(cross_validated(table, place, tokens=tokens)[1]) == {"cheap"}

@@ -57,6 +57,21 @@ def test_labels_of_a_completion():
     assert list(marked.values())[1:] == [0.0, 0.0, 0.0]
 
 
+def test_outcome_labels_are_the_whole_completions():
+    for text, right in (("12+3=15;15*7=105;105-25=80;", 1.0), ("12+3=15;15*7=105;105-25=81;", 0.0)):
+        completion = [*encode(text), END, PAD]
+        labels = train.label(Puzzle((3, 7, 12, 25), 80), completion, "outcome")
+        marked = {i: value for i, value in enumerate(labels) if value != train.IGNORED}
+        assert [completion[i] for i in marked] == [STEP, STEP, STEP, END]
+        assert set(marked.values()) == {right}
+
+
+def test_a_run_of_another_size_is_refused(tmp_path):
+    train.train(tmp_path, **SHORT, seed=5, size="small")
+    with pytest.raises(SystemExit, match="give the same --size"):
+        train.train(tmp_path, **SHORT, seed=5)
+
+
 def test_spoiled_completions_are_never_right():
     rng = random.Random()
     ended_early = changed = 0

@@ -1,0 +1,98 @@
+"""The recipe for revisions: what is shown, what is learned, and that a stopped run goes on."""
+
+import random
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from bonnx.models import load_checkpoint
+from bonnx.models.countdown import CHECKPOINT, train
+from bonnx.models.countdown.puzzle import check, held_out, parse_prompt
+from bonnx.models.countdown.revise import MEMORY, chain_batch, distance, revise, revision, revision_batch
+from bonnx.models.countdown.train import IGNORED, draw_puzzles, label
+from bonnx.models.countdown.vocabulary import END, PAD, decode, encode
+
+
+@pytest.fixture(scope="module")
+def base():
+    return load_checkpoint(CHECKPOINT)[0]
+
+
+def slow_distance(a, b):
+    if not a or not b:
+        return len(a) + len(b)
+    same = slow_distance(a[1:], b[1:]) + (a[0] != b[0])
+    return min(same, slow_distance(a[1:], b) + 1, slow_distance(a, b[1:]) + 1)
+
+
+def test_distance_is_the_recursion():
+    rng = random.Random()
+    for _ in range(40):
+        a, b = ([rng.randrange(3) for _ in range(rng.randrange(6))] for _ in range(2))
+        assert distance(a, b) == slow_distance(a, b)
+
+
+def test_wrong_attempts_are_shown_and_the_nearest_is_last():
+    rng = random.Random()
+    for puzzle, solution in draw_puzzles(rng, 4, 60, test=False):
+        right = [*encode(solution), END]
+        attempts = []
+        for _ in range(rng.randrange(8)):
+            changed = list(right)
+            for _ in range(rng.randrange(4)):
+                changed[rng.randrange(len(changed) - 1)] = rng.randrange(1, 100)
+            attempts.append(changed)
+        shown, target = revision(rng, puzzle, solution, attempts)
+        assert check(puzzle, decode(target))
+        assert len(shown) <= MEMORY
+        assert all(not check(puzzle, decode(attempt)) and attempt in attempts for attempt in shown)
+        if shown:
+            assert distance(shown[-1], target) == min(distance(attempt, target) for attempt in shown)
+        if any(check(puzzle, decode(attempt)) for attempt in attempts):
+            assert target in attempts
+
+
+def test_only_the_right_attempt_is_learned(base):
+    inputs, targets = revision_batch(base, random.Random(), 12)
+    for row, learned in zip(inputs.tolist(), targets.tolist(), strict=True):
+        written = row[: row.index(PAD)] if PAD in row else row
+        prompt, *attempts = decode(written).replace(":", ":\x00", 1).split("\x00")
+        puzzle = parse_prompt(prompt)
+        assert not held_out(puzzle)
+        attempts = attempts[0].rstrip("\n").split("\n")
+        assert check(puzzle, attempts[-1])
+        assert not any(check(puzzle, attempt) for attempt in attempts[:-1])
+        places = [i for i, token in enumerate(learned) if token != IGNORED]
+        assert [learned[i] for i in places] == [*encode(attempts[-1]), END]
+        assert [row[i + 1] for i in places] == [learned[i] for i in places]
+
+
+def test_each_attempt_of_a_chain_is_labelled_by_itself(base):
+    ids, labels = chain_batch(base, random.Random(), 3, 8)
+    for row, said in zip(ids.tolist(), labels.tolist(), strict=True):
+        start = row.index(encode(":")[0]) + 1
+        puzzle = parse_prompt(decode(row[:start]))
+        assert set(said[:start]) == {IGNORED}
+        while start < len(row):
+            end = row.index(END, start) + 1
+            assert said[start:end] == label(puzzle, row[start:end])
+            start = end
+
+
+def test_a_stopped_run_goes_on(tmp_path, monkeypatch):
+    revise(tmp_path / "whole", steps=2, rows=4, seed=3)
+    with monkeypatch.context() as patch:
+        advance = train.Run.advance
+
+        def interrupted(run, loss, rate):
+            if run.step == 1:
+                raise KeyboardInterrupt
+            advance(run, loss, rate)
+
+        patch.setattr(train.Run, "advance", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            revise(tmp_path / "parts", steps=2, rows=4, seed=3, save_every=1)
+    revise(tmp_path / "parts", steps=2, rows=4, seed=3, save_every=1)
+    whole, parts = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts"))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
