@@ -1,5 +1,6 @@
 """The miniature's figures against plain counting, and a run that was stopped."""
 
+import gzip
 import json
 
 import numpy as np
@@ -86,6 +87,9 @@ def test_a_line_that_was_not_written_whole_is_cut_off(tmp_path):
     assert finished(path) == {"shipped/pool/0": {"right": [1]}}
     assert path.read_text() == whole
     assert finished(tmp_path / "none") == {}
+    path.with_suffix(".jsonl.gz").write_bytes(gzip.compress(whole.encode()))
+    path.unlink()
+    assert finished(path) == {"shipped/pool/0": {"right": [1]}}
 
 
 def test_puzzles_are_held_out_and_the_first_ones_stay(rng):

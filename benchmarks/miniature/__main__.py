@@ -1,12 +1,14 @@
 """`python -m benchmarks.miniature RUN` computes what is missing in RUN and draws; `--draw` only draws.
 
 A run that was stopped, in whatever way, goes on where it was: every finished task is one line of `results.jsonl`.
-`python -m benchmarks.miniature RUN --puzzles 20 --table` runs every method on 20 puzzles and prints accuracy and cost.
+`python -m benchmarks.miniature RUN --models shipped --puzzles 20 --table` runs every method on 20 puzzles and prints
+accuracy and cost.
 """
 
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 import subprocess
 import sys
@@ -40,9 +42,11 @@ def export(folder: Path, models: Collection[str]) -> Path:
 
 
 def finished(path: Path) -> dict[str, Any]:
-    """Results by task; a last line that was not written whole is cut off."""
+    """Results by task, of a run or packed; a last line that was not written whole is cut off."""
+    packed = path.with_suffix(".jsonl.gz")
     if not path.is_file():
-        return {}
+        lines = gzip.decompress(packed.read_bytes()).splitlines() if packed.is_file() else []
+        return {line["task"]: line["result"] for line in map(json.loads, lines)}
     data = path.read_bytes()
     whole = data[: data.rfind(b"\n") + 1]
     if len(whole) < len(data):

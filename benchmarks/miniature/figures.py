@@ -8,10 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
+from matplotlib.figure import Figure as Canvas
 from numpy.typing import NDArray
 
 from bonnx.runtime.folder import read_verified
+from bonnx.runtime.report import Figure
+from bonnx.runtime.report.curves import plot
 from bonnx.runtime.search import Choice, Policy, cross_validated, fit_policy, quantile_bins
 
 from .work import BUDGETS, CHAINS, METHODS, POOL, PRUNED
@@ -22,6 +26,7 @@ Array = NDArray[np.float64]
 BINS = ["1 (easiest)", "2", "3", "4", "5 (hardest)"]
 # Completions whose mean score says how hard a prompt is, where their cost is counted.
 FEW = 4
+_PICTURE = ("methods", "search", "saving", "optimal")
 # Of one more completion, in units of the score.
 PRICES = (0.1, 0.05, 0.02, 0.01, 0.005, 0.002)
 _AGGREGATIONS: dict[str, Callable[[Sequence[float], float], float]] = {
@@ -127,7 +132,8 @@ def interval(values: Array, seed: int = 0) -> dict[str, float]:
     """Mean in per cent and its 95% bootstrap interval over puzzles."""
     rows = np.random.default_rng(seed).integers(len(values), size=(2000, len(values)))
     low, high = np.percentile(values[rows].mean(1), [2.5, 97.5])
-    return {"y": round(100 * values.mean(), 2), "low": round(100 * low, 2), "high": round(100 * high, 2)}
+    found = {"y": values.mean(), "low": low, "high": high}
+    return {name: round(100 * float(value), 2) for name, value in found.items()}
 
 
 def line(name: str, points: Sequence[tuple[float | str, Array]]) -> dict[str, Any]:
@@ -437,11 +443,19 @@ def policy(results: Mapping[str, Any], artifact: Path) -> Policy:
 
 
 def draw(results: Mapping[str, Any], folder: Path) -> None:
-    """Write `figures.json`, for `bonnx report`, and `policy.json`."""
+    """Write `figures.json`, for `bonnx report`, `policy.json`, and `figures.png` with four of the figures."""
     artifact = folder / "models" / "shipped"
     if artifact.is_dir():
         policy(results, artifact).save(folder / "policy.json")
-    (folder / "figures.json").write_text(json.dumps(figures(results), indent=1) + "\n", encoding="utf-8")
+    drawn = figures(results)
+    (folder / "figures.json").write_text(json.dumps(drawn, indent=1) + "\n", encoding="utf-8")
+    canvas = Canvas(figsize=(11, 9.5), dpi=110, layout="constrained")
+    shown = [figure for figure in msgspec.convert(drawn, list[Figure]) if figure.id in _PICTURE]
+    for axes, figure in zip(canvas.subplots(2, 2).flat, shown, strict=True):
+        plot(axes, figure)
+        axes.set_title(figure.title)
+        axes.legend(fontsize=8, frameon=False)
+    canvas.savefig(folder / "figures.png")
 
 
 def table(results: Mapping[str, Any], count: int) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import InputError
 from .read import Figure
 
-__all__ = ["picture"]
+__all__ = ["picture", "plot"]
 
 # Okabe and Ito's colours, which colour-blind people tell apart; markers and dashes say the same once more.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
@@ -32,12 +32,7 @@ def picture(figure: Figure) -> str:
     ):
         canvas = Canvas(figsize=(5.4, 4.6), layout="constrained")
         axes = canvas.subplots()
-        (_bars if figure.x_scale == "category" else _lines)(axes, figure)
-        axes.set_xlabel(figure.x_label)
-        axes.set_ylabel(figure.y_label)
-        axes.grid(axis="y", alpha=0.3)
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
+        plot(axes, figure)
         long = len(figure.series) < 4 or max(len(series.name) for series in figure.series) > 28
         canvas.legend(loc="outside lower center", ncols=1 if long else 2, frameon=False, fontsize=9.5)
         file = io.StringIO()
@@ -49,6 +44,16 @@ def picture(figure: Figure) -> str:
         svg = svg.replace(f'id="{name}"', f'id="{figure.id}-{name}"')
         svg = svg.replace(f'#{name}"', f'#{figure.id}-{name}"').replace(f"url(#{name})", f"url(#{figure.id}-{name})")
     return re.sub(r'<svg ([^>]*?)width="[^"]*" height="[^"]*"|<svg height="[^"]*" ', _scalable, svg, count=1)
+
+
+def plot(axes: Any, figure: Figure) -> None:
+    """Draw a figure into axes of matplotlib, without its legend."""
+    (_bars if figure.x_scale == "category" else _lines)(axes, figure)
+    axes.set_xlabel(figure.x_label)
+    axes.set_ylabel(figure.y_label)
+    axes.grid(axis="y", alpha=0.3)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
 
 
 def _scalable(match: re.Match[str]) -> str:
