@@ -12,9 +12,9 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes.common import InlinePass
 
-__all__ = ["DOMAIN", "Builder", "finish", "name_value"]
+__all__ = ["DOMAIN", "IR_VERSION", "Builder", "finish", "name_value"]
 
-# Functions are called under this name and inlined before a graph is written.
+# Of functions and marks, which are inlined or taken out before a graph is written.
 DOMAIN = "bonnx"
 # What the exporter of PyTorch writes; runtimes back to ONNX Runtime 1.18 read it.
 IR_VERSION = 10

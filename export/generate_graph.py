@@ -38,6 +38,7 @@ class PromptGraph(nn.Module):
         cache: list[Tensor] = []
         for layer, mask in zip(trunk.layers[:-1], masks[:-1], strict=True):
             assert isinstance(layer, Layer)
+            x = trunk.enter(x)
             y = layer.attention_norm(x)
             q, k, v = layer.queries(y, cos, sin), layer.keys(y, cos, sin), layer.values(y, batch)
             cache += [shared_keys(k, real), shared_values(v)]
@@ -45,6 +46,7 @@ class PromptGraph(nn.Module):
         # In the last layer only each prompt's last token is read further.
         layer = trunk.layers[-1]
         assert isinstance(layer, Layer)
+        x = trunk.enter(x)
         y = layer.attention_norm(x)
         k, v = layer.keys(y, cos, sin), layer.values(y, batch)
         cache += [shared_keys(k, real), shared_values(v)]
@@ -90,6 +92,7 @@ class StepGraph(nn.Module):
             kv_heads, size, group = layer.kv_heads, layer.size, layer.heads // layer.kv_heads
             keys, values, own_k, own_v = cache[4 * i : 4 * i + 4]
             near, reach = windows[i]
+            x = trunk.enter(x)
             y = layer.attention_norm(x)
             q, k = layer.queries(y, cos, sin), layer.keys(y, cos, sin)
             own_k = torch.cat([own_k, k.reshape(count, batch, kv_heads, 1, size)], 3)

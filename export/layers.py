@@ -18,15 +18,18 @@ from torch import Tensor, nn
 
 from ..models.config import NetworkConfig
 from ..models.network import Block, LanguageModel, TwoHeadedNetwork, rotation
+from .builder import DOMAIN
 from .products import QuantizedNorm, product
 from .quantize import Linear8
 
-__all__ = ["MASKED", "Layer", "Trunk", "additive"]
+__all__ = ["MARK", "MASKED", "Layer", "Trunk", "additive"]
 
 T = TypeVar("T")
 
 # Far below any attention logit, far above the float32 minimum: two of them can be added.
 MASKED = -1e30
+# The operator that stands where a layer begins, until `repeat.py` takes it out.
+MARK = "Layer"
 
 
 def additive(allowed: Tensor) -> Tensor:
@@ -100,6 +103,8 @@ class Trunk(nn.Module):
         projection = network.input_projection
         self.projection = None if isinstance(projection, nn.Identity) else product(projection)
         self.layers = nn.ModuleList(Layer(block, fused=fused) for block in network.layers())
+        self.windows = self.config.windows
+        self.marked = False
         final = network.final_norm
         # `rotate.py` puts a product before the norm.
         self.final_norm = nn.Sequential(product(final[0]), final[1]) if isinstance(final, nn.Sequential) else final
@@ -123,9 +128,15 @@ class Trunk(nn.Module):
 
     def for_each_window(self, make: Callable[[int | None], T]) -> list[T]:
         """What is made of each layer's sliding window, equal ones once."""
-        windows = self.config.windows
-        made = {window: make(window) for window in dict.fromkeys(windows)}
-        return [made[window] for window in windows]
+        made = {window: make(window) for window in dict.fromkeys(self.windows)}
+        return [made[window] for window in self.windows]
+
+    def enter(self, x: Tensor) -> Tensor:
+        """The residual stream (M, D) on its way into a layer, unchanged."""
+        if not self.marked:
+            return x
+        marked: Tensor = torch.onnx.ops.symbolic(f"{DOMAIN}::{MARK}", (x,), {}, dtype=x.dtype, shape=x.shape)
+        return marked
 
     def score(self, normed: Tensor) -> Tensor:
         """Normed backbone (M, D) -> one score each (M,), the activation applied."""

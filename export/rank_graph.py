@@ -45,6 +45,7 @@ class RankGraph(nn.Module):
         x = trunk.project(x.reshape(batch * total, x.shape[-1]))
         for layer, mask in zip(trunk.layers[:-1], masks[:-1], strict=True):
             assert isinstance(layer, Layer)
+            x = trunk.enter(x)
             y = layer.attention_norm(x)
             q, k, v = layer.queries(y, cos, sin), layer.keys(y, cos, sin), layer.values(y, batch)
             first = attend(q[:, :prompt_length], k[:, :prompt_length], v[:, :prompt_length], mask.prompt)
@@ -53,6 +54,7 @@ class RankGraph(nn.Module):
         # In the last layer nothing reads the prompt's own output: only its keys and values are computed.
         layer = trunk.layers[-1]
         assert isinstance(layer, Layer)
+        x = trunk.enter(x)
         y = layer.attention_norm(x)
         k, v = layer.keys(y, cos, sin), layer.values(y, batch)
         x, y = (t.reshape(batch, total, -1)[:, prompt_length:].reshape(batch * count * length, -1) for t in (x, y))

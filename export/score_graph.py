@@ -33,6 +33,7 @@ class ScoreGraph(nn.Module):
         x = trunk.project(x.reshape(rows * length, x.shape[-1]))
         for layer, mask in zip(trunk.layers, masks, strict=True):
             assert isinstance(layer, Layer)
+            x = trunk.enter(x)
             y = layer.attention_norm(x)
             q, k, v = layer.queries(y, cos, sin), layer.keys(y, cos, sin), layer.values(y, rows)
             x = layer.finish(x, attend(q, k, v, mask).reshape(rows * length, layer.heads * layer.size))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import onnx_ir as ir
 import torch
@@ -21,6 +22,7 @@ from .generate_steps import decode_graph, prefill_graph
 from .layers import Trunk
 from .products import VocabularyHead
 from .rank_graph import RankGraph
+from .repeat import Opened, Repetition
 from .score_graph import ScoreGraph
 from .selection import append_selection
 from .widen import widened
@@ -32,28 +34,47 @@ DEFAULT_OPSET = 23
 OPSETS = (18, 23)
 
 
+class _Source(NamedTuple):
+    """What is traced, and how."""
+
+    trunk: Trunk
+    opset: int
+    repetition: Repetition | None
+    """None: the trunk has all of its layers."""
+
+    @property
+    def layers(self) -> Sequence[int]:
+        """The layers that are traced."""
+        return range(self.trunk.config.num_layers) if self.repetition is None else self.repetition.traced
+
+
 def trace_graphs(
-    model: LanguageModel | TwoHeadedNetwork, scoring: Scoring, *, opset: int = DEFAULT_OPSET
+    model: LanguageModel | TwoHeadedNetwork, scoring: Scoring, *, opset: int = DEFAULT_OPSET, whole: bool = False
 ) -> Iterator[tuple[str, ir.Model]]:
     """The graphs of a model in inference mode by their names, weights inside: `score` and `rank`.
 
     Of a model with a vocabulary head also `generate`, `prefill` and `decode`. One after the other, so that what is
     written need not stay in memory.
+
+    With `whole` every layer is traced, though most are like another one: for tests.
     """
     functions = [*sampling.FUNCTIONS, *selection.FUNCTIONS]
-    for name, graph in _graphs(model, scoring, opset):
+    for name, graph in _graphs(model, scoring, opset, whole):
         yield name, finish(graph, functions, opset)
         del graph
 
 
-def _graphs(model: LanguageModel | TwoHeadedNetwork, scoring: Scoring, opset: int) -> Iterator[tuple[str, ir.Graph]]:
+def _graphs(
+    model: LanguageModel | TwoHeadedNetwork, scoring: Scoring, opset: int, whole: bool
+) -> Iterator[tuple[str, ir.Graph]]:
     trunk = Trunk(model, activation=scoring.activation, label=scoring.label, fused=opset >= 23).eval()
     width = None if isinstance(model, LanguageModel) else trunk.config.embed_dim
-    yield "score", _trace_score(trunk, width, opset)
-    yield "rank", _trace_rank(trunk, width, opset)
+    source = _Source(trunk, opset, None if whole else Repetition(trunk))
+    yield "score", _trace_score(source, width)
+    yield "rank", _trace_rank(source, width)
     if isinstance(model, LanguageModel) and model.config.vocabulary_head:
         head = VocabularyHead(model)
-        prompt, step = _trace_prompt(trunk, head, opset), _trace_step(trunk, head, opset)
+        prompt, step = _trace_prompt(source, head), _trace_step(source, head)
         ours = widened(prompt.clone(), ir.DataType.FLOAT16), widened(step.clone(), ir.DataType.FLOAT16)
         yield "generate", generate_graph(*ours, trunk.config, scoring.pad_token)
         yield "prefill", prefill_graph(prompt)
@@ -64,12 +85,12 @@ def _example(*shape: int, width: int | None = None) -> Tensor:
     return torch.zeros(shape, dtype=torch.int64) if width is None else torch.zeros((*shape, width))
 
 
-def _trace_score(trunk: Trunk, width: int | None, opset: int) -> ir.Graph:
+def _trace_score(source: _Source, width: int | None) -> ir.Graph:
     # Sizes that no other axis has: equal ones would be taken for the same axis, and 1 for a constant.
     examples = {"input_ids" if width is None else "inputs_embeds": _example(6, 5, width=width)}
     examples["attention_mask"] = torch.ones(6, 5, dtype=torch.int64)
     rows = ["rows", "sequence"]
-    graph = _trace(ScoreGraph(trunk), examples, [rows, rows], {"backbone": rows, "scores": rows}, opset)
+    graph = _trace(source, ScoreGraph(source.trunk), examples, [rows, rows], {"backbone": rows, "scores": rows})
     count = ir.val("num_candidates", ir.DataType.INT64, [])
     graph.inputs.append(count)
     b = Builder("selection")
@@ -79,7 +100,7 @@ def _trace_score(trunk: Trunk, width: int | None, opset: int) -> ir.Graph:
     return graph
 
 
-def _trace_rank(trunk: Trunk, width: int | None, opset: int) -> ir.Graph:
+def _trace_rank(source: _Source, width: int | None) -> ir.Graph:
     suffix = "ids" if width is None else "embeds"
     examples = {
         f"prompt_{suffix}": _example(2, 5, width=width),
@@ -88,42 +109,43 @@ def _trace_rank(trunk: Trunk, width: int | None, opset: int) -> ir.Graph:
         "candidate_mask": torch.ones(3, 2, 4, dtype=torch.int64),
     }
     prompt, candidate = ["batch", "prompt_length"], ["num_candidates", "batch", "length"]
-    graph = _trace(RankGraph(trunk), examples, [prompt, prompt, candidate, candidate], {"scores": candidate}, opset)
+    axes = [prompt, prompt, candidate, candidate]
+    graph = _trace(source, RankGraph(source.trunk), examples, axes, {"scores": candidate})
     append_selection(graph, Builder("selection"), graph.outputs[0], graph.inputs[3])
     return graph
 
 
-def _trace_prompt(trunk: Trunk, head: VocabularyHead, opset: int) -> ir.Graph:
+def _trace_prompt(source: _Source, head: VocabularyHead) -> ir.Graph:
     examples = {"input_ids": _example(2, 5), "attention_mask": torch.ones(2, 5, dtype=torch.int64)}
     prompt = ["batch", "prompt_length"]
     outputs: dict[str, Sequence[str | None]] = {"logits": ["batch"]}
-    outputs |= dict(_cache_axes(trunk.config.num_layers, own=False))
-    return _trace(PromptGraph(trunk, head), examples, [prompt, prompt], outputs, opset)
+    outputs |= dict(_cache_axes(source.layers, own=False))
+    return _trace(source, PromptGraph(source.trunk, head), examples, [prompt, prompt], outputs)
 
 
-def _trace_step(trunk: Trunk, head: VocabularyHead, opset: int) -> ir.Graph:
-    config = trunk.config
+def _trace_step(source: _Source, head: VocabularyHead) -> ir.Graph:
+    config = source.trunk.config
     heads, size = config.num_kv_heads, config.size_of_head
     rows = ["num_candidates", "batch"]
     examples = {"tokens": _example(3, 2), "attention_mask": torch.ones(2, 5, dtype=torch.int64)}
     axes: list[list[str | None]] = [[*rows], ["batch", "prompt_length"]]
     shapes: dict[str, tuple[int, ...]] = {"prompt_key": (2, heads, size + 2, 6), "prompt_value": (2, heads, 6, size)}
     shapes |= dict.fromkeys(("key", "value"), (3, 2, heads, 4, size))
-    for name, names in _cache_axes(config.num_layers, own=True):
+    for name, names in _cache_axes(source.layers, own=True):
         examples[name] = torch.zeros(shapes[name.split(".")[0]])
         axes.append(names)
     outputs: dict[str, Sequence[str | None]] = {"scores": rows, "logits": rows}
     outputs |= {
         f"grown_{name}": [*rows, None, "grown_length"]
-        for name, _ in _cache_axes(config.num_layers, own=True)
+        for name, _ in _cache_axes(source.layers, own=True)
         if not name.startswith("prompt")
     }
-    return _trace(StepGraph(trunk, head), examples, axes, outputs, opset)
+    return _trace(source, StepGraph(source.trunk, head), examples, axes, outputs)
 
 
-def _cache_axes(layers: int, *, own: bool) -> Iterator[tuple[str, list[str | None]]]:
+def _cache_axes(layers: Iterable[int], *, own: bool) -> Iterator[tuple[str, list[str | None]]]:
     """Names of the cache's tensors, layer by layer, and their dynamic axes; None is a fixed one."""
-    for i in range(layers):
+    for i in layers:
         yield f"prompt_key.{i}", ["batch", None, None, "prompt_length + 1"]
         yield f"prompt_value.{i}", ["batch", None, "prompt_length + 1"]
         if own:
@@ -132,31 +154,29 @@ def _cache_axes(layers: int, *, own: bool) -> Iterator[tuple[str, list[str | Non
 
 
 def _trace(
+    source: _Source,
     module: nn.Module,
     examples: dict[str, Tensor],
     axes: Sequence[Sequence[str | None]],
     outputs: dict[str, Sequence[str | None]],
-    opset: int,
 ) -> ir.Graph:
     """Trace with the named axes dynamic; an axis without a name, or beyond `axes`, is of fixed size."""
-    shapes = [{i: torch.export.Dim.DYNAMIC for i, name in enumerate(names) if name} for names in axes]
-    if isinstance(module, StepGraph):
-        # Its cache is one argument of many tensors.
-        shapes[2:] = [tuple(shapes[2:])]  # type: ignore[list-item]
+    shapes = tuple({i: torch.export.Dim.DYNAMIC for i, name in enumerate(names) if name} for names in axes)
+    weights = {} if source.repetition is None else source.repetition.weights()
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
-            module.eval(),
-            tuple(examples.values()),
-            input_names=list(examples),
+            Opened(module, weights).eval(),
+            (tuple(weights.values()), *examples.values()),
+            input_names=[*weights, *examples],
             output_names=list(outputs),
-            dynamic_shapes=tuple(shapes),
-            opset_version=opset,
+            dynamic_shapes=(({},) * len(weights), shapes),
+            opset_version=source.opset,
             dynamo=True,
             verbose=False,
         )
     assert program is not None
     graph = program.model.graph
-    for values, names in ((graph.inputs, axes), (graph.outputs, outputs.values())):
+    for values, names in ((graph.inputs[len(weights) :], axes), (graph.outputs, outputs.values())):
         for value, dimensions in zip(values, names, strict=True):
             assert value.shape is not None
             assert value.dtype is not None
@@ -164,6 +184,10 @@ def _trace(
             found: list[int | str | ir.SymbolicDim] = [*value.shape]
             found[: len(dimensions)] = [name or size for name, size in zip(dimensions, found, strict=False)]
             name_value(value, value.name, value.dtype, found)
+    for value in [*graph.initializers.values()]:
+        value.name = str(value.name).removeprefix("inner.")
+    if source.repetition is not None:
+        source.repetition.repeat(graph)
     widened(graph, ir.DataType.BFLOAT16)
     _keep_fusable(graph)
     # What the tracer noted about inner values and their places in the source is of no use to a runtime.
