@@ -362,8 +362,8 @@ def matched(run: Run) -> list[dict[str, Any]]:
     rules = [("R = 22", 16), ("R = 0.79", 64), ("R = 0.16", 256)]
     series = [
         line(
-            f"small, best of {n} ({ratio})",
-            [(label, small.accuracy(n, by_score, small.score)[rows]) for label, rows in groups],
+            f"small, best of {n} weighted ({ratio})",
+            [(label, small.accuracy(n, weighted, small.score)[rows]) for label, rows in groups],
         )
         for ratio, n in rules
     ]
@@ -469,4 +469,13 @@ def table(results: Mapping[str, Any], count: int) -> str:
             values = run.accuracy[budget].get(name)
             cells.append("-" if values is None else f"{100 * values.mean():.1f}, {run.tokens[budget][name].mean():.0f}")
         lines.append(f"| {name} | {' | '.join(cells)} |")
+    cut = [[searched(results, "shipped", PRUNED, run.count, budget, column) for column in (0, 1)] for budget in BUDGETS]
+    if all(right is not None and spent is not None for right, spent in cut):
+        cells = [f"{100 * right.mean():.1f}, {spent.mean():.0f}" for right, spent in cut]  # type: ignore[union-attr]
+        lines.append(f"| {PRUNED} | {' | '.join(cells)} |")
+    chains = [results[key] for key in results if key.startswith("revise/") and int(key.rsplit("/", 1)[1]) < count]
+    if chains:
+        lines += ["", f"Revisions, 32 attempts, weighted, {len(chains)} puzzles (chains x attempts: solved, %): "]
+        shares = [f"{c} x {32 // c}: {100 * np.mean([row[str(c)]['weighted'] for row in chains]):.1f}" for c in CHAINS]
+        lines[-1] += ", ".join(shares)
     return "\n".join(lines)
