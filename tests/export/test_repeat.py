@@ -7,7 +7,7 @@ import onnxruntime
 import pytest
 import torch
 
-from bonnx.export import repeat
+from bonnx.export import repeat, trace
 from bonnx.export.layers import Trunk
 from bonnx.export.quantize import quantized
 from bonnx.export.repeat import Repetition
@@ -22,8 +22,9 @@ SIZES = {"embed_dim": 32, "hidden_size": 32, "num_heads": 4, "num_kv_heads": 2, 
 DYNAMIC = {"kind": "dynamic", "factor": 4.0, "original_max_positions": 3}
 NETWORKS = {
     "one layer": (23, "fp32", {"num_layers": 1}),
-    "windows": (18, "bf16", {"num_layers": 4, "sliding_window": 3, "sliding_layers": [1, 3], "ffn_bias": False}),
-    "norms": (23, "int8", {"num_layers": 3, "qk_norm": True, "rope_scaling": DYNAMIC}),
+    "opset 18, windows": (18, "fp32", {"num_layers": 5, "sliding_window": 3, "sliding_layers": [1, 2, 4]}),
+    "norms, int8": (23, "int8", {"num_layers": 3, "qk_norm": True, "rope_scaling": DYNAMIC}),
+    "bf16": (23, "bf16", {"num_layers": 3, "ffn_bias": False}),
 }
 OPTIONS = {"max_new_tokens": 5, "temperature": 0.8, "top_k": 20, "top_p": 0.9, "seed": 3, "stop_tokens": [2]}
 OPTIONS |= {"step_token": 5, "prune_every": 2, "prune_keep": 0.6}
@@ -100,17 +101,22 @@ def test_the_graphs_are_those_of_a_full_trace(name, rng):
         _same(model, whole[graph], rng)
 
 
-def test_generation_and_its_cache_are_those_of_a_full_trace(rng):
-    model = quantized(_language_model(num_layers=3, sliding_window=3), "int8")
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_generation_and_its_cache_are_those_of_a_full_trace(precision, rng):
+    model = _language_model(num_layers=4, sliding_window=3, sliding_layers=[1])
+    model = quantized(model, precision)
     whole = dict(trace_graphs(model, Scoring(), whole=True))
     found = dict(trace_graphs(model, Scoring()))
-    cache = [f"{name}.{i}" for i in range(3) for name in ("prompt_key", "prompt_value", "key", "value")]
-    assert [value.name for value in found["decode"].graph.inputs][-12:] == cache
+    assert [value.name for value in found["decode"].graph.inputs][-4:] == [
+        f"{name}.3" for name in ("prompt_key", "prompt_value", "key", "value")
+    ]
     for graph in whole:
         _same(found[graph], whole[graph], rng)
 
 
 def test_layers_of_one_kind_are_traced_once(monkeypatch):
+    alike = Repetition(_trunk(_language_model(num_layers=24)))
+    assert alike.traced == [0, 23]
     windows = Repetition(_trunk(_language_model(num_layers=7, sliding_window=3, sliding_layers=[2, 3, 6])))
     assert windows.traced == [0, 2, 6]
     calls = []
@@ -120,10 +126,10 @@ def test_layers_of_one_kind_are_traced_once(monkeypatch):
         calls.append(module)
         return export(module, *args, **options)
 
-    monkeypatch.setattr(torch.onnx, "export", counted)
-    graph = next(trace_graphs(_language_model(num_layers=12), Scoring()))[1].graph
-    assert [len(module.inner.trunk.layers) for module in calls] == [2]
-    assert sum(name.endswith("down.weight") for name in graph.initializers) == 12
+    monkeypatch.setattr(trace.torch.onnx, "export", counted)
+    graph = dict(trace_graphs(_language_model(num_layers=6), Scoring()))["score"].graph
+    assert [len(module.inner.trunk.layers) for module in calls] == [2] * 4
+    assert sum(name.endswith("down.weight") for name in graph.initializers) == 6
 
 
 def test_what_the_nodes_depend_on_makes_a_kind():
@@ -143,7 +149,7 @@ def test_what_the_nodes_depend_on_makes_a_kind():
 
 def test_every_layer_has_its_own_weights_and_they_are_no_copies():
     network = build(**SIZES, num_layers=4).eval()
-    weights = next(trace_graphs(network, Scoring()))[1].graph.initializers
+    weights = dict(trace_graphs(network, Scoring()))["rank"].graph.initializers
     for i, block in enumerate(network.layers()):
         expected = block.ffn.down.weight.detach().numpy()
         found = weights[f"trunk.layers.{i}.down.weight"].const_value.numpy()
@@ -155,7 +161,7 @@ def test_a_change_in_one_layer_changes_no_other():
     network = build(**SIZES, num_layers=4).eval().requires_grad_(False)
 
     def initializers():
-        graph = next(trace_graphs(network, Scoring()))[1].graph
+        graph = dict(trace_graphs(network, Scoring()))["rank"].graph
         return graph, {name: value.const_value.numpy().copy() for name, value in graph.initializers.items()}
 
     # All norms have weights of ones, which are one initializer before the change.
@@ -171,4 +177,4 @@ def test_a_change_in_one_layer_changes_no_other():
 def test_a_dropped_mark_is_noticed(monkeypatch):
     monkeypatch.setattr(repeat, "_marks", lambda graph: [])
     with pytest.raises(AssertionError, match="dropped a mark"):
-        next(trace_graphs(build(**SIZES, num_layers=2).eval(), Scoring()))
+        next(iter(trace_graphs(build(**SIZES, num_layers=2).eval(), Scoring())))
