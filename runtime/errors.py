@@ -10,7 +10,17 @@ BonnxError
 
 from __future__ import annotations
 
-__all__ = ["ArtifactError", "BonnxError", "ExportError", "InputError", "NoWinnerError", "ProviderError"]
+import difflib
+from collections.abc import Iterable
+
+__all__ = ["ArtifactError", "BonnxError", "ExportError", "InputError", "NoWinnerError", "ProviderError", "near_miss"]
+
+
+def near_miss(name: object, known: Iterable[str], otherwise: str = "known options") -> str:
+    """What to say of a name that is not known: the one that was probably meant, or all."""
+    names = [*known]
+    near = difflib.get_close_matches(str(name), names, n=1)
+    return f"did you mean '{near[0]}'?" if near else f"{otherwise}: {', '.join(names)}"
 
 
 class BonnxError(Exception):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,11 +10,11 @@ from typing import Any, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import InputError
+from .errors import InputError, near_miss
 from .inputs import aggregation_code
 from .session import Array
 
-__all__ = ["FINISH_REASONS", "Candidate", "GenerateOptions", "Generation", "Request", "make_request"]
+__all__ = ["FINISH_REASONS", "Candidate", "GenerateOptions", "Generation", "Request", "check_whole", "make_request"]
 
 # `generate.onnx` gives an index into the first three.
 FINISH_REASONS = ("length", "stop", "pruned", "deadline")
@@ -91,6 +90,16 @@ class GenerateOptions(TypedDict, total=False):
     """The share that goes on, rounded up; 0.5 if not given."""
 
 
+def check_whole(name: str, value: object, least: int, otherwise: str = "") -> None:
+    """Refuse what is no whole number of at least `least`; `otherwise` says what else would do.
+
+    Raises:
+        InputError: names it.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not least <= value < 2**63:
+        raise InputError(f"{name}: expected a whole number of at least {least}{otherwise}; got {value!r}")
+
+
 @dataclass(frozen=True)
 class Request:
     """Checked options of one generation.
@@ -116,9 +125,7 @@ class Request:
             if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), int | float | np.number):
                 raise InputError(f"{name}: expected a number; got {getattr(self, name)!r}")
         for name, least in (("n", 1), ("max_new_tokens", 1), ("top_k", 0), ("prune_every", 0), ("seed", -(2**63))):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | np.integer) or not least <= value < 2**63:
-                raise InputError(f"{name}: expected a whole number of at least {least}; got {value!r}")
+            check_whole(name, getattr(self, name), least)
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise InputError(f"temperature: expected a number of at least 0 (0 is greedy); got {self.temperature!r}")
         for name in ("top_p", "prune_keep"):
@@ -145,9 +152,7 @@ def make_request(
     known = GenerateOptions.__annotations__
     for name in options:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean '{near[0]}'?" if near else f"known options: {', '.join(known)}"
-            raise InputError(f"unknown option '{name}' of generate; {hint}")
+            raise InputError(f"unknown option '{name}' of generate; {near_miss(name, known)}")
     defaults = {"n": 1, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 0, "prune_every": 0, "prune_keep": 0.5}
     given = {name: value for name, value in options.items() if value is not None and name != "stop"}
     filled: dict[str, Any] = {**defaults, "aggregation": aggregation, "max_new_tokens": max_new_tokens, **given}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from .limits import check_size
 from .manifest import Manifest
 from .passages import Writer
 from .session import Array, Options, Provider, Session
-from .steps import generate_feeds, grow
+from .steps import clock, generate_feeds, grow
 from .text import Text
 from .vote import Answers, make_ballot
 
@@ -326,7 +325,7 @@ class Model:
             NoWinnerError: every candidate's score is NaN.
         """
         request, ids = self._request(prompt, options)
-        until = _clock(deadline)
+        until = clock(deadline)
         if until is None and on_progress is None:
             result = self._generate(ids, request)
         else:
@@ -344,7 +343,7 @@ class Model:
         To cancel, stop reading: nothing runs between two of them. The options are checked at the call.
         """
         request, ids = self._request(prompt, options)
-        return self._stream(ids, request, _clock(deadline))
+        return self._stream(ids, request, clock(deadline))
 
     def search(
         self,
@@ -393,15 +392,9 @@ class Model:
 
     def _request(self, prompt: Item, options: GenerateOptions) -> tuple[Request, Array]:
         """Everything checked, and the prompt's tokens."""
-        scoring, limits = self.manifest.scoring, self.manifest.limits
         self.session("generate")
         ids = self.reader.prompt(prompt)
-        stops = self.reader.stops(options.get("stop"), scoring)
-        request = make_request(options, stops, scoring.aggregation, max(1, limits.max_tokens - len(ids)))
-        if is_stepwise(request.aggregation) and scoring.step_token is None:
-            raise InputError("a step aggregation needs a step token, and the artifact's scoring rule has none")
-        check_size(self.manifest, request.n, len(ids), request.max_new_tokens, self.options.memory_limit)
-        return request, ids
+        return checked_request(self, ids, options, self.manifest.limits.max_tokens - len(ids)), ids
 
     def _generate(self, ids: Array, request: Request) -> Generation:
         names = ["sequences", "lengths", "scores", "log_probs", "finish_reasons", "candidate_scores", "best_index"]
@@ -448,6 +441,21 @@ class Model:
         return mask
 
 
+def checked_request(model: Model, ids: Array, options: GenerateOptions, room: int) -> Request:
+    """The request of a generation, everything checked; `room` is its longest completion if the options do not say.
+
+    Raises:
+        InputError: an option has no meaning, or it is more than the artifact's limits allow.
+    """
+    scoring = model.manifest.scoring
+    stops = model.reader.stops(options.get("stop"), scoring)
+    request = make_request(options, stops, scoring.aggregation, max(1, room))
+    if is_stepwise(request.aggregation) and scoring.step_token is None:
+        raise InputError("a step aggregation needs a step token, and the artifact's scoring rule has none")
+    check_size(model.manifest, request.n, len(ids), request.max_new_tokens, model.options.memory_limit)
+    return request
+
+
 def _as_rows(feeds: dict[str, Array], suffix: str) -> dict[str, Array]:
     """Inputs of `rank` without a prompt, for `score`."""
     values, mask = feeds[f"candidate_{suffix}"][:, 0], feeds["candidate_mask"][:, 0]
@@ -455,13 +463,6 @@ def _as_rows(feeds: dict[str, Array], suffix: str) -> dict[str, Array]:
     rows["num_candidates"] = np.array(len(values), np.int64)
     kept = ("step_mask", "aggregation", "answer_ids", "vote")
     return rows | {name: feeds[name] for name in kept}
-
-
-def _clock(deadline: float | None) -> float | None:
-    """Seconds from now, on the clock of `time.monotonic`."""
-    if deadline is not None and not deadline > 0:
-        raise InputError(f"deadline: expected seconds above 0; got {deadline!r}")
-    return None if deadline is None else time.monotonic() + deadline
 
 
 def winner(index: int, what: str) -> int:

@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from .aggregate import aggregate
+from .errors import InputError
 from .generation import FINISH_REASONS, Request
 from .inputs import aggregation_code, is_stepwise
 from .session import Array, Session
 
-__all__ = ["Growing", "generate_feeds", "grow"]
+__all__ = ["DEADLINE", "LENGTH", "PRUNED", "STOP", "Growing", "clock", "generate_feeds", "grow", "survivors"]
 
 LENGTH, STOP, PRUNED, DEADLINE = range(len(FINISH_REASONS))
 
@@ -70,13 +71,30 @@ class Growing:
     def prune(self) -> None:
         """Keep the best of those in the race, ended ones included, as `generate` does."""
         found, _ = self._select(np.arange(self.tokens.shape[1]) < self.lengths[:, None])
-        ranked = np.where(self.kept & ~np.isnan(found), found, -np.inf)
-        order = np.argsort(-ranked, kind="stable")
-        limit = max(1, math.ceil(np.float32(self.kept.sum()) * np.float32(self.request.prune_keep) - np.float32(1e-4)))
-        place = np.empty_like(order)
-        place[order] = np.arange(len(order))
-        self.kept &= place < limit
+        self.kept = survivors(found, self.kept, self.request.prune_keep)
         self.reasons[(self.reasons < 0) & ~self.kept] = PRUNED
+
+
+def survivors(scores: Array, kept: Array, keep: float) -> Array:
+    """Who goes on after a pruning, (n,) bool: of those in the race, `kept`, the best share, rounded as in the graph."""
+    ranked = np.where(kept & ~np.isnan(scores), scores, -np.inf)
+    order = np.argsort(-ranked, kind="stable")
+    limit = max(1, math.ceil(np.float32(kept.sum()) * np.float32(keep) - np.float32(1e-4)))
+    place = np.empty_like(order)
+    place[order] = np.arange(len(order))
+    going: Array = kept & (place < limit)
+    return going
+
+
+def clock(deadline: float | None) -> float | None:
+    """When so many seconds from now have passed, on the clock of `time.monotonic`.
+
+    Raises:
+        InputError: they have no meaning.
+    """
+    if deadline is not None and not deadline > 0:
+        raise InputError(f"deadline: expected seconds above 0; got {deadline!r}")
+    return None if deadline is None else time.monotonic() + deadline
 
 
 def grow(

@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
-
-import numpy as np
 
 from ..errors import InputError
+from ..generation import check_whole
 from ..session import Array
 from ..steps import STOP
+from .count import Count, as_count, check_count
 from .tree import Branch, Tree
 
 __all__ = ["Beam", "Lookahead", "Trees"]
@@ -31,24 +30,22 @@ class Beam:
             steps are short many are the same, and without this a beam soon holds little else.
     """
 
-    width: int | Literal["sqrt"] = 4
+    width: Count = 4
     rounds: int = 40
     distinct: bool = True
 
     def __post_init__(self) -> None:
-        if self.width != "sqrt" and (not isinstance(self.width, int) or self.width < 1):
-            raise InputError(f"width: expected a whole number of at least 1, or 'sqrt'; got {self.width!r}")
+        check_count("width", self.width)
         if not isinstance(self.distinct, bool):
             raise InputError(f"distinct: expected True or False; got {self.distinct!r}")
-        if not isinstance(self.rounds, int) or self.rounds < 1:
-            raise InputError(f"rounds: expected a whole number of at least 1; got {self.rounds!r}")
+        check_whole("rounds", self.rounds, 1)
 
     def run(self, tree: Tree, budget: int) -> list[Branch]:
         """The finished branches."""
         return self._search(tree, [budget], self._width(budget))
 
     def _width(self, budget: int) -> int:
-        width = max(1, round(math.sqrt(budget))) if self.width == "sqrt" else int(self.width)
+        width = as_count(self.width, budget)
         if budget < width:
             raise InputError(f"budget: {budget} beams are fewer than the width, {width}; expected at least as many")
         return width
@@ -63,7 +60,7 @@ class Beam:
         for round_ in range(self.rounds + 1):
             tree.grow(active, whole=round_ == self.rounds)
             values, beyond = _values(tree, active, steps)
-            kept: dict[int, Branch] = {}
+            kept: dict[int, list[int]] = {}
             for group in sorted({branch.group for branch in active}):
                 members = [i for i, branch in enumerate(active) if branch.group == group]
                 going = [i for i in members if active[i].reason < 0]
@@ -71,22 +68,21 @@ class Beam:
                 again = _repeated(active, going) if self.distinct else set()
                 # Those that cannot be rated go last.
                 going.sort(key=lambda i: (i in again, -values[i] if not math.isnan(values[i]) else math.inf))
-                kept |= {i: active[i] for i in going[: math.ceil(left[group] / width)]}
-            following = list[Branch]()
+                kept[group] = going[: math.ceil(left[group] / width)]
             for i, branch in enumerate(active):
                 ended = "finished" if branch.reason == STOP else "cut"
-                fate = ended if branch.reason >= 0 else "kept" if i in kept else "dropped"
+                fate = ended if branch.reason >= 0 else "kept" if i in kept[branch.group] else "dropped"
                 tree.note(branch, float(values[i]), round_, fate, beyond.get(i))
                 done += [branch] if branch.reason >= 0 else []
-            for group in dict.fromkeys(branch.group for branch in kept.values()):
-                mine = [branch for branch in kept.values() if branch.group == group]
-                shares = np.full(len(mine), left[group] // len(mine))
-                shares[: left[group] % len(mine)] += 1
-                for branch, share in zip(mine, shares.tolist(), strict=True):
-                    following += tree.fork(branch, share)
-            if not following:
+            active = [
+                branch
+                for group, going in kept.items()
+                for place, i in enumerate(going)
+                # As evenly as can be, the first ones more.
+                for branch in tree.fork(active[i], left[group] // len(going) + (place < left[group] % len(going)))
+            ]
+            if not active:
                 break
-            active = following
         return done
 
 
@@ -104,8 +100,7 @@ class Lookahead(Beam):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.steps, int) or self.steps < 1:
-            raise InputError(f"steps: expected a whole number of at least 1; got {self.steps!r}")
+        check_whole("steps", self.steps, 1)
 
     def run(self, tree: Tree, budget: int) -> list[Branch]:
         """The finished branches."""

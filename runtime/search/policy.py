@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InputError
+from ..folder import replace_file
 from ..manifest import Manifest
 
 __all__ = ["Choice", "Policy", "cross_validated", "fit_policy", "quantile_bins", "read_policy"]
@@ -62,10 +63,7 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the policy as JSON."""
-        target = Path(path)
-        part = target.with_name(target.name + ".part")
-        part.write_bytes(msgspec.json.format(msgspec.json.encode(self), indent=1) + b"\n")
-        part.replace(target)
+        replace_file(Path(path), msgspec.json.format(msgspec.json.encode(self), indent=1) + b"\n")
 
 
 def read_policy(policy: Policy | str | os.PathLike[str], manifest: Manifest) -> Policy:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
 
 from ..errors import InputError
-from ..steps import PRUNED
+from ..generation import check_whole
+from ..steps import PRUNED, survivors
 from .tree import Branch, Tree
 
 __all__ = ["Pruned"]
@@ -27,24 +27,22 @@ class Pruned:
     keep: float = 0.5
 
     def __post_init__(self) -> None:
-        if not isinstance(self.every, int) or self.every < 1:
-            raise InputError(f"every: expected a whole number of at least 1; got {self.every!r}")
+        check_whole("every", self.every, 1)
         if not 0 < self.keep <= 1:
             raise InputError(f"keep: expected above 0 and at most 1; got {self.keep!r}")
 
     def run(self, tree: Tree, budget: int) -> list[Branch]:
         """All branches, those that were pruned among them."""
-        branches = tree.roots(budget)
-        race, length = list(branches), 0
-        while growing := [branch for branch in race if branch.reason < 0]:
+        branches, length = tree.roots(budget), 0
+        race = np.ones(budget, bool)
+        while growing := [branch for branch in branches if branch.reason < 0]:
             length += self.every
             tree.grow(growing, whole=True, up_to=length)
-            if any(branch.reason < 0 and len(branch.tokens) == length for branch in race):
-                ranked = np.nan_to_num(tree.rate(race), nan=-np.inf)
-                order = np.argsort(-ranked, kind="stable")[: max(1, math.ceil(len(race) * self.keep - 1e-4))]
-                kept = sorted(order.tolist())
-                for i in set(range(len(race))) - set(kept):
-                    if race[i].reason < 0:
-                        race[i].reason = PRUNED
-                race = [race[i] for i in kept]
+            if any(branch.reason < 0 for branch in growing):
+                scores = np.full(budget, np.nan, np.float32)
+                scores[race] = tree.rate([branch for branch, kept in zip(branches, race, strict=True) if kept])
+                race = survivors(scores, race, self.keep)
+                for branch, kept in zip(branches, race, strict=True):
+                    if branch.reason < 0 and not kept:
+                        branch.reason = PRUNED
         return branches

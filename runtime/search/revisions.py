@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections import Counter
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
 from ..errors import InputError
+from ..generation import check_whole
 from ..steps import LENGTH, generate_feeds
+from .count import Count, as_count, check_count
 from .tree import Branch, Tree
 
 __all__ = ["Revisions"]
@@ -30,18 +30,16 @@ class Revisions:
         memory: earlier attempts that the next one sees.
     """
 
-    chains: int | Literal["sqrt"] = "sqrt"
+    chains: Count = "sqrt"
     memory: int = 4
 
     def __post_init__(self) -> None:
-        if self.chains != "sqrt" and (not isinstance(self.chains, int) or self.chains < 1):
-            raise InputError(f"chains: expected a whole number of at least 1, or 'sqrt'; got {self.chains!r}")
-        if not isinstance(self.memory, int) or self.memory < 1:
-            raise InputError(f"memory: expected a whole number of at least 1; got {self.memory!r}")
+        check_count("chains", self.chains)
+        check_whole("memory", self.memory, 1)
 
     def run(self, tree: Tree, budget: int) -> list[Branch]:
         """Every attempt; `group` is its chain."""
-        count = max(1, round(math.sqrt(budget))) if self.chains == "sqrt" else self.chains
+        count = as_count(self.chains, budget)
         if budget < count:
             raise InputError(f"budget: {budget} attempts are fewer than {count} chains; expected at least as many")
         done: list[list[Branch]] = [[] for _ in range(count)]

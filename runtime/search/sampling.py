@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 
 from ..errors import InputError
+from ..generation import check_whole
 from ..session import Array
 from .tree import Branch, Tree
 
@@ -69,8 +70,7 @@ class Adaptive:
     rule: Literal["auto", "gain", "leader"] = "auto"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.batch, int) or self.batch < 1:
-            raise InputError(f"batch: expected a whole number of at least 1; got {self.batch!r}")
+        check_whole("batch", self.batch, 1)
         if not self.price > 0:
             raise InputError(f"price: expected a number above 0; got {self.price!r}")
         if not math.isfinite(self.ceiling):
@@ -96,7 +96,7 @@ class Adaptive:
     def _is_enough(self, tree: Tree, done: Sequence[Branch]) -> bool:
         if tree.answer_of is not None and self.rule != "gain":
             return leader_is_safe([tree.answer_of(branch) for branch in done], self.confidence)
-        scores = tree.rate(done)
+        scores = tree.judge(done)
         best = np.nanmax(scores) if not np.isnan(scores).all() else -math.inf
         return not worth_one_more(float(best), len(done), self.ceiling, self.price)
 

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import time
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from ..errors import InputError, NoWinnerError
-from ..generation import FINISH_REASONS, Candidate, make_request
-from ..inputs import Item, is_stepwise
-from ..limits import check_size
+from ..errors import InputError, near_miss
+from ..generation import FINISH_REASONS, Candidate, check_whole
+from ..inputs import Item
+from ..model import Model, checked_request, winner
 from ..session import Array
-from ..steps import PRUNED
+from ..steps import PRUNED, clock
 from ..vote import Answers, make_ballot
 from .beam import Beam, Lookahead, Trees
 from .choice import choose, choose_in_chains
@@ -26,9 +25,6 @@ from .result import SearchResult
 from .revisions import Revisions
 from .sampling import Adaptive, Sampling, SelfCertainty, borda
 from .tree import Branch, Scorer, Tree
-
-if TYPE_CHECKING:
-    from ..model import Model
 
 __all__ = ["METHODS", "search"]
 
@@ -74,20 +70,21 @@ class Search:
         candidates they stand for themselves.
         """
         stored = policy.budget(budget)
-        sampler = _make("best_of_n", {})
-        tree = self._tree(sampler, "best_of_n", max(policy.probe, stored))
-        roots = tree.roots(max(policy.probe, stored))
-        tree.grow(roots[: policy.probe], whole=True)
-        mean = float(np.nanmean(tree.rate(roots[: policy.probe])))
+        choices = policy.choices[str(stored)]
+        most = max(policy.probe, stored)
+        tree = self._tree(Sampling(), "best_of_n", most)
+        tree.with_certainty = any(choice.method == "self_certainty" for choice in choices)
+        roots = tree.roots(most)
+        probed = roots[: policy.probe]
+        tree.grow(probed, whole=True)
+        mean = float(np.nanmean(tree.judge(probed)))
         bin_ = policy.bin(mean)
-        choice = policy.choices[str(stored)][bin_]
+        choice = choices[bin_]
         runner = _make(choice.method, choice.options)
-        if type(runner) is Sampling:
+        if isinstance(runner, Sampling):
             tree.grow([branch for branch in roots if branch.reason < 0], whole=True)
             branches = roots
-            tree.answer_of = self._answer_of(choice.method)
         else:
-            probed = self._noted(tree, roots[: policy.probe])
             following = self._tree(runner, choice.method, stored)
             following.cost, following.nodes = tree.cost, tree.nodes
             tree, branches = following, [*probed, *runner.run(following, stored)]
@@ -97,29 +94,24 @@ class Search:
 
     def _tree(self, runner: Any, method: str, budget: int) -> Tree:
         """Everything checked, and a tree without branches."""
-        if isinstance(budget, bool) or not isinstance(budget, int | np.integer) or budget < 1:
-            raise InputError(f"budget: expected a whole number of completions, at least 1; got {budget!r}")
-        model, sampling, length = self.model, self.sampling, len(self.prompt)
+        check_whole("budget", budget, 1)
+        model, length = self.model, len(self.prompt)
         model.session("prefill")
-        scoring, limits = model.manifest.scoring, model.manifest.limits
-        room = max(1, limits.max_tokens - length)
+        scoring, limit = model.manifest.scoring, model.manifest.limits.max_tokens
+        room = limit - length
         if isinstance(runner, Revisions):
-            room = runner.room(limits.max_tokens, length)
+            room = runner.room(limit, length)
             if room < 1:
                 raise InputError(
                     f"memory: {runner.memory} earlier attempts after a prompt of {length} tokens leave no room in the "
-                    f"artifact's {limits.max_tokens}; expected fewer"
+                    f"artifact's {limit}; expected fewer"
                 )
-        stops = model.reader.stops(sampling.get("stop"), scoring)
-        request = make_request({**sampling, "n": int(budget)}, stops, scoring.aggregation, room)  # type: ignore[typeddict-item]
-        if is_stepwise(request.aggregation) and scoring.step_token is None:
-            raise InputError("a step aggregation needs a step token, and the artifact's scoring rule has none")
+        request = checked_request(model, self.prompt, {**self.sampling, "n": int(budget)}, room)  # type: ignore[typeddict-item]
         if isinstance(runner, Revisions) and request.max_new_tokens > room:
             raise InputError(
                 f"max_new_tokens: {request.max_new_tokens} for each of {runner.memory + 1} attempts in view, after a "
-                f"prompt of {length}, are more than the artifact's {limits.max_tokens} tokens; expected at most {room}"
+                f"prompt of {length}, are more than the artifact's {limit} tokens; expected at most {room}"
             )
-        check_size(model.manifest, request.n, length, request.max_new_tokens, model.options.memory_limit)
         tree = Tree(model.session, self.prompt, request, scoring.step_token, self.scorer, self.until)
         tree.with_certainty = isinstance(runner, SelfCertainty)
         tree.answer_of = self._answer_of(method)
@@ -142,31 +134,23 @@ class Search:
             return None
 
         def answer_of(branch: Branch) -> Hashable | None:
-            found = make_ballot("score", self.answers, [self._item(branch)], "candidates").answers
+            text = self._text(branch)
+            items = [branch.tokens if text is None else text]
+            found = make_ballot("score", self.answers, items, "candidates").answers
             return None if found is None else found[0]
 
         return answer_of
 
-    def _item(self, branch: Branch) -> Item:
-        """What an extractor of answers reads."""
+    def _text(self, branch: Branch) -> str | None:
+        """What a branch says; None where there is no tokenizer."""
         text = self.model.reader.text
-        return branch.tokens if text is None else text.decode(branch.tokens)
-
-    def _noted(self, tree: Tree, branches: Sequence[Branch]) -> list[Branch]:
-        """Ended branches whose last piece has been judged."""
-        scores = tree.rate(branches)
-        for branch, score in zip(branches, scores.tolist(), strict=True):
-            if branch.begun < len(branch.tokens):
-                reason = FINISH_REASONS[branch.reason]
-                fate = {"stop": "finished", "pruned": "pruned"}.get(reason, "cut")
-                tree.note(branch, score, len(branch.tokens) if fate == "pruned" else 0, fate)
-        return list(branches)
+        return None if text is None else text.decode(branch.tokens)
 
     def _result(self, tree: Tree, branches: list[Branch], runner: Any, method: str) -> SearchResult:
-        self._noted(tree, branches)
         vote = self._vote(method)
-        scores = np.where([b.reason == PRUNED for b in branches], np.float32(np.nan), tree.rate(branches))
-        items = [self._item(branch) for branch in branches]
+        scores = np.where([b.reason == PRUNED for b in branches], np.float32(np.nan), tree.judge(branches))
+        candidates = [self._candidate(b, score) for b, score in zip(branches, scores.tolist(), strict=True)]
+        items = [b.tokens if c.text is None else c.text for b, c in zip(branches, candidates, strict=True)]
         ballot = make_ballot("score" if vote == "borda" else vote, self.answers, items, "candidates")
         ids = ballot.ids[:, 0]
         if vote == "borda":
@@ -175,14 +159,13 @@ class Search:
             index, groups = choose_in_chains(scores, ids, vote, [branch.group for branch in branches])
         else:
             index, groups = choose(scores, ids, vote)
-        if index < 0:
-            raise NoWinnerError("none of the candidates can win: every score is NaN; look at the scorer")
+        winner(index, "candidates")
         tree.cost.seconds = time.monotonic() - self.start
         return SearchResult(
             method=method,
             options=dataclasses.asdict(runner) | {"budget": tree.request.n},
             best_index=index,
-            candidates=[self._candidate(b, score) for b, score in zip(branches, scores.tolist(), strict=True)],
+            candidates=candidates,
             vote=vote,
             answers=ballot.answers,
             group_scores=groups,
@@ -192,9 +175,8 @@ class Search:
         )
 
     def _candidate(self, branch: Branch, score: float) -> Candidate:
-        text = self.model.reader.text
         return Candidate(
-            None if text is None else text.decode(branch.tokens),
+            self._text(branch),
             np.array(branch.tokens, np.int64),
             np.array(branch.scores, np.float32),
             np.array(branch.log_probs, np.float32),
@@ -221,12 +203,9 @@ def search(
             "answers: there are no candidates yet; expected 'boxed', 'number', 'regex:PATTERN' or a function; got "
             f"{type(answers).__name__}"
         )
-    if deadline is not None and not deadline > 0:
-        raise InputError(f"deadline: expected seconds above 0; got {deadline!r}")
-    start = time.monotonic()
+    start, until = time.monotonic(), clock(deadline)
     sampling = {name: options[name] for name in _SAMPLING if name in options}
     settings = {name: value for name, value in options.items() if name not in sampling}
-    until = None if deadline is None else start + deadline
     what = Search(model, model.reader.prompt(prompt), answers, vote, scorer, until, sampling, start)
     if policy is None:
         return what.run(method, budget, settings)
@@ -238,14 +217,10 @@ def search(
 def _make(method: str, settings: dict[str, Any]) -> Any:
     """A method with its settings."""
     if method not in METHODS:
-        near = difflib.get_close_matches(str(method), METHODS, n=1)
-        hint = f"did you mean '{near[0]}'?" if near else f"expected one of {', '.join(METHODS)}"
-        raise InputError(f"method: unknown {method!r:.60}; {hint}")
+        raise InputError(f"method: unknown {method!r:.60}; {near_miss(method, METHODS, 'expected one of')}")
     kind, _ = METHODS[method]
-    known = [field.name for field in dataclasses.fields(kind)]
+    known = [*(field.name for field in dataclasses.fields(kind)), *_SAMPLING]
     for name in settings:
         if name not in known:
-            near = difflib.get_close_matches(name, [*known, *_SAMPLING], n=1)
-            hint = f"did you mean '{near[0]}'?" if near else f"it knows {', '.join([*known, *_SAMPLING])}"
-            raise InputError(f"unknown option '{name}' of method '{method}'; {hint}")
+            raise InputError(f"unknown option '{name}' of method '{method}'; {near_miss(name, known)}")
     return kind(**settings)

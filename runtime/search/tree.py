@@ -20,13 +20,15 @@ from ..errors import InputError
 from ..generation import Request
 from ..inputs import is_stepwise
 from ..session import Array, Session
-from ..steps import DEADLINE, LENGTH, STOP
+from ..steps import DEADLINE, LENGTH, PRUNED, STOP
 from .result import Cost, Node
 
 __all__ = ["Branch", "Scorer", "Tree", "certainty"]
 
 # Prompt and completion ids -> a score.
 Scorer = Callable[[list[int]], float]
+# What came of a branch that ended, by its reason; else it was cut.
+_FATES = {STOP: "finished", PRUNED: "pruned"}
 
 
 @dataclass(eq=False)
@@ -187,7 +189,8 @@ class Tree:
             if len(going) < len(rows):
                 arrays = [value.numpy() for value in grown]
                 for i in sorted(set(range(len(rows))) - set(going)):
-                    rows[i].cache = [array[i] for array in arrays]
+                    # Nothing follows on an end.
+                    rows[i].cache = [array[i] for array in arrays] if rows[i].reason < 0 else []
                 cache = decode.hold({name: array[going] for name, array in zip(names, arrays, strict=True)})
                 rows = [rows[i] for i in going]
             else:
@@ -234,7 +237,9 @@ class Tree:
         """
         if self.scorer is not None:
             return np.array([self._ask(self.scorer, branch) for branch in branches], np.float32)
-        width = max((len(branch.tokens) for branch in branches), default=0)
+        if not branches:
+            return np.zeros(0, np.float32)
+        width = max(len(branch.tokens) for branch in branches)
         scores, mask = np.zeros((len(branches), 1, width), np.float32), np.zeros((len(branches), 1, width), np.int64)
         tokens = np.full(mask.shape, -1)
         for i, branch in enumerate(branches):
@@ -251,6 +256,14 @@ class Tree:
             return float(scorer(ids))
         except Exception as e:
             raise InputError(f"scorer: expected a number for {ids}; it raised {type(e).__name__}: {e}") from e
+
+    def judge(self, branches: Sequence[Branch]) -> Array:
+        """Scores (n,) float32 of branches that have ended; each is rated once, and its last piece then noted."""
+        new = [branch for branch in branches if branch.begun < len(branch.tokens)]
+        for branch, score in zip(new, self.rate(new).tolist(), strict=True):
+            fate = _FATES.get(branch.reason, "cut")
+            self.note(branch, score, len(branch.tokens) if fate == "pruned" else 0, fate)
+        return np.array([self.nodes[branch.node].score for branch in branches if branch.node is not None], np.float32)
 
     def note(self, branch: Branch, score: float, round_: int, fate: str, lookahead: Branch | None = None) -> None:
         """Keep what a branch has grown since it was last judged, and what came of it."""

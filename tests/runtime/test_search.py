@@ -217,6 +217,23 @@ def test_a_scorer_of_ones_own_takes_the_place_of_the_models(table):
     assert all(node.score == -(len(PROMPT) + _depth(beam.nodes, i)) for i, node in enumerate(beam.nodes))
 
 
+@pytest.mark.parametrize("method", ["best_of_n", "adaptive", "pruned", "beam", "lookahead", "dvts"])
+def test_a_scorer_is_asked_once_for_what_is_judged(table, method):
+    asked = []
+
+    def scorer(ids):
+        asked.append(tuple(ids))
+        return 0.01 * (sum(ids) % 89)
+
+    result = run(table, method, 16, scorer=scorer, **({"every": 3} if method == "pruned" else {}))
+    judged = len(result.nodes)
+    if method == "pruned":
+        # At each pruning those in the race, and in the end everyone.
+        assert len(asked) <= judged * (1 + table.longest // 3)
+    else:
+        assert len(asked) == judged
+
+
 def _depth(nodes, i):
     return len(nodes[i].tokens) + (0 if nodes[i].parent is None else _depth(nodes, nodes[i].parent))
 

@@ -114,6 +114,15 @@ def test_a_policy_chooses_by_difficulty(puzzler, tmp_path, rng):
     assert found.cost.prompt_tokens == 2 * len(encode(PUZZLE))
 
 
+def test_a_policy_may_choose_by_certainty(puzzler):
+    policy = policy_for(puzzler, [], {"8": [Choice("self_certainty", {})]})
+    found = puzzler.search(PUZZLE, budget=8, policy=policy, seed=5)
+    plain = puzzler.search(PUZZLE, "self_certainty", 8, seed=5)
+    assert sequences(found) == sequences(plain)
+    assert found.best_index == plain.best_index
+    assert found.cost.prompt_tokens == plain.cost.prompt_tokens
+
+
 def test_a_policy_for_another_model_is_refused(puzzler, tmp_path):
     good = policy_for(puzzler, [0.5], {"4": [Choice("best_of_n", {})] * 2})
     for change, message in (

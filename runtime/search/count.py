@@ -1,0 +1,27 @@
+"""Settings that are a number, or the square root of the budget."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, TypeAlias
+
+from ..generation import check_whole
+
+__all__ = ["Count", "as_count", "check_count"]
+
+Count: TypeAlias = int | Literal["sqrt"]
+
+
+def check_count(name: str, value: Count) -> None:
+    """Refuse what is no count.
+
+    Raises:
+        InputError: names it.
+    """
+    if value != "sqrt":
+        check_whole(name, value, 1, ", or 'sqrt'")
+
+
+def as_count(value: Count, budget: int) -> int:
+    """The number, for a budget."""
+    return max(1, round(math.sqrt(budget))) if value == "sqrt" else value
