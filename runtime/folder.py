@@ -11,7 +11,7 @@ import msgspec
 from .errors import ArtifactError
 from .manifest import SCHEMA_VERSION, Manifest, seal_is_intact
 
-__all__ = ["MANIFEST", "file_digest", "locate", "read_manifest", "read_verified"]
+__all__ = ["MANIFEST", "file_digest", "locate", "read_manifest", "read_verified", "replace_file"]
 
 MANIFEST = "manifest.json"
 _MANIFEST_LIMIT = 16 * 2**20
@@ -109,3 +109,13 @@ def file_digest(path: Path) -> str:
         while block := file.read(2**20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a file in one move: what was there stays until the new one is whole, and nothing is left half-written."""
+    part = path.with_name(path.name + ".part")
+    try:
+        part.write_bytes(data)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
-import tempfile
 from pathlib import Path
 
 from rich.console import Console
 
 from ..errors import InputError
+from ..folder import replace_file
 from ..report import page, read_run, show
 from . import print_json
 
@@ -43,23 +42,13 @@ def run(arguments: argparse.Namespace) -> int:
     if output.exists() and not arguments.overwrite:
         raise InputError(f"{output} exists; choose another file, or pass --overwrite")
     report = read_run(Path(arguments.run))
-    _write(output, page(report, arguments.title))
+    try:
+        replace_file(output, page(report, arguments.title).encode())
+    except OSError as e:
+        raise InputError(f"cannot write {output}: {e.strerror or e}") from e
     if arguments.json:
         counts = {"figures": len(report.figures), "searches": len(report.searches)}
         print_json({"ok": True, "output": str(output), **counts})
     else:
         print(f"{output}: {len(report.figures)} figures, {len(report.searches)} searches")
     return 0
-
-
-def _write(output: Path, text: str) -> None:
-    """All or nothing."""
-    try:
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=output.parent, prefix=f".{output.name}-", delete=False
-        ) as file:
-            file.write(text)
-        os.chmod(file.name, 0o644)
-        os.replace(file.name, output)
-    except OSError as e:
-        raise InputError(f"cannot write {output}: {e.strerror or e}") from e

@@ -54,7 +54,7 @@ def page(report: Report, title: str = "What the search did") -> str:
         "endings": ENDINGS, "marks": MARKS, "ramp": RAMP,
     }  # fmt: skip
     figures = [(figure, picture(figure)) for figure in report.figures]
-    searches = [(search, _children(search), search.winning()) for search in report.searches]
+    searches = [(search, search.range(), _children(search), search.winning()) for search in report.searches]
     parts = []
     if figures:
         parts.append(f"{len(figures)} figure{'s' * (len(figures) > 1)}")
@@ -109,10 +109,10 @@ def _visible(character: str) -> str:
     return f"\\u{ord(character):04x}" if unicodedata.category(character) in ("Cc", "Cf") else character
 
 
-def _colour(score: float | None, search: Search) -> str:
+def _colour(score: float | None, span: tuple[float, float]) -> str:
     if score is None:
         return "#ffffff"
-    low, high = search.range()
+    low, high = span
     place = (len(RAMP) - 1) * (0.5 if high == low else min(1.0, max(0.0, (score - low) / (high - low))))
     left = min(int(place), len(RAMP) - 2)
     parts = [

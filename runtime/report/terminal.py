@@ -16,11 +16,12 @@ __all__ = ["show"]
 
 def show(console: Console, search: Search) -> None:
     """Print one search."""
+    span = search.range()
     settings = ", ".join(f"{name} {value}" for name, value in search.options.items())
     console.print(Text(say_prompt(search.prompt), style="bold"))
     console.print(Text(f"{search.method}: {settings}; vote: {search.vote}"))
     if search.is_tree:
-        console.print(_tree(search))
+        console.print(_tree(search, span))
     table = Table(box=None, pad_edge=False)
     for name in ("", "#", "score", "tokens", "end", "candidate"):
         table.add_column(name, justify="right" if name in ("#", "score", "tokens") else "left", overflow="fold")
@@ -29,18 +30,18 @@ def show(console: Console, search: Search) -> None:
         best = i == search.best_index
         row = ("*" if best else "", str(i), say_number(candidate.score), str(len(candidate.pieces)))
         ending = ENDINGS.get(candidate.finish_reason, candidate.finish_reason)
-        table.add_row(*row, ending, _coloured(candidate, search), style="bold" if best else None)
+        table.add_row(*row, ending, _coloured(candidate, span), style="bold" if best else None)
     console.print(table)
     cost = ", ".join(f"{name.replace('_', ' ')} {value:.6g}" for name, value in search.cost.items())
     console.print(Text(cost, style="dim"))
 
 
-def _tree(search: Search) -> Tree:
+def _tree(search: Search, span: tuple[float, float]) -> Tree:
     won = search.winning()
     root = Tree("", hide_root=True)
     places: dict[int | None, Tree] = {None: root}
     for i, node in enumerate(search.nodes):
-        label = _coloured(node, search)
+        label = _coloured(node, span)
         label.append(f"  {say_number(node.score)} {MARKS[node.fate]}", "bold green" if i in won else "dim")
         if node.lookahead:
             label.append(f"  {one_line(node.lookahead)}", "italic dim")
@@ -48,9 +49,9 @@ def _tree(search: Search) -> Tree:
     return root
 
 
-def _coloured(row: Candidate | Node, search: Search) -> Text:
+def _coloured(row: Candidate | Node, span: tuple[float, float]) -> Text:
     """The text, each token from red over white to blue by its score."""
-    low, high = search.range()
+    low, high = span
     text = Text()
     for piece, score in zip(row.pieces, row.scores, strict=True):
         style = Style()
