@@ -17,6 +17,7 @@ from bonnx.runtime.folder import read_verified
 from bonnx.runtime.report import Figure
 from bonnx.runtime.report.curves import plot
 from bonnx.runtime.search import Choice, Policy, cross_validated, fit_policy, quantile_bins
+from bonnx.runtime.search.sampling import SelfCertainty, borda
 
 from .work import BUDGETS, CHAINS, METHODS, POOL, PRUNED
 
@@ -113,11 +114,9 @@ def majority(scores: Array, answers: NDArray[np.int64]) -> int:
     return by_vote(np.ones(len(scores)), scores, answers)
 
 
-def borda(scores: Array, answers: NDArray[np.int64]) -> int:
-    """Self-certainty with Borda voting, power 0.5; the scores are certainties."""
-    place = np.empty(len(scores))
-    place[np.argsort(-scores, kind="stable")] = np.arange(len(scores))
-    return by_vote((len(scores) - place) ** 0.5, scores, answers)
+def by_certainty(certainties: Array, answers: NDArray[np.int64]) -> int:
+    """Self-certainty with Borda voting."""
+    return borda(certainties, answers, SelfCertainty.power)[0]
 
 
 def searched(results: Mapping[str, Any], model: str, kind: str, count: int, budget: int, column: int) -> Array | None:
@@ -156,7 +155,7 @@ class Run:
                 "best-of-N": pool.accuracy(budget, by_score, pool.score),
                 "best-of-N weighted": pool.accuracy(budget, weighted, pool.score),
                 "majority": pool.accuracy(budget, majority, pool.score),
-                "self-certainty": pool.accuracy(budget, borda, pool.certainty),
+                "self-certainty": pool.accuracy(budget, by_certainty, pool.certainty),
             }
             spent = dict.fromkeys(table, pool.spent(budget))
             for price in PRICES:
@@ -173,9 +172,22 @@ class Run:
         self.predicted = quantile_bins(pool.probe_score.mean(1))
         self.few = quantile_bins(pool.probe_score[:, :FEW].mean(1))
 
-    def curve(self, name: str, label: str | None = None) -> dict[str, Any]:
+    def curve(self, name: str) -> dict[str, Any]:
         """Accuracy of a method against the budget."""
-        return line(label or name, [(b, self.accuracy[b][name]) for b in BUDGETS if name in self.accuracy[b]])
+        return line(name, [(b, self.accuracy[b][name]) for b in BUDGETS if name in self.accuracy[b]])
+
+    def by_tokens(self, name: str) -> dict[str, Any]:
+        """Accuracy of a method against what it costs."""
+        return line(name, [(float(self.tokens[b][name].mean()), self.accuracy[b][name]) for b in BUDGETS])
+
+    def pruned(self) -> list[tuple[Array, Array]]:
+        """What each puzzle cost, and whether it was solved, at each budget that pruning was run at."""
+        found = []
+        for budget in BUDGETS:
+            right, spent = (searched(self.results, "shipped", PRUNED, self.count, budget, column) for column in (0, 1))
+            if right is not None and spent is not None:
+                found.append((spent, right))
+        return found
 
 
 def methods(run: Run) -> list[dict[str, Any]]:
@@ -206,21 +218,11 @@ def methods(run: Run) -> list[dict[str, Any]]:
 
 def saving(run: Run) -> dict[str, Any]:
     """Fewer tokens for the same: pruning, and stopping when more samples are not worth it."""
-    pool = run.pool
-
-    def stopped(choose: Callable[[Array, NDArray[np.int64]], int]) -> list[tuple[float, Array]]:
-        found = [adaptive(pool, price, choose) for price in PRICES]
-        return [(float(spent.mean()), right) for spent, right in found]
-
-    plain = {
-        name: [(float(pool.spent(b).mean()), run.accuracy[b][name]) for b in BUDGETS]
-        for name in ("best-of-N", "best-of-N weighted")
+    voted = [f"adaptive at {price}, weighted" for price in PRICES]
+    stopped = {
+        "adaptive N": [adaptive(run.pool, price, by_score) for price in PRICES],
+        "adaptive N, weighted": [(run.tokens[POOL][name], run.accuracy[POOL][name]) for name in voted],
     }
-    cut = []
-    for budget in BUDGETS:
-        right, spent = (searched(run.results, "shipped", PRUNED, run.count, budget, column) for column in (0, 1))
-        if right is not None and spent is not None:
-            cut.append((float(spent.mean()), right))
     return {
         "id": "saving",
         "title": "Fewer tokens",
@@ -230,11 +232,10 @@ def saving(run: Run) -> dict[str, Any]:
         "y_label": "puzzles solved, %",
         "x_scale": "log2",
         "series": [
-            *(line(name, points) for name, points in plain.items()),
-            line(PRUNED, cut),
+            *(run.by_tokens(name) for name in ("best-of-N", "best-of-N weighted")),
             *(
-                line(name, stopped(choose))
-                for name, choose in (("adaptive N", by_score), ("adaptive N, weighted", weighted))
+                line(name, [(float(spent.mean()), right) for spent, right in points])
+                for name, points in ({PRUNED: run.pruned()} | stopped).items()
             ),
         ],
     }
@@ -296,10 +297,7 @@ def optimal(run: Run) -> dict[str, Any]:
             extra = np.array([name in METHODS for name in chosen]) * run.pool.spent(probe)
             points.append((float((spent + extra).mean()), found))
         series.append(line(label, points))
-    base = [
-        line(name, [(float(run.tokens[b][name].mean()), run.accuracy[b][name]) for b in BUDGETS])
-        for name in ("best-of-N", "best-of-N weighted")
-    ]
+    base = [run.by_tokens(name) for name in ("best-of-N", "best-of-N weighted")]
     return {
         "id": "optimal",
         "title": "Choosing the method by difficulty",
@@ -469,9 +467,8 @@ def table(results: Mapping[str, Any], count: int) -> str:
             values = run.accuracy[budget].get(name)
             cells.append("-" if values is None else f"{100 * values.mean():.1f}, {run.tokens[budget][name].mean():.0f}")
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    cut = [[searched(results, "shipped", PRUNED, run.count, budget, column) for column in (0, 1)] for budget in BUDGETS]
-    if all(right is not None and spent is not None for right, spent in cut):
-        cells = [f"{100 * right.mean():.1f}, {spent.mean():.0f}" for right, spent in cut]  # type: ignore[union-attr]
+    if len(cut := run.pruned()) == len(BUDGETS):
+        cells = [f"{100 * right.mean():.1f}, {spent.mean():.0f}" for spent, right in cut]
         lines.append(f"| {PRUNED} | {' | '.join(cells)} |")
     chains = [results[key] for key in results if key.startswith("revise/") and int(key.rsplit("/", 1)[1]) < count]
     if chains:

@@ -13,7 +13,6 @@ import random
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..checkpoint import load_checkpoint
@@ -21,7 +20,18 @@ from ..decoding import sample
 from ..network import LanguageModel
 from . import CHECKPOINT
 from .puzzle import Puzzle, check
-from .train import IGNORED, MAX_NEW_TOKENS, METADATA, Phase, Run, draw_puzzles, label, save
+from .train import (
+    IGNORED,
+    MAX_NEW_TOKENS,
+    METADATA,
+    Phase,
+    Run,
+    draw_puzzles,
+    label,
+    label_losses,
+    next_token_loss,
+    save,
+)
 from .vocabulary import END, PAD, decode, encode
 
 __all__ = ["MEMORY", "chain_batch", "distance", "main", "revise", "revision", "revision_batch"]
@@ -128,18 +138,10 @@ def revise(folder: Path, *, steps: int = 600, rows: int = 64, seed: int = 0, sav
     assert isinstance(model, LanguageModel)
 
     def losses(model: LanguageModel, rng: random.Random) -> dict[str, Tensor]:
-        inputs, targets = revision_batch(base, rng, rows)
-        with torch.autocast("cpu", torch.bfloat16):
-            backbone = model.network.encode(model.embedding(inputs))[targets != IGNORED]
-            logits = model.logits(backbone)
-        language = F.cross_entropy(logits.float(), targets[targets != IGNORED])
+        language = next_token_loss(model, *revision_batch(base, rng, rows))
         # Four numbers are harder; three are seen now and then, so that they are not forgotten.
         ids, labels = chain_batch(model, rng, 3 if rng.random() < 0.25 else 4, rows)
-        with torch.autocast("cpu", torch.bfloat16):
-            backbone = model.network.encode(model.embedding(ids))[labels != IGNORED]
-            scores = model.network.scorer(backbone)
-        scorer = F.binary_cross_entropy_with_logits(scores[:, 0].float(), labels[labels != IGNORED])
-        return {"language": language, "scorer": scorer}
+        return {"language": language, "scorer": label_losses(model, ids, labels).mean()}
 
     run = Run(folder, seed, model)
     run.follow([Phase(steps, 3e-4, losses)], save_every)

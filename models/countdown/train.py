@@ -47,7 +47,9 @@ __all__ = [
     "Run",
     "draw_puzzles",
     "label",
+    "label_losses",
     "main",
+    "next_token_loss",
     "save",
     "solved_batch",
     "spoil",
@@ -154,27 +156,32 @@ def scored_batch(
     return torch.cat([prompts, completions], 1), labels
 
 
-def language_loss(model: LanguageModel, rng: random.Random, rows: int) -> Tensor:
-    """Mean next-token loss over the completions of fresh solved puzzles."""
-    inputs, targets = solved_batch(rng, rows)
+def next_token_loss(model: LanguageModel, inputs: Tensor, targets: Tensor) -> Tensor:
+    """Mean loss of the next tokens (rows, T) int64 that are not IGNORED, after inputs (rows, T) int64."""
     with torch.autocast("cpu", torch.bfloat16):
         backbone = model.network.encode(model.embedding(inputs))[targets != IGNORED]
         logits = model.logits(backbone)
     return F.cross_entropy(logits.float(), targets[targets != IGNORED])
 
 
+def label_losses(model: LanguageModel, ids: Tensor, labels: Tensor) -> Tensor:
+    """Binary loss of the scorer at each label (rows, T) that is not IGNORED, on ids (rows, T) int64."""
+    with torch.autocast("cpu", torch.bfloat16):
+        backbone = model.network.encode(model.embedding(ids))[labels != IGNORED]
+        scores = model.network.scorer(backbone)
+    return F.binary_cross_entropy_with_logits(scores[:, 0].float(), labels[labels != IGNORED], reduction="none")
+
+
+def language_loss(model: LanguageModel, rng: random.Random, rows: int) -> Tensor:
+    """Mean next-token loss over the completions of fresh solved puzzles."""
+    return next_token_loss(model, *solved_batch(rng, rows))
+
+
 def scorer_loss(model: LanguageModel, rng: random.Random, rows: int, spoiled: float, kind: Labels) -> Tensor:
     """Mean binary loss of the scorer at the labelled places of the model's own completions."""
-    losses = []
     # Four numbers are harder and get three rows in four.
-    for count, share in ((3, rows // 4), (4, rows - rows // 4)):
-        ids, labels = scored_batch(model, rng, count, share, spoiled, kind)
-        with torch.autocast("cpu", torch.bfloat16):
-            backbone = model.network.encode(model.embedding(ids))[labels != IGNORED]
-            scores = model.network.scorer(backbone)
-        losses.append(
-            F.binary_cross_entropy_with_logits(scores[:, 0].float(), labels[labels != IGNORED], reduction="none")
-        )
+    shares = ((3, rows // 4), (4, rows - rows // 4))
+    losses = [label_losses(model, *scored_batch(model, rng, count, share, spoiled, kind)) for count, share in shares]
     return torch.cat(losses).mean()
 
 
