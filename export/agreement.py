@@ -187,9 +187,8 @@ def _scores(
     model: LanguageModel | TwoHeadedNetwork, artifact: Model, prompt: Item, candidates: list[Any], scoring: Scoring
 ) -> Any:
     """The float32 model's candidate scores (num_candidates,), from whole rows."""
-    rows, feeds = artifact.rank_feeds(prompt, candidates, scoring.aggregation)
-    assert rows.prompt is not None
-    values, mask = pad([np.concatenate([rows.prompt, item]) for item in rows.items], scoring.pad_token)
+    job = artifact.job(prompt, candidates)
+    values, mask = pad([np.concatenate([job.prompt, item]) for item in job.rows.items], scoring.pad_token)
     _, scores = score_rows(model, values, scoring, mask)
-    own = scores[:, None, len(rows.prompt) :], feeds["candidate_mask"], feeds["step_mask"]
+    own = scores[:, None, len(job.prompt) :], job.mask[:, None], job.steps[:, None]
     return aggregate(*own, scoring.aggregation.removeprefix("step_"))[0][:, 0]

@@ -3,7 +3,8 @@
 from .errors import ArtifactError, BonnxError, ExportError, InputError, NoWinnerError, ProviderError
 from .generation import FINISH_REASONS, Candidate, Generation
 from .manifest import AGGREGATIONS
-from .model import Model, Ranking, Scored, load
+from .model import Model, load
+from .ranking import Ranking, Scored
 from .testing import FakeModel
 from .verify import Check, verify
 

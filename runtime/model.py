@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from .chat import ChatTemplate
 from .errors import ArtifactError, InputError, NoWinnerError
 from .folder import locate, read_verified
 from .generation import FINISH_REASONS, Candidate, GenerateOptions, Generation, Request, make_request
 from .inputs import Item, Reader, Rows, aggregation_code, check_some, is_stepwise, pad, step_mask
-from .limits import check_size
+from .jobs import Job, Shape, padded_tokens, plan, run_jobs
+from .limits import check_size, estimate_memory
 from .manifest import Manifest
 from .passages import Writer
+from .ranking import Ranking, Scored, winner
 from .session import Array, Options, Provider, Session
 from .steps import clock, generate_feeds, grow
 from .text import Text
@@ -32,66 +32,7 @@ if TYPE_CHECKING:
     from .search.result import SearchResult
     from .search.tree import Scorer
 
-__all__ = ["Model", "Ranking", "Scored", "load"]
-
-
-@dataclass(frozen=True)
-class Ranking:
-    """What `rank` found.
-
-    Attributes:
-        best_index: index of the winner; ties go to the lowest.
-        best: the winner, as it was passed.
-        candidate_scores: (num_candidates,) float32; NaN for a candidate that cannot win.
-        scores: for each candidate (its length,) float32, one score for each of its tokens.
-        aggregation: how a candidate's scores became one.
-        order: indices, best first: by the score of the answer that a candidate votes for, then by its own; without
-            a vote by its own only. Those that cannot win come last.
-        margin: how far the winner is ahead: its score minus the next candidate's, or with a vote its answer's score
-            minus the next answer's; None if there is no other.
-        answers: for each candidate what it votes for, None for none; None if no answers were given.
-        group_scores: (num_candidates,) float32, with a vote: the sum or count of each candidate's answer, NaN for one
-            that cannot win; each candidate's own score if none that counts has an answer.
-        step_scores: for each candidate its scores where a step ends, (steps,) float32; None unless the aggregation
-            reads steps.
-        cut: tokens of the prompt that were left out, if that was allowed.
-    """
-
-    best_index: int
-    best: Item
-    candidate_scores: NDArray[np.float32]
-    scores: list[NDArray[np.float32]]
-    aggregation: str
-    order: tuple[int, ...]
-    margin: float | None
-    answers: tuple[Hashable | None, ...] | None
-    group_scores: NDArray[np.float32] | None
-    step_scores: list[NDArray[np.float32]] | None = None
-    cut: int = 0
-
-
-@dataclass(frozen=True)
-class Scored:
-    """What `score` found.
-
-    Attributes:
-        best_index: index of the best row.
-        row_scores: (rows,) float32.
-        scores: for each row (its length,) float32.
-        backbone: for each row (its length, hidden_size) float32, or None if it was not asked for.
-        aggregation: how a row's scores became one.
-        order: as in `Ranking`, as are the following.
-    """
-
-    best_index: int
-    row_scores: NDArray[np.float32]
-    scores: list[NDArray[np.float32]]
-    backbone: list[NDArray[np.float32]] | None
-    aggregation: str
-    order: tuple[int, ...]
-    margin: float | None
-    answers: tuple[Hashable | None, ...] | None
-    group_scores: NDArray[np.float32] | None
+__all__ = ["Model", "checked_request", "load"]
 
 
 def load(
@@ -134,6 +75,11 @@ class Model:
             source = locate(folder, rules.chat_template).read_bytes().decode()
             chat = ChatTemplate(source, rules.template_tokens)
         self.reader = Reader(manifest, text, Writer(rules, chat))
+        # Dynamic rope scaling goes by the longest row of a run that is longer than this: such rows run by themselves.
+        scaling = manifest.network.get("rope_scaling") or {}
+        self._alike = (
+            scaling["original_max_positions"] if scaling.get("kind") == "dynamic" else manifest.limits.max_tokens
+        )
         self._suffix = "ids" if manifest.kind == "language_model" else "embeds"
         self._sessions: dict[str, Session] = {}
         self._lock = threading.Lock()
@@ -200,54 +146,81 @@ class Model:
             InputError: nothing to rank, or something that cannot be.
             NoWinnerError: every score is NaN.
         """
-        name = aggregation or self.manifest.scoring.aggregation
-        check_some(candidates, "candidates")
-        ballot = make_ballot(vote, answers, candidates, "candidates")
-        rows, feeds = self.rank_feeds(prompt, candidates, name, step_masks, partial=partial, truncate=truncate)
-        feeds |= ballot.feeds()
-        graph = "rank"
-        if rows.prompt is not None and not len(rows.prompt):
-            # The first token of each candidate reaches into the prompt, so nothing is shared.
-            graph, feeds = "score", _as_rows(feeds, self._suffix)
-        wanted = ["scores", "candidate_scores", "best_index", "group_scores"]
-        scores, found, best, groups = self.session(graph).run(feeds, wanted)
-        scores = scores.reshape(len(candidates), -1)
-        index = winner(int(best[0]), "candidates")
-        own = [scores[i, skip : len(item)] for i, (skip, item) in enumerate(zip(rows.skip, rows.items, strict=True))]
-        steps = feeds["step_mask"].reshape(-1, feeds["step_mask"].shape[-1])
-        ends = None
-        if is_stepwise(name):
-            ends = [scores[i, : len(item)][steps[i, : len(item)] > 0] for i, item in enumerate(rows.items)]
-        standing = ballot.count(found[:, 0], groups[:, 0])
-        return Ranking(index, candidates[index], found[:, 0], own, name, *standing, ends, rows.cut)
+        job = self.job(
+            prompt,
+            candidates,
+            aggregation=aggregation,
+            step_masks=step_masks,
+            partial=partial,
+            truncate=truncate,
+            vote=vote,
+            answers=answers,
+        )
+        (found,) = self.run_together([job])
+        if isinstance(found, NoWinnerError):
+            raise found
+        return found
 
-    def rank_feeds(
+    def job(
         self,
         prompt: Item,
         candidates: Sequence[Item],
-        aggregation: str,
-        step_masks: Sequence[Sequence[int]] | None = None,
         *,
+        aggregation: str | None = None,
+        step_masks: Sequence[Sequence[int]] | None = None,
         partial: bool = False,
         truncate: bool = False,
-    ) -> tuple[Rows, dict[str, Array]]:
-        """What `rank` gives to its graph: prompt and candidates as read, and the inputs.
+        vote: str = "score",
+        answers: Answers | None = None,
+    ) -> Job:
+        """Read and check what `rank` is to run, for `run_together` or `rank_all`; the arguments are those of `rank`.
 
         Raises:
-            InputError: something cannot be ranked.
+            InputError: nothing to rank, or something that cannot be.
         """
-        code = np.array(aggregation_code(aggregation), np.int64)
+        name = aggregation or self.manifest.scoring.aggregation
+        aggregation_code(name)
+        check_some(candidates, "candidates")
+        ballot = make_ballot(vote, answers, candidates, "candidates")
         rows = self.reader.pairs(prompt, candidates, partial=partial, truncate=truncate)
-        assert rows.prompt is not None
         values, mask = self._padded(rows)
-        return rows, {
-            "aggregation": code,
-            f"prompt_{self._suffix}": rows.prompt[None],
-            "prompt_mask": np.ones((1, len(rows.prompt)), np.int64),
-            f"candidate_{self._suffix}": values[:, None],
-            "candidate_mask": mask[:, None],
-            "step_mask": self._steps(aggregation, rows, values, step_masks)[:, None],
-        }
+        steps = self._steps(name, rows, values, step_masks)
+        assert rows.prompt is not None
+        joins = len(rows.prompt) + values.shape[1] <= self._alike
+        return Job(candidates, name, ballot, rows, values, mask, steps, joins)
+
+    def run_together(self, jobs: Sequence[Job]) -> list[Ranking | NoWinnerError]:
+        """Rank jobs of equal keys in one run; for each its ranking, or the error that it has no winner."""
+        run = lambda graph, feeds, wanted: self.session(graph).run(feeds, wanted)  # noqa: E731
+        return run_jobs(run, jobs, self._suffix, self.manifest.scoring.pad_token)
+
+    def fits(self, tokens: int) -> Callable[[int, Shape], bool]:
+        """For `plan`: whether a run stays within so many tokens, the artifact's limits and the memory limit."""
+        limits, memory = self.manifest.limits, self.options.memory_limit
+
+        def fits(columns: int, shape: Shape) -> bool:
+            if padded_tokens(columns, shape) > tokens or shape.candidates > limits.max_candidates:
+                return False
+            needed = columns * estimate_memory(self.manifest, shape.candidates, shape.prompt, shape.length)
+            return memory is None or needed <= memory
+
+        return fits
+
+    def rank_all(self, jobs: Sequence[Job], *, tokens: int = 2048, waste: float = 0.2) -> list[Ranking | NoWinnerError]:
+        """Rank many jobs, those of like shape in one run; scores differ from `rank`'s by rounding only.
+
+        Args:
+            jobs: what `job` made.
+            tokens: greatest size of a joint run, padding included.
+            waste: greatest share of a joint run's tokens that may be padding, in [0, 1).
+
+        Returns:
+            for each job its ranking, or the error that it has no winner.
+        """
+        found: dict[int, Ranking | NoWinnerError] = {}
+        for places in plan(jobs, self.fits(tokens), waste) if jobs else []:
+            found |= zip(places, self.run_together([jobs[i] for i in places]), strict=True)
+        return [found[i] for i in range(len(jobs))]
 
     def score(
         self,
@@ -454,18 +427,3 @@ def checked_request(model: Model, ids: Array, options: GenerateOptions, room: in
         raise InputError("a step aggregation needs a step token, and the artifact's scoring rule has none")
     check_size(model.manifest, request.n, len(ids), request.max_new_tokens, model.options.memory_limit)
     return request
-
-
-def _as_rows(feeds: dict[str, Array], suffix: str) -> dict[str, Array]:
-    """Inputs of `rank` without a prompt, for `score`."""
-    values, mask = feeds[f"candidate_{suffix}"][:, 0], feeds["candidate_mask"][:, 0]
-    rows = {"input_ids" if suffix == "ids" else "inputs_embeds": values, "attention_mask": mask}
-    rows["num_candidates"] = np.array(len(values), np.int64)
-    kept = ("step_mask", "aggregation", "answer_ids", "vote")
-    return rows | {name: feeds[name] for name in kept}
-
-
-def winner(index: int, what: str) -> int:
-    if index < 0:
-        raise NoWinnerError(f"none of the {what} can win: every score is NaN; look for NaN or infinity in the inputs")
-    return index

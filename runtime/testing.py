@@ -11,7 +11,7 @@ from .aggregate import aggregate, elect
 from .errors import InputError
 from .generation import Candidate, GenerateOptions, Generation, make_request
 from .inputs import Item, aggregation_code, check_some, is_stepwise
-from .model import Ranking, winner
+from .ranking import Ranking, winner
 from .vote import Answers, make_ballot
 
 if TYPE_CHECKING:

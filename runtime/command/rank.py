@@ -15,7 +15,8 @@ import numpy as np
 from ..errors import InputError
 from ..inputs import Item
 from ..manifest import VOTES
-from ..model import Ranking, load
+from ..model import load
+from ..ranking import Ranking
 from . import print_json
 
 __all__ = ["configure", "parse_item", "run"]

@@ -13,7 +13,8 @@ import numpy as np
 from ..errors import InputError, near_miss
 from ..generation import FINISH_REASONS, Candidate, check_whole
 from ..inputs import Item
-from ..model import Model, checked_request, winner
+from ..model import Model, checked_request
+from ..ranking import winner
 from ..session import Array
 from ..steps import PRUNED, clock
 from ..vote import Answers, make_ballot
