@@ -19,7 +19,7 @@ from .ranking import Ranking, winner
 from .session import Array
 from .vote import Ballot
 
-__all__ = ["Job", "Shape", "Work", "padded_tokens", "plan", "run_jobs"]
+__all__ = ["Job", "Shape", "Work", "measure", "padded_tokens", "plan", "run_jobs"]
 
 
 @dataclass(frozen=True)
@@ -164,6 +164,14 @@ def plan(works: Sequence[Work], fits: Callable[[int, Shape], bool], waste: float
         if not any(group.take(works[i], i, fits, waste) for group in groups[: -_OPEN - 1 : -1]):
             groups.append(_Group(works[i], i))
     return sorted(sorted(group.places) for group in groups)
+
+
+def measure(works: Sequence[Work]) -> tuple[int, int]:
+    """Tokens of a joint run: the real ones, and those that it computes."""
+    group = _Group(works[0], 0)
+    for i, work in enumerate(works[1:], 1):
+        group.take(work, i, lambda columns, shape: True, 1.0)
+    return group.real, padded_tokens(len(group.columns), group.shape)
 
 
 def run_jobs(

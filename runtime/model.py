@@ -11,17 +11,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .chat import ChatTemplate
+from .drafts import Draft, make_candidate, run_drafts
 from .errors import ArtifactError, InputError, NoWinnerError
 from .folder import locate, read_verified
-from .generation import FINISH_REASONS, Candidate, GenerateOptions, Generation, Request, make_request
+from .generation import GenerateOptions, Generation, Request, make_request
 from .inputs import Item, Reader, Rows, aggregation_code, check_some, is_stepwise, pad, step_mask
 from .jobs import Job, Shape, padded_tokens, plan, run_jobs
 from .limits import check_size, estimate_memory
 from .manifest import Manifest
 from .passages import Writer
 from .ranking import Ranking, Scored, winner
-from .session import Array, Options, Provider, Session
-from .steps import clock, generate_feeds, grow
+from .session import Array, Options, Provider, Session, Stop
+from .steps import clock, grow
 from .text import Text
 from .vote import Answers, make_ballot
 
@@ -189,9 +190,9 @@ class Model:
         joins = len(rows.prompt) + values.shape[1] <= self._alike
         return Job(candidates, name, ballot, rows, values, mask, steps, joins)
 
-    def run_together(self, jobs: Sequence[Job]) -> list[Ranking | NoWinnerError]:
+    def run_together(self, jobs: Sequence[Job], stop: Stop | None = None) -> list[Ranking | NoWinnerError]:
         """Rank jobs of equal keys in one run; for each its ranking, or the error that it has no winner."""
-        run = lambda graph, feeds, wanted: self.session(graph).run(feeds, wanted)  # noqa: E731
+        run = lambda graph, feeds, wanted: self.session(graph).run(feeds, wanted, stop)  # noqa: E731
         return run_jobs(run, jobs, self._suffix, self.manifest.scoring.pad_token)
 
     def fits(self, tokens: int) -> Callable[[int, Shape], bool]:
@@ -297,16 +298,35 @@ class Model:
             ArtifactError: the artifact has no language model.
             NoWinnerError: every candidate's score is NaN.
         """
-        request, ids = self._request(prompt, options)
+        draft = self.draft(prompt, **options)
         until = clock(deadline)
         if until is None and on_progress is None:
-            result = self._generate(ids, request)
+            (result,) = self.generate_together([draft])
         else:
-            for result in self._stream(ids, request, until):
+            for result in self._stream(draft, until):
                 if on_progress is not None:
                     on_progress(result)
         winner(result.best_index, "candidates")
         return result
+
+    def draft(self, prompt: Item, **options: Unpack[GenerateOptions]) -> Draft:
+        """Read and check what `generate` is to run, for `generate_together`; the arguments are those of `generate`.
+
+        Raises:
+            InputError: an option or the prompt has no meaning.
+            ArtifactError: the artifact has no language model.
+        """
+        self.session("generate")
+        ids = self.reader.prompt(prompt)
+        request = checked_request(self, ids, options, self.manifest.limits.max_tokens - len(ids))
+        return Draft(ids, request, len(ids) + request.max_new_tokens <= self._alike)
+
+    def generate_together(self, drafts: Sequence[Draft], stop: Stop | None = None) -> list[Generation]:
+        """Generate for drafts of equal keys in one run of one graph; `best_index` is -1 where nothing can win."""
+        scoring, text = self.manifest.scoring, self.reader.text
+        session = self.session("generate")
+        run = lambda feeds, wanted: session.run(feeds, wanted, stop)  # noqa: E731
+        return run_drafts(run, drafts, scoring.step_token, scoring.pad_token, None if text is None else text.decode)
 
     def stream(
         self, prompt: Item, *, deadline: float | None = None, **options: Unpack[GenerateOptions]
@@ -315,8 +335,7 @@ class Model:
 
         To cancel, stop reading: nothing runs between two of them. The options are checked at the call.
         """
-        request, ids = self._request(prompt, options)
-        return self._stream(ids, request, clock(deadline))
+        return self._stream(self.draft(prompt, **options), clock(deadline))
 
     def search(
         self,
@@ -363,34 +382,14 @@ class Model:
         text = self.reader.text
         return [f"{token} " for token in tokens] if text is None else text.pieces(tokens)
 
-    def _request(self, prompt: Item, options: GenerateOptions) -> tuple[Request, Array]:
-        """Everything checked, and the prompt's tokens."""
-        self.session("generate")
-        ids = self.reader.prompt(prompt)
-        return checked_request(self, ids, options, self.manifest.limits.max_tokens - len(ids)), ids
-
-    def _generate(self, ids: Array, request: Request) -> Generation:
-        names = ["sequences", "lengths", "scores", "log_probs", "finish_reasons", "candidate_scores", "best_index"]
-        feeds = generate_feeds(ids[None], np.ones((1, len(ids)), np.int64), request, self.manifest.scoring.step_token)
-        outputs = self.session("generate").run(feeds, [*names, "computed_tokens"])
-        tokens, lengths, scores, log_probs, reasons, found = (array[:, 0] for array in outputs[:6])
-        rows = zip(tokens, scores, log_probs, lengths, found, reasons, strict=True)
-        candidates = [self._candidate(*row) for row in rows]
-        return Generation(int(outputs[6][0]), candidates, len(ids), int(outputs[7]), request.aggregation)
-
-    def _stream(self, ids: Array, request: Request, until: float | None) -> Iterator[Generation]:
-        for growing in grow(self.session, ids, request, self.manifest.scoring.step_token, until):
+    def _stream(self, draft: Draft, until: float | None) -> Iterator[Generation]:
+        request, text = draft.request, self.reader.text
+        decode = None if text is None else text.decode
+        for growing in grow(self.session, draft.prompt, request, self.manifest.scoring.step_token, until):
             found, best = growing.select()
             parts = (growing.tokens, growing.scores, growing.log_probs, growing.lengths, found, growing.reasons)
-            candidates = [self._candidate(*row) for row in zip(*parts, strict=True)]
-            yield Generation(best, candidates, len(ids), growing.computed, request.aggregation)
-
-    def _candidate(
-        self, tokens: Array, scores: Array, log_probs: Array, length: int, score: float, reason: int
-    ) -> Candidate:
-        tokens, scores, log_probs = tokens[:length], scores[:length], log_probs[:length]
-        text = None if self.reader.text is None else self.reader.text.decode(tokens.tolist())
-        return Candidate(text, tokens, scores, log_probs, float(score), FINISH_REASONS[reason] if reason >= 0 else None)
+            candidates = [make_candidate(*row, decode=decode) for row in zip(*parts, strict=True)]
+            yield Generation(best, candidates, len(draft.prompt), growing.computed, request.aggregation)
 
     def _padded(self, rows: Rows) -> tuple[Array, Array]:
         """Rows within limits, padded, and their mask."""

@@ -6,7 +6,7 @@ import importlib.metadata
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 import msgspec
 import numpy as np
@@ -15,7 +15,17 @@ from numpy.typing import NDArray
 from .errors import ArtifactError, InputError, ProviderError
 from .manifest import Graph
 
-__all__ = ["FLAVOURS", "Array", "Options", "Provider", "Session", "installed_flavours", "runtime_module"]
+__all__ = [
+    "FLAVOURS",
+    "Array",
+    "Options",
+    "Provider",
+    "Session",
+    "Stop",
+    "installed_flavours",
+    "make_stop",
+    "runtime_module",
+]
 
 Provider: TypeAlias = Literal["auto", "cpu", "cuda"]
 Array: TypeAlias = NDArray[Any]
@@ -78,6 +88,18 @@ def runtime_module() -> Any:
     return onnxruntime
 
 
+class Stop(Protocol):
+    """What ends a run from another thread when `terminate` is set: ONNX Runtime's `RunOptions`."""
+
+    terminate: bool
+
+
+def make_stop() -> Stop:
+    """A new one."""
+    stop: Stop = runtime_module().RunOptions()
+    return stop
+
+
 class Session:
     """One graph, ready to run. Safe to share between threads."""
 
@@ -114,12 +136,15 @@ class Session:
             if wanted != got:
                 raise ArtifactError(f"{path}: its {kind} are {got}; the manifest says {wanted}; export the model again")
 
-    def run(self, feeds: dict[str, Array], outputs: list[str]) -> list[Array]:
-        """Run the graph; on CUDA the inputs are bound once and only the asked outputs come back to the host."""
+    def run(self, feeds: dict[str, Array], outputs: list[str], stop: Stop | None = None) -> list[Array]:
+        """Run the graph; on CUDA the inputs are bound once and only the asked outputs come back to the host.
+
+        A run whose `stop` is told to terminate ends at its next operator, with an exception.
+        """
         if self.provider != "cuda":
-            result: list[Array] = self._session.run(outputs, feeds)
+            result: list[Array] = self._session.run(outputs, feeds, stop)
             return result
-        return [value.numpy() for value in self._bound(self.hold(feeds), outputs)]
+        return [value.numpy() for value in self._bound(self.hold(feeds), outputs, stop)]
 
     def hold(self, arrays: dict[str, Array]) -> dict[str, Any]:
         """Arrays as values where the session runs, for `values`."""
@@ -137,13 +162,13 @@ class Session:
             return dict(zip(outputs, self._session.run_with_ort_values(outputs, given), strict=True))
         return dict(zip(outputs, self._bound(given, outputs), strict=True))
 
-    def _bound(self, feeds: dict[str, Any], outputs: list[str]) -> Sequence[Any]:
+    def _bound(self, feeds: dict[str, Any], outputs: list[str], stop: Stop | None = None) -> Sequence[Any]:
         binding = self._session.io_binding()
         for name, value in feeds.items():
             binding.bind_ortvalue_input(name, value)
         for name in outputs:
             binding.bind_output(name, "cuda", self.options.device_id)
-        self._session.run_with_iobinding(binding)
+        self._session.run_with_iobinding(binding, stop)
         found: Sequence[Any] = binding.get_outputs()
         return found
 

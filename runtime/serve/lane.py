@@ -1,0 +1,207 @@
+"""A lane in front of a model: works wait in it, and those that are alike run together, in a thread of its own.
+
+While one run is under way others arrive, so batches form by themselves as the load grows; an idle model waits for
+company only if it is told to.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from ..jobs import Shape, Work, measure, padded_tokens, plan
+from ..session import Stop
+
+__all__ = ["Lane", "LateError", "OverfullError", "Watcher"]
+
+
+class OverfullError(Exception):
+    """So many works wait already.
+
+    Attributes:
+        retry_after: seconds after which there will be room, as far as one can tell.
+    """
+
+    def __init__(self, waiting: int, retry_after: int) -> None:
+        super().__init__(f"{waiting} requests wait already; try again in {retry_after} s")
+        self.retry_after = retry_after
+
+
+class LateError(Exception):
+    """The request's time was over before its answer was there."""
+
+
+class Watcher(Protocol):
+    """Is told what a lane does."""
+
+    def waiting(self, lane: str, count: int) -> None: ...
+
+    def ran(self, lane: str, works: int, real: int, padded: int, seconds: float) -> None: ...
+
+
+@dataclass(eq=False)
+class _Ticket:
+    """A work that waits or runs, and who waits for it."""
+
+    work: Work
+    future: asyncio.Future[Any]
+    loop: asyncio.AbstractEventLoop
+    arrived: float
+    given_up: bool = False
+    """The client is gone or its time is over: nobody reads the result."""
+
+    def finish(self, result: Any) -> None:
+        """Hand over a result or an error, from any thread."""
+
+        def deliver() -> None:
+            if not self.future.done():
+                if isinstance(result, BaseException):
+                    self.future.set_exception(result)
+                else:
+                    self.future.set_result(result)
+
+        try:
+            self.loop.call_soon_threadsafe(deliver)
+        except RuntimeError:
+            # The loop is closed: the server was told to stop at once, and nobody waits any more.
+            self.given_up = True
+
+
+class Lane:
+    """Runs works one joint run after another.
+
+    Args:
+        name: for the watcher.
+        run: runs works of equal keys together; for each a result or an error.
+        fits: see `plan`.
+        stop: makes what `run` can be stopped with.
+        watcher: is told what happens.
+        most_waiting: works that may wait.
+        patience: seconds that the oldest may wait for company.
+        waste: see `plan`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        run: Callable[[Sequence[Any], Stop], Sequence[Any]],
+        fits: Callable[[int, Shape], bool],
+        stop: Callable[[], Stop],
+        watcher: Watcher,
+        *,
+        most_waiting: int,
+        patience: float,
+        waste: float,
+    ) -> None:
+        self.name, self._run, self._fits, self._stop, self._watcher = name, run, fits, stop, watcher
+        self._most, self._patience, self._waste = most_waiting, patience, waste
+        self._waiting: list[_Ticket] = []
+        self._running: tuple[list[_Ticket], Stop] | None = None
+        self._ready = threading.Condition()
+        self._closing = False
+        self._pace = 0.01  # seconds for each work, a running mean
+        self._thread = threading.Thread(target=self._serve, name=f"bonnx-{name}", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Finish what was taken, then end the thread."""
+        with self._ready:
+            self._closing = True
+            self._ready.notify_all()
+        self._thread.join()
+
+    async def put(self, work: Work, until: float) -> Any:
+        """The result of a work.
+
+        Args:
+            work: what to run.
+            until: on the clock of `time.monotonic`.
+
+        Raises:
+            OverfullError: too many wait.
+            LateError: the time is over.
+        """
+        loop = asyncio.get_running_loop()
+        ticket = _Ticket(work, loop.create_future(), loop, time.monotonic())
+        with self._ready:
+            if len(self._waiting) >= self._most:
+                raise OverfullError(len(self._waiting), max(1, math.ceil(self._pace * len(self._waiting))))
+            self._waiting.append(ticket)
+            self._watcher.waiting(self.name, len(self._waiting))
+            self._ready.notify()
+        try:
+            done, _ = await asyncio.wait({ticket.future}, timeout=max(0.0, until - time.monotonic()))
+            if not done:
+                raise LateError
+            return ticket.future.result()
+        finally:
+            if not ticket.future.done():
+                self._give_up(ticket)
+
+    def _give_up(self, ticket: _Ticket) -> None:
+        """Nobody reads this one; a run that nobody reads ends at its next operator."""
+        ticket.future.cancel()
+        with self._ready:
+            ticket.given_up = True
+            if ticket in self._waiting:
+                self._waiting.remove(ticket)
+                self._watcher.waiting(self.name, len(self._waiting))
+            if self._running is not None and all(other.given_up for other in self._running[0]):
+                self._running[1].terminate = True
+
+    def _serve(self) -> None:
+        while True:
+            with self._ready:
+                while not self._waiting:
+                    if self._closing:
+                        return
+                    self._ready.wait()
+                self._wait_for_company()
+                waiting = list(self._waiting)
+            tickets = self._choose(waiting) if waiting else []
+            with self._ready:
+                tickets = [ticket for ticket in tickets if not ticket.given_up]
+                self._waiting = [ticket for ticket in self._waiting if ticket not in tickets]
+                self._watcher.waiting(self.name, len(self._waiting))
+                stop = self._stop()
+                self._running = (tickets, stop) if tickets else None
+            if tickets:
+                self._work(tickets, stop)
+            with self._ready:
+                self._running = None
+
+    def _wait_for_company(self) -> None:
+        """Wait, the lock held, until the oldest has waited long enough or a run is full."""
+        while self._waiting and not self._closing:
+            left = self._waiting[0].arrived + self._patience - time.monotonic()
+            shapes = [ticket.work.shape for ticket in self._waiting]
+            if left <= 0 or not self._fits(len(shapes), max(shapes, key=lambda shape: padded_tokens(1, shape))):
+                return
+            self._ready.wait(left)
+
+    def _choose(self, waiting: list[_Ticket]) -> list[_Ticket]:
+        """Those that run together with the oldest."""
+        groups = plan([ticket.work for ticket in waiting], self._fits, self._waste)
+        return [waiting[i] for i in groups[0]]
+
+    def _work(self, tickets: list[_Ticket], stop: Stop) -> None:
+        start = time.monotonic()
+        try:
+            results = self._run([ticket.work for ticket in tickets], stop)
+        except Exception as e:
+            if len(tickets) > 1 and not stop.terminate:
+                # What one of them did must not fail the others.
+                for ticket in tickets:
+                    self._work([ticket], self._stop())
+                return
+            results = [e] * len(tickets)
+        seconds = time.monotonic() - start
+        self._pace += 0.1 * (seconds / len(tickets) - self._pace)
+        for ticket, result in zip(tickets, results, strict=True):
+            ticket.finish(result)
+        self._watcher.ran(self.name, len(tickets), *measure([ticket.work for ticket in tickets]), seconds)
