@@ -71,7 +71,7 @@ def run_drafts(
     results = []
     for b, draft in enumerate(drafts):
         rows = zip(*(array[:, b] for array in (tokens, scores, log_probs, lengths, found, reasons)), strict=True)
-        candidates = [make_candidate(*row, decode=decode) for row in rows]
+        candidates = [make_candidate(decode, *row) for row in rows]
         # Each token of a candidate is read once, for its score.
         computed = int(lengths[:, b].sum())
         results.append(Generation(int(best[b]), candidates, len(draft.prompt), computed, request.aggregation))
@@ -79,13 +79,13 @@ def run_drafts(
 
 
 def make_candidate(
+    decode: Callable[[list[int]], str] | None,
     tokens: Array,
     scores: Array,
     log_probs: Array,
     length: int,
     score: float,
     reason: int,
-    decode: Callable[[list[int]], str] | None,
 ) -> Candidate:
     """One completion from its row; `reason` is an index into `FINISH_REASONS`, below 0 while it grows."""
     own = tokens[:length]
