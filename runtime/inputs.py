@@ -93,6 +93,11 @@ class Reader:
         text, special = self._writer.prompt(item, "prompt")
         return np.array(tokenizer.encode(text, "prompt", special=special), np.int64)
 
+    @property
+    def most_characters(self) -> int | None:
+        """A text with more cannot fit into the limit of tokens; None without a tokenizer."""
+        return None if self.text is None else self._limit * self.text.longest_token
+
     def rows(self, items: Sequence[Item], what: str, *, partial: bool) -> Rows:
         """Rows that stand alone.
 

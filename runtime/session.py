@@ -96,7 +96,10 @@ class Stop(Protocol):
 
 def make_stop() -> Stop:
     """A new one."""
-    stop: Stop = runtime_module().RunOptions()
+    options = runtime_module().RunOptions()
+    # A run that is ended on purpose is not worth ONNX Runtime's line on stderr.
+    options.log_severity_level = 4
+    stop: Stop = options
     return stop
 
 

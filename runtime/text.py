@@ -64,6 +64,8 @@ class Text:
         unknown = getattr(self._tokenizer.model, "unk_token", None)
         refused = unknown is not None and rules.unknown == "refuse"
         self._unknown = self._tokenizer.token_to_id(str(unknown)) if refused else None
+        self.longest_token = max(map(len, self._tokenizer.get_vocab()), default=1)
+        """Characters of the longest token."""
         self._special = {i for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
 
     def encode(self, text: str, what: str, *, special: bool = False) -> list[int]:

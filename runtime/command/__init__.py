@@ -22,7 +22,10 @@ _COMMANDS = {
     "generate": ("bonnx.runtime.command.generate", "sample completions, score them and choose the best"),
     "report": ("bonnx.runtime.command.report", "show a search run in a browser or in the terminal"),
     "rank": ("bonnx.runtime.command.rank", "score candidates after a prompt and choose the best"),
+    "serve": ("bonnx.runtime.command.serve", "put a model behind HTTP"),
 }
+# What a command needs that is not installed with bonnx itself; `export` for those that are not here.
+_EXTRAS = {"serve": "serve"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             except ModuleNotFoundError as e:
                 if (e.name or "").startswith("bonnx"):
                     raise
-                print(f"bonnx {name}: {e.name} is not installed; run `pip install bonnx[export]`", file=sys.stderr)
+                extra = _EXTRAS.get(name, "export")
+                print(f"bonnx {name}: {e.name} is not installed; run `pip install bonnx[{extra}]`", file=sys.stderr)
                 return 1
             module.configure(subparser)
             subparser.add_argument("--json", action="store_true", help="print JSON, one object a line")

@@ -115,33 +115,40 @@ class Lane:
             self._ready.notify_all()
         self._thread.join()
 
-    async def put(self, work: Work, until: float) -> Any:
-        """The result of a work.
+    async def put(self, works: Sequence[Work], until: float) -> list[Any]:
+        """The results of works, all or none of them taken.
 
         Args:
-            work: what to run.
+            works: what to run, at least one.
             until: on the clock of `time.monotonic`.
 
         Raises:
             OverfullError: too many wait.
             LateError: the time is over.
+            Exception: what the first that failed raised.
         """
-        loop = asyncio.get_running_loop()
-        ticket = _Ticket(work, loop.create_future(), loop, time.monotonic())
+        loop, now = asyncio.get_running_loop(), time.monotonic()
+        tickets = [_Ticket(work, loop.create_future(), loop, now) for work in works]
         with self._ready:
-            if len(self._waiting) >= self._most:
+            if len(self._waiting) + len(works) > self._most:
                 raise OverfullError(len(self._waiting), max(1, math.ceil(self._pace * len(self._waiting))))
-            self._waiting.append(ticket)
+            self._waiting += tickets
             self._watcher.waiting(self.name, len(self._waiting))
             self._ready.notify()
         try:
-            done, _ = await asyncio.wait({ticket.future}, timeout=max(0.0, until - time.monotonic()))
-            if not done:
+            futures = [ticket.future for ticket in tickets]
+            done, late = await asyncio.wait(
+                futures, timeout=max(0.0, until - time.monotonic()), return_when=asyncio.FIRST_EXCEPTION
+            )
+            for future in done:
+                future.result()
+            if late:
                 raise LateError
-            return ticket.future.result()
+            return [future.result() for future in futures]
         finally:
-            if not ticket.future.done():
-                self._give_up(ticket)
+            for ticket in tickets:
+                if not ticket.future.done():
+                    self._give_up(ticket)
 
     def _give_up(self, ticket: _Ticket) -> None:
         """Nobody reads this one; a run that nobody reads ends at its next operator."""

@@ -23,6 +23,8 @@ class Settings:
     """Greatest request body; checked before it is read."""
     max_buffered: int = 256 * 2**20
     """Greatest sum of the bodies that are being read or worked on."""
+    max_tokens: int = 65536
+    """Greatest size of a request, padding and all that it may generate included."""
     body_timeout: float = 10.0
     """How long a client may take to send its body."""
     timeout: float = 30.0
@@ -39,7 +41,7 @@ class Settings:
     """Greatest share of a joint run's tokens that may be padding."""
 
     def __post_init__(self) -> None:
-        for name in ("max_body", "max_buffered", "max_queue", "max_streams", "batch_tokens"):
+        for name in ("max_body", "max_buffered", "max_tokens", "max_queue", "max_streams", "batch_tokens"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise InputError(f"{name}: expected a whole number of at least 1; got {value!r}")

@@ -1,0 +1,83 @@
+"""`bonnx serve`: a model behind HTTP."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+from pathlib import Path
+
+from ..errors import InputError
+from ..model import load
+from ..serve import Settings, create_app
+from ..serve.server import serve
+
+__all__ = ["configure", "run", "settings_of"]
+
+_KEY = "BONNX_API_KEY"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    default = Settings()
+    parser.add_argument("artifact", help="folder that `bonnx export` wrote")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at; this machine only if not given")
+    parser.add_argument("--port", type=int, default=8000, help="0 takes a free one; the log says which")
+    parser.add_argument(
+        "--api-key-file", type=Path, help=f"file with the key that clients must send; or set {_KEY} in the environment"
+    )
+    parser.add_argument("--provider", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--threads", type=int, help="CPU threads of one run")
+    parser.add_argument("--memory-limit", type=int, metavar="BYTES", help="that one request's run may take")
+    bounds = (
+        ("timeout", float, "SECONDS", "that a request may take"),
+        ("body-timeout", float, "SECONDS", "that a body may take to arrive"),
+        ("max-body", int, "BYTES", "of one request"),
+        ("max-tokens", int, "TOKENS", "of one request, padding and all that it may generate included"),
+        ("max-queue", int, "REQUESTS", "that may wait; beyond them the answer is 429"),
+        ("max-streams", int, "STREAMS", "generations that may be watched at once"),
+        ("batch-tokens", int, "TOKENS", "of requests that run together"),
+        ("batch-waste", float, "SHARE", "of them that may be padding"),
+        ("batch-wait", float, "SECONDS", "to wait for company while the model is idle"),
+    )
+    for name, kind, unit, what in bounds:
+        value = getattr(default, name.replace("-", "_"))
+        parser.add_argument(f"--{name}", type=kind, metavar=unit, default=value, help=f"{what}; {value:g} if not given")
+    parser.add_argument("--max-connections", type=int, default=1024, help="beyond them the answer is 503")
+    parser.add_argument("--grace", type=int, default=30, metavar="SECONDS", help="to finish in when told to stop")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Serve until told to stop."""
+    settings = settings_of(arguments)
+    model = load(
+        arguments.artifact,
+        provider=arguments.provider,
+        threads=arguments.threads,
+        memory_limit=arguments.memory_limit,
+    )
+    open_to_all = arguments.host not in ("127.0.0.1", "localhost", "::1") and settings.api_key is None
+    if open_to_all:
+        print(
+            f"bonnx serve: anyone who reaches {arguments.host} may use this server; see --api-key-file", file=sys.stderr
+        )
+    app = create_app(model, settings)
+    serve(app, arguments.host, arguments.port, most_connections=arguments.max_connections, grace=arguments.grace)
+    return 0
+
+
+def settings_of(arguments: argparse.Namespace) -> Settings:
+    """The bounds that were asked for.
+
+    Raises:
+        InputError: one has no meaning, or the key cannot be read.
+    """
+    key = os.environ.get(_KEY)
+    if arguments.api_key_file is not None:
+        try:
+            key = arguments.api_key_file.read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as e:
+            raise InputError(f"--api-key-file: cannot read {arguments.api_key_file}: {e}") from e
+    names = [field.name for field in dataclasses.fields(Settings) if hasattr(arguments, field.name)]
+    return Settings(api_key=key, **{name: getattr(arguments, name) for name in names})

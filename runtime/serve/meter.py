@@ -1,0 +1,53 @@
+"""What a server counts, for Prometheus."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+
+__all__ = ["Meter"]
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+_COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+
+class Meter:
+    """Counters of one server. Safe to share between threads."""
+
+    def __init__(self, model: str, provider: str, version: str) -> None:
+        self._registry = CollectorRegistry()
+        own: Any = {"registry": self._registry}
+        ProcessCollector(registry=self._registry)
+        about = Gauge("bonnx_build_info", "What is served", ["model", "provider", "version"], **own)
+        about.labels(model, provider, version).set(1)
+        self._requests = Counter("bonnx_requests", "Requests answered", ["endpoint", "status"], **own)
+        self._seconds = Histogram(
+            "bonnx_request_seconds", "From the request's headers to its answer", ["endpoint"], buckets=_SECONDS, **own
+        )
+        self._waiting = Gauge("bonnx_waiting_requests", "Requests that wait for the model", ["lane"], **own)
+        self._works = Histogram("bonnx_run_requests", "Requests that ran together", ["lane"], buckets=_COUNTS, **own)
+        self._runs = Histogram("bonnx_run_seconds", "One run of the model", ["lane"], buckets=_SECONDS, **own)
+        self._real = Counter("bonnx_tokens", "Tokens asked for; of a generation the most it may take", ["lane"], **own)
+        self._padded = Counter("bonnx_padded_tokens", "The same, padding included", ["lane"], **own)
+
+    def answered(self, endpoint: str, status: int, seconds: float) -> None:
+        """One request is done."""
+        self._requests.labels(endpoint, str(status)).inc()
+        self._seconds.labels(endpoint).observe(seconds)
+
+    def waiting(self, lane: str, count: int) -> None:
+        """So many wait now."""
+        self._waiting.labels(lane).set(count)
+
+    def ran(self, lane: str, works: int, real: int, padded: int, seconds: float) -> None:
+        """One run is done."""
+        self._works.labels(lane).observe(works)
+        self._runs.labels(lane).observe(seconds)
+        self._real.labels(lane).inc(real)
+        self._padded.labels(lane).inc(padded)
+
+    def text(self) -> bytes:
+        """Everything in Prometheus' text format."""
+        found: bytes = generate_latest(self._registry)
+        return found

@@ -1,0 +1,265 @@
+"""The Open Inference Protocol (KServe v2) over the graphs: their tensors in, their tensors out.
+
+Each graph is a model of its own, `NAME_rank`, `NAME_score` and so on, with the inputs and outputs of docs/graphs.md.
+Tensors come as JSON lists or, as Triton's clients send them, as raw bytes behind the JSON header.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+import fastapi
+import msgspec
+import numpy as np
+from starlette.requests import Request
+from starlette.responses import Response
+
+import bonnx
+
+from ..errors import ArtifactError
+from ..manifest import Graph, Value
+from ..session import Array, Stop
+from .problems import Problem, encode
+from .service import Service
+from .tensors import check_feeds
+
+__all__ = ["protocol_routes"]
+
+_DATATYPES = {"int64": "INT64", "float32": "FP32"}
+_KINDS: dict[str, np.dtype[Any]] = {"INT64": np.dtype("<i8"), "FP32": np.dtype("<f4")}
+_HEADER = "inference-header-content-length"
+
+
+class _Parameters(msgspec.Struct):
+    binary_data: bool = False
+    binary_data_size: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    binary_data_output: bool = False
+
+
+class _Tensor(msgspec.Struct):
+    name: str
+    shape: list[Annotated[int, msgspec.Meta(ge=0, lt=2**31)]]
+    datatype: Literal["INT64", "FP32"]
+    data: list[Any] | None = None
+    parameters: _Parameters = msgspec.field(default_factory=_Parameters)
+
+
+class _Wanted(msgspec.Struct):
+    name: str
+    parameters: _Parameters = msgspec.field(default_factory=_Parameters)
+
+
+class _Inference(msgspec.Struct):
+    inputs: list[_Tensor]
+    id: str | None = None
+    outputs: list[_Wanted] | None = None
+    parameters: _Parameters = msgspec.field(default_factory=_Parameters)
+
+
+def protocol_routes(service: Service) -> fastapi.APIRouter:
+    """The routes below `/v2`."""
+    routes = fastapi.APIRouter(prefix="/v2")
+    artifact = service.model.manifest
+    models = {f"{artifact.name}_{name}": name for name in ("rank", "score", "generate") if name in artifact.graphs}
+
+    def graph_of(model: str, version: str | None) -> str:
+        if model not in models or version not in (None, "1"):
+            raise Problem(404, f"no model '{model:.80}' here, or no such version of it; there are {', '.join(models)}")
+        return models[model]
+
+    @routes.get("")
+    async def server() -> dict[str, Any]:
+        """What this server is."""
+        return {"name": "bonnx", "version": bonnx.__version__, "extensions": ["binary_tensor_data"]}
+
+    @routes.get("/health/live")
+    async def live() -> dict[str, bool]:
+        """Whether the server runs."""
+        return {"live": True}
+
+    @routes.get("/health/ready")
+    async def ready() -> dict[str, bool]:
+        """Whether its models can be used: they are loaded before the server listens."""
+        return {"ready": True}
+
+    @routes.get("/models/{model}/versions/{version}/ready", include_in_schema=False)
+    @routes.get("/models/{model}/ready")
+    async def model_ready(model: str, version: str | None = None) -> dict[str, Any]:
+        """Whether a model can be used."""
+        graph_of(model, version)
+        return {"name": model, "ready": True}
+
+    @routes.get("/models/{model}/versions/{version}", include_in_schema=False)
+    @routes.get("/models/{model}")
+    async def metadata(model: str, version: str | None = None) -> dict[str, Any]:
+        """A model's inputs and outputs; -1 is an axis of any length, [] a scalar."""
+        graph = artifact.graphs[graph_of(model, version)]
+        return {
+            "name": model,
+            "versions": ["1"],
+            "platform": "onnxruntime_onnx",
+            "inputs": [_described(value) for value in graph.inputs],
+            "outputs": [_described(value) for value in graph.outputs],
+        }
+
+    @routes.post("/models/{model}/versions/{version}/infer", include_in_schema=False)
+    @routes.post("/models/{model}/infer", openapi_extra={"requestBody": _BODY})
+    async def infer(request: Request, model: str, version: str | None = None) -> Response:
+        """Run a graph."""
+        name = graph_of(model, version)
+        graph = artifact.graphs[name]
+        asked, feeds = _read(await request.body(), request.headers.get(_HEADER), graph)
+        known = [value.name for value in graph.outputs]
+        wanted = asked.outputs if asked.outputs else [_Wanted(output, asked.parameters) for output in known]
+        for output in wanted:
+            if output.name not in known:
+                raise Problem(400, f"outputs: there is no '{output.name:.80}', only {', '.join(known)}")
+        shape = check_feeds(name, feeds, service.model)
+        names = [output.name for output in wanted]
+        found = await service.call(request, lambda stop: _run(service, name, feeds, names, stop), shape)
+        return _written(model, asked, wanted, found)
+
+    return routes
+
+
+def _run(service: Service, name: str, feeds: dict[str, Array], outputs: list[str], stop: Stop) -> Sequence[Array]:
+    try:
+        return service.model.session(name).run(feeds, outputs, stop)
+    except ArtifactError:
+        raise
+    except Exception as e:  # ONNX Runtime raises bare subclasses of Exception of its own
+        if stop.terminate:
+            raise
+        raise Problem(400, f"the graph cannot run on these inputs: {_plain(str(e))}") from e
+
+
+def _plain(message: str) -> str:
+    """ONNX Runtime's words without its source files."""
+    return re.sub(r"/\S+", "...", message.partition("\n")[0])[:300]
+
+
+def _described(value: Value) -> dict[str, Any]:
+    shape = [axis if isinstance(axis, int) else -1 for axis in value.shape]
+    return {"name": value.name, "datatype": _DATATYPES[value.dtype], "shape": shape}
+
+
+def _read(body: bytes, length: str | None, graph: Graph) -> tuple[_Inference, dict[str, Array]]:
+    """The request and the graph's inputs."""
+    header, rest = body, b""
+    if length is not None:
+        if not re.fullmatch("[0-9]{1,12}", length) or int(length) > len(body):
+            raise Problem(400, f"Inference-Header-Content-Length: expected at most the body's {len(body)} bytes")
+        header, rest = body[: int(length)], body[int(length) :]
+    try:
+        asked = msgspec.json.decode(header, type=_Inference)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as e:
+        raise Problem(400, f"the request is not one of the Open Inference Protocol: {e}") from e
+    declared = {value.name: value for value in graph.inputs}
+    feeds: dict[str, Array] = {}
+    for tensor in asked.inputs:
+        value = declared.get(tensor.name)
+        if value is None or tensor.name in feeds:
+            raise Problem(
+                400, f"inputs: '{tensor.name:.80}' is not wanted, or twice there; expected {', '.join(declared)}"
+            )
+        array, rest = _tensor(tensor, value, rest)
+        feeds[tensor.name] = array
+    missing = [name for name in declared if name not in feeds]
+    if missing:
+        raise Problem(400, f"inputs: {', '.join(missing)} not given")
+    if rest:
+        raise Problem(400, f"{len(rest)} bytes behind the last input belong to none; see binary_data_size")
+    return asked, feeds
+
+
+def _tensor(tensor: _Tensor, value: Value, rest: bytes) -> tuple[Array, bytes]:
+    """An input's array, and the bytes behind it."""
+    what, wanted = f"input '{tensor.name}'", _DATATYPES[value.dtype]
+    if tensor.datatype != wanted:
+        raise Problem(400, f"{what}: expected datatype {wanted}; got {tensor.datatype}")
+    shape = tensor.shape
+    if not value.shape and shape == [1]:
+        # Clients whose tensors have at least one axis send a scalar so.
+        shape = []
+    fits = len(shape) == len(value.shape) and all(
+        not isinstance(axis, int) or axis == size for axis, size in zip(value.shape, shape, strict=True)
+    )
+    if not fits:
+        raise Problem(400, f"{what}: expected the shape {value.shape}; got {tensor.shape}")
+    count, kind = int(np.prod(shape, dtype=object)), _KINDS[wanted]
+    size = tensor.parameters.binary_data_size
+    if size is not None:
+        if size != count * kind.itemsize or size > len(rest):
+            raise Problem(400, f"{what}: {count} values are {count * kind.itemsize} bytes; got {min(size, len(rest))}")
+        return np.frombuffer(rest[:size], kind).reshape(shape), rest[size:]
+    try:
+        return _flat(tensor.data, kind).reshape(shape), rest
+    except (TypeError, ValueError, OverflowError) as e:
+        raise Problem(
+            400, f"{what}: its data are not {wanted} values of the shape {tensor.shape}: {str(e)[:200]}"
+        ) from e
+
+
+def _flat(data: Any, kind: np.dtype[Any]) -> Array:
+    """JSON lists, nested or not, as one; a number with a fraction is no whole one."""
+    array = np.asarray(data, object).ravel()
+    allowed = (int,) if kind.kind == "i" else (int, float)
+    if not all(type(item) in allowed for item in array):
+        raise TypeError(f"expected {'whole numbers' if kind.kind == 'i' else 'numbers'}")
+    return array.astype(kind)
+
+
+def _written(model: str, asked: _Inference, wanted: Sequence[_Wanted], found: Sequence[Array]) -> Response:
+    outputs, blobs = [], []
+    for output, array in zip(wanted, found, strict=True):
+        entry: dict[str, Any] = {"name": output.name, "datatype": _DATATYPES[str(array.dtype)], "shape": [*array.shape]}
+        if output.parameters.binary_data or output.parameters.binary_data_output:
+            blobs.append(np.ascontiguousarray(array).tobytes())
+            entry["parameters"] = {"binary_data_size": len(blobs[-1])}
+        else:
+            entry["data"] = array.ravel().tolist()
+        outputs.append(entry)
+    header = {"model_name": model, "model_version": "1", "outputs": outputs}
+    head = encode(header | ({"id": asked.id} if asked.id is not None else {}))
+    if not blobs:
+        return Response(head, media_type="application/json")
+    return Response(head + b"".join(blobs), headers={_HEADER: str(len(head))}, media_type="application/octet-stream")
+
+
+_BODY: dict[str, Any] = {
+    "required": True,
+    "content": {
+        "application/json": {
+            "schema": {
+                "type": "object",
+                "required": ["inputs"],
+                "properties": {
+                    "id": {"type": "string"},
+                    "inputs": {
+                        "type": "array",
+                        "items": {
+                            "type": "object",
+                            "required": ["name", "shape", "datatype", "data"],
+                            "properties": {
+                                "name": {"type": "string"},
+                                "shape": {"type": "array", "items": {"type": "integer", "minimum": 0}},
+                                "datatype": {"type": "string", "enum": ["INT64", "FP32"]},
+                                "data": {"type": "array"},
+                            },
+                        },
+                    },
+                    "outputs": {
+                        "type": "array",
+                        "items": {
+                            "type": "object",
+                            "required": ["name"],
+                            "properties": {"name": {"type": "string"}},
+                        },
+                    },
+                },
+            }
+        }
+    },
+}

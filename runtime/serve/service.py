@@ -1,0 +1,228 @@
+"""A model behind lanes: what the endpoints ask of it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import numpy as np
+from starlette.requests import Request
+
+from ..errors import InputError, NoWinnerError
+from ..generation import Generation
+from ..inputs import Item
+from ..jobs import Shape, padded_tokens
+from ..model import Model
+from ..ranking import Ranking, winner
+from ..session import Stop, make_stop
+from .growth import Growth
+from .lane import Lane, LateError, OverfullError
+from .meter import Meter
+from .problems import Problem
+from .settings import Settings
+
+__all__ = ["Call", "Service"]
+
+T = TypeVar("T")
+_LONGEST_TIMEOUT = 3600.0
+
+
+class Call:
+    """A run of a graph as it stands, by itself.
+
+    Attributes:
+        run: takes what can end it.
+        shape: how large it is.
+    """
+
+    key = None
+    column = 0
+
+    def __init__(self, run: Callable[[Stop], Any], shape: Shape) -> None:
+        self.run, self.shape, self.tokens = run, shape, shape.candidates * shape.length
+
+
+class Service:
+    """Answers requests with one model. Everything that it offers is loaded when it is made."""
+
+    def __init__(self, model: Model, settings: Settings, meter: Meter) -> None:
+        self.model, self.settings, self.meter = model, settings, meter
+        for name in model.manifest.graphs:
+            # Loaded now: a file that is replaced while the server runs changes nothing.
+            model.session(name)
+        self.generates = "generate" in model.manifest.graphs
+        options: dict[str, Any] = {
+            "most_waiting": settings.max_queue,
+            "patience": settings.batch_wait,
+            "waste": settings.batch_waste,
+        }
+        fits = model.fits(settings.batch_tokens)
+        self._ranking = Lane("rank", self._rank, fits, make_stop, meter, **options)
+        # A generation lasts: rankings do not stand behind it.
+        self._generating = Lane("generate", self._generate, fits, make_stop, meter, **options)
+        self._readers = ThreadPoolExecutor(2, "bonnx-read")
+        self._streamers = ThreadPoolExecutor(settings.max_streams, "bonnx-stream")
+        self._streams = 0
+
+    def close(self) -> None:
+        """Finish what was taken."""
+        self._ranking.close()
+        self._generating.close()
+        self._readers.shutdown()
+        self._streamers.shutdown()
+
+    def until(self, request: Request) -> float:
+        """When the request's time is over, on the clock of `time.monotonic`.
+
+        Raises:
+            Problem: the header that says so has no meaning.
+        """
+        seconds, given = self.settings.timeout, request.headers.get("x-request-timeout")
+        if given is not None:
+            try:
+                asked = float(given)
+            except ValueError:
+                asked = 0.0
+            if not 0 < asked <= _LONGEST_TIMEOUT:
+                raise Problem(400, f"X-Request-Timeout: expected seconds above 0; got {given!r:.40}")
+            seconds = min(seconds, asked)
+        started: float = request.scope["state"]["started"]
+        return started + seconds
+
+    async def rank(self, request: Request, prompt: Item, candidates: Sequence[Item], **options: Any) -> Ranking:
+        """One ranking."""
+        (found,) = await self.rank_all(request, [(prompt, candidates)], **options)
+        return found
+
+    async def rank_all(
+        self, request: Request, pairs: Sequence[tuple[Item, Sequence[Item]]], **options: Any
+    ) -> list[Ranking]:
+        """Several rankings; the first that fails is raised."""
+        limit = self.model.manifest.limits.max_candidates
+        for prompt, candidates in pairs:
+            if len(candidates) > limit:
+                raise InputError(f"{len(candidates)} candidates: this model takes at most {limit} at once; split them")
+            self._check_lengths(prompt, candidates)
+        if len(pairs) > self.settings.max_queue:
+            raise InputError(f"{len(pairs)} pairs: this server takes at most {self.settings.max_queue} at once")
+        until = self.until(request)
+        read = lambda: [self.model.job(prompt, candidates, **options) for prompt, candidates in pairs]  # noqa: E731
+        jobs = await asyncio.get_running_loop().run_in_executor(self._readers, read)
+        note(request, rankings=len(jobs), tokens=sum(job.shape.prompt + job.tokens for job in jobs))
+        for job in jobs:
+            self._check_size(job.shape)
+        found: list[Ranking] = await self._unless_gone(request, self._ranking.put(jobs, until))
+        return found
+
+    async def generate(self, request: Request, prompt: Item, options: dict[str, Any]) -> Generation:
+        """One generation, in one run of one graph."""
+        found: Generation
+        self._check_generates()
+        self._check_lengths(prompt, ())
+        until = self.until(request)
+        loop = asyncio.get_running_loop()
+        draft = await loop.run_in_executor(self._readers, lambda: self.model.draft(prompt, **options))
+        self._check_size(draft.shape)
+        note(request, candidates=draft.request.n, tokens=len(draft.prompt))
+        (found,) = await self._unless_gone(request, self._generating.put([draft], until))
+        winner(found.best_index, "candidates")
+        return found
+
+    async def call(self, request: Request, run: Callable[[Stop], Any], shape: Shape) -> Any:
+        """One run of a graph."""
+        self._check_size(shape)
+        note(request, tokens=shape.prompt + shape.candidates * shape.length)
+        (found,) = await self._unless_gone(request, self._ranking.put([Call(run, shape)], self.until(request)))
+        return found
+
+    def watch(self, request: Request, prompt: Item, options: dict[str, Any], deadline: float | None) -> Growth:
+        """A generation while it grows, cut at its deadline or when the request's time is over.
+
+        Raises:
+            OverfullError: as many are watched as may be.
+            InputError: an option or the prompt has no meaning.
+        """
+        self._check_generates()
+        self._check_lengths(prompt, ())
+        if self._streams >= self.settings.max_streams:
+            raise OverfullError(self._streams, 1)
+        left = self.until(request) - time.monotonic()
+        if left <= 0:
+            raise LateError
+        self._check_size(self.model.draft(prompt, **options).shape)
+        states = self.model.stream(prompt, deadline=min(left, deadline or left), **options)
+        self._streams += 1
+        return Growth(states, self._streamers, self._release)
+
+    def _release(self) -> None:
+        self._streams -= 1
+
+    async def cut(self, request: Request, prompt: Item, options: dict[str, Any], deadline: float) -> Generation:
+        """One generation, cut at its deadline."""
+        found: Generation = await self._unless_gone(request, self.watch(request, prompt, options, deadline).result())
+        winner(found.best_index, "candidates")
+        return found
+
+    def _check_generates(self) -> None:
+        if not self.generates:
+            raise InputError("n: this model has no language model to generate with; pass candidates")
+
+    def _check_lengths(self, prompt: Item, candidates: Sequence[Item]) -> None:
+        """Refuse texts that cannot fit, before they are tokenized."""
+        most = self.model.reader.most_characters
+        if most is None:
+            return
+        for what, item in (("prompt", prompt), *((f"candidates[{i}]", item) for i, item in enumerate(candidates))):
+            if isinstance(item, str) and len(item) > most:
+                limit = self.model.manifest.limits.max_tokens
+                raise InputError(f"{what}: {len(item)} characters are more than {limit} tokens can hold; shorten it")
+
+    def _check_size(self, shape: Shape) -> None:
+        tokens, most = padded_tokens(1, shape), self.settings.max_tokens
+        if tokens > most:
+            raise InputError(
+                f"{shape.candidates} candidates of {shape.length} tokens after {shape.prompt} of the prompt are "
+                f"{tokens} tokens, padding included: this server takes at most {most} at once; ask for less"
+            )
+
+    async def _unless_gone(self, request: Request, work: Awaitable[T]) -> T:
+        """Wait for work, and give it up when the client goes."""
+        task = asyncio.ensure_future(work)
+        leaving = asyncio.ensure_future(_left(request))
+        try:
+            await asyncio.wait({task, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                raise LateError
+            return task.result()
+        finally:
+            for other in (task, leaving):
+                if not other.done():
+                    other.cancel()
+            await asyncio.gather(task, leaving, return_exceptions=True)
+
+    def _rank(self, works: Sequence[Any], stop: Stop) -> Sequence[Ranking | NoWinnerError | Any]:
+        if isinstance(works[0], Call):
+            return [work.run(stop) for work in works]
+        return self.model.run_together(works, stop)
+
+    def _generate(self, works: Sequence[Any], stop: Stop) -> Sequence[Generation]:
+        return self.model.generate_together(works, stop)
+
+
+def note(request: Request, **notes: Any) -> None:
+    """Put more into the request's line of log."""
+    request.scope["state"]["notes"].update(notes)
+
+
+async def _left(request: Request) -> None:
+    """Returns when the client has gone."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def finite(scores: np.ndarray[Any, Any]) -> list[float]:
+    """Scores as JSON has them; its encoder writes null for NaN."""
+    return [float(score) for score in scores]
