@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import signal
 import sys
 from pathlib import Path
 
 from ..errors import InputError
 from ..model import load
 from ..serve import Settings, create_app
-from ..serve.server import serve
+from ..serve.server import log_to_stderr, make_server
 
 __all__ = ["configure", "run", "settings_of"]
 
@@ -62,9 +63,19 @@ def run(arguments: argparse.Namespace) -> int:
         print(
             f"bonnx serve: anyone who reaches {arguments.host} may use this server; see --api-key-file", file=sys.stderr
         )
-    app = create_app(model, settings)
-    serve(app, arguments.host, arguments.port, most_connections=arguments.max_connections, grace=arguments.grace)
-    return 0
+    server = make_server(
+        create_app(model, settings),
+        arguments.host,
+        arguments.port,
+        most_connections=arguments.max_connections,
+        grace=arguments.grace,
+    )
+    log_to_stderr()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        # uvicorn stops by itself, and then raises the signal again, for whoever was there before it.
+        signal.signal(number, lambda *_: None)
+    server.run()
+    return 0 if server.started else 1
 
 
 def settings_of(arguments: argparse.Namespace) -> Settings:

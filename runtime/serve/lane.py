@@ -187,7 +187,7 @@ class Lane:
         while self._waiting and not self._closing:
             left = self._waiting[0].arrived + self._patience - time.monotonic()
             shapes = [ticket.work.shape for ticket in self._waiting]
-            if left <= 0 or not self._fits(len(shapes), max(shapes, key=lambda shape: padded_tokens(1, shape))):
+            if left <= 0 or not self._fits(len(shapes) + 1, max(shapes, key=lambda shape: padded_tokens(1, shape))):
                 return
             self._ready.wait(left)
 

@@ -13,7 +13,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from .guard import JsonFormatter
 
-__all__ = ["serve"]
+__all__ = ["log_to_stderr", "make_server"]
 
 _HEADER_SECONDS = 10.0
 
@@ -49,22 +49,18 @@ class _Impatient(HttpToolsProtocol):
             self._waiting = None
 
 
-def serve(app: fastapi.FastAPI, host: str, port: int, *, most_connections: int, grace: int) -> None:
-    """Serve until SIGTERM or SIGINT; then finish what was taken, within so many seconds of grace.
+def make_server(
+    app: fastapi.FastAPI, host: str, port: int, *, most_connections: int = 1024, grace: int = 30
+) -> uvicorn.Server:
+    """A server that is ready to `run`.
 
     Args:
         app: what `create_app` made.
         host: address to listen at.
         port: 0 takes a free one; the log says which.
         most_connections: beyond them the answer is 503.
-        grace: seconds.
+        grace: seconds in which it finishes what was taken, when it is told to stop.
     """
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonFormatter())
-    for name in ("bonnx.serve", "uvicorn", "uvicorn.error"):
-        logger = logging.getLogger(name)
-        logger.handlers, logger.propagate = [handler] if name != "uvicorn.error" else [], name == "uvicorn.error"
-        logger.setLevel(logging.INFO)
     options: dict[str, Any] = {
         "log_config": None,
         "access_log": False,
@@ -74,4 +70,14 @@ def serve(app: fastapi.FastAPI, host: str, port: int, *, most_connections: int, 
         "timeout_keep_alive": 30,
         "ws": "none",
     }
-    uvicorn.Server(uvicorn.Config(app, host=host, port=port, http=_Impatient, **options)).run()
+    return uvicorn.Server(uvicorn.Config(app, host=host, port=port, http=_Impatient, **options))
+
+
+def log_to_stderr() -> None:
+    """Everything that the server and uvicorn say, one JSON object a line."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter())
+    for name in ("bonnx.serve", "uvicorn"):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(logging.INFO)
