@@ -23,7 +23,6 @@ __all__ = [
     "Session",
     "Stop",
     "installed_flavours",
-    "make_stop",
     "runtime_module",
 ]
 
@@ -94,15 +93,6 @@ class Stop(Protocol):
     terminate: bool
 
 
-def make_stop() -> Stop:
-    """A new one."""
-    options = runtime_module().RunOptions()
-    # A run that is ended on purpose is not worth ONNX Runtime's line on stderr.
-    options.log_severity_level = 4
-    stop: Stop = options
-    return stop
-
-
 class Session:
     """One graph, ready to run. Safe to share between threads."""
 
@@ -138,6 +128,14 @@ class Session:
             got = [(value.name, _TYPES.get(value.type, value.type), list(value.shape)) for value in found]
             if wanted != got:
                 raise ArtifactError(f"{path}: its {kind} are {got}; the manifest says {wanted}; export the model again")
+
+    def make_stop(self) -> Stop:
+        """What can end one run."""
+        options = self._runtime.RunOptions()
+        # A run that is ended on purpose is not worth ONNX Runtime's line on stderr.
+        options.log_severity_level = 4
+        stop: Stop = options
+        return stop
 
     def run(self, feeds: dict[str, Array], outputs: list[str], stop: Stop | None = None) -> list[Array]:
         """Run the graph; on CUDA the inputs are bound once and only the asked outputs come back to the host.

@@ -38,7 +38,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         ("max-tokens", int, "TOKENS", "of one request, padding and all that it may generate included"),
         ("max-queue", int, "REQUESTS", "that may wait; beyond them the answer is 429"),
         ("max-streams", int, "STREAMS", "generations that may be watched at once"),
-        ("batch-tokens", int, "TOKENS", "of requests that run together"),
+        ("batch-tokens", int, "TOKENS", "of rankings that run together"),
+        ("batch-candidates", int, "CANDIDATES", "that are generated together"),
         ("batch-waste", float, "SHARE", "of them that may be padding"),
         ("batch-wait", float, "SECONDS", "to wait for company while the model is idle"),
     )

@@ -1,7 +1,8 @@
 """A lane in front of a model: works wait in it, and those that are alike run together, in a thread of its own.
 
-While one run is under way others arrive, so batches form by themselves as the load grows; an idle model waits for
-company only if it is told to.
+While one run is under way others arrive, so batches form by themselves as the load grows. After a run the lane waits a
+little for those who were just answered: clients that send one request after another would else fall into two halves,
+each waiting for the other's run. A single client never waits.
 """
 
 from __future__ import annotations
@@ -18,6 +19,10 @@ from ..jobs import Shape, Work, measure, padded_tokens, plan
 from ..session import Stop
 
 __all__ = ["Lane", "LateError", "OverfullError", "Watcher"]
+
+
+# What a lane may wait for those who were just answered, as a share of the run that answered them.
+_LULL = 0.1
 
 
 class OverfullError(Exception):
@@ -82,7 +87,7 @@ class Lane:
         stop: makes what `run` can be stopped with.
         watcher: is told what happens.
         most_waiting: works that may wait.
-        patience: seconds that the oldest may wait for company.
+        patience: seconds that the oldest may wait for company whatever is likely to come.
         waste: see `plan`.
     """
 
@@ -104,6 +109,7 @@ class Lane:
         self._running: tuple[list[_Ticket], Stop] | None = None
         self._ready = threading.Condition()
         self._closing = False
+        self._expected, self._lull = 1, 0.0
         self._pace = 0.01  # seconds for each work, a running mean
         self._thread = threading.Thread(target=self._serve, name=f"bonnx-{name}", daemon=True)
         self._thread.start()
@@ -181,11 +187,17 @@ class Lane:
                 self._work(tickets, stop)
             with self._ready:
                 self._running = None
+                # Whoever was just answered may well ask again.
+                self._expected = len(tickets) + len(self._waiting)
 
     def _wait_for_company(self) -> None:
-        """Wait, the lock held, until the oldest has waited long enough or a run is full."""
+        """Wait, the lock held, until all that are likely to come are there, or waited long enough, or a run is full."""
+        start = time.monotonic()
         while self._waiting and not self._closing:
-            left = self._waiting[0].arrived + self._patience - time.monotonic()
+            until = self._waiting[0].arrived + self._patience
+            if len(self._waiting) < self._expected:
+                until = max(until, start + self._lull)
+            left = until - time.monotonic()
             shapes = [ticket.work.shape for ticket in self._waiting]
             if left <= 0 or not self._fits(len(shapes) + 1, max(shapes, key=lambda shape: padded_tokens(1, shape))):
                 return
@@ -208,6 +220,7 @@ class Lane:
                 return
             results = [e] * len(tickets)
         seconds = time.monotonic() - start
+        self._lull = _LULL * seconds
         self._pace += 0.1 * (seconds / len(tickets) - self._pace)
         for ticket, result in zip(tickets, results, strict=True):
             ticket.finish(result)

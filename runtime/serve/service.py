@@ -17,7 +17,7 @@ from ..inputs import Item
 from ..jobs import Shape, padded_tokens
 from ..model import Model
 from ..ranking import Ranking, winner
-from ..session import Stop, make_stop
+from ..session import Stop
 from .growth import Growth
 from .lane import Lane, LateError, OverfullError
 from .meter import Meter
@@ -55,14 +55,18 @@ class Service:
             model.session(name)
         self.generates = "generate" in model.manifest.graphs
         options: dict[str, Any] = {
+            "stop": model.session("rank").make_stop,
+            "watcher": meter,
             "most_waiting": settings.max_queue,
             "patience": settings.batch_wait,
             "waste": settings.batch_waste,
         }
-        fits = model.fits(settings.batch_tokens)
-        self._ranking = Lane("rank", self._rank, fits, make_stop, meter, **options)
-        # A generation lasts: rankings do not stand behind it.
-        self._generating = Lane("generate", self._generate, fits, make_stop, meter, **options)
+        self._ranking = Lane("rank", self._rank, model.fits(settings.batch_tokens), **options)
+        within = model.fits(settings.max_tokens)
+        # A step of a generation costs by its candidates, not by the tokens that they may come to have.
+        rows = lambda columns, shape: columns * shape.candidates <= settings.batch_candidates and within(columns, shape)  # noqa: E731
+        # It lasts: rankings do not stand behind it.
+        self._generating = Lane("generate", self._generate, rows, **options)
         self._readers = ThreadPoolExecutor(2, "bonnx-read")
         self._streamers = ThreadPoolExecutor(settings.max_streams, "bonnx-stream")
         self._streams = 0

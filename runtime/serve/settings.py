@@ -34,14 +34,25 @@ class Settings:
     max_streams: int = 8
     """Generations that may be watched at once."""
     batch_wait: float = 0.0
-    """How long the oldest waiting request may wait for company when the model is idle."""
+    """How long a request waits for company when the model is idle; without it a tenth of the last run, and only for
+    requests that are likely to come."""
     batch_tokens: int = 2048
-    """Greatest size of a joint run, padding included."""
+    """Greatest size of rankings that run together, padding included."""
+    batch_candidates: int = 128
+    """Greatest number of candidates that are generated together."""
     batch_waste: float = 0.2
     """Greatest share of a joint run's tokens that may be padding."""
 
     def __post_init__(self) -> None:
-        for name in ("max_body", "max_buffered", "max_tokens", "max_queue", "max_streams", "batch_tokens"):
+        for name in (
+            "max_body",
+            "max_buffered",
+            "max_tokens",
+            "max_queue",
+            "max_streams",
+            "batch_tokens",
+            "batch_candidates",
+        ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise InputError(f"{name}: expected a whole number of at least 1; got {value!r}")

@@ -1,0 +1,146 @@
+"""Load on a server of this machine: clients that each send one request after another over one connection."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = ["Load", "free_port", "load", "server"]
+
+
+@dataclass
+class Load:
+    """What clients saw.
+
+    Attributes:
+        seconds: how long the load lasted.
+        times: seconds of each answered request.
+        statuses: how many answers of each status; 0 for a connection that broke.
+        bodies: of each answer that is not 200.
+    """
+
+    seconds: float
+    times: list[float] = field(default_factory=list)
+    statuses: dict[int, int] = field(default_factory=dict)
+    bodies: list[bytes] = field(default_factory=list)
+
+    @property
+    def rate(self) -> float:
+        """Answers of status 200 for each second."""
+        return self.statuses.get(200, 0) / self.seconds
+
+    def percentile(self, share: float) -> float:
+        """Seconds within which this share of the requests was answered."""
+        times = sorted(self.times)
+        return times[min(len(times) - 1, int(share * len(times)))] if times else float("nan")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@contextlib.contextmanager
+def server(command: Sequence[str], port: int, ready: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A server process that listens at a port, until the block ends.
+
+    Args:
+        command: what to run after the interpreter.
+        port: where it listens.
+        ready: path that answers once it does, whatever it answers.
+    """
+    process = subprocess.Popen([sys.executable, *command], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    try:
+        for _ in range(600):
+            if process.poll() is not None:
+                raise SystemExit(f"{' '.join(command)} ended with {process.returncode}")
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}{ready}", timeout=5).close()
+                break
+            except urllib.error.HTTPError:
+                break
+            except OSError:
+                time.sleep(0.1)
+        yield process
+    finally:
+        process.terminate()
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def load(port: int, path: str, bodies: Sequence[Any], clients: int, seconds: float) -> Load:
+    """Send requests from so many clients for so long.
+
+    Args:
+        port: of the server.
+        path: of the endpoint.
+        bodies: JSON values; the clients take turns in them.
+        clients: how many at once.
+        seconds: for how long.
+    """
+    requests = []
+    for body in bodies:
+        data = json.dumps(body).encode()
+        head = (
+            f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+        )
+        requests.append(head.encode() + data)
+    return asyncio.run(_load(port, requests, clients, seconds))
+
+
+async def _load(port: int, requests: Sequence[bytes], clients: int, seconds: float) -> Load:
+    start = time.perf_counter()
+    found = Load(seconds)
+    until = start + seconds
+    await asyncio.gather(*(_client(port, requests, i, clients, until, found) for i in range(clients)))
+    found.seconds = time.perf_counter() - start
+    return found
+
+
+async def _client(port: int, requests: Sequence[bytes], first: int, step: int, until: float, found: Load) -> None:
+    number = first
+    while time.perf_counter() < until:
+        try:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        except OSError:
+            found.statuses[0] = found.statuses.get(0, 0) + 1
+            await asyncio.sleep(0.05)
+            continue
+        try:
+            while time.perf_counter() < until:
+                start = time.perf_counter()
+                writer.write(requests[number % len(requests)])
+                number += step
+                status, body, stays = await _answer(reader)
+                found.times.append(time.perf_counter() - start)
+                found.statuses[status] = found.statuses.get(status, 0) + 1
+                if status != 200:
+                    found.bodies.append(body)
+                if not stays:
+                    break
+        except (OSError, asyncio.IncompleteReadError, ValueError):
+            found.statuses[0] = found.statuses.get(0, 0) + 1
+        finally:
+            writer.close()
+
+
+async def _answer(reader: asyncio.StreamReader) -> tuple[int, bytes, bool]:
+    """Status, body, and whether the connection stays open."""
+    head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
+    length = int(head.split("content-length:")[1].split("\r\n")[0])
+    body = await reader.readexactly(length)
+    return int(head.split(" ")[1]), body, "connection: close" not in head
