@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias
@@ -17,6 +18,7 @@ from .manifest import Graph
 
 __all__ = [
     "FLAVOURS",
+    "WEIGHTS",
     "Array",
     "Options",
     "Provider",
@@ -29,6 +31,8 @@ __all__ = [
 Provider: TypeAlias = Literal["auto", "cpu", "cuda"]
 Array: TypeAlias = NDArray[Any]
 
+# The external data of every graph, beside it.
+WEIGHTS = "weights.bin"
 FLAVOURS = ("onnxruntime", "onnxruntime-gpu")
 _NAMES = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _TYPES = {"tensor(float)": "float32", "tensor(int64)": "int64", "tensor(float16)": "float16"}
@@ -112,6 +116,7 @@ class Session:
             self._session = runtime.InferenceSession(str(path), settings, providers=providers)
         except Exception as e:  # ONNX Runtime raises bare subclasses of Exception of its own
             raise ArtifactError(f"{path}: ONNX Runtime {runtime.__version__} cannot load it: {e}") from e
+        self._weights = _Weights(path.with_name(WEIGHTS))
         active = self._session.get_providers()[0]
         self.provider = next((short for short, name in _NAMES.items() if name == active), active)
         if options.provider == "cuda" and self.provider != "cuda":
@@ -142,10 +147,13 @@ class Session:
 
         A run whose `stop` is told to terminate ends at its next operator, with an exception.
         """
+        result: Sequence[Array]
         if self.provider != "cuda":
-            result: list[Array] = self._session.run(outputs, feeds, stop)
-            return result
-        return [value.numpy() for value in self._bound(self.hold(feeds), outputs, stop)]
+            result = self._session.run(outputs, feeds, stop)
+        else:
+            result = [value.numpy() for value in self._bound(self.hold(feeds), outputs, stop)]
+        self._weights.check()
+        return [*result]
 
     def hold(self, arrays: dict[str, Array]) -> dict[str, Any]:
         """Arrays as values where the session runs, for `values`."""
@@ -159,9 +167,13 @@ class Session:
         arrays = {name: value for name, value in feeds.items() if isinstance(value, np.ndarray)}
         given = feeds | self.hold(arrays)
         outputs = [value.name for value in self.graph.outputs if logits or value.name != "logits"]
+        found: Sequence[Any]
         if self.provider != "cuda":
-            return dict(zip(outputs, self._session.run_with_ort_values(outputs, given), strict=True))
-        return dict(zip(outputs, self._bound(given, outputs), strict=True))
+            found = self._session.run_with_ort_values(outputs, given)
+        else:
+            found = self._bound(given, outputs)
+        self._weights.check()
+        return dict(zip(outputs, found, strict=True))
 
     def _bound(self, feeds: dict[str, Any], outputs: list[str], stop: Stop | None = None) -> Sequence[Any]:
         binding = self._session.io_binding()
@@ -172,6 +184,37 @@ class Session:
         self._session.run_with_iobinding(binding, stop)
         found: Sequence[Any] = binding.get_outputs()
         return found
+
+
+class _Weights:
+    """The file that ONNX Runtime has mapped: whoever writes into it changes the model that runs.
+
+    A file that takes its place, as an export makes it, is another one and harms nobody.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._file = path, None
+        if path.is_file():
+            self._file = os.open(path, os.O_RDONLY)
+            weakref.finalize(self, os.close, self._file)
+            self._state = self._read()
+
+    def _read(self) -> tuple[int, int]:
+        assert self._file is not None
+        state = os.fstat(self._file)
+        return state.st_mtime_ns, state.st_size
+
+    def check(self) -> None:
+        """Refuse what was computed if the file was written into.
+
+        Raises:
+            ArtifactError: it was.
+        """
+        if self._file is not None and self._read() != self._state:
+            raise ArtifactError(
+                f"{self._path} was written over while it was in use, and what was computed may be wrong: "
+                "put a new artifact beside an old one and rename it, then load the model again"
+            )
 
 
 def _providers(runtime: Any, options: Options) -> list[Any]:

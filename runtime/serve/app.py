@@ -19,7 +19,7 @@ from starlette.responses import Response, StreamingResponse
 
 import bonnx
 
-from ..errors import InputError, NoWinnerError
+from ..errors import ArtifactError, InputError, NoWinnerError
 from ..generation import Generation
 from ..inputs import Item
 from ..model import Model
@@ -60,7 +60,7 @@ def create_app(model: Model, settings: Settings | None = None) -> fastapi.FastAP
         title="bonnx", version=bonnx.__version__, description=f"Best-of-N with {model.manifest.name}", lifespan=lifespan
     )
     app.state.service = service
-    for kind in (InputError, NoWinnerError, OverfullError, LateError, Problem):
+    for kind in (ArtifactError, InputError, NoWinnerError, OverfullError, LateError, Problem):
         app.add_exception_handler(kind, respond)
     app.add_exception_handler(RequestValidationError, _refuse)
     app.add_exception_handler(HTTPException, _not_here)
@@ -145,7 +145,8 @@ def _routes(service: Service) -> fastapi.APIRouter:
 
     @routes.get("/health")
     async def health() -> dict[str, str]:
-        """Whether the server answers."""
+        """Whether the server answers, and well."""
+        service.check_whole()
         return {"status": "ok", "model": name}
 
     @routes.get("/metrics")
@@ -307,7 +308,7 @@ def _document(app: fastapi.FastAPI) -> None:
     said = {
         "400": "bad input", "401": "no key", "404": "no such model", "408": "the body came too slowly",
         "413": "the body is too large", "422": "every score is NaN", "429": "the queue is full; see Retry-After",
-        "503": "too many bodies at once", "504": "the request's time was over",
+        "503": "too many bodies at once, or the model's files were changed", "504": "the request's time was over",
     }  # fmt: skip
     for path, methods in schema["paths"].items():
         for operation in methods.values():

@@ -8,7 +8,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ..errors import InputError, NoWinnerError
+from ..errors import ArtifactError, InputError, NoWinnerError
 from .lane import LateError, OverfullError
 
 __all__ = ["Problem", "as_problem", "encode", "respond"]
@@ -24,7 +24,7 @@ _TYPES = {
     422: "no_winner",
     429: "overloaded",
     500: "internal_error",
-    503: "overloaded",
+    503: "unavailable",
     504: "deadline_exceeded",
 }
 
@@ -64,6 +64,8 @@ def as_problem(error: Exception) -> Problem | None:
         return error
     if isinstance(error, InputError):
         return Problem(400, str(error))
+    if isinstance(error, ArtifactError):
+        return Problem(503, "the model's files were changed while it was served; this server must be started again")
     if isinstance(error, NoWinnerError):
         return Problem(422, str(error))
     if isinstance(error, OverfullError):

@@ -82,6 +82,7 @@ def protocol_routes(service: Service) -> fastapi.APIRouter:
     @routes.get("/health/ready")
     async def ready() -> dict[str, bool]:
         """Whether its models can be used: they are loaded before the server listens."""
+        service.check_whole()
         return {"ready": True}
 
     @routes.get("/models/{model}/versions/{version}/ready", include_in_schema=False)
@@ -89,6 +90,7 @@ def protocol_routes(service: Service) -> fastapi.APIRouter:
     async def model_ready(model: str, version: str | None = None) -> dict[str, Any]:
         """Whether a model can be used."""
         graph_of(model, version)
+        service.check_whole()
         return {"name": model, "ready": True}
 
     @routes.get("/models/{model}/versions/{version}", include_in_schema=False)

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 from starlette.requests import Request
 
-from ..errors import InputError, NoWinnerError
+from ..errors import ArtifactError, InputError, NoWinnerError
 from ..generation import Generation
 from ..inputs import Item
 from ..jobs import Shape, padded_tokens
@@ -70,6 +70,7 @@ class Service:
         self._readers = ThreadPoolExecutor(2, "bonnx-read")
         self._streamers = ThreadPoolExecutor(settings.max_streams, "bonnx-stream")
         self._streams = 0
+        self.broken = False
 
     def close(self) -> None:
         """Finish what was taken."""
@@ -77,6 +78,15 @@ class Service:
         self._generating.close()
         self._readers.shutdown()
         self._streamers.shutdown()
+
+    def check_whole(self) -> None:
+        """Raise the error that every request gets once the artifact's files were changed.
+
+        Raises:
+            ArtifactError: they were.
+        """
+        if self.broken:
+            raise ArtifactError("the artifact was changed")
 
     def until(self, request: Request) -> float:
         """When the request's time is over, on the clock of `time.monotonic`.
@@ -209,11 +219,19 @@ class Service:
 
     def _rank(self, works: Sequence[Any], stop: Stop) -> Sequence[Ranking | NoWinnerError | Any]:
         if isinstance(works[0], Call):
-            return [work.run(stop) for work in works]
-        return self.model.run_together(works, stop)
+            return self._whole(lambda: [work.run(stop) for work in works])
+        return self._whole(lambda: self.model.run_together(works, stop))
 
     def _generate(self, works: Sequence[Any], stop: Stop) -> Sequence[Generation]:
-        return self.model.generate_together(works, stop)
+        return self._whole(lambda: self.model.generate_together(works, stop))
+
+    def _whole(self, run: Callable[[], T]) -> T:
+        """Run; remember that the artifact is not whole any more if it says so."""
+        try:
+            return run()
+        except ArtifactError:
+            self.broken = True
+            raise
 
 
 def note(request: Request, **notes: Any) -> None:

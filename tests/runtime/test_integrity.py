@@ -128,3 +128,18 @@ def test_recorded_outputs_that_are_not_met(edited):
 def test_the_manifest_is_plain_json(small):
     document = json.loads((small / "manifest.json").read_text())
     assert {"name": "best_index", "dtype": "int64", "shape": ["batch"]} in document["graphs"]["rank"]["outputs"]
+
+
+def test_weights_that_are_written_over_in_use_are_noticed(edited, rng):
+    model = bonnx.load(edited)
+    prompt, *candidates = rng.standard_normal((4, 5, 12)).astype(np.float32)
+    expected = model.rank(prompt, candidates).candidate_scores
+    weights, kept = edited / "onnx" / "weights.bin", edited / "onnx" / "kept.bin"
+    # A file that takes its place is another one.
+    weights.rename(kept)
+    weights.write_bytes(b"?" * kept.stat().st_size)
+    assert (model.rank(prompt, candidates).candidate_scores == expected).all()
+    with kept.open("r+b") as file:
+        file.write(b"?")
+    with pytest.raises(ArtifactError, match="written over while it was in use"):
+        model.rank(prompt, candidates)

@@ -1,0 +1,186 @@
+"""What breaks, and what comes of it: `python -m benchmarks.faults artifacts/countdown` prints a line for each.
+
+A server that is killed, an artifact whose folder or files are replaced while it is served, clients that are slow to
+send and slow to read, and 64 threads that share one model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import socket
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import bonnx
+from benchmarks.loading import free_port, load, server
+from benchmarks.serve import bodies
+from benchmarks.soak import request, status_of
+
+
+def ask(port: int, body: dict[str, Any]) -> Any:
+    data = json.dumps(body).encode()
+    headers = {"Content-Type": "application/json"}
+    asked = urllib.request.Request(f"http://127.0.0.1:{port}/v1/best-of-n", data, headers)
+    answer = json.loads(urllib.request.urlopen(asked, timeout=60).read())
+    answer.pop("id")
+    return answer
+
+
+def command(artifact: Path | str, port: int) -> list[str]:
+    return ["-m", "bonnx.runtime.command", "serve", str(artifact), "--port", str(port)]
+
+
+def killed(artifact: Path) -> str:
+    """kill -9 under load: the clients see broken connections and nothing else; the next server answers the same."""
+    port, requests = free_port(), bodies("rank")
+    with server(command(artifact, port), port, "/health") as process:
+        expected = ask(port, requests[0])
+        threading.Timer(2.0, process.kill).start()
+        found = load(port, "/v1/best-of-n", requests, 32, 3.0)
+        process.wait()
+    others = {status: count for status, count in found.statuses.items() if status not in (0, 200)}
+    with server(command(artifact, port), port, "/health"):
+        same = ask(port, requests[0]) == expected
+    return f"{found.statuses.get(200, 0)} answers before, {others or 'no'} error answers; same answer after: {same}"
+
+
+def replaced(artifact: Path) -> str:
+    """Another artifact takes the folder's place while it is served; the folder goes; its files are written over."""
+    port, requests = free_port(), bodies("rank")[:8] + [body | {"seed": 3} for body in bodies("generate")[:8]]
+    with tempfile.TemporaryDirectory() as place:
+        copy, old = Path(place) / "artifact", Path(place) / "old"
+        shutil.copytree(artifact, copy)
+        with server(command(copy, port), port, "/health"):
+            expected = [ask(port, body) for body in requests]
+            copy.rename(old)
+            shutil.copytree(artifact, copy)
+            overwrite(copy)
+            swapped = [ask(port, body) for body in requests] == expected
+            overwrite(old)
+            refused = [refusal(port, body) for body in requests]
+            ready = refusal(port, None)
+        shutil.rmtree(copy)
+        shutil.copytree(artifact, copy)
+        with server(command(copy, port), port, "/health"):
+            shutil.rmtree(copy)
+            gone = [ask(port, body) for body in requests] == expected
+    return (
+        f"same answers after another took its place: {swapped}, and without the folder: {gone}; written over, "
+        f"{refused.count(503)} of {len(requests)} refused with 503, health {ready}"
+    )
+
+
+def overwrite(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("r+b") as file:
+                file.write(b"\x3f" * path.stat().st_size)
+
+
+def refusal(port: int, body: dict[str, Any] | None) -> int:
+    """The status of the answer; without a body, of the server's health."""
+    try:
+        if body is not None:
+            ask(port, body)
+        else:
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=60)
+    except urllib.error.HTTPError as e:
+        return e.code
+    return 200
+
+
+def slow(artifact: Path) -> str:
+    """200 clients that send a byte now and then, or never read their answers."""
+    port, requests = free_port(), bodies("rank")
+    with server(command(artifact, port), port, "/health") as process:
+        load(port, "/v1/best-of-n", requests, 8, 1.0)
+        alone = load(port, "/v1/best-of-n", requests, 8, 4.0)
+        stop, whole = threading.Event(), request(json.dumps(bodies("generate")[0] | {"stream": True}).encode())
+        connections = [socket.create_connection(("127.0.0.1", port)) for _ in range(200)]
+        for connection in connections[::2]:
+            connection.sendall(whole * 3)
+
+        def drip() -> None:
+            place = 0
+            while not stop.wait(0.5):
+                for connection in connections[1::2]:
+                    try:
+                        connection.sendall(whole[place : place + 1])
+                    except OSError:
+                        continue
+                place += 1
+
+        dripping = threading.Thread(target=drip)
+        dripping.start()
+        beside = load(port, "/v1/best-of-n", requests, 8, 12.0)
+        stop.set()
+        dripping.join()
+        closed = sum(_is_closed(connection) for connection in connections[1::2])
+        for connection in connections:
+            connection.close()
+        time.sleep(1)
+        after = status_of(process.pid)
+    share = beside.statuses.get(200, 0) / sum(beside.statuses.values())
+    return (
+        f"p99 of 8 others {1e3 * alone.percentile(0.99):.0f} ms without them, {1e3 * beside.percentile(0.99):.0f} ms "
+        f"with them, {share:.0%} answered; {closed} of 100 that sent too slowly were closed; {after['files']} open files"
+    )
+
+
+def _is_closed(connection: socket.socket) -> bool:
+    connection.settimeout(0.2)
+    try:
+        while part := connection.recv(65536):
+            if not part:
+                return True
+    except TimeoutError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def shared(artifact: Path) -> str:
+    """64 threads, one model: every answer is the one that it gives in turn."""
+    model = bonnx.load(artifact)
+
+    def answer(number: int) -> Any:
+        if number < 192:
+            body = bodies("rank")[number]
+            return model.rank(body["prompt"], body["candidates"]).candidate_scores.tolist()
+        body = bodies("generate")[number]
+        return [candidate.text for candidate in model.generate(body["prompt"], n=4, seed=number).candidates]
+
+    numbers = range(256)
+    expected = [answer(number) for number in numbers]
+    with ThreadPoolExecutor(64) as pool:
+        found = [*pool.map(answer, numbers)]
+    same = sum(a == b for a, b in zip(found, expected, strict=True))
+    pairs = zip(found[:192], expected[:192], strict=True)
+    worst = max(float(np.abs(np.subtract(a, b)).max()) for a, b in pairs)
+    return f"{same} of {len(numbers)} answers equal, bit for bit; greatest difference of a score {worst:g}"
+
+
+def main() -> None:
+    """Print what came of each."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("artifact", type=Path)
+    parser.add_argument("--only", nargs="+", choices=["killed", "replaced", "slow", "shared"])
+    arguments = parser.parse_args()
+    for fault in (killed, replaced, slow, shared):
+        if arguments.only is None or fault.__name__ in arguments.only:
+            print(f"{fault.__name__}: {fault(arguments.artifact)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""An hour of requests in minutes: is the server's memory flat?
+
+`python -m benchmarks.soak artifacts/countdown` sends as many requests as an hour at 10 a second has (36,000;
+`--requests`) of every kind: rankings, votes, generations, watched ones, clients that leave, and bad input. It prints
+the process's resident memory after each tenth, its threads and its open files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import re
+import time
+from pathlib import Path
+
+from benchmarks.loading import Load, _answer, free_port, server
+from benchmarks.serve import bodies
+
+
+def status_of(pid: int) -> dict[str, int]:
+    """Resident memory in kB, threads, open files."""
+    text = Path(f"/proc/{pid}/status").read_text()
+    found = {name: int(re.search(rf"{name}:\s+(\d+)", text)[1]) for name in ("VmRSS", "Threads")}  # type: ignore[index]
+    return found | {"files": len([*Path(f"/proc/{pid}/fd").iterdir()])}
+
+
+def request(body: bytes, path: str = "/v1/best-of-n") -> bytes:
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    return head.encode() + body
+
+
+async def client(port: int, numbers: asyncio.Queue[int], found: Load) -> None:
+    rng = random.Random(id(found))
+    ranks, generations = bodies("rank"), bodies("generate")
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    while not numbers.empty():
+        numbers.get_nowait()
+        kind = rng.random()
+        if kind < 0.75:
+            body, path = {**rng.choice(ranks)}, "/v1/best-of-n"
+            if kind < 0.2:
+                body |= {"vote": "weighted", "answers": [rng.choice("ab") for _ in body["candidates"]]}
+            elif kind < 0.3:
+                body, path = {"query": body["prompt"], "documents": body["candidates"]}, "/v1/rerank"
+            data = request(json.dumps(body).encode(), path)
+        elif kind < 0.85:
+            data = request(json.dumps(rng.choice(generations) | {"seed": rng.randrange(3)}).encode())
+        elif kind < 0.95:
+            data = request(rng.choice([b"{", b"[]", b'{"prompt": 3}', b'{"prompt": "what?", "n": 2}']))
+        else:
+            # Somebody watches, or waits, and leaves.
+            body = rng.choice(generations) | ({"stream": True} if kind < 0.98 else {})
+            writer.write(request(json.dumps(body).encode()))
+            await asyncio.sleep(0.01 * rng.random())
+            writer.close()
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            continue
+        writer.write(data)
+        status, _, stays = await _answer(reader)
+        found.statuses[status] = found.statuses.get(status, 0) + 1
+        if not stays:
+            writer.close()
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.close()
+
+
+async def work(port: int, count: int, clients: int, found: Load) -> None:
+    numbers: asyncio.Queue[int] = asyncio.Queue()
+    for i in range(count):
+        numbers.put_nowait(i)
+    await asyncio.gather(*(client(port, numbers, found) for _ in range(clients)))
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("artifact")
+    parser.add_argument("--requests", type=int, default=36_000)
+    parser.add_argument("--clients", type=int, default=16)
+    arguments = parser.parse_args()
+    port, found = free_port(), Load(0.0)
+    with server(
+        ["-m", "bonnx.runtime.command", "serve", arguments.artifact, "--port", str(port)], port, "/health"
+    ) as process:
+        print("| requests | seconds | resident memory, MB | threads | open files |\n|---|---|---|---|---|")
+        start = time.perf_counter()
+        for part in range(11):
+            now = status_of(process.pid)
+            cells = [part * arguments.requests // 10, round(time.perf_counter() - start), now["VmRSS"] // 1000]
+            print(f"| {' | '.join(map(str, [*cells, now['Threads'], now['files']]))} |", flush=True)
+            if part < 10:
+                asyncio.run(work(port, arguments.requests // 10, arguments.clients, found))
+    print("answers by status:", dict(sorted(found.statuses.items())))
+
+
+if __name__ == "__main__":
+    main()
