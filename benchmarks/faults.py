@@ -133,7 +133,7 @@ def slow(artifact: Path) -> str:
     share = beside.statuses.get(200, 0) / sum(beside.statuses.values())
     return (
         f"p99 of 8 others {1e3 * alone.percentile(0.99):.0f} ms without them, {1e3 * beside.percentile(0.99):.0f} ms "
-        f"with them, {share:.0%} answered; {closed} of 100 that sent too slowly were closed; {after['files']} open files"
+        f"with them, {share:.0%} answered; {closed} of 100 that sent too slowly closed; {after['files']} open files"
     )
 
 

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from ..errors import InputError
+from ..folder import read_verified
 from ..model import load
 from ..serve import Settings, create_app
 from ..serve.server import log_to_stderr, make_server
@@ -46,6 +47,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
     for name, kind, unit, what in bounds:
         value = getattr(default, name.replace("-", "_"))
         parser.add_argument(f"--{name}", type=kind, metavar=unit, default=value, help=f"{what}; {value:g} if not given")
+    parser.add_argument(
+        "--ray", action="store_true", help="serve on Ray: replicas, each with bounds and queues of its own"
+    )
+    parser.add_argument(
+        "--ray-address", metavar="ADDRESS", help="of a running cluster; one is started here if not given"
+    )
+    parser.add_argument("--replicas", type=int, default=1, help="on Ray, at the least")
+    parser.add_argument(
+        "--max-replicas", type=int, help="on Ray, at the most, by load; as many as --replicas if not given"
+    )
+    parser.add_argument("--replica-gpus", type=float, default=0, help="of each; above 0 on CUDA")
     parser.add_argument("--max-connections", type=int, default=1024, help="beyond them the answer is 503")
     parser.add_argument("--grace", type=int, default=30, metavar="SECONDS", help="to finish in when told to stop")
 
@@ -53,17 +65,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Serve until told to stop."""
     settings = settings_of(arguments)
+    if arguments.host not in ("127.0.0.1", "localhost", "::1") and settings.api_key is None:
+        print(f"bonnx serve: anyone who reaches {arguments.host} may use this; see --api-key-file", file=sys.stderr)
+    return _on_ray(arguments, settings) if arguments.ray else _here(arguments, settings)
+
+
+def _here(arguments: argparse.Namespace, settings: Settings) -> int:
     model = load(
         arguments.artifact,
         provider=arguments.provider,
         threads=arguments.threads,
         memory_limit=arguments.memory_limit,
     )
-    open_to_all = arguments.host not in ("127.0.0.1", "localhost", "::1") and settings.api_key is None
-    if open_to_all:
-        print(
-            f"bonnx serve: anyone who reaches {arguments.host} may use this server; see --api-key-file", file=sys.stderr
-        )
     server = make_server(
         create_app(model, settings),
         arguments.host,
@@ -77,6 +90,24 @@ def run(arguments: argparse.Namespace) -> int:
         signal.signal(number, lambda *_: None)
     server.run()
     return 0 if server.started else 1
+
+
+def _on_ray(arguments: argparse.Namespace, settings: Settings) -> int:
+    try:
+        from ..serve.replicas import Scale, deploy, run_until_told
+    except ModuleNotFoundError as e:
+        if (e.name or "").split(".")[0] != "ray":
+            raise
+        raise InputError("--ray: Ray is not installed; run `pip install bonnx[ray]`") from e
+    most = arguments.replicas if arguments.max_replicas is None else arguments.max_replicas
+    scale = Scale(
+        replicas=arguments.replicas, most_replicas=most, cpus=arguments.threads or 1, gpus=arguments.replica_gpus
+    )
+    read_verified(Path(arguments.artifact))
+    artifact = str(Path(arguments.artifact).resolve())
+    application = deploy(artifact, settings, scale, memory_limit=arguments.memory_limit)
+    run_until_told(application, arguments.host, arguments.port, arguments.ray_address)
+    return 0
 
 
 def settings_of(arguments: argparse.Namespace) -> Settings:
