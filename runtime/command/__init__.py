@@ -22,6 +22,7 @@ _COMMANDS = {
     "generate": ("bonnx.runtime.command.generate", "sample completions, score them and choose the best"),
     "report": ("bonnx.runtime.command.report", "show a search run in a browser or in the terminal"),
     "rank": ("bonnx.runtime.command.rank", "score candidates after a prompt and choose the best"),
+    "batch": ("bonnx.runtime.command.batch", "rank every row of a file"),
     "serve": ("bonnx.runtime.command.serve", "put a model behind HTTP"),
 }
 # What a command needs that is not installed with bonnx itself; `export` for those that are not here.

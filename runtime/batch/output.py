@@ -1,0 +1,261 @@
+"""The output while it grows, and the journal by which an interrupted run goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import IO, Any
+
+import msgspec
+
+from ..errors import BonnxError, InputError
+from .work import Result
+
+__all__ = ["Journal", "Output"]
+
+_SECONDS = 1.0
+
+
+class Journal(msgspec.Struct, forbid_unknown_fields=True):
+    """What is done: everything before it is on the disk.
+
+    Attributes:
+        identity: what makes the output what it is: another one cannot be gone on with.
+        chunks: how many.
+        rows: ranked.
+        bad: not ranked.
+        output: bytes of the output, if it is JSON lines.
+        errors: bytes of the errors.
+        done: nothing is left but to put the parts in their places.
+    """
+
+    identity: dict[str, Any]
+    chunks: int = 0
+    rows: int = 0
+    bad: int = 0
+    output: int = 0
+    errors: int = 0
+    done: bool = False
+
+
+class Output:
+    """Writes results in their order. Use it as a context.
+
+    `OUT.part` grows (of Parquet a folder of parts) beside `OUT.errors.part`; `OUT.progress` says how much of them is
+    done. At the end they become `OUT` and, if there are any, `OUT.errors.jsonl`.
+
+    Args:
+        path: of the output.
+        identity: see `Journal`.
+        overwrite: begin anew, and replace an output that is there.
+
+    Raises:
+        InputError: the output exists, another run writes it, or what is there belongs to another run.
+    """
+
+    def __init__(self, path: Path, identity: dict[str, Any], *, overwrite: bool) -> None:
+        self.path, self._parquet = path, path.suffix == ".parquet"
+        self._part, self._errors = (path.with_name(path.name + end) for end in (".part", ".errors.part"))
+        self._progress = path.with_name(path.name + ".progress")
+        self._lock: IO[bytes] | None = None
+        self._saved, self._due = 0, 0.0
+        self.journal = Journal(identity)
+        if not path.parent.is_dir():
+            raise InputError(f"{path.parent}: there is no such folder")
+        self._lock = self._alone()
+        try:
+            self._begin(overwrite)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Output:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Keep what is done, for the next start."""
+        for file in (getattr(self, "_file", None), getattr(self, "_error_file", None), self._lock):
+            if file is not None:
+                with contextlib.suppress(OSError):
+                    file.close()
+
+    def add(self, result: Result) -> None:
+        """The next chunk's result.
+
+        Raises:
+            BonnxError: it cannot be written.
+        """
+        assert result.number == self.journal.chunks, "results come in their order"
+        try:
+            if self._parquet:
+                (self._part / f"{result.number:012}").write_bytes(result.output)
+            else:
+                self._file.write(result.output)
+            self._error_file.write(result.errors)
+            self.journal.chunks += 1
+            self.journal.rows += result.rows
+            self.journal.bad += result.bad
+            self.journal.output += len(result.output)
+            self.journal.errors += len(result.errors)
+            if time.monotonic() > self._due:
+                self.save()
+        except OSError as e:
+            raise BonnxError(
+                f"{self.path}: cannot be written: {e.strerror or e}; make room and start again: it goes on where it was"
+            ) from e
+
+    def save(self) -> None:
+        """Everything on the disk, then the journal that says so."""
+        if not self._parquet:
+            _sync(self._file)
+        else:
+            for number in range(self._saved, self.journal.chunks):
+                with (self._part / f"{number:012}").open("rb") as file:
+                    os.fsync(file.fileno())
+            _sync_folder(self._part)
+        _sync(self._error_file)
+        new = self._progress.with_name(self._progress.name + ".new")
+        with new.open("wb") as file:
+            file.write(msgspec.json.encode(self.journal))
+            _sync(file)
+        new.replace(self._progress)
+        _sync_folder(self.path.parent)
+        self._saved, self._due = self.journal.chunks, time.monotonic() + _SECONDS
+
+    def finish(self) -> None:
+        """Everything is done: the parts become the output. Where that was interrupted it is done again.
+
+        Raises:
+            BonnxError: it cannot be written.
+        """
+        try:
+            if not self.journal.done:
+                self.journal.done = True
+                self.save()
+            self._place()
+        except OSError as e:
+            raise BonnxError(
+                f"{self.path}: cannot be written: {e.strerror or e}; make room and start again: it goes on where it was"
+            ) from e
+
+    def _place(self) -> None:
+        if self._parquet and self._part.is_dir():
+            joined = self.path.with_name(self.path.name + ".joined")
+            _join([self._part / f"{number:012}" for number in range(self.journal.chunks)], joined)
+            joined.replace(self.path)
+            shutil.rmtree(self._part)
+        elif self._part.is_file():
+            self._part.replace(self.path)
+        final = self.path.with_name(self.path.name + ".errors.jsonl")
+        if self.journal.bad and self._errors.is_file():
+            self._errors.replace(final)
+        elif not self.journal.bad:
+            final.unlink(missing_ok=True)
+        self._errors.unlink(missing_ok=True)
+        _sync_folder(self.path.parent)
+        # Last: until here a start does all of this again.
+        self._progress.unlink()
+        self.path.with_name(self.path.name + ".lock").unlink(missing_ok=True)
+
+    def _alone(self) -> IO[bytes]:
+        lock = self.path.with_name(self.path.name + ".lock").open("ab")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            lock.close()
+            raise InputError(f"{self.path}: another run is writing it") from e
+        return lock
+
+    def _begin(self, overwrite: bool) -> None:
+        if overwrite:
+            for path in (self._progress, self._errors, self._part):
+                _remove(path)
+        elif self._progress.is_file():
+            self._resume()
+            if self.journal.done:
+                return
+        elif self.path.exists():
+            raise InputError(f"{self.path} exists; choose another file, or pass --overwrite")
+        if not self._progress.is_file():
+            _remove(self._part)
+        if self._parquet:
+            self._part.mkdir(exist_ok=True)
+            for path in self._part.iterdir():
+                if int(path.name) >= self.journal.chunks:
+                    path.unlink()
+        else:
+            self._file = _open_at(self._part, self.journal.output)
+        self._error_file = _open_at(self._errors, self.journal.errors)
+        self._saved = self.journal.chunks
+        self.save()
+
+    def _resume(self) -> None:
+        identity = self.journal.identity
+        try:
+            self.journal = msgspec.json.decode(self._progress.read_bytes(), type=Journal)
+        except msgspec.MsgspecError as e:
+            raise InputError(f"{self._progress} cannot be read: {e}; pass --overwrite to begin anew") from e
+        old = self.journal.identity
+        differs = [name for name in {**old, **identity} if old.get(name) != json.loads(json.dumps(identity.get(name)))]
+        if differs:
+            what = "; ".join(f"{name} was {old.get(name)!r}, is {identity.get(name)!r}" for name in sorted(differs))
+            raise InputError(
+                f"{self.path}: what is there was made otherwise ({what}); go on with the same, or pass --overwrite"
+            )
+
+
+def _open_at(path: Path, size: int) -> IO[bytes]:
+    """A file to append to, cut to a size.
+
+    Raises:
+        InputError: it is shorter.
+    """
+    file = path.open("ab")
+    if path.stat().st_size < size:
+        file.close()
+        raise InputError(f"{path} is shorter than its journal says: something else changed it; pass --overwrite")
+    file.truncate(size)
+    return file
+
+
+def _join(parts: list[Path], path: Path) -> None:
+    """One Parquet file of many, a part at a time."""
+    from pyarrow import parquet
+
+    with contextlib.ExitStack() as stack:
+        writer: Any = None
+        for part in parts:
+            table = parquet.read_table(part)
+            if writer is None:
+                writer = stack.enter_context(parquet.ParquetWriter(path, table.schema))
+            writer.write_table(table)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sync(file: IO[bytes]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

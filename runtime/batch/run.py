@@ -1,0 +1,164 @@
+"""The loop: chunks are read, ranked and written in their order, and an interrupted run goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from ..errors import InputError
+from ..folder import read_manifest
+from ..session import installed_flavours
+from .output import Output
+from .source import Chunk
+from .work import Result, Task, Worker
+
+__all__ = ["Summary", "here", "identify", "run_batch"]
+
+_END = 64 * 1024
+_QUIET_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a run did.
+
+    Attributes:
+        rows: ranked, by all starts together.
+        bad: in the file of errors.
+        seconds: of this start.
+        resumed_at: chunks that were done before.
+    """
+
+    rows: int
+    bad: int
+    seconds: float
+    resumed_at: int
+
+
+def run_batch(
+    task: Task,
+    output: Path,
+    work: Callable[[Task, Iterable[Chunk]], Iterator[Result]],
+    *,
+    rows: int = 256,
+    strict: bool = False,
+    overwrite: bool = False,
+) -> Summary:
+    """Rank every row of a file.
+
+    Args:
+        task: what to do with each row.
+        output: file to write; its kind is that of the input.
+        work: does chunks and gives their results in their order: `here`, or on Ray.
+        rows: of a chunk.
+        strict: stop at the first bad row.
+        overwrite: begin anew.
+
+    Raises:
+        InputError: something cannot be read or written as asked, or with `strict` a bad row.
+        BonnxError: the output cannot be written any more.
+    """
+    source = task.open()
+    if output.suffix != Path(task.source).suffix:
+        raise InputError(f"{output}: expected a name that ends with {Path(task.source).suffix}, as the input's does")
+    if output.resolve() == Path(task.source).resolve():
+        raise InputError(f"{output}: it is the input; choose another file")
+    start = time.monotonic()
+    with Output(output, identify(task, rows), overwrite=overwrite) as out:
+        done = out.journal.chunks
+        if not out.journal.done:
+            left = itertools.islice(source.chunks(rows), done, None)
+            waiting, shares = itertools.tee(left)
+            with _Watch(Path(task.source).name, out) as watch:
+                for result in work(task, waiting):
+                    chunk = next(shares)
+                    if result.bad and strict:
+                        # Not written: after the row is mended, or without --strict, the run goes on here.
+                        out.save()
+                        raise InputError(f"{task.source}: {result.errors.partition(chr(10).encode())[0].decode()}")
+                    out.add(result)
+                    watch.tell(chunk.done)
+        out.finish()
+        return Summary(out.journal.rows, out.journal.bad, time.monotonic() - start, done)
+
+
+def here(task: Task, chunks: Iterable[Chunk]) -> Iterator[Result]:
+    """Do chunks in this process; the next one is read and tokenized while one is ranked."""
+    worker = Worker(task)
+    with ThreadPoolExecutor(1, "bonnx-read") as pool:
+        ahead: Future[Any] | None = None
+        for chunk in chunks:
+            following = pool.submit(worker.read, chunk)
+            if ahead is not None:
+                yield worker.rank(*ahead.result())
+            ahead = following
+        if ahead is not None:
+            yield worker.rank(*ahead.result())
+
+
+def identify(task: Task, rows: int) -> dict[str, Any]:
+    """What makes the output what it is.
+
+    Raises:
+        ArtifactError: the artifact cannot be read.
+    """
+    path = Path(task.source)
+    size, digest = path.stat().st_size, hashlib.sha256()
+    with path.open("rb") as file:
+        digest.update(file.read(_END))
+        file.seek(max(0, size - _END))
+        digest.update(file.read())
+    settings = {name: value for name, value in asdict(task).items() if name not in ("artifact", "source")}
+    return {
+        **settings,
+        "chunk": rows,
+        "input_size": size,
+        "input_ends": digest.hexdigest(),
+        "artifact": read_manifest(Path(task.artifact)).seal,
+        "onnxruntime": [*installed_flavours().values()],
+    }
+
+
+class _Watch:
+    """Says how far a run is: a bar on a terminal, else a line every ten seconds."""
+
+    def __init__(self, name: str, out: Output) -> None:
+        self._out, self._before = out, out.journal.rows + out.journal.bad
+        self._start = self._said = time.monotonic()
+        console = Console(stderr=True)
+        self._bar: Progress | None = None
+        if console.is_terminal:
+            columns = (TextColumn(name), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[rate]}"))
+            self._bar = Progress(*columns, TimeRemainingColumn(), console=console)
+            self._task = self._bar.add_task(name, total=1.0, rate="")
+
+    def __enter__(self) -> _Watch:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def tell(self, share: float) -> None:
+        """So much of the input is done."""
+        journal, now = self._out.journal, time.monotonic()
+        rate = (journal.rows + journal.bad - self._before) / max(1e-9, now - self._start)
+        said = f"{journal.rows:,} rows, {journal.bad:,} bad, {rate:,.0f} rows/s"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=share, rate=said)
+        elif now - self._said > _QUIET_SECONDS:
+            self._said = now
+            left = (now - self._start) * (1 - share) / max(share, 1e-9)
+            print(f"{100 * share:.1f}%: {said}, about {left:.0f} s left", file=sys.stderr, flush=True)
