@@ -28,6 +28,8 @@ __all__ = ["Call", "Service"]
 
 T = TypeVar("T")
 _LONGEST_TIMEOUT = 3600.0
+# Characters or tokens that are read in less time than it takes to hand them to another thread.
+_SHORT = 4000
 
 
 class Call:
@@ -124,7 +126,8 @@ class Service:
             raise InputError(f"{len(pairs)} pairs: this server takes at most {self.settings.max_queue} at once")
         until = self.until(request)
         read = lambda: [self.model.job(prompt, candidates, **options) for prompt, candidates in pairs]  # noqa: E731
-        jobs = await asyncio.get_running_loop().run_in_executor(self._readers, read)
+        texts = [item for prompt, candidates in pairs for item in (prompt, *candidates)]
+        jobs = await self._read(read, texts)
         note(request, rankings=len(jobs), tokens=sum(job.shape.prompt + job.tokens for job in jobs))
         for job in jobs:
             self._check_size(job.shape)
@@ -137,13 +140,18 @@ class Service:
         self._check_generates()
         self._check_lengths(prompt, ())
         until = self.until(request)
-        loop = asyncio.get_running_loop()
-        draft = await loop.run_in_executor(self._readers, lambda: self.model.draft(prompt, **options))
+        draft = await self._read(lambda: self.model.draft(prompt, **options), [prompt])
         self._check_size(draft.shape)
         note(request, candidates=draft.request.n, tokens=len(draft.prompt))
         (found,) = await self._unless_gone(request, self._generating.put([draft], until))
         winner(found.best_index, "candidates")
         return found
+
+    async def _read(self, read: Callable[[], T], items: Sequence[Item]) -> T:
+        """Read what a request brought: at once, or if it is long in another thread, so that others are not held up."""
+        if sum(map(len, items)) <= _SHORT:
+            return read()
+        return await asyncio.get_running_loop().run_in_executor(self._readers, read)
 
     async def call(self, request: Request, run: Callable[[Stop], Any], shape: Shape) -> Any:
         """One run of a graph."""
