@@ -13,7 +13,7 @@ import msgspec
 from ..batch import Task, here, run_batch
 from ..batch.source import Chunk
 from ..batch.work import Result
-from ..errors import InputError
+from ..errors import BonnxError, InputError
 from ..manifest import VOTES
 from . import print_json
 
@@ -73,20 +73,28 @@ def run(arguments: argparse.Namespace) -> int:
         threads=1 if arguments.ray and arguments.threads is None else arguments.threads,
     )
     work = _ray(arguments, task) if arguments.ray else here
-    signal.signal(signal.SIGTERM, _interrupt)
-    found = run_batch(
-        task, arguments.output, work, rows=arguments.chunk, strict=arguments.strict, overwrite=arguments.overwrite
-    )
+    told: list[int] = []
+
+    def stop(number: int, _: object) -> None:
+        told.append(number)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        found = run_batch(
+            task, arguments.output, work, rows=arguments.chunk, strict=arguments.strict, overwrite=arguments.overwrite
+        )
+    except BonnxError:
+        # A library that was stopped while it was loaded calls that a failure of its own.
+        if told:
+            raise KeyboardInterrupt from None
+        raise
     if arguments.json:
         print_json({"output": str(arguments.output), **msgspec.to_builtins(found)})
     else:
         errors = f", {found.bad:,} bad ones in {arguments.output}.errors.jsonl" if found.bad else ""
         print(f"{arguments.output}: {found.rows:,} rows{errors}, {found.seconds:.1f} s")
     return 0
-
-
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
 
 
 def _ray(arguments: argparse.Namespace, task: Task) -> Callable[[Task, Iterable[Chunk]], Iterator[Result]]:
