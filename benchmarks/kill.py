@@ -56,6 +56,9 @@ def kill_again_and_again(arguments: Sequence[str], output: Path, seconds: float,
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+            if not output.with_name(output.name + ".progress").is_file() and output.is_file():
+                # It had done everything but to say so.
+                return killed
             killed += output.with_name(output.name + ".progress").is_file()
             # What is left grows less with each start, so that it ends in time.
             continue

@@ -37,7 +37,7 @@ from ..runtime.manifest import (
     seal,
 )
 from ..runtime.model import Model
-from ..runtime.session import Options
+from ..runtime.session import WEIGHTS, Options
 from .agreement import HeldOut, measure, own_prompts
 from .card import model_card
 from .parity import Checker, check_structure
@@ -47,9 +47,9 @@ from .quantize import quantized
 from .tokenizer import TextFiles
 from .trace import DEFAULT_OPSET, OPSETS, trace_graphs
 
-__all__ = ["export_model"]
+__all__ = ["export_model", "staged"]
 
-WEIGHTS, TOKENIZER, TEMPLATE = "weights.bin", "tokenizer.json", "chat_template.jinja"
+TOKENIZER, TEMPLATE = "tokenizer.json", "chat_template.jinja"
 # As in transformers.js.
 _SUFFIXES: dict[Precision, str] = {"fp32": "", "fp16": "_fp16", "bf16": "_bf16", "int8": "_int8", "int4": "_q4"}
 # Smaller tensors stay in the graph: a program that reads shapes needs no second file, and pages stay aligned.
@@ -104,7 +104,7 @@ def export_model(
     check_output(output, overwrite=overwrite)
     config, is_language_model = model.config, isinstance(model, LanguageModel)
     computed = quantized(model, precision, consume=reload is not None)
-    with _staged(output) as folder:
+    with staged(output) as folder:
         (folder / "onnx").mkdir()
         graphs = _write_graphs(trace_graphs(computed, scoring, opset=opset), folder, _SUFFIXES[precision])
         parity = _verify(computed, folder, graphs, scoring, limits, precision, seed, frugal=reload is not None)
@@ -235,7 +235,7 @@ def check_output(output: Path, *, overwrite: bool) -> None:
 
 
 @contextlib.contextmanager
-def _staged(output: Path) -> Iterator[Path]:
+def staged(output: Path) -> Iterator[Path]:
     """A temporary folder beside `output` that takes its place if the block succeeds, and is deleted if not."""
     try:
         output.parent.mkdir(parents=True, exist_ok=True)

@@ -20,6 +20,7 @@ from .artifact import check_output, export_model
 from .demo import demonstrate, draw_prompts, show
 from .source import Overrides, read_source
 from .trace import DEFAULT_OPSET, OPSETS
+from .triton import check_repository, write_repository
 
 __all__ = ["configure", "run"]
 
@@ -71,6 +72,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-tokens", type=int, help="greatest prompt + candidate length the runtime accepts")
     parser.add_argument("--max-candidates", type=int, help="greatest number of candidates the runtime accepts")
     parser.add_argument("--seed", type=int, default=0, help="of the verification's random inputs")
+    parser.add_argument("--triton", type=Path, metavar="DIR", help="also write a model repository for Triton here")
     parser.add_argument("--dry-run", action="store_true", help="check everything that can be, write nothing")
 
 
@@ -84,6 +86,8 @@ def run(arguments: argparse.Namespace) -> int:
     # The demonstration may be run again and again; any other folder is replaced only when asked.
     overwrite = arguments.overwrite or arguments.output is None
     check_output(output, overwrite=overwrite)
+    if arguments.triton is not None:
+        check_repository(arguments.triton, overwrite=arguments.overwrite)
     checkpoint, name, revision = (CHECKPOINT, "countdown", None) if shipped else _fetch(arguments.checkpoint)
     source = read_source(
         checkpoint, Overrides(**{name: getattr(arguments, name) for name in Overrides.__annotations__})
@@ -113,6 +117,9 @@ def run(arguments: argparse.Namespace) -> int:
         reload=source.reload,
     )
     print(f"wrote {output} and verified it in {time.perf_counter() - start:.0f} s", file=sys.stderr)
+    if arguments.triton is not None:
+        models = write_repository(output, arguments.triton, overwrite=arguments.overwrite)
+        print(f"wrote {arguments.triton}: {', '.join(models)}", file=sys.stderr)
     demonstration = demonstrate(output) if shipped else None
     if arguments.json:
         summary: dict[str, Any] = {"output": str(output), "parity": msgspec.to_builtins(manifest.parity)}
