@@ -23,7 +23,7 @@ class _Actor:
         self._worker = Worker(task)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        (chunk,) = (Chunk(*(column[0].item() for column in batch.values())) for _ in range(1))
+        chunk = Chunk(**{name: column[0].item() for name, column in batch.items()})
         result = self._worker(chunk)
         return {name: [value] for name, value in asdict(result).items()}
 

@@ -8,6 +8,7 @@ each waiting for the other's run. A single client never waits.
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import threading
 import time
@@ -21,6 +22,7 @@ from ..session import Stop
 __all__ = ["Lane", "LateError", "OverfullError", "Watcher"]
 
 
+_LOG = logging.getLogger("bonnx.serve")
 # What a lane may wait for those who were just answered, as a share of the run that answered them.
 _LULL = 0.1
 
@@ -168,27 +170,41 @@ class Lane:
                 self._running[1].terminate = True
 
     def _serve(self) -> None:
-        while True:
-            with self._ready:
-                while not self._waiting:
-                    if self._closing:
-                        return
-                    self._ready.wait()
-                self._wait_for_company()
-                waiting = list(self._waiting)
-            tickets = self._choose(waiting) if waiting else []
-            with self._ready:
-                tickets = [ticket for ticket in tickets if not ticket.given_up]
-                self._waiting = [ticket for ticket in self._waiting if ticket not in tickets]
-                self._watcher.waiting(self.name, len(self._waiting))
-                stop = self._stop()
-                self._running = (tickets, stop) if tickets else None
-            if tickets:
-                self._work(tickets, stop)
-            with self._ready:
-                self._running = None
-                # Whoever was just answered may well ask again.
-                self._expected = len(tickets) + len(self._waiting)
+        going = True
+        while going:
+            try:
+                going = self._serve_once()
+            except Exception as e:
+                # Whatever is wrong here, a lane that no longer runs would let everybody wait for ever.
+                _LOG.exception("a lane failed", extra={"notes": {"event": "failure", "lane": self.name}})
+                with self._ready:
+                    waiting, self._waiting, self._running = self._waiting, [], None
+                for ticket in waiting:
+                    ticket.finish(e)
+
+    def _serve_once(self) -> bool:
+        """One run; False when there will be none any more."""
+        with self._ready:
+            while not self._waiting:
+                if self._closing:
+                    return False
+                self._ready.wait()
+            self._wait_for_company()
+            waiting = list(self._waiting)
+        tickets = self._choose(waiting) if waiting else []
+        with self._ready:
+            tickets = [ticket for ticket in tickets if not ticket.given_up]
+            self._waiting = [ticket for ticket in self._waiting if ticket not in tickets]
+            self._watcher.waiting(self.name, len(self._waiting))
+            stop = self._stop()
+            self._running = (tickets, stop) if tickets else None
+        if tickets:
+            self._work(tickets, stop)
+        with self._ready:
+            self._running = None
+            # Whoever was just answered may well ask again.
+            self._expected = len(tickets) + len(self._waiting)
+        return True
 
     def _wait_for_company(self) -> None:
         """Wait, the lock held, until all that are likely to come are there, or waited long enough, or a run is full."""

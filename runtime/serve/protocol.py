@@ -120,7 +120,7 @@ def protocol_routes(service: Service) -> fastapi.APIRouter:
                 raise Problem(400, f"outputs: there is no '{output.name:.80}', only {', '.join(known)}")
         shape = check_feeds(name, feeds, service.model)
         names = [output.name for output in wanted]
-        found = await service.call(request, lambda stop: _run(service, name, feeds, names, stop), shape)
+        found = await service.call(request, name, lambda stop: _run(service, name, feeds, names, stop), shape)
         return _written(model, asked, wanted, found)
 
     return routes

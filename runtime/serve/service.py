@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 import numpy as np
 from starlette.requests import Request
 
-from ..errors import ArtifactError, InputError, NoWinnerError
+from ..drafts import Draft
+from ..errors import ArtifactError, InputError
 from ..generation import Generation
 from ..inputs import Item
 from ..jobs import Shape, padded_tokens
@@ -63,12 +64,12 @@ class Service:
             "patience": settings.batch_wait,
             "waste": settings.batch_waste,
         }
-        self._ranking = Lane("rank", self._rank, model.fits(settings.batch_tokens), **options)
+        self._ranking = Lane("rank", self._run, model.fits(settings.batch_tokens), **options)
         within = model.fits(settings.max_tokens)
         # A step of a generation costs by its candidates, not by the tokens that they may come to have.
         rows = lambda columns, shape: columns * shape.candidates <= settings.batch_candidates and within(columns, shape)  # noqa: E731
         # It lasts: rankings do not stand behind it.
-        self._generating = Lane("generate", self._generate, rows, **options)
+        self._generating = Lane("generate", self._run, rows, **options)
         self._readers = ThreadPoolExecutor(2, "bonnx-read")
         self._streamers = ThreadPoolExecutor(settings.max_streams, "bonnx-stream")
         self._streams = 0
@@ -153,11 +154,12 @@ class Service:
             return read()
         return await asyncio.get_running_loop().run_in_executor(self._readers, read)
 
-    async def call(self, request: Request, run: Callable[[Stop], Any], shape: Shape) -> Any:
-        """One run of a graph."""
+    async def call(self, request: Request, graph: str, run: Callable[[Stop], Any], shape: Shape) -> Any:
+        """One run of a graph, by its name."""
         self._check_size(shape)
         note(request, tokens=shape.prompt + shape.candidates * shape.length)
-        (found,) = await self._unless_gone(request, self._ranking.put([Call(run, shape)], self.until(request)))
+        lane = self._generating if graph == "generate" else self._ranking
+        (found,) = await self._unless_gone(request, lane.put([Call(run, shape)], self.until(request)))
         return found
 
     def watch(self, request: Request, prompt: Item, options: dict[str, Any], deadline: float | None) -> Growth:
@@ -217,6 +219,7 @@ class Service:
         try:
             await asyncio.wait({task, leaving}, return_when=asyncio.FIRST_COMPLETED)
             if not task.done():
+                note(request, gone=True)
                 raise LateError
             return task.result()
         finally:
@@ -225,19 +228,16 @@ class Service:
                     other.cancel()
             await asyncio.gather(task, leaving, return_exceptions=True)
 
-    def _rank(self, works: Sequence[Any], stop: Stop) -> Sequence[Ranking | NoWinnerError | Any]:
-        if isinstance(works[0], Call):
-            return self._whole(lambda: [work.run(stop) for work in works])
-        return self._whole(lambda: self.model.run_together(works, stop))
-
-    def _generate(self, works: Sequence[Any], stop: Stop) -> Sequence[Generation]:
-        return self._whole(lambda: self.model.generate_together(works, stop))
-
-    def _whole(self, run: Callable[[], T]) -> T:
-        """Run; remember that the artifact is not whole any more if it says so."""
+    def _run(self, works: Sequence[Any], stop: Stop) -> Sequence[Any]:
+        """What a lane runs: works of one kind."""
         try:
-            return run()
+            if isinstance(works[0], Call):
+                return [work.run(stop) for work in works]
+            if isinstance(works[0], Draft):
+                return self.model.generate_together(works, stop)
+            return self.model.run_together(works, stop)
         except ArtifactError:
+            # Its files were changed: from now on the server says so.
             self.broken = True
             raise
 

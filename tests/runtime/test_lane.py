@@ -192,6 +192,23 @@ def test_a_failure_is_its_own(make):
     assert isinstance(error, ValueError)
 
 
+def test_a_lane_survives_what_goes_wrong_in_it(make, monkeypatch):
+    lane, _, watcher = make()
+
+    def fail(*_):
+        raise RuntimeError("cannot count")
+
+    async def main():
+        with monkeypatch.context() as patch:
+            patch.setattr(lane, "_choose", fail)
+            with pytest.raises(RuntimeError, match="cannot count"):
+                await lane.put([Work("a")], soon())
+            patch.setattr(watcher, "ran", fail)
+        assert await lane.put([Work("b")], soon()) == ["bb"]
+
+    asyncio.run(main())
+
+
 def test_closing_finishes_what_was_taken(make):
     lane, model, _ = make()
 
