@@ -21,8 +21,8 @@ app = fastapi.FastAPI()
 class Body(pydantic.BaseModel):
     """As in `bonnx serve`."""
 
-    prompt: str
-    candidates: list[str] | None = None
+    prompt: str | list[int]
+    candidates: list[str] | list[list[int]] | None = None
     n: int | None = None
     seed: int = 0
 

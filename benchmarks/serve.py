@@ -3,6 +3,9 @@
 `python -m benchmarks.serve artifacts/countdown` prints requests per second and the 50th, 95th and 99th percentile of
 their times, in ms, for 1, 8 and 64 clients that each send one request after another. The servers run one at a time, in
 turns; medians of the repeats. The clients share the machine with the server.
+
+`--work shared` is another model, random, of Countdown's size: rankings of one candidate of 32 tokens each, 16 of them
+after the same prompt of 384, as workers send them that each score what they made.
 """
 
 from __future__ import annotations
@@ -10,17 +13,24 @@ from __future__ import annotations
 import argparse
 import random
 import statistics
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from benchmarks.loading import Load, free_port, load, server
 from bonnx.models.countdown.puzzle import draw_solution
 
-WORK = ("rank", "generate")
+WORK = ("rank", "generate", "shared")
 
 
 def bodies(work: str, count: int = 256) -> list[dict[str, Any]]:
     """Countdown puzzles: 4 candidates to rank after each, or 4 to generate."""
     rng = random.Random(0)
+    if work == "shared":
+        draw = lambda length: [rng.randrange(1000) for _ in range(length)]  # noqa: E731
+        prompts = [draw(384) for _ in range(count // 16)]
+        return [{"prompt": prompts[i // 16], "candidates": [draw(32)]} for i in range(count)]
     found = []
     for _ in range(count):
         puzzle, solution = draw_solution(rng, 4)
@@ -30,6 +40,33 @@ def bodies(work: str, count: int = 256) -> list[dict[str, Any]]:
             candidates = [solution, *(draw_solution(rng, 4)[1] for _ in range(3))]
             found.append({"prompt": puzzle.prompt, "candidates": candidates})
     return found
+
+
+def random_model(folder: Path) -> str:
+    """An artifact that takes ids: what is measured does not depend on its weights."""
+    import torch
+
+    from bonnx.export.artifact import export_model
+    from bonnx.models.config import LanguageModelConfig, NetworkConfig
+    from bonnx.models.network import LanguageModel
+
+    torch.manual_seed(0)
+    config = LanguageModelConfig(network=NetworkConfig(embed_dim=256), vocab_size=1000, vocabulary_head=False)
+    export_model(LanguageModel(config).eval(), folder / "random", name="random")
+    return str(folder / "random")
+
+
+def measure(name: str, artifact: str, work: str, arguments: argparse.Namespace) -> Iterator[tuple[int, Load]]:
+    """One server under each load."""
+    port, requests = free_port(), bodies(work)
+    command = ["-m", "bonnx.runtime.command", "serve", artifact, "--port", str(port)]
+    command += ["--timeout", str(arguments.timeout)]
+    if name == "plain":
+        command = ["-m", "benchmarks.plain_server", artifact, str(port)]
+    with server(command, port, "/health"):
+        load(port, "/v1/best-of-n", requests, 8, 1.0)
+        for clients in arguments.clients:
+            yield clients, load(port, "/v1/best-of-n", requests, clients, arguments.seconds)
 
 
 def main() -> None:
@@ -43,19 +80,13 @@ def main() -> None:
     parser.add_argument("--timeout", type=float, default=30, help="that a request may take, in seconds")
     arguments = parser.parse_args()
     found: dict[tuple[str, int, str], list[Load]] = {}
-    for _ in range(arguments.repeats):
-        for name in ("bonnx serve", "plain"):
-            port = free_port()
-            command = ["-m", "bonnx.runtime.command", "serve", arguments.artifact, "--port", str(port)]
-            command += ["--timeout", str(arguments.timeout)]
-            if name == "plain":
-                command = ["-m", "benchmarks.plain_server", arguments.artifact, str(port)]
-            with server(command, port, "/health"):
+    with tempfile.TemporaryDirectory() as place:
+        other = random_model(Path(place)) if "shared" in arguments.work else None
+        for _ in range(arguments.repeats):
+            for name in ("bonnx serve", "plain"):
                 for work in arguments.work:
-                    requests = bodies(work)
-                    load(port, "/v1/best-of-n", requests, 8, 1.0)
-                    for clients in arguments.clients:
-                        measured = load(port, "/v1/best-of-n", requests, clients, arguments.seconds)
+                    artifact = other if work == "shared" else arguments.artifact
+                    for clients, measured in measure(name, artifact, work, arguments):
                         found.setdefault((work, clients, name), []).append(measured)
     print("| work | clients | server | requests/s | times plain | p50, ms | p95, ms | p99, ms | not answered |")
     print("|---|---|---|---|---|---|---|---|---|")
