@@ -87,7 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
     overwrite = arguments.overwrite or arguments.output is None
     check_output(output, overwrite=overwrite)
     if arguments.triton is not None:
-        check_repository(arguments.triton, overwrite=arguments.overwrite)
+        check_repository(arguments.triton, output, overwrite=arguments.overwrite)
     checkpoint, name, revision = (CHECKPOINT, "countdown", None) if shipped else _fetch(arguments.checkpoint)
     source = read_source(
         checkpoint, Overrides(**{name: getattr(arguments, name) for name in Overrides.__annotations__})
@@ -96,7 +96,7 @@ def run(arguments: argparse.Namespace) -> int:
     parameters = sum(p.numel() for p in source.model.parameters())
     print(f"{revision or checkpoint}: {parameters:,} parameters", file=sys.stderr)
     if arguments.dry_run:
-        print(f"would write {output}", file=sys.stderr)
+        print(f"would write {output}{f' and {arguments.triton}' if arguments.triton else ''}", file=sys.stderr)
         return 0
     start = time.perf_counter()
     manifest = export_model(
@@ -117,13 +117,15 @@ def run(arguments: argparse.Namespace) -> int:
         reload=source.reload,
     )
     print(f"wrote {output} and verified it in {time.perf_counter() - start:.0f} s", file=sys.stderr)
+    models = None
     if arguments.triton is not None:
         models = write_repository(output, arguments.triton, overwrite=arguments.overwrite)
-        print(f"wrote {arguments.triton}: {', '.join(models)}", file=sys.stderr)
+        print(f"wrote {arguments.triton} for Triton: {', '.join(models)}", file=sys.stderr)
     demonstration = demonstrate(output) if shipped else None
     if arguments.json:
         summary: dict[str, Any] = {"output": str(output), "parity": msgspec.to_builtins(manifest.parity)}
         summary["agreement"] = msgspec.to_builtins(manifest.agreement)
+        summary |= {} if models is None else {"triton": models}
         print_json(summary | ({"demonstration": demonstration} if demonstration else {}))
         return 0
     _print_parity(manifest)

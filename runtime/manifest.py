@@ -176,6 +176,11 @@ class Manifest(_Frozen, frozen=True, kw_only=True, forbid_unknown_fields=True):
     tools: dict[str, str]
 
     @property
+    def slug(self) -> str:
+        """The name as a folder's and as part of an address: the name itself is for people and may hold anything."""
+        return re.sub(r"[^A-Za-z0-9._-]+", "_", self.name).lstrip(".") or "model"
+
+    @property
     def network(self) -> dict[str, Any]:
         """The network's own options, whatever stands around it."""
         network: dict[str, Any] = self.model.get("network", self.model)

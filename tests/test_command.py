@@ -25,9 +25,11 @@ def run(folder, *arguments, given=None):
 
 
 def test_export_without_arguments(tmp_path):
-    done = run(tmp_path, "export", "--json")
+    done = run(tmp_path, "export", "--triton", "repository", "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
+    assert found["triton"] == ["countdown_rank", "countdown_score", "countdown_generate"]
+    assert sorted(path.name for path in (tmp_path / "repository").iterdir()) == sorted(found["triton"])
     assert max(p["max_difference"] for p in found["parity"]) < 5e-5
     demonstration = found["demonstration"]
     right = demonstration["right"]

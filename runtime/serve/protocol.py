@@ -62,7 +62,7 @@ def protocol_routes(service: Service) -> fastapi.APIRouter:
     """The routes below `/v2`."""
     routes = fastapi.APIRouter(prefix="/v2")
     artifact = service.model.manifest
-    models = {f"{artifact.name}_{name}": name for name in ("rank", "score", "generate") if name in artifact.graphs}
+    models = {f"{artifact.slug}_{name}": name for name in ("rank", "score", "generate") if name in artifact.graphs}
 
     def graph_of(model: str, version: str | None) -> str:
         if model not in models or version not in (None, "1"):
