@@ -139,8 +139,8 @@ def _ways(models: dict[str, Any], count: int) -> dict[str, Callable[[], Any]]:
         model.generate(rng.integers(0, VOCABULARY, PROMPT), **options)
 
     def steered(model: Any) -> None:
-        request, ids = model._request(rng.integers(0, VOCABULARY, PROMPT), options)
-        for _ in grow(model.session, ids, request, None, None):
+        draft = model.draft(rng.integers(0, VOCABULARY, PROMPT), **options)
+        for _ in grow(model.session, draft.prompt, draft.request, None, None):
             pass
 
     for precision, model in models.items():

@@ -210,7 +210,8 @@ def test_halves_generate_as_the_host_steers_them(half, rng):
     model, prompt = bonnx.load(half, provider="cpu"), rng.integers(0, 130, 5)
     options = {"max_new_tokens": 10, "seed": int(rng.integers(2**40))}
     whole = model.generate(prompt, n=6, **options)
-    request, ids = model._request(prompt, {"n": 6, **options})
+    draft = model.draft(prompt, n=6, **options)
+    request, ids = draft.request, draft.prompt
     *_, last = grow(model.session, ids, request, None, None)
     same = [np.array_equal(last.tokens[i, : last.lengths[i]], c.tokens) for i, c in enumerate(whole.candidates)]
     assert sum(same) >= 5

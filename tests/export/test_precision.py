@@ -126,7 +126,8 @@ def test_with_integers_too_a_candidate_is_the_same_in_any_company(int8, rng):
     many, few = model.generate(prompt, n=9, **options), model.generate(prompt, n=4, **options)
     same = [np.array_equal(a.tokens, b.tokens) for a, b in zip(few.candidates, many.candidates, strict=False)]
     assert sum(same) >= 3
-    request, ids = model._request(prompt, {"n": 9, **options})
+    draft = model.draft(prompt, n=9, **options)
+    request, ids = draft.request, draft.prompt
     *_, last = grow(model.session, ids, request, None, None)
     same = [
         np.array_equal(last.tokens[i, : last.lengths[i]], candidate.tokens)

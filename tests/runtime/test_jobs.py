@@ -134,7 +134,7 @@ def test_one_prompt_is_computed_once_for_many_rankings(model, rng, monkeypatch):
     ]
     expected = [model.rank(prompt, c, vote="weighted", answers=[i % 2 for i in range(len(c))]) for c in requests]
     runs, run = [], Session.run
-    monkeypatch.setattr(Session, "run", lambda self, feeds, wanted: runs.append(feeds) or run(self, feeds, wanted))
+    monkeypatch.setattr(Session, "run", lambda self, feeds, *more: runs.append(feeds) or run(self, feeds, *more))
     found = model.rank_all(jobs)
     assert len(runs) == 1
     assert runs[0]["prompt_embeds"].shape == (1, 9, 12)
