@@ -52,12 +52,15 @@ class ChatTemplate:
         """
         return self._render(_plain_messages(messages), add_generation_prompt, datetime.now())
 
-    def split(self, prompt: Messages, candidates: Sequence[str | Messages]) -> list[tuple[str, int, int]]:
+    def split(
+        self, prompt: Messages, candidates: Sequence[str | Messages], names: Sequence[str]
+    ) -> list[tuple[str, int, int]]:
         """Whole conversations, and where in each text the candidate's own part begins and its last words end.
 
         Args:
             prompt: the messages that all candidates follow.
             candidates: the assistant's words, or the messages that follow the prompt's.
+            names: what an error calls each of them.
 
         Returns:
             For each candidate the text of prompt and candidate together, and the character where the prompt's rendering
@@ -72,9 +75,9 @@ class ChatTemplate:
         now, first = datetime.now(), _plain_messages(prompt)  # one time of day for all renderings
         head = self._render(first, True, now)
         result, closing = [], None
-        for i, candidate in enumerate(candidates):
+        for candidate, name in zip(candidates, names, strict=True):
             own = [{"role": "assistant", "content": candidate}] if isinstance(candidate, str) else candidate
-            said = [*first, *_plain_messages(own, f"candidates[{i}]")]
+            said = [*first, *_plain_messages(own, name)]
             whole = self._render(said, False, now)
             start = _common(head, whole)
             if closing is None or not isinstance(candidate, str):

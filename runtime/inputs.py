@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import numpy as np
@@ -14,9 +14,20 @@ from .errors import InputError
 from .manifest import AGGREGATIONS, Manifest, Scoring
 from .passages import Writer, is_text
 from .session import Array
-from .text import Row, Text
+from .text import NO_TOKENS, Row, Text
 
-__all__ = ["Item", "Reader", "Rows", "aggregation_code", "check_some", "is_stepwise", "pad", "step_mask"]
+__all__ = [
+    "Item",
+    "Reader",
+    "Rows",
+    "aggregation_code",
+    "check_some",
+    "is_stepwise",
+    "none_readable",
+    "pad",
+    "shown",
+    "step_mask",
+]
 
 # A text, messages ({"role": ..., "content": ...} each), a candidate's steps as texts, token ids, or embeddings
 # (length, embed_dim) float32.
@@ -43,6 +54,11 @@ def aggregation_code(name: str) -> int:
     return AGGREGATIONS.index(plain)
 
 
+def shown(value: object) -> str:
+    """A value as an error names it: its type, and how it begins."""
+    return "None" if value is None else f"{type(value).__name__} {value!r:.60}"
+
+
 def check_some(items: Sequence[Item], what: str) -> None:
     """Refuse an empty list, and a text where a list of texts belongs.
 
@@ -51,6 +67,13 @@ def check_some(items: Sequence[Item], what: str) -> None:
     """
     if isinstance(items, str) or not len(items):
         raise InputError(f"{what}: expected a list of at least one {what.removesuffix('s')}; got {items!r:.60}")
+
+
+def none_readable(what: str, reasons: Mapping[int, str]) -> str:
+    """What to say where all of several items cannot be read."""
+    shown = [f"{what}[{i}]: {reason}" for i, reason in sorted(reasons.items())[:3]]
+    rest = f"; and {len(reasons) - len(shown)} more" if len(reasons) > len(shown) else ""
+    return "; ".join(shown) + rest if len(reasons) == 1 else f"{what}: none can be read: {'; '.join(shown)}{rest}"
 
 
 @dataclass(frozen=True)
@@ -62,6 +85,7 @@ class Rows:
         items: the rows after the prompt, of the same kinds.
         skip: how many tokens at the beginning of each row are the prompt's still: its end, in another tokenization.
         ends: for each row (its length,) bool, where a step ends; None if the rows do not tell.
+        unreadable: for each row that could not be read, why; it has no tokens here.
         cut: tokens of the prompt that were left out.
     """
 
@@ -69,7 +93,66 @@ class Rows:
     items: list[Array]
     skip: list[int]
     ends: list[NDArray[np.bool_]] | None
+    unreadable: dict[int, str]
     cut: int = 0
+
+
+@dataclass
+class _Given:
+    """Items on their way to rows, by their index: texts become rows, and what cannot be read moves to `unreadable`."""
+
+    what: str
+    count: int
+    blank: Array
+    texts: dict[int, Item] = field(default_factory=dict)
+    arrays: dict[int, Array] = field(default_factory=dict)
+    read: dict[int, Row] = field(default_factory=dict)
+    unreadable: dict[int, str] = field(default_factory=dict)
+
+    def names(self) -> list[str]:
+        """What an error calls each of the texts."""
+        return [f"{self.what}[{i}]" for i in self.texts]
+
+    def refuse(self, i: int, reason: str) -> None:
+        """Say that an item cannot be read."""
+        self.texts.pop(i, None)
+        self.arrays.pop(i, None)
+        self.unreadable[i] = reason
+
+    def take(self, read: Sequence[Row | str]) -> None:
+        """The rows of the texts, or why one cannot be read."""
+        for i, row in zip([*self.texts], read, strict=True):
+            if isinstance(row, str):
+                self.refuse(i, row)
+            else:
+                self.read[i] = row
+        self.check()
+
+    def check(self) -> None:
+        """Raises InputError if nothing is left."""
+        if len(self.unreadable) == self.count:
+            raise InputError(none_readable(self.what, self.unreadable))
+
+    def rows_behind_prompt(self) -> Rows:
+        """Of texts that begin with the same prompt."""
+        rows = [*self.read.values()]
+        shared = min(min(row.first, len(row.ids) - 1) for row in rows)
+        first = np.array(rows[0].ids[:shared], np.int64)
+        for row in rows[1:]:
+            differs = np.flatnonzero(np.array(row.ids[:shared]) != first[:shared])
+            shared = int(differs[0]) if len(differs) else shared
+        return self.rows(first[:shared], shared)
+
+    def rows(self, prompt: Array | None, shared: int = 0) -> Rows:
+        """All items; the first `shared` tokens of each text are the prompt's."""
+        ids = {i: np.array(row.ids[shared:], np.int64) for i, row in self.read.items()}
+        items = [ids[i] if i in ids else self.arrays.get(i, self.blank) for i in range(self.count)]
+        skip = [max(0, self.read[i].first - shared) if i in ids else 0 for i in range(self.count)]
+        ends = None
+        if not self.arrays and all(row.ends is not None for row in self.read.values()):
+            places = [self.read[i].ends or [] if i in ids else [] for i in range(self.count)]
+            ends = [np.isin(np.arange(len(item)) + shared, own) for item, own in zip(items, places, strict=True)]
+        return Rows(prompt, items, skip, ends, self.unreadable)
 
 
 class Reader:
@@ -80,6 +163,7 @@ class Reader:
         self._limit = manifest.limits.max_tokens
         self.vocabulary = manifest.model.get("vocab_size")
         self.width = None if manifest.kind == "language_model" else manifest.network["embed_dim"]
+        self._blank: Array = np.zeros(0, np.int64) if self.width is None else np.zeros((0, self.width), np.float32)
 
     def prompt(self, item: Item) -> Array:
         """What the model is to continue.
@@ -88,7 +172,10 @@ class Reader:
             InputError: it cannot be read; the message says why.
         """
         if not is_text(item):
-            return self._array(item, "prompt")
+            array = self._array(item, "prompt")
+            if not len(array):
+                raise InputError(f"prompt: {NO_TOKENS}")
+            return array
         tokenizer = self._tokenizer("prompt")
         text, special = self._writer.prompt(item, "prompt")
         return np.array(tokenizer.encode(text, "prompt", special=special), np.int64)
@@ -102,13 +189,13 @@ class Reader:
         """Rows that stand alone.
 
         Raises:
-            InputError: one cannot be read; the message names it.
+            InputError: an item is not of a kind that this artifact takes (it is named), or none can be read.
         """
-        if not any(map(is_text, items)):
-            return _plain(None, [self._array(item, f"{what}[{i}]") for i, item in enumerate(items)])
-        tokenizer = self._tokenizer(f"{what}[{[*map(is_text, items)].index(True)}]")
-        passages, special = self._writer.rows(items, what)
-        return _tokenized(tokenizer.rows(passages, special=special, partial=partial), 0)
+        given = self._sorted(items, what)
+        if given.texts:
+            passages, special = self._writer.rows([*given.texts.values()], given.names(), what)
+            given.take(self._tokenizer(what).rows(passages, special=special, partial=partial))
+        return given.rows(None)
 
     def pairs(self, prompt: Item, candidates: Sequence[Item], *, partial: bool, truncate: bool) -> Rows:
         """A prompt and its candidates.
@@ -120,33 +207,39 @@ class Reader:
             truncate: leave out the beginning of a prompt that is too long.
 
         Raises:
-            InputError: something cannot be read; the message names it.
+            InputError: the prompt cannot be read, a candidate is not of a kind that this artifact takes (it is named),
+                or none can be read.
         """
-        texts = [*map(is_text, candidates)]
-        if is_text(prompt) and all(texts):
-            passages, special = self._writer.pairs(prompt, candidates, partial=partial)
-            rows = self._tokenizer("prompt").rows(passages, special=special, partial=partial)
-            found = _tokenized(rows, _shared(rows))
+        given = self._sorted(candidates, "candidates")
+        texts, names = [*given.texts.values()], given.names()
+        if is_text(prompt) and not given.arrays:
+            passages, special = self._writer.pairs(prompt, texts, names, partial=partial)
+            given.take(self._tokenizer("prompt").rows(passages, special=special, partial=partial))
+            found = given.rows_behind_prompt()
         else:
             first = self.prompt(prompt)
-            if all(texts):
-                alone = self._alone(candidates, range(len(candidates)), partial)
-                found = dataclasses.replace(_tokenized(alone, 0), prompt=first)
-            else:
-                read = iter(self._alone(candidates, np.flatnonzero(texts), partial))
-                items = [
-                    np.array(next(read).ids, np.int64) if texts[i] else self._array(c, f"candidates[{i}]")
-                    for i, c in enumerate(candidates)
-                ]
-                found = _plain(first, items)
+            if texts:
+                # After a prompt that is no text, or beside candidates that are none.
+                passages = [self._writer.alone(text, name) for text, name in zip(texts, names, strict=True)]
+                given.take(self._tokenizer(names[0]).rows(passages, special=False, partial=partial))
+            found = given.rows(first)
         return self._truncated(found) if truncate else found
 
-    def _alone(self, candidates: Sequence[Item], places: Iterable[int], partial: bool) -> list[Row]:
-        """The text candidates at these places, after a prompt that is no text, or beside candidates that are none."""
-        passages = [self._writer.alone(candidates[i], f"candidates[{i}]") for i in places]
-        if not passages:
-            return []
-        return self._tokenizer(passages[0].what).rows(passages, special=False, partial=partial)
+    def _sorted(self, items: Sequence[Item], what: str) -> _Given:
+        given = _Given(what, len(items), self._blank)
+        for i, item in enumerate(items):
+            name = f"{what}[{i}]"
+            if is_text(item):
+                self._tokenizer(name)
+                reason = self._writer.blank(item)
+                given.texts[i] = item
+            else:
+                given.arrays[i] = self._array(item, name)
+                reason = None if len(given.arrays[i]) else NO_TOKENS
+            if reason is not None:
+                given.refuse(i, reason)
+        given.check()
+        return given
 
     def _truncated(self, rows: Rows) -> Rows:
         """Without the oldest tokens of the prompt, if that is too long; a special token that begins it stays."""
@@ -188,12 +281,25 @@ class Reader:
 
     def _tokenizer(self, what: str) -> Text:
         if self.text is None:
-            takes = "token ids" if self.width is None else f"embeddings (length, {self.width}) float32"
-            raise InputError(f"{what}: this artifact has no tokenizer; pass {takes} instead of text")
+            raise InputError(f"{what}: this artifact has no tokenizer; pass {self._takes} instead of text")
         return self.text
 
+    @property
+    def _takes(self) -> str:
+        if self.width is not None:
+            return f"embeddings (length, {self.width}) float32"
+        return "token ids" if self.text is None else "text or a 1-D list of token ids"
+
     def _array(self, item: Item, what: str) -> Array:
-        array = np.asarray(item)
+        try:
+            array = np.asarray(item)
+        except (TypeError, ValueError, OverflowError, RuntimeError) as e:
+            raise InputError(f"{what}: expected {self._takes}; got {shown(item)}: {e}") from e
+        if array.shape == (0,):
+            # An empty list, whatever it is empty of.
+            return self._blank
+        if array.dtype == object or not array.ndim:
+            raise InputError(f"{what}: expected {self._takes}; got {shown(item)}")
         return self._ids(array, what) if self.width is None else self._embeddings(array, what)
 
     def _embeddings(self, array: Array, what: str) -> Array:
@@ -203,42 +309,16 @@ class Reader:
             )
         if array.dtype != np.float32:
             raise InputError(f"{what}: expected float32 embeddings; got {array.dtype}; convert with .astype('float32')")
-        if not len(array):
-            raise InputError(f"{what}: it has no tokens; expected at least one")
         return array
 
     def _ids(self, array: Array, what: str) -> Array:
-        if array.ndim == 1 and not array.size:
-            raise InputError(f"{what}: it has no tokens; expected at least one")
         if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
-            raise InputError(f"{what}: expected text or a 1-D list of token ids; got {array.dtype} {array.shape}")
+            raise InputError(f"{what}: expected {self._takes}; got {array.dtype} {array.shape}")
         assert self.vocabulary is not None
         outside = array[(array < 0) | (array >= self.vocabulary)]
         if outside.size:
             raise InputError(f"{what}: token id {outside[0]} is outside the vocabulary (0 to {self.vocabulary - 1})")
         return array.astype(np.int64)
-
-
-def _plain(prompt: Array | None, items: list[Array]) -> Rows:
-    return Rows(prompt, items, [0] * len(items), None)
-
-
-def _tokenized(rows: Sequence[Row], shared: int) -> Rows:
-    """Rows of text, whose first `shared` tokens are the same."""
-    items, ends = [np.array(row.ids, np.int64) for row in rows], None
-    if rows[0].ends is not None:
-        ends = [np.isin(np.arange(len(row.ids)), row.ends or [])[shared:] for row in rows]
-    return Rows(items[0][:shared], [i[shared:] for i in items], [max(0, row.first - shared) for row in rows], ends)
-
-
-def _shared(rows: Sequence[Row]) -> int:
-    """How many tokens all rows begin with alike, and none of them a candidate's own."""
-    shared = min(min(row.first, len(row.ids) - 1) for row in rows)
-    first = np.array(rows[0].ids[:shared])
-    for row in rows[1:]:
-        differs = np.flatnonzero(np.array(row.ids[:shared]) != first[:shared])
-        shared = int(differs[0]) if len(differs) else shared
-    return shared
 
 
 def pad(items: Sequence[Array], fill: int, length: int | None = None) -> tuple[Array, Array]:

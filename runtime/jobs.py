@@ -272,4 +272,4 @@ def _ranking(job: Job, index: int, scores: Array, found: Array, groups: Array) -
     if is_stepwise(job.aggregation):
         ends = [scores[i, : len(item)][job.steps[i, : len(item)] > 0] for i, item in enumerate(rows.items)]
     standing = job.ballot.count(found, groups)
-    return Ranking(best, job.candidates[best], found, own, job.aggregation, *standing, ends, rows.cut)
+    return Ranking(best, job.candidates[best], found, own, job.aggregation, *standing, ends, rows.cut, rows.unreadable)

@@ -126,6 +126,11 @@ class Model:
     ) -> Ranking:
         """Score candidates after a prompt and choose the best; the prompt is computed once.
 
+        A candidate in which there is nothing to read (an empty text or list, no step, an empty step, no row of
+        embeddings), or whose text the tokenizer cannot encode, does not end the call: its score is NaN, it cannot win,
+        and `Ranking.unreadable` says why. Whatever else is wrong with a candidate does: another type, dtype or width, a
+        token id outside the vocabulary, more tokens than the artifact takes.
+
         Args:
             prompt: text, messages (`{"role": ..., "content": ...}` each), token ids, or embeddings (length, embed_dim)
                 float32.
@@ -144,7 +149,7 @@ class Model:
                 `number` or `regex:PATTERN` (see `bonnx.runtime.answers`), or a function of a candidate. Needed to vote.
 
         Raises:
-            InputError: nothing to rank, or something that cannot be.
+            InputError: nothing to rank, or something that cannot be; or none of the candidates can be read.
             NoWinnerError: every score is NaN.
         """
         job = self.job(
@@ -182,8 +187,8 @@ class Model:
         name = aggregation or self.manifest.scoring.aggregation
         aggregation_code(name)
         check_some(candidates, "candidates")
-        ballot = make_ballot(vote, answers, candidates, "candidates")
         rows = self.reader.pairs(prompt, candidates, partial=partial, truncate=truncate)
+        ballot = make_ballot(vote, answers, candidates, "candidates", rows.unreadable)
         values, mask = self._padded(rows)
         steps = self._steps(name, rows, values, step_masks)
         assert rows.prompt is not None
@@ -236,6 +241,8 @@ class Model:
     ) -> Scored:
         """Score whole rows, each by itself, at every position, and choose the best.
 
+        A row that cannot be read does not end the call, as in `rank`.
+
         Args:
             rows: one or more texts, conversations (lists of messages), lists of token ids, or embeddings (length,
                 embed_dim) float32.
@@ -253,9 +260,9 @@ class Model:
         name = aggregation or self.manifest.scoring.aggregation
         selection = {"aggregation": np.array(aggregation_code(name), np.int64)}
         check_some(rows, "rows")
-        ballot = make_ballot(vote, answers, rows, "rows")
-        selection |= ballot.feeds()
         read = self.reader.rows(rows, "rows", partial=partial)
+        ballot = make_ballot(vote, answers, rows, "rows", read.unreadable)
+        selection |= ballot.feeds()
         values, mask = self._padded(read)
         feeds = selection | {
             "input_ids" if self._suffix == "ids" else "inputs_embeds": values,
@@ -273,6 +280,7 @@ class Model:
             [rest[0][i, : len(item)] for i, item in enumerate(read.items)] if backbone else None,
             name,
             *ballot.count(found[:, 0], groups[:, 0]),
+            unreadable=read.unreadable,
         )
 
     def generate(

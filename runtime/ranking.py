@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +34,8 @@ class Ranking:
         step_scores: for each candidate its scores where a step ends, (steps,) float32; None unless the aggregation
             reads steps.
         cut: tokens of the prompt that were left out, if that was allowed.
+        unreadable: for each candidate that could not be read (it is empty, or the tokenizer cannot encode it) its index
+            and why; its score is NaN, and it has no `scores`.
     """
 
     best_index: int
@@ -47,6 +49,7 @@ class Ranking:
     group_scores: NDArray[np.float32] | None
     step_scores: list[NDArray[np.float32]] | None = None
     cut: int = 0
+    unreadable: Mapping[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,7 @@ class Scored:
     margin: float | None
     answers: tuple[Hashable | None, ...] | None
     group_scores: NDArray[np.float32] | None
+    unreadable: Mapping[int, str] = field(default_factory=dict)
 
 
 def winner(index: int, what: str) -> int:

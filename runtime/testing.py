@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,8 +10,9 @@ import numpy as np
 from .aggregate import aggregate, elect
 from .errors import InputError
 from .generation import Candidate, GenerateOptions, Generation, make_request
-from .inputs import Item, aggregation_code, check_some, is_stepwise
+from .inputs import Item, aggregation_code, check_some, is_stepwise, none_readable
 from .ranking import Ranking, winner
+from .text import NO_TOKENS
 from .vote import Answers, make_ballot
 
 if TYPE_CHECKING:
@@ -59,20 +60,39 @@ class FakeModel:
         vote: str = "score",
         answers: Answers | None = None,
     ) -> Ranking:
-        """As `Model.rank`; `partial` changes nothing.
+        """As `Model.rank`; `partial` changes nothing, and the only candidates that cannot be read are empty ones.
 
         Raises:
             InputError: nothing to rank, an unknown aggregation or vote, a step aggregation without step_masks, or a
                 vote without answers.
             NoWinnerError: every score is NaN.
         """
+        check_some(candidates, "candidates")
+        unreadable = {i: NO_TOKENS for i, candidate in enumerate(candidates) if not len(candidate)}
+        if len(unreadable) == len(candidates):
+            raise InputError(none_readable("candidates", unreadable))
+        return self._select(prompt, candidates, aggregation, step_masks, vote, answers, unreadable)
+
+    def _select(
+        self,
+        prompt: Item,
+        candidates: Sequence[Item],
+        aggregation: str | None,
+        step_masks: Sequence[Sequence[int]] | None,
+        vote: str,
+        answers: Answers | None,
+        unreadable: Mapping[int, str],
+    ) -> Ranking:
         name = aggregation or self._aggregation
         aggregation_code(name)
-        check_some(candidates, "candidates")
-        ballot = make_ballot(vote, answers, candidates, "candidates")
+        ballot = make_ballot(vote, answers, candidates, "candidates", unreadable)
         if is_stepwise(name) and step_masks is None:
             raise InputError("a step aggregation needs step_masks here: a fake model has no step token")
-        scores = [np.atleast_1d(np.asarray(self._score(prompt, c), np.float32)) for c in candidates]
+        empty = np.zeros(0, np.float32)
+        scores = [
+            empty if i in unreadable else np.atleast_1d(np.asarray(self._score(prompt, c), np.float32))
+            for i, c in enumerate(candidates)
+        ]
         longest = max(map(len, scores))
         padded, mask, steps = (np.zeros((len(scores), 1, longest), kind) for kind in (np.float32, np.int64, np.int64))
         for i, row in enumerate(scores):
@@ -83,7 +103,7 @@ class FakeModel:
         best, groups = elect(found, ballot.ids, vote)
         index = winner(int(best[0]), "candidates")
         standing = ballot.count(found[:, 0], groups[:, 0])
-        return Ranking(index, candidates[index], found[:, 0], scores, name, *standing)
+        return Ranking(index, candidates[index], found[:, 0], scores, name, *standing, unreadable=unreadable)
 
     def generate(
         self,
@@ -103,7 +123,7 @@ class FakeModel:
             raise InputError("this fake model was made to rank only; pass complete=... to FakeModel to generate")
         request = make_request(options, (), self._aggregation, _LONGEST)
         texts = [self._complete(prompt, i) for i in range(request.n)]
-        ranking = self.rank(prompt, texts, aggregation=request.aggregation)
+        ranking = self._select(prompt, texts, request.aggregation, None, "score", None, {})
         candidates = []
         for text, scores, score in zip(texts, ranking.scores, ranking.candidate_scores, strict=True):
             tokens = np.frombuffer(text.encode(), np.uint8).astype(np.int64)

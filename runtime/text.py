@@ -10,14 +10,16 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import tokenizers
 
 from .errors import ArtifactError, InputError
 from .manifest import Scoring, TextRules
 
-__all__ = ["Passage", "Row", "Text"]
+__all__ = ["NO_TOKENS", "Passage", "Row", "Text"]
+
+NO_TOKENS = "it has no tokens; expected at least one"
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,20 @@ class Row:
     ends: list[int] | None
 
 
+class _Fault(NamedTuple):
+    """The characters of a text that cannot be encoded, and why."""
+
+    start: int
+    end: int
+    reason: str
+
+    def said(self, border: int) -> str:
+        """The reason, and where, counted from `border`."""
+        if self.start < border:
+            return f"{self.reason} (it begins in the prompt)"
+        return f"{self.reason} (at character {self.start - border})"
+
+
 class Text:
     """The tokenizer of an artifact. Safe to share between threads."""
 
@@ -74,29 +90,38 @@ class Text:
         Raises:
             InputError: a piece of the text has no token.
         """
-        _check_unicode(text, 0, what, what)
-        encoding = self._tokenizer.encode(text, add_special_tokens=special)
-        self._check_known(encoding, text, 0, what, what)
+        fault = _no_unicode(text)
+        if fault is None:
+            encoding = self._tokenizer.encode(text, add_special_tokens=special)
+            fault = self._no_token(encoding, text)
+        if fault is not None:
+            raise InputError(f"{what}: {fault.said(0)}")
         ids: list[int] = encoding.ids
         return ids
 
-    def rows(self, passages: Sequence[Passage], *, special: bool, partial: bool) -> list[Row]:
+    def rows(self, passages: Sequence[Passage], *, special: bool, partial: bool) -> list[Row | str]:
         """Token ids of whole texts, each finished with the end token as the scoring rule says, unless partial.
 
-        Raises:
-            InputError: a piece of a text has no token, or a candidate none at all.
-        """
-        for passage in passages:
-            _check_unicode(passage.text, passage.start, "prompt", passage.what)
-        encodings = self._tokenizer.encode_batch([p.text for p in passages], add_special_tokens=special)
-        return [self._row(p, encoding, partial) for p, encoding in zip(passages, encodings, strict=True)]
+        Returns:
+            for each text its row, or why its candidate cannot be read.
 
-    def _row(self, passage: Passage, encoding: Any, partial: bool) -> Row:
-        self._check_known(encoding, passage.text, passage.start, "prompt", passage.what)
+        Raises:
+            InputError: a piece of the prompt has no token.
+        """
+        found: list[Row | str | None] = [_blame(p, _no_unicode(p.text)) for p in passages]
+        known = [p for p, reason in zip(passages, found, strict=True) if reason is None]
+        encodings = self._tokenizer.encode_batch([p.text for p in known], add_special_tokens=special)
+        rows = (self._row(p, encoding, partial) for p, encoding in zip(known, encodings, strict=True))
+        return [next(rows) if reason is None else reason for reason in found]
+
+    def _row(self, passage: Passage, encoding: Any, partial: bool) -> Row | str:
+        reason = _blame(passage, self._no_token(encoding, passage.text))
+        if reason is not None:
+            return reason
         ids, spans = list(encoding.ids), encoding.offsets
         first = next((i for i, (_, end) in enumerate(spans) if end > passage.start), None)
-        if first is None:
-            raise InputError(f"{passage.what}: it has no tokens; expected at least one")
+        if first is None or passage.stop <= passage.start:
+            return NO_TOKENS
         # A text that stands alone has the tokens that begin it, too.
         first = first if passage.start else 0
         end_token = self._scoring.end_token
@@ -113,12 +138,11 @@ class Text:
                 ends.add(order[place])
         return Row(ids, first, sorted(ends))
 
-    def _check_known(self, encoding: Any, text: str, border: int, before: str, after: str) -> None:
+    def _no_token(self, encoding: Any, text: str) -> _Fault | None:
         if self._unknown is None or self._unknown not in encoding.ids:
-            return
+            return None
         start, end = encoding.offsets[encoding.ids.index(self._unknown)]
-        what, place = (before, start) if start < border else (after, start - border)
-        raise InputError(f"{what}: the vocabulary has no token for {text[start:end]!r} (at character {place})")
+        return _Fault(start, end, f"the vocabulary has no token for {text[start:end]!r}")
 
     def is_special(self, token: int) -> bool:
         """Whether a token is one of the tokenizer's special ones."""
@@ -152,14 +176,25 @@ class Text:
         return found
 
 
-def _check_unicode(text: str, border: int, before: str, after: str) -> None:
+def _no_unicode(text: str) -> _Fault | None:
     try:
         text.encode()
     except UnicodeEncodeError as e:
-        what, place = (before, e.start) if e.start < border else (after, e.start - border)
-        raise InputError(
-            f"{what}: expected Unicode text; {text[e.start]!r} (at character {place}) is half of a surrogate pair"
-        ) from e
+        return _Fault(e.start, e.end, f"expected Unicode text; {text[e.start]!r} is half of a surrogate pair")
+    return None
+
+
+def _blame(passage: Passage, fault: _Fault | None) -> str | None:
+    """Why a candidate cannot be read.
+
+    Raises:
+        InputError: the fault lies in the prompt.
+    """
+    if fault is None:
+        return None
+    if fault.end <= passage.start:
+        raise InputError(f"prompt: {fault.said(0)}")
+    return fault.said(passage.start)
 
 
 def _occurrences(passage: Passage, step_text: str) -> list[int]:

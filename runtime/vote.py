@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
@@ -73,7 +73,9 @@ class Ballot:
         return Standing(tuple(order.tolist()), margin, self.answers, group_scores if voted else None)
 
 
-def make_ballot(vote: str, answers: Answers | None, candidates: Sequence[Any], what: str) -> Ballot:
+def make_ballot(
+    vote: str, answers: Answers | None, candidates: Sequence[Any], what: str, unreadable: Collection[int] = ()
+) -> Ballot:
     """Read the answers of candidates.
 
     Args:
@@ -81,6 +83,7 @@ def make_ballot(vote: str, answers: Answers | None, candidates: Sequence[Any], w
         answers: see `Model.rank`.
         candidates: what an extractor reads.
         what: what they are called in messages.
+        unreadable: indices of those that cannot be read; an extractor does not see them.
 
     Raises:
         InputError: no such vote or extractor, a vote without answers, or answers that do not fit the candidates.
@@ -94,7 +97,7 @@ def make_ballot(vote: str, answers: Answers | None, candidates: Sequence[Any], w
                 "'regex:PATTERN', or a function that takes one of them"
             )
         return Ballot(vote, None, np.full((len(candidates), 1), -1, np.int64))
-    found = _read(answers, candidates, what)
+    found = _read(answers, candidates, what, unreadable)
     ids = np.full((len(candidates), 1), -1, np.int64)
     numbers: dict[Hashable, int] = {}
     for i, answer in enumerate(found):
@@ -105,17 +108,18 @@ def make_ballot(vote: str, answers: Answers | None, candidates: Sequence[Any], w
     return Ballot(vote, found, ids)
 
 
-def _read(answers: Answers, candidates: Sequence[Any], what: str) -> tuple[Hashable | None, ...]:
-    if isinstance(answers, str):
-        read = extractor(answers)
-        for i, candidate in enumerate(candidates):
-            if not isinstance(candidate, str):
+def _read(
+    answers: Answers, candidates: Sequence[Any], what: str, unreadable: Collection[int]
+) -> tuple[Hashable | None, ...]:
+    if isinstance(answers, str) or callable(answers):
+        read = extractor(answers) if isinstance(answers, str) else answers
+        readable = {i: candidate for i, candidate in enumerate(candidates) if i not in unreadable}
+        for i, candidate in readable.items():
+            if isinstance(answers, str) and not isinstance(candidate, str):
                 raise InputError(
                     f"answers='{answers:.60}' reads text, and {what}[{i}] is none; pass the answers, or a function"
                 )
-        return tuple(read(candidate) for candidate in candidates)
-    if callable(answers):
-        return tuple(answers(candidate) for candidate in candidates)
+        return tuple(read(readable[i]) if i in readable else None for i in range(len(candidates)))
     if len(answers) != len(candidates):
         raise InputError(f"answers: expected one for each of {len(candidates)} {what}; got {len(answers)}")
     return tuple(answers)

@@ -112,11 +112,11 @@ def test_rank_embeddings(small, tmp_path, rng):
 def test_wrong_usage_is_2_and_failure_is_1(countdown, tmp_path):
     (tmp_path / "empty").write_text("")
     (tmp_path / "good").write_text("1+1=2;\n")
-    (tmp_path / "hole").write_text("1+1=2;\n\n2+2=4;\n")
+    (tmp_path / "hole").write_text("\n^\n")
     rank = ("rank", countdown, "--prompt", PUZZLE, "--candidates")
     cases = [
         (2, "at least one candidate", (*rank, "empty")),
-        (2, "candidates[1]: it has no tokens", (*rank, "hole")),
+        (2, "candidates: none can be read: candidates[0]: it has no tokens", (*rank, "hole")),
         (2, "cannot read nowhere", (*rank, "nowhere")),
         (2, "invalid choice", ("verify", countdown, "--provider", "tpu")),
         (2, "the following arguments are required", ("rank", countdown)),

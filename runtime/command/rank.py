@@ -78,6 +78,8 @@ def _as_json(ranking: Ranking) -> dict[str, Any]:
         found["step_scores"] = [_finite(scores) for scores in ranking.step_scores]
     if ranking.cut:
         found["cut"] = ranking.cut
+    if ranking.unreadable:
+        found["unreadable"] = {str(i): reason for i, reason in ranking.unreadable.items()}
     if ranking.answers is not None:
         found["answers"] = ranking.answers
     if ranking.group_scores is not None:
@@ -96,6 +98,8 @@ def _show(ranking: Ranking, candidates: Sequence[Item]) -> None:
         if answers:
             line += f"  {answers[i]:<{width}}"
         shown = str(candidates[i]) if isinstance(candidates[i], str | list) else f"candidate {i}"
+        if i in ranking.unreadable:
+            shown += f" (cannot be read: {ranking.unreadable[i]})"
         print(f"{line}  {shown}".replace("\n", "\\n"))
 
 

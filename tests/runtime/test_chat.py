@@ -144,14 +144,14 @@ def test_where_the_candidate_begins(prompt, words):
             head = template.render(prompt, add_generation_prompt=True)
         except InputError:
             continue
-        for word, (whole, start, _) in zip(words, template.split(prompt, words), strict=True):
+        for word, (whole, start, _) in zip(words, template.split(prompt, words, words), strict=True):
             assert whole == template.render([*prompt, {"role": "assistant", "content": word}])
             assert whole[:start] == head[:start]
             assert start == len(head) or whole[start : start + 1] != head[start : start + 1]
     # Headers never look back: the prompt's own rendering is always where its words begin.
     template = ChatTemplate(HEADERS, TOKENS)
     plain = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}, {"role": "user", "content": "r"}]
-    for word, (whole, start, _) in zip(words, template.split(plain, words), strict=True):
+    for word, (whole, start, _) in zip(words, template.split(plain, words, words), strict=True):
         assert whole[start:] == word.strip() + "<|turn|>"
 
 
@@ -159,7 +159,7 @@ def test_a_template_that_rewrites_the_past_parts_where_the_texts_do():
     prompt = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "<think>t</think>a"}]
     template = ChatTemplate(THINKING, TOKENS)
     own = [{"role": "user", "content": "again"}, {"role": "assistant", "content": "b"}]
-    ((whole, start, _),) = template.split(prompt, [own])
+    ((whole, start, _),) = template.split(prompt, [own], ["own"])
     assert whole == template.render([*prompt, *own])
     head = template.render(prompt, add_generation_prompt=True)
     assert not whole.startswith(head)
@@ -232,7 +232,7 @@ def test_messages_nested_without_end():
 def test_all_renderings_of_a_split_see_one_time(monkeypatch):
     template = ChatTemplate("{{ strftime_now('%f') }}{{ messages[-1].content }}", TOKENS)
     before = datetime.now().strftime("%f")
-    results = template.split([{"role": "user", "content": ""}], [str(i) for i in range(50)])
+    results = template.split([{"role": "user", "content": ""}], *[[str(i) for i in range(50)]] * 2)
     assert len({whole[:6] for whole, *_ in results}) == 1
     assert [start for _, start, _ in results] == [6] * 50, before
 

@@ -177,7 +177,8 @@ def test_bad_embeddings(model, rng):
     good = embeddings(rng, 3)
     cases = [
         (good, [], "at least one candidate"),
-        (good, [good, good[:0]], r"candidates\[1\]: it has no tokens"),
+        (good, [good[:0]], r"candidates\[0\]: it has no tokens"),
+        (good, [[], good[:0]], r"candidates: none can be read: candidates\[0\]: it has no tokens"),
         (good[:0], [good], "prompt: it has no tokens"),
         (good[:, :5], [good], r"prompt: expected embeddings of shape \(length, 12\); got \(3, 5\)"),
         (good, [good.astype(np.float64)], r"candidates\[0\]: expected float32 embeddings; got float64"),
@@ -196,7 +197,7 @@ def test_bad_text_and_ids(countdown):
     model = bonnx.load(countdown)
     cases = [
         (PUZZLE, "12-3=9;", "expected a list of at least one candidate"),
-        (PUZZLE, ["12-3=9;", "12^3"], r"candidates\[1\]: the vocabulary has no token for '\^' \(at character 2\)"),
+        (PUZZLE, ["", "12^3"], r"candidates\[1\]: the vocabulary has no token for '\^' \(at character 2\)"),
         ("1000>3:", ["1"], "prompt: the vocabulary has no token for '1000'"),
         (PUZZLE, [""], r"candidates\[0\]: it has no tokens"),
         (PUZZLE, [[1012]], r"token id 1012 is outside the vocabulary \(0 to 1011\)"),

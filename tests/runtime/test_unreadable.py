@@ -1,0 +1,152 @@
+"""One candidate that cannot be read does not end a request: it is NaN, it cannot win, and the answer says why."""
+
+import json
+
+import numpy as np
+import pytest
+
+import bonnx
+from bonnx import InputError
+from bonnx.models.countdown.vocabulary import END, encode
+from bonnx.runtime.command import main
+from tests.tolerance import RUNTIME, within
+
+PUZZLE = "3,7,12,25>98:"
+GOOD = ["12-3=9;9*7=63;", "12+3=15;", "25+7=32;"]
+NO_TOKENS = "it has no tokens"
+UNENCODABLE = {
+    "12^3": r"the vocabulary has no token for '^' (at character 2)",
+    "1+\ud800": r"expected Unicode text; '\ud800' is half of a surrogate pair (at character 2)",
+}
+
+
+@pytest.fixture(scope="module")
+def puzzles(countdown):
+    return bonnx.load(countdown)
+
+
+def with_holes(rng, good, bad):
+    """Good items among bad ones, in any order: the items, and the places of the good and the bad ones."""
+    order = rng.permutation(len(good) + len(bad))
+    items = [[*good, *bad][i] for i in order]
+    places = [int(np.flatnonzero(order == i)[0]) for i in range(len(items))]
+    return items, places[: len(good)], places[len(good) :]
+
+
+def check(found, scores, alone, good, bad):
+    """What was found with holes is what was found without them."""
+    assert within(scores[good], alone, RUNTIME)
+    assert np.isnan(scores[bad]).all()
+    assert sorted(found.unreadable) == sorted(bad)
+    assert [len(found.scores[i]) for i in bad] == [0] * len(bad)
+    assert found.best_index == good[int(np.argmax(alone))]
+    assert set(found.order[len(good) :]) == set(bad)
+
+
+@pytest.mark.parametrize("aggregation", ["last", "min", "step_mean"])
+def test_texts(puzzles, rng, aggregation):
+    alone = puzzles.rank(PUZZLE, GOOD, aggregation=aggregation)
+    items, good, bad = with_holes(rng, GOOD, ["", [], (), *UNENCODABLE])
+    found = puzzles.rank(PUZZLE, items, aggregation=aggregation)
+    check(found, found.candidate_scores, alone.candidate_scores, good, bad)
+    for i in bad:
+        assert found.unreadable[i].startswith(UNENCODABLE.get(items[i], NO_TOKENS) if items[i] else NO_TOKENS)
+    alone = puzzles.score([PUZZLE + text for text in GOOD], aggregation=aggregation)
+    rows = [PUZZLE + item if i in good else item for i, item in enumerate(items)]
+    found = puzzles.score(rows, aggregation=aggregation, backbone=True)
+    check(found, found.row_scores, alone.row_scores, good, bad)
+    assert [len(found.backbone[i]) for i in bad] == [0] * len(bad)
+
+
+def test_ids_and_texts_beside_ids(puzzles, rng):
+    ids = [[*encode(text), END] for text in GOOD]
+    alone = puzzles.rank(PUZZLE, ids).candidate_scores
+    for prompt, own, bad_items in (
+        (encode(PUZZLE), ids, [[], np.zeros(0, np.int64)]),
+        (PUZZLE, [ids[0], *GOOD[1:]], ["", [], "^"]),
+        (encode(PUZZLE), GOOD, ["", "^"]),
+    ):
+        items, good, bad = with_holes(rng, own, bad_items)
+        found = puzzles.rank(prompt, items)
+        check(found, found.candidate_scores, alone, good, bad)
+
+
+def test_embeddings(model, rng):
+    prompt, *own = (rng.standard_normal((length, 12)).astype(np.float32) for length in (4, 3, 1, 6))
+    items, good, bad = with_holes(rng, own, [own[0][:0], []])
+    for aggregation, marks in (("last", None), ("step_max", [[1] * len(item) for item in items])):
+        alone = model.rank(prompt, own, aggregation=aggregation, step_masks=marks and [marks[i] for i in good])
+        found = model.rank(prompt, items, aggregation=aggregation, step_masks=marks)
+        check(found, found.candidate_scores, alone.candidate_scores, good, bad)
+    alone = model.score(own)
+    found = model.score(items)
+    check(found, found.row_scores, alone.row_scores, good, bad)
+
+
+def test_joint_runs(puzzles):
+    lists = [["", GOOD[0], "^"], [GOOD[1], []], GOOD]
+    together = puzzles.rank_all([puzzles.job(PUZZLE, items) for items in lists])
+    for items, found in zip(lists, together, strict=True):
+        alone = puzzles.rank(PUZZLE, items)
+        assert within(
+            found.candidate_scores[~np.isnan(found.candidate_scores)],
+            [score for score in alone.candidate_scores if not np.isnan(score)],
+            RUNTIME,
+        )
+        assert (found.best_index, found.unreadable) == (alone.best_index, alone.unreadable)
+    assert [sorted(found.unreadable) for found in together] == [[0, 2], [1], []]
+
+
+def test_votes_do_not_count_them(puzzles):
+    """An extractor never sees what cannot be read; an answer that is given for it does not count."""
+    items = ["", *GOOD, [], "^"]
+    found = puzzles.rank(PUZZLE, items, vote="majority", answers=lambda text: text[0])
+    assert found.answers == (None, "1", "1", "2", None, None)
+    assert found.best_index in (1, 2)
+    assert puzzles.rank(PUZZLE, items, answers="number", vote="weighted").answers == (
+        None,
+        "63",
+        "15",
+        "32",
+        None,
+        None,
+    )
+    answers = ["a", "b", "c", "b", "a", "a"]
+    found = puzzles.rank(PUZZLE, items, vote="majority", answers=answers)
+    assert found.best_index in (1, 3)
+    assert np.isnan(found.group_scores[[0, 4, 5]]).all()
+
+
+@pytest.mark.parametrize(
+    "bad", [None, 3, 0.5, {"role": "user"}, {1}, b"1+1", [0.5], [[1], [2, 3]], [1012], ["1", None]]
+)
+def test_mistakes_of_type_end_the_call(puzzles, bad):
+    for call in (lambda items: puzzles.rank(PUZZLE, items), puzzles.score):
+        with pytest.raises(InputError, match=r"\[1\]"):
+            call([GOOD[0], bad, ""])
+
+
+def test_the_fake_model_does_alike():
+    seen = []
+    fake = bonnx.FakeModel(lambda prompt, candidate: seen.append(candidate) or len(candidate))
+    found = fake.rank("p", ["", "ab", [], "abc"])
+    assert (seen, found.best_index, sorted(found.unreadable)) == (["ab", "abc"], 3, [0, 2])
+    assert np.isnan(found.candidate_scores[[0, 2]]).all()
+    with pytest.raises(InputError, match="none can be read"):
+        fake.rank("p", ["", []])
+
+
+def test_the_command_says_it(countdown, tmp_path, capsys):
+    (tmp_path / "candidates").write_text(f"{GOOD[0]}\n\n12^3\n")
+    command = ["rank", str(countdown), "--prompt", PUZZLE, "--candidates", str(tmp_path / "candidates")]
+    assert main(command) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("*")
+    assert lines[1].split(maxsplit=1) == ["nan", "(cannot be read: it has no tokens; expected at least one)"]
+    assert lines[2].endswith("12^3 (cannot be read: the vocabulary has no token for '^' (at character 2))")
+    assert main([*command, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["candidate_scores"][1:], sorted(found["unreadable"])) == ([None, None], ["1", "2"])
+    (tmp_path / "candidates").write_text("\n\n")
+    assert main(command) == 2
+    assert "none can be read: candidates[0]: it has no tokens" in capsys.readouterr().err
