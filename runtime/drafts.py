@@ -53,7 +53,7 @@ def run_drafts(
     drafts: Sequence[Draft],
     step_token: int | None,
     pad_token: int,
-    decode: Callable[[list[int]], str] | None,
+    decode: Callable[[list[int], list[int], str | None], str] | None,
 ) -> list[Generation]:
     """Run drafts of equal keys as one.
 
@@ -62,7 +62,7 @@ def run_drafts(
         drafts: at least one.
         step_token: ends a step, for the step aggregations.
         pad_token: fills what is no token.
-        decode: gives the text of token ids; None where there is no tokenizer.
+        decode: gives the text of token ids behind a prompt's, as `Text.decode`; None where there is no tokenizer.
     """
     request = drafts[0].request
     prompts, mask = pad([draft.prompt for draft in drafts], pad_token)
@@ -71,7 +71,7 @@ def run_drafts(
     results = []
     for b, draft in enumerate(drafts):
         rows = zip(*(array[:, b] for array in (tokens, scores, log_probs, lengths, found, reasons)), strict=True)
-        candidates = [make_candidate(decode, *row) for row in rows]
+        candidates = [make_candidate(decode, draft.prompt, *row) for row in rows]
         # Each token of a candidate is read once, for its score.
         computed = int(lengths[:, b].sum())
         results.append(Generation(int(best[b]), candidates, len(draft.prompt), computed, request.aggregation))
@@ -79,7 +79,8 @@ def run_drafts(
 
 
 def make_candidate(
-    decode: Callable[[list[int]], str] | None,
+    decode: Callable[[list[int], list[int], str | None], str] | None,
+    prompt: Array,
     tokens: Array,
     scores: Array,
     log_probs: Array,
@@ -89,6 +90,6 @@ def make_candidate(
 ) -> Candidate:
     """One completion from its row; `reason` is an index into `FINISH_REASONS`, below 0 while it grows."""
     own = tokens[:length]
-    text = None if decode is None else decode(own.tolist())
     ended = FINISH_REASONS[reason] if reason >= 0 else None
+    text = None if decode is None else decode(own.tolist(), prompt.tolist(), ended)
     return Candidate(text, own, scores[:length], log_probs[:length], float(score), ended)

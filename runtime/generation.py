@@ -25,7 +25,8 @@ class Candidate:
     """One completion.
 
     Attributes:
-        text: what it says, without the stop token; None if the artifact has no tokenizer.
+        text: what it adds to the prompt's text, without special tokens and without the artifact's own end or stop
+            token (a stop that the caller asked for stays); None if the artifact has no tokenizer.
         tokens: (length,) int64, the stop token included.
         scores: (length,) float32, the scorer's value at each token.
         log_probs: (length,) float32, of each token under the model itself (temperature 1, unfiltered), in nats.

@@ -396,7 +396,7 @@ class Model:
         for growing in grow(self.session, draft.prompt, request, self.manifest.scoring.step_token, until):
             found, best = growing.select()
             parts = (growing.tokens, growing.scores, growing.log_probs, growing.lengths, found, growing.reasons)
-            candidates = [make_candidate(decode, *row) for row in zip(*parts, strict=True)]
+            candidates = [make_candidate(decode, draft.prompt, *row) for row in zip(*parts, strict=True)]
             yield Generation(best, candidates, len(draft.prompt), growing.computed, request.aggregation)
 
     def _padded(self, rows: Rows) -> tuple[Array, Array]:

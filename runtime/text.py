@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import tokenizers
 
+from .detokenizer import Detokenizer
 from .errors import ArtifactError, InputError
 from .manifest import Scoring, TextRules
 
@@ -83,6 +84,7 @@ class Text:
         self.longest_token = max(map(len, self._tokenizer.get_vocab()), default=1)
         """Characters of the longest token."""
         self._special = {i for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
+        self._detokenizer = Detokenizer(self._tokenizer, self._special)
 
     def encode(self, text: str, what: str, *, special: bool = False) -> list[int]:
         """Token ids, with the tokenizer's own special tokens around them if `special`; `what` names the text.
@@ -159,21 +161,19 @@ class Text:
             raise InputError(f"stop: {text!r} is {len(ids)} tokens; expected a text of exactly one, or a token id")
         return ids[0]
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids, without the tokens that end it."""
+    def decode(self, ids: Sequence[int], before: Sequence[int], finish_reason: str | None) -> str:
+        """What a completion adds to the text of its prompt: the two together are what was generated.
+
+        It has no special tokens, not the artifact's end or stop token if that ended it, and while it grows
+        (`finish_reason` is None) no bytes of a character that has not ended.
+        """
         ends = {self._scoring.end_token, *self._scoring.stop_tokens}
-        text: str = self._tokenizer.decode([i for i in ids if i not in ends], skip_special_tokens=True)
-        return text
+        said = ids[:-1] if finish_reason == "stop" and ids[-1] in ends else ids
+        return self._detokenizer.text(said, before, growing=finish_reason is None)
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
-        """What each token adds to the text; bytes of a character that has not ended yet come with its last token."""
-        found, before = [], ""
-        for end in range(1, len(ids) + 1):
-            text: str = self._tokenizer.decode(list(ids[:end]), skip_special_tokens=False)
-            whole = text.rstrip("\ufffd")
-            found.append(whole[len(before) :])
-            before = whole if len(whole) > len(before) else before
-        return found
+        """What each token adds to a text; bytes of a character that has not ended yet come with its last token."""
+        return self._detokenizer.pieces(ids)
 
 
 def _no_unicode(text: str) -> _Fault | None:

@@ -145,7 +145,9 @@ class Search:
     def _text(self, branch: Branch) -> str | None:
         """What a branch says; None where there is no tokenizer."""
         text = self.model.reader.text
-        return None if text is None else text.decode(branch.tokens)
+        if text is None:
+            return None
+        return text.decode(branch.tokens, self.prompt.tolist(), FINISH_REASONS[branch.reason])
 
     def _result(self, tree: Tree, branches: list[Branch], runner: Any, method: str) -> SearchResult:
         vote = self._vote(method)
