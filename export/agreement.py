@@ -11,16 +11,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import msgspec
 import numpy as np
 
 from ..models.config import LanguageModelConfig, NetworkConfig
 from ..models.network import LanguageModel, TwoHeadedNetwork
 from ..runtime.aggregate import aggregate, best_of_n
 from ..runtime.errors import ExportError, InputError
+from ..runtime.files import in_line, load_arrays, read_values
 from ..runtime.inputs import Item, pad
 from ..runtime.manifest import Agreement, Scoring, TextRules
 from ..runtime.model import Model
+from ..runtime.values import name_of, to_candidate, to_prompt
 from .parity import score_rows
 from .questions import draw_questions
 
@@ -39,11 +40,6 @@ class HeldOut(NamedTuple):
     candidates: Sequence[Item] | None = None
 
 
-class _Line(msgspec.Struct):
-    prompt: str | list[Any]
-    candidates: list[str | list[Any]] | None = None
-
-
 def read_held_out(path: Path) -> list[HeldOut]:
     """A file of one prompt a line, of one JSON object with `prompt` and `candidates` a line, or an .npz file.
 
@@ -54,27 +50,36 @@ def read_held_out(path: Path) -> list[HeldOut]:
         InputError: it cannot be read, or is empty.
     """
     try:
-        if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as arrays:
-                found = [HeldOut(p, list(c)) for p, c in zip(arrays["prompts"], arrays["candidates"], strict=True)]
-        else:
-            lines = path.read_text(encoding="utf-8").splitlines()
-            found = [_parse(line, f"{path}, line {i}") for i, line in enumerate(lines, 1) if line.strip()]
-    except (OSError, KeyError, ValueError) as e:
-        raise InputError(f"cannot read held-out prompts from {path}: {e}; see `bonnx export --help`") from e
+        found = _arrays(load_arrays(path)) if path.suffix == ".npz" else _lines(path)
+    except InputError as e:
+        raise InputError(f"held-out prompts: {e}; see `bonnx export --help`") from e
     if not found:
         raise InputError(f"{path} has no prompts; expected one a line")
     return found
 
 
-def _parse(line: str, where: str) -> HeldOut:
-    if not line.lstrip().startswith("{"):
-        return HeldOut(line)
-    try:
-        entry = msgspec.json.decode(line, type=_Line)
-    except msgspec.MsgspecError as e:
-        raise InputError(f"{where}: expected a prompt, or an object with 'prompt' and 'candidates': {e}") from e
-    return HeldOut(entry.prompt, entry.candidates)
+def _arrays(arrays: dict[str, Any]) -> list[HeldOut]:
+    missing = [name for name in ("prompts", "candidates") if name not in arrays]
+    if missing:
+        raise InputError(f"it has no array '{missing[0]}', only {', '.join(arrays) or 'none'}")
+    prompts, candidates = arrays["prompts"], arrays["candidates"]
+    if len(prompts) != len(candidates):
+        raise InputError(f"expected as many 'prompts' as 'candidates'; got {len(prompts)} and {len(candidates)}")
+    return [HeldOut(prompt, list(own)) for prompt, own in zip(prompts, candidates, strict=True)]
+
+
+def _lines(path: Path) -> list[HeldOut]:
+    found = []
+    for number, value in read_values(path):
+        with in_line(path, number):
+            if isinstance(value, InputError):
+                raise value
+            candidates = value.get("candidates") if isinstance(value, dict) else None
+            if not isinstance(candidates, list | None):
+                raise InputError(f"'candidates': expected a list; got {name_of(candidates)}")
+            own = None if candidates is None else [to_candidate(candidate) for candidate in candidates]
+            found.append(HeldOut(to_prompt(value), own))
+    return found
 
 
 def own_prompts(

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import BonnxError, InputError
 
-__all__ = ["main", "print_json"]
+__all__ = ["main", "print_json", "print_text"]
 
 # Each module has `configure(parser)` and `run(arguments) -> exit code`; only the one that is asked for is imported.
 _COMMANDS = {
@@ -66,5 +66,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def print_json(value: dict[str, Any]) -> None:
-    """One object on stdout."""
-    print(json.dumps(value, ensure_ascii=False, allow_nan=False))
+    """One object on stdout; in ASCII where it holds what stdout's encoding does not, such as half a surrogate pair."""
+    try:
+        print(json.dumps(value, ensure_ascii=False, allow_nan=False))
+    except UnicodeEncodeError:
+        print(json.dumps(value, allow_nan=False))
+
+
+def print_text(line: str) -> None:
+    """A line on stdout; what stdout's encoding does not hold is escaped."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(line.encode(encoding, "backslashreplace").decode(encoding))

@@ -6,23 +6,25 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
+import numpy as np
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from ..errors import InputError
-from ..generation import Candidate, Generation
+from ..errors import BonnxError, InputError, NoWinnerError
+from ..files import read_prompts
+from ..generation import Candidate, GenerateOptions, Generation
 from ..inputs import Item
-from ..model import Model, load
+from ..model import Model, checked_request, load
 from ..report import Search, show
 from . import print_json
-from .rank import parse_item
+from .rank import parse_prompt
 
 __all__ = ["configure", "run"]
 
@@ -33,8 +35,9 @@ _OPTIONS += ["prune_every", "prune_keep"]
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("artifact", help="folder that `bonnx export` wrote")
-    parser.add_argument("prompt", nargs="?", help="text, or a JSON list of token ids")
-    parser.add_argument("--prompts", metavar="FILE", help="many prompts, one a line; '-' reads stdin")
+    parser.add_argument("prompt", nargs="?", help="text, or as JSON a list of token ids or of messages")
+    parser.add_argument("--prompts", metavar="FILE", help="many prompts, one a line, text or JSON; '-' reads stdin")
+    parser.add_argument("--text", action="store_true", help="prompts are text, also where they begin as JSON")
     parser.add_argument("-n", type=int, default=1, help="candidates of each prompt")
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same tokens everywhere")
     parser.add_argument("--max-new-tokens", type=int, help="longest completion; what the limit leaves if not given")
@@ -63,41 +66,58 @@ def run(arguments: argparse.Namespace) -> int:
     prompts = _prompts(arguments)
     options: dict[str, Any] = {name: getattr(arguments, name) for name in _OPTIONS}
     model = load(arguments.artifact, provider=arguments.provider, threads=arguments.threads)
+    answer = _answerer(model, options, arguments)
+    bad = 0
+    for line, prompt in prompts:
+        try:
+            if isinstance(prompt, InputError):
+                raise prompt
+            answer(prompt)
+        except (InputError, NoWinnerError) as e:
+            if line is None:
+                raise
+            bad += 1
+            _tell(line, e, arguments)
+    if bad:
+        print(f"bonnx generate: {bad} of the prompts could not be answered", file=sys.stderr)
+    return 1 if bad else 0
+
+
+def _answerer(model: Model, options: dict[str, Any], arguments: argparse.Namespace) -> Callable[[Item], None]:
+    """What answers a prompt and prints the answer; options that no prompt could do with are refused here."""
     if arguments.method is not None or arguments.policy is not None:
         what = _search_options(arguments, options)
-        for prompt in prompts:
-            _search(model, prompt, what, arguments)
-        return 0
+        return lambda prompt: _search(model, prompt, what, arguments)
     for name in ("set", "answers", "vote", "save"):
         if getattr(arguments, name):
             raise InputError(f"--{name} belongs to --method or --policy")
-    for prompt in prompts:
+    given = cast("GenerateOptions", options)
+    checked_request(model, np.zeros(1, np.int64), given, model.manifest.limits.max_tokens - 1)
+
+    def answer(prompt: Item) -> None:
         if arguments.json:
-            result = model.generate(prompt, deadline=arguments.deadline, **options)
-            print_json(_as_json(prompt, result))
+            print_json(_as_json(prompt, model.generate(prompt, deadline=arguments.deadline, **given)))
         else:
             _show(model, prompt, options, arguments.deadline)
-    return 0
+
+    return answer
 
 
-def _prompts(arguments: argparse.Namespace) -> Iterator[Item]:
-    """The prompts, read as they are needed."""
+def _tell(line: int, error: BonnxError, arguments: argparse.Namespace) -> None:
+    """Why a line of `--prompts` has no answer, in its place among the answers."""
+    if arguments.json:
+        print_json({"ok": False, "line": line, "error": type(error).__name__, "reason": str(error)})
+    where = f"{arguments.prompts}, line {line}: "
+    print(f"bonnx generate: {where}{str(error).removeprefix(where)}", file=sys.stderr)
+
+
+def _prompts(arguments: argparse.Namespace) -> Iterator[tuple[int | None, Item | InputError]]:
+    """The prompts, those of a file with their lines, read as they are needed."""
     if (arguments.prompt is None) == (arguments.prompts is None):
         raise InputError("expected a prompt, or --prompts FILE; got " + ("both" if arguments.prompt else "neither"))
     if arguments.prompt is not None:
-        return iter([parse_item(arguments.prompt)])
-    return _lines(arguments.prompts)
-
-
-def _lines(name: str) -> Iterator[Item]:
-    if name == "-":
-        yield from (parse_item(line.rstrip("\r\n")) for line in sys.stdin if line.strip())
-        return
-    try:
-        with Path(name).open(encoding="utf-8") as file:
-            yield from (parse_item(line.rstrip("\r\n")) for line in file if line.strip())
-    except (OSError, UnicodeDecodeError) as e:
-        raise InputError(f"--prompts: cannot read {name}: {e}") from e
+        return iter([(None, parse_prompt(arguments.prompt, "prompt", literal=arguments.text))])
+    return iter(read_prompts(arguments.prompts, literal=arguments.text))
 
 
 def _search_options(arguments: argparse.Namespace, options: dict[str, Any]) -> dict[str, Any]:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,27 +11,35 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError
+from ..files import load_arrays, read_candidates
 from ..inputs import Item
 from ..manifest import VOTES
 from ..model import load
 from ..ranking import Ranking
-from . import print_json
+from ..values import to_prompt, to_value
+from . import print_json, print_text
 
-__all__ = ["configure", "parse_item", "run"]
+__all__ = ["configure", "parse_prompt", "run"]
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("artifact", help="folder that `bonnx export` wrote")
     parser.add_argument(
-        "--prompt", required=True, help="text, a JSON list of messages or of token ids, or an .npy file of embeddings"
+        "--prompt",
+        required=True,
+        help="text; or as JSON a list of messages or of token ids; or an .npy file of embeddings",
     )
     parser.add_argument(
         "--candidates",
         required=True,
         metavar="FILE",
-        help="one candidate a line, or a JSON list of texts, of lists of steps or of lists of token ids; '-' reads "
-        "stdin; for embeddings an .npy file (candidates, length, embed_dim) or an .npz file with one array each",
+        help="one candidate a line, text or JSON, or one JSON list of texts, of lists of steps or of lists of token "
+        "ids; '-' reads stdin; for embeddings an .npy file (candidates, length, embed_dim) or an .npz file with one "
+        "array each",
+    )
+    parser.add_argument(
+        "--text", action="store_true", help="prompt and candidates are text, also where they begin as JSON"
     )
     parser.add_argument("--aggregation", help="last, mean, min, max, prod, or step_ and one of these")
     parser.add_argument("--vote", choices=VOTES, default="score", help="by the answers' scores, or by their number")
@@ -46,7 +52,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Rank and print."""
-    prompt, candidates = _prompt(arguments.prompt), _candidates(arguments.candidates)
+    prompt, candidates = _prompt(arguments), _candidates(arguments)
     model = load(arguments.artifact, provider=arguments.provider, threads=arguments.threads)
     ranking = model.rank(
         prompt,
@@ -100,7 +106,7 @@ def _show(ranking: Ranking, candidates: Sequence[Item]) -> None:
         shown = str(candidates[i]) if isinstance(candidates[i], str | list) else f"candidate {i}"
         if i in ranking.unreadable:
             shown += f" (cannot be read: {ranking.unreadable[i]})"
-        print(f"{line}  {shown}".replace("\n", "\\n"))
+        print_text(f"{line}  {shown}".replace("\n", "\\n"))
 
 
 def _finite(values: Any) -> list[float | None]:
@@ -108,50 +114,32 @@ def _finite(values: Any) -> list[float | None]:
     return [float(value) if math.isfinite(value) else None for value in values]
 
 
-def _prompt(text: str) -> Item:
-    if text.endswith(".npy"):
-        prompt: Item = _load_arrays(Path(text))
+def parse_prompt(text: str, option: str, *, literal: bool) -> Item:
+    """A prompt of the command line, read as a line of a file is.
+
+    Raises:
+        InputError: it begins as JSON does and is no prompt.
+    """
+    try:
+        return to_prompt(to_value(text, literal=literal))
+    except InputError as e:
+        raise InputError(f"{option}: {e}") from e
+
+
+def _prompt(arguments: argparse.Namespace) -> Item:
+    text: str = arguments.prompt
+    if text.endswith(".npy") and not arguments.text:
+        prompt: Item = load_arrays(Path(text))
         return prompt
-    return parse_item(text)
+    return parse_prompt(text, "--prompt", literal=arguments.text)
 
 
-def parse_item(text: str) -> Item:
-    """A JSON list of whole numbers is token ids, one of objects a conversation; anything else is text."""
-    if text.startswith("["):
-        try:
-            value = json.loads(text)
-        except ValueError:
-            return text
-        if isinstance(value, list) and all(isinstance(i, int) and not isinstance(i, bool) for i in value):
-            return value
-        if isinstance(value, list) and all(isinstance(message, dict) for message in value):
-            return value
-    return text
-
-
-def _load_arrays(path: Path) -> Any:
+def _candidates(arguments: argparse.Namespace) -> list[Item]:
+    name: str = arguments.candidates
     try:
-        loaded = np.load(path, allow_pickle=False)
-        return [loaded[name] for name in loaded.files] if path.suffix == ".npz" else loaded
-    except (OSError, ValueError) as e:
-        raise InputError(f"cannot read {path} as numpy arrays: {e}") from e
-
-
-def _candidates(name: str) -> list[Item]:
-    if name.endswith((".npy", ".npz")):
-        return list(_load_arrays(Path(name)))
-    try:
-        text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise InputError(f"--candidates: cannot read {name}: {e}") from e
-    if text.lstrip().startswith("["):
-        try:
-            values = json.loads(text)
-        except ValueError:
-            values = None
-        if isinstance(values, list):
-            if any(not isinstance(value, str | list) for value in values):
-                raise InputError(f"--candidates: {name}: expected a JSON list of texts or of lists of token ids")
-            # A flat list of numbers would be one candidate of ids on one line; that form is a list of lists.
-            return values
-    return [*text.splitlines()]
+        if name.endswith((".npy", ".npz")):
+            arrays = load_arrays(Path(name))
+            return list(arrays.values() if isinstance(arrays, dict) else arrays)
+        return read_candidates(name, literal=arguments.text)
+    except InputError as e:
+        raise InputError(f"--candidates: {e}") from e

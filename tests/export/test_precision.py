@@ -187,9 +187,9 @@ def test_held_out_files(tmp_path, rng):
     found = read_held_out(tmp_path / "a.npz")
     assert len(found) == 2
     assert np.array_equal(found[1].candidates[4], arrays["candidates"][1, 4])
-    for text, message in (("", "no prompts"), (json.dumps({"candidates": []}), "line 1: .*`prompt`"), ("{", "line 1")):
+    for text, message in (("", "no prompts"), (json.dumps({"candidates": []}), "line 1: .*'prompt'"), ("{", "line 1")):
         path.write_text(text)
         with pytest.raises(InputError, match=message):
             read_held_out(path)
-    with pytest.raises(InputError, match="cannot read held-out prompts"):
+    with pytest.raises(InputError, match="held-out prompts: cannot read"):
         read_held_out(tmp_path / "missing.txt")
