@@ -13,7 +13,7 @@ from ..errors import InputError
 from ..folder import read_verified
 from ..model import load
 from ..serve import Settings, create_app
-from ..serve.server import log_to_stderr, make_server
+from ..serve.server import bind_to, log_to_stderr, make_server
 
 __all__ = ["configure", "run", "settings_of"]
 
@@ -71,24 +71,29 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _here(arguments: argparse.Namespace, settings: Settings) -> int:
+    for name, least in (("max_connections", 1), ("grace", 0)):
+        if getattr(arguments, name) < least:
+            option = name.replace("_", "-")
+            raise InputError(f"--{option}: expected at least {least}; got {getattr(arguments, name)}")
+    # Until the server runs there is nothing to finish: Ctrl-C ends the process at once, whatever is being loaded.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    sockets = bind_to(arguments.host, arguments.port)
     model = load(
         arguments.artifact,
         provider=arguments.provider,
         threads=arguments.threads,
         memory_limit=arguments.memory_limit,
     )
-    server = make_server(
-        create_app(model, settings),
-        arguments.host,
-        arguments.port,
-        most_connections=arguments.max_connections,
-        grace=arguments.grace,
-    )
+    server = make_server(create_app(model, settings), most_connections=arguments.max_connections, grace=arguments.grace)
     log_to_stderr()
+
+    def leave(number: int, frame: object) -> None:
+        server.should_exit = True
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        # uvicorn stops by itself, and then raises the signal again, for whoever was there before it.
-        signal.signal(number, lambda *_: None)
-    server.run()
+        # For a signal that comes before uvicorn listens to it; when it has stopped, it raises what it got once more.
+        signal.signal(number, leave)
+    server.run(sockets)
     return 0 if server.started else 1
 
 

@@ -58,14 +58,21 @@ class Guard:
         held = 0
         try:
             self._check_key(scope["path"], headers)
+            _check_encoding(headers)
             held = self._announced(headers)
             self._buffered += held
             body = await self._read(receive, held)
+            scope["state"]["size"] = len(body)
             await self._app(scope, _replay(body, receive), answer)
         except Problem as problem:
             await problem.response(scope["path"])(scope, receive, answer)
         except _GoneError:
             notes["gone"] = True
+        except asyncio.CancelledError:
+            # The server was told to stop, and the time to finish in is over.
+            if status == 499:
+                text = "this server is stopping; send the request again"
+                await Problem(503, text, {"Connection": "close"}).response(scope["path"])(scope, receive, answer)
         except Exception:
             _LOG.exception("failed", extra={"notes": {"event": "failure", **notes}})
             if status == 499:
@@ -122,6 +129,14 @@ class Guard:
                 raise Problem(413, text, {"Connection": "close"})
             more = message.get("more_body", False)
         return b"".join(parts)
+
+
+def _check_encoding(headers: dict[bytes, bytes]) -> None:
+    """Refuse a compressed body: what it unpacks to is not bounded by its size."""
+    given = headers.get(b"content-encoding", b"").decode("latin-1").strip()
+    if given.lower() not in ("", "identity"):
+        text = f"Content-Encoding: bodies are read as they come; got {given!r:.40}; send it uncompressed"
+        raise Problem(415, text, {"Accept-Encoding": "identity", "Connection": "close"})
 
 
 class _GoneError(Exception):

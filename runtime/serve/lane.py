@@ -193,15 +193,10 @@ class Lane:
             waiting = list(self._waiting)
         tickets = self._choose(waiting) if waiting else []
         with self._ready:
-            tickets = [ticket for ticket in tickets if not ticket.given_up]
             self._waiting = [ticket for ticket in self._waiting if ticket not in tickets]
             self._watcher.waiting(self.name, len(self._waiting))
-            stop = self._stop()
-            self._running = (tickets, stop) if tickets else None
-        if tickets:
-            self._work(tickets, stop)
+        self._work(tickets)
         with self._ready:
-            self._running = None
             # Whoever was just answered may well ask again.
             self._expected = len(tickets) + len(self._waiting)
         return True
@@ -224,20 +219,30 @@ class Lane:
         groups = plan([ticket.work for ticket in waiting], self._fits, self._waste)
         return [waiting[i] for i in groups[0]]
 
-    def _work(self, tickets: list[_Ticket], stop: Stop) -> None:
-        start = time.monotonic()
+    def _work(self, tickets: list[_Ticket]) -> None:
+        """Run those that somebody still waits for, together; each by itself if that fails."""
+        with self._ready:
+            tickets = [ticket for ticket in tickets if not ticket.given_up]
+            if not tickets:
+                return
+            stop = self._stop()
+            self._running = (tickets, stop)
+        start, error = time.monotonic(), None
+        results: Sequence[Any] = ()
         try:
             results = self._run([ticket.work for ticket in tickets], stop)
         except Exception as e:
-            if len(tickets) > 1 and not stop.terminate:
-                # What one of them did must not fail the others.
-                for ticket in tickets:
-                    self._work([ticket], self._stop())
-                return
-            results = [e] * len(tickets)
+            error = e
+        with self._ready:
+            self._running = None
+        if error is not None and len(tickets) > 1 and not stop.terminate:
+            # What one of them did must not fail the others.
+            for ticket in tickets:
+                self._work([ticket])
+            return
         seconds = time.monotonic() - start
         self._lull = _LULL * seconds
         self._pace += 0.1 * (seconds / len(tickets) - self._pace)
-        for ticket, result in zip(tickets, results, strict=True):
+        for ticket, result in zip(tickets, results if error is None else [error] * len(tickets), strict=True):
             ticket.finish(result)
         self._watcher.ran(self.name, len(tickets), *measure([ticket.work for ticket in tickets]), seconds)

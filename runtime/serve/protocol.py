@@ -6,9 +6,10 @@ Tensors come as JSON lists or, as Triton's clients send them, as raw bytes behin
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import fastapi
 import msgspec
@@ -19,11 +20,12 @@ from starlette.responses import Response
 import bonnx
 
 from ..errors import ArtifactError
-from ..manifest import Graph, Value
+from ..manifest import Value
+from ..model import Model
 from ..session import Array, Stop
 from .problems import Problem, encode
 from .service import Service
-from .tensors import check_feeds
+from .tensors import check_feeds, check_shapes
 
 __all__ = ["protocol_routes"]
 
@@ -32,26 +34,26 @@ _KINDS: dict[str, np.dtype[Any]] = {"INT64": np.dtype("<i8"), "FP32": np.dtype("
 _HEADER = "inference-header-content-length"
 
 
-class _Parameters(msgspec.Struct):
+class _Parameters(msgspec.Struct, forbid_unknown_fields=True):
     binary_data: bool = False
     binary_data_size: Annotated[int, msgspec.Meta(ge=0)] | None = None
     binary_data_output: bool = False
 
 
-class _Tensor(msgspec.Struct):
+class _Tensor(msgspec.Struct, forbid_unknown_fields=True):
     name: str
     shape: list[Annotated[int, msgspec.Meta(ge=0, lt=2**31)]]
-    datatype: Literal["INT64", "FP32"]
+    datatype: str
     data: list[Any] | None = None
     parameters: _Parameters = msgspec.field(default_factory=_Parameters)
 
 
-class _Wanted(msgspec.Struct):
+class _Wanted(msgspec.Struct, forbid_unknown_fields=True):
     name: str
     parameters: _Parameters = msgspec.field(default_factory=_Parameters)
 
 
-class _Inference(msgspec.Struct):
+class _Inference(msgspec.Struct, forbid_unknown_fields=True):
     inputs: list[_Tensor]
     id: str | None = None
     outputs: list[_Wanted] | None = None
@@ -111,17 +113,21 @@ def protocol_routes(service: Service) -> fastapi.APIRouter:
     async def infer(request: Request, model: str, version: str | None = None) -> Response:
         """Run a graph."""
         name = graph_of(model, version)
-        graph = artifact.graphs[name]
-        asked, feeds = _read(await request.body(), request.headers.get(_HEADER), graph)
+        graph, body = artifact.graphs[name], await request.body()
+        read = lambda: _read(body, request.headers.get(_HEADER), name, service.model)  # noqa: E731
+        asked, feeds = await service.aside(read, request, len(body))
         known = [value.name for value in graph.outputs]
         wanted = asked.outputs if asked.outputs else [_Wanted(output, asked.parameters) for output in known]
         for output in wanted:
             if output.name not in known:
                 raise Problem(400, f"outputs: there is no '{output.name:.80}', only {', '.join(known)}")
+        if len({output.name for output in wanted}) < len(wanted):
+            raise Problem(400, "outputs: one is there twice; expected each once")
         shape = check_feeds(name, feeds, service.model)
         names = [output.name for output in wanted]
         found = await service.call(request, name, lambda stop: _run(service, name, feeds, names, stop), shape)
-        return _written(model, asked, wanted, found)
+        write = lambda: _written(model, asked, wanted, found)  # noqa: E731
+        return await service.aside(write, request, sum(array.size for array in found))
 
     return routes
 
@@ -147,60 +153,68 @@ def _described(value: Value) -> dict[str, Any]:
     return {"name": value.name, "datatype": _DATATYPES[value.dtype], "shape": shape}
 
 
-def _read(body: bytes, length: str | None, graph: Graph) -> tuple[_Inference, dict[str, Array]]:
+def _read(body: bytes, length: str | None, name: str, model: Model) -> tuple[_Inference, dict[str, Array]]:
     """The request and the graph's inputs."""
-    header, rest = body, b""
+    header, rest = body, memoryview(b"")
     if length is not None:
         if not re.fullmatch("[0-9]{1,12}", length) or int(length) > len(body):
             raise Problem(400, f"Inference-Header-Content-Length: expected at most the body's {len(body)} bytes")
-        header, rest = body[: int(length)], body[int(length) :]
+        header, rest = body[: int(length)], memoryview(body)[int(length) :]
     try:
         asked = msgspec.json.decode(header, type=_Inference)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as e:
-        raise Problem(400, f"the request is not one of the Open Inference Protocol: {e}") from e
+        raise Problem(400, f"the request is not one of the Open Inference Protocol: {str(e)[:300]}") from e
+    graph = model.manifest.graphs[name]
     declared = {value.name: value for value in graph.inputs}
-    feeds: dict[str, Array] = {}
+    shapes: dict[str, list[int]] = {}
     for tensor in asked.inputs:
-        value = declared.get(tensor.name)
-        if value is None or tensor.name in feeds:
-            raise Problem(
-                400, f"inputs: '{tensor.name:.80}' is not wanted, or twice there; expected {', '.join(declared)}"
-            )
-        array, rest = _tensor(tensor, value, rest)
-        feeds[tensor.name] = array
-    missing = [name for name in declared if name not in feeds]
+        if tensor.name not in declared:
+            raise Problem(400, f"inputs: '{tensor.name:.80}' is not wanted; expected {', '.join(declared)}")
+        if tensor.name in shapes:
+            raise Problem(400, f"inputs: '{tensor.name}' is there twice; expected it once")
+        shapes[tensor.name] = _shape(tensor, declared[tensor.name])
+    missing = [other for other in declared if other not in shapes]
     if missing:
         raise Problem(400, f"inputs: {', '.join(missing)} not given")
+    check_shapes(name, graph, shapes, model.manifest.limits)
+    feeds: dict[str, Array] = {}
+    for tensor in asked.inputs:
+        feeds[tensor.name], rest = _tensor(tensor, shapes[tensor.name], rest)
     if rest:
         raise Problem(400, f"{len(rest)} bytes behind the last input belong to none; see binary_data_size")
     return asked, feeds
 
 
-def _tensor(tensor: _Tensor, value: Value, rest: bytes) -> tuple[Array, bytes]:
-    """An input's array, and the bytes behind it."""
+def _shape(tensor: _Tensor, value: Value) -> list[int]:
+    """An input's shape, checked against the graph's."""
     what, wanted = f"input '{tensor.name}'", _DATATYPES[value.dtype]
     if tensor.datatype != wanted:
-        raise Problem(400, f"{what}: expected datatype {wanted}; got {tensor.datatype}")
-    shape = tensor.shape
-    if not value.shape and shape == [1]:
-        # Clients whose tensors have at least one axis send a scalar so.
-        shape = []
+        raise Problem(400, f"{what}: expected datatype {wanted}; got {tensor.datatype:.40}")
+    # Clients whose tensors have at least one axis send a scalar as a list of one.
+    shape = [] if not value.shape and tensor.shape == [1] else tensor.shape
     fits = len(shape) == len(value.shape) and all(
         not isinstance(axis, int) or axis == size for axis, size in zip(value.shape, shape, strict=True)
     )
     if not fits:
-        raise Problem(400, f"{what}: expected the shape {value.shape}; got {tensor.shape}")
-    count, kind = int(np.prod(shape, dtype=object)), _KINDS[wanted]
-    size = tensor.parameters.binary_data_size
+        raise Problem(400, f"{what}: expected the shape {value.shape}; got {tensor.shape!s:.100}")
+    return shape
+
+
+def _tensor(tensor: _Tensor, shape: list[int], rest: memoryview) -> tuple[Array, memoryview]:
+    """An input's array, and the bytes behind it."""
+    what, kind = f"input '{tensor.name}'", _KINDS[tensor.datatype]
+    count, size = math.prod(shape), tensor.parameters.binary_data_size
     if size is not None:
+        if tensor.data is not None:
+            raise Problem(400, f"{what}: expected 'data' or 'binary_data_size'; got both")
         if size != count * kind.itemsize or size > len(rest):
             raise Problem(400, f"{what}: {count} values are {count * kind.itemsize} bytes; got {min(size, len(rest))}")
         return np.frombuffer(rest[:size], kind).reshape(shape), rest[size:]
     try:
         return _flat(tensor.data, kind).reshape(shape), rest
-    except (TypeError, ValueError, OverflowError) as e:
+    except (TypeError, ValueError, ArithmeticError) as e:
         raise Problem(
-            400, f"{what}: its data are not {wanted} values of the shape {tensor.shape}: {str(e)[:200]}"
+            400, f"{what}: its data are not {tensor.datatype} values of the shape {tensor.shape}: {str(e)[:200]}"
         ) from e
 
 
@@ -210,7 +224,8 @@ def _flat(data: Any, kind: np.dtype[Any]) -> Array:
     allowed = (int,) if kind.kind == "i" else (int, float)
     if not all(type(item) in allowed for item in array):
         raise TypeError(f"expected {'whole numbers' if kind.kind == 'i' else 'numbers'}")
-    return array.astype(kind)
+    with np.errstate(over="raise"):
+        return array.astype(kind)
 
 
 def _written(model: str, asked: _Inference, wanted: Sequence[_Wanted], found: Sequence[Array]) -> Response:

@@ -1,9 +1,12 @@
-"""The server process: uvicorn, its log as JSON lines on stderr, and connections that say nothing."""
+"""The server process: uvicorn, where it listens, its log as JSON lines on stderr, and connections that say nothing."""
 
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
+import os
+import socket
 import sys
 from typing import Any
 
@@ -11,9 +14,10 @@ import fastapi
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from ..errors import InputError
 from .guard import JsonFormatter
 
-__all__ = ["log_to_stderr", "make_server"]
+__all__ = ["bind_to", "log_to_stderr", "make_server"]
 
 _HEADER_SECONDS = 10.0
 
@@ -49,15 +53,91 @@ class _Impatient(HttpToolsProtocol):
             self._waiting = None
 
 
+class _Server(uvicorn.Server):
+    """Says where it listens; uvicorn itself does not when it is handed sockets."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        for one in sockets or ():
+            host, port = one.getsockname()[:2]
+            try:
+                one.listen(self.config.backlog)
+            except OSError as e:
+                # Another program has come first: as long as neither listens, both can be bound to a port.
+                raise InputError(_cannot_listen(host, port, e)) from e
+        await super().startup(sockets)
+        for one in sockets or ():
+            host, port = one.getsockname()[:2]
+            text = "running on http://%s:%d" if ":" not in host else "running on http://[%s]:%d"
+            logging.getLogger("bonnx.serve").info(text, host, port)
+
+
+def bind_to(host: str, port: int) -> list[socket.socket]:
+    """Sockets that are bound to an address: one, or two for a name that is an IPv4 and an IPv6 address.
+
+    Args:
+        host: name or address.
+        port: 0 takes a free one.
+
+    Raises:
+        InputError: the port is in use or may not be taken, or there is no such address on this machine.
+    """
+    if not 0 <= port < 2**16:
+        raise InputError(f"--port: expected 0 (any free port) to {2**16 - 1}; got {port}")
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, UnicodeError) as e:
+        raise InputError(f"--host: there is no address {host!r}: {e}; 127.0.0.1 is this machine alone") from e
+    bound: list[socket.socket] = []
+    for family, address in dict.fromkeys((entry[0], entry[4]) for entry in found):
+        # The same free port for both addresses of a name.
+        taken = bound[0].getsockname()[1] if bound else port
+        try:
+            bound.append(_bind(family, (address[0], taken, *address[2:])))
+        except OSError as e:
+            if e.errno == errno.EADDRNOTAVAIL and len(found) > 1:
+                continue
+            for one in bound:
+                one.close()
+            raise InputError(_cannot_listen(host, port, e)) from e
+    if not bound:
+        raise InputError(f"--host: no address of {host!r} is this machine's")
+    return bound
+
+
+def _bind(family: int, address: tuple[Any, ...]) -> socket.socket:
+    one = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        if os.name == "posix":
+            # Else a port that was in use a moment ago could not be taken again.
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        one.bind(address)
+    except BaseException:
+        one.close()
+        raise
+    return one
+
+
+def _cannot_listen(host: str, port: int, error: OSError) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return f"--port: {port} of {host} is in use; choose another, or 0 for a free one"
+    if error.errno == errno.EACCES:
+        return f"--port: {port} may not be taken by this user; choose one above 1023"
+    if error.errno == errno.EADDRNOTAVAIL:
+        return f"--host: {host} is not an address of this machine; 127.0.0.1 is, and 0.0.0.0 stands for all of them"
+    return f"cannot listen at {host}, port {port}: {error.strerror}"
+
+
 def make_server(
-    app: fastapi.FastAPI, host: str, port: int, *, most_connections: int = 1024, grace: int = 30
+    app: fastapi.FastAPI, host: str = "127.0.0.1", port: int = 0, *, most_connections: int = 1024, grace: int = 30
 ) -> uvicorn.Server:
-    """A server that is ready to `run`.
+    """A server that is ready to `run`, with sockets of `bind_to` if they are to be taken before.
 
     Args:
         app: what `create_app` made.
-        host: address to listen at.
-        port: 0 takes a free one; the log says which.
+        host: address to listen at without sockets.
+        port: 0 takes a free one.
         most_connections: beyond them the answer is 503.
         grace: seconds in which it finishes what was taken, when it is told to stop.
     """
@@ -70,7 +150,7 @@ def make_server(
         "timeout_keep_alive": 30,
         "ws": "none",
     }
-    return uvicorn.Server(uvicorn.Config(app, host=host, port=port, http=_Impatient, **options))
+    return _Server(uvicorn.Config(app, host=host, port=port, http=_Impatient, **options))
 
 
 def log_to_stderr() -> None:

@@ -25,11 +25,11 @@ from .meter import Meter
 from .problems import Problem
 from .settings import Settings
 
-__all__ = ["Call", "Service"]
+__all__ = ["Call", "Service", "size"]
 
 T = TypeVar("T")
 _LONGEST_TIMEOUT = 3600.0
-# Characters or tokens that are read in less time than it takes to hand them to another thread.
+# What is read or written in less time than it takes to hand them to another thread.
 _SHORT = 4000
 
 
@@ -127,8 +127,9 @@ class Service:
             raise InputError(f"{len(pairs)} pairs: this server takes at most {self.settings.max_queue} at once")
         until = self.until(request)
         read = lambda: [self.model.job(prompt, candidates, **options) for prompt, candidates in pairs]  # noqa: E731
-        texts = [item for prompt, candidates in pairs for item in (prompt, *candidates)]
-        jobs = await self._read(read, texts)
+        # Every candidate is read together with its prompt.
+        times = max(len(candidates) for _, candidates in pairs)
+        jobs = await self.aside(read, request, times * size(request))
         note(request, rankings=len(jobs), tokens=sum(job.shape.prompt + job.tokens for job in jobs))
         for job in jobs:
             self._check_size(job.shape)
@@ -141,18 +142,31 @@ class Service:
         self._check_generates()
         self._check_lengths(prompt, ())
         until = self.until(request)
-        draft = await self._read(lambda: self.model.draft(prompt, **options), [prompt])
+        draft = await self.aside(lambda: self.model.draft(prompt, **options), request, size(request))
         self._check_size(draft.shape)
         note(request, candidates=draft.request.n, tokens=len(draft.prompt))
         (found,) = await self._unless_gone(request, self._generating.put([draft], until))
         winner(found.best_index, "candidates")
         return found
 
-    async def _read(self, read: Callable[[], T], items: Sequence[Item]) -> T:
-        """Read what a request brought: at once, or if it is long in another thread, so that others are not held up."""
-        if sum(map(len, items)) <= _SHORT:
-            return read()
-        return await asyncio.get_running_loop().run_in_executor(self._readers, read)
+    async def aside(self, work: Callable[[], T], request: Request, size: int) -> T:
+        """Do a piece of work: at once, or if it is long in another thread, so that others are not held up.
+
+        Args:
+            work: reads what a request brought, or writes its answer.
+            request: whose work it is; it has the request's time.
+            size: characters, tokens or bytes that the work goes through, at the most.
+        """
+        if size <= _SHORT:
+            return work()
+        return await self._elsewhere(work, request)
+
+    async def _elsewhere(self, work: Callable[[], T], request: Request) -> T:
+        waiting = asyncio.get_running_loop().run_in_executor(self._readers, work)
+        try:
+            return await self._unless_gone(request, asyncio.wait_for(waiting, self.until(request) - time.monotonic()))
+        except asyncio.TimeoutError:
+            raise LateError from None
 
     async def call(self, request: Request, graph: str, run: Callable[[Stop], Any], shape: Shape) -> Any:
         """One run of a graph, by its name."""
@@ -245,6 +259,12 @@ class Service:
 def note(request: Request, **notes: Any) -> None:
     """Put more into the request's line of log."""
     request.scope["state"]["notes"].update(notes)
+
+
+def size(request: Request) -> int:
+    """Bytes of the request's body."""
+    found: int = request.scope["state"]["size"]
+    return found
 
 
 async def _left(request: Request) -> None:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Mapping
 
 from ..errors import InputError
 from ..jobs import Shape
 from ..limits import check_size
-from ..manifest import AGGREGATIONS, VOTES
+from ..manifest import AGGREGATIONS, VOTES, Graph, Limits
 from ..model import Model
 from ..session import Array
 
-__all__ = ["check_feeds"]
+__all__ = ["MOST_STOPS", "check_feeds", "check_shapes"]
 
-# Names of scalars, the least and the greatest value of each.
+# Names of scalars, the least and the largest value of each.
 _RANGES: dict[str, tuple[float, float]] = {
     "aggregation": (0, len(AGGREGATIONS) - 1),
     "vote": (0, len(VOTES) - 1),
@@ -25,6 +25,55 @@ _RANGES: dict[str, tuple[float, float]] = {
     "num_candidates": (1, 2**31),
     "max_new_tokens": (1, 2**31),
 }
+# Every token of every candidate is compared with each of them.
+MOST_STOPS = 1024
+# Axes that hold one value for all of another axis, or as many values as that has.
+_BROADCAST = {
+    "rank": {
+        "step_candidates": "num_candidates",
+        "step_batch": "batch",
+        "step_length": "length",
+        "answer_candidates": "num_candidates",
+        "answer_batch": "batch",
+    },
+    "score": {"step_length": "sequence"},
+}
+
+
+def check_shapes(name: str, graph: Graph, shapes: Mapping[str, list[int]], limits: Limits) -> None:
+    """Refuse shapes that do not fit each other or the model's limits, before a tensor is made.
+
+    Args:
+        name: of the graph.
+        graph: says which axes its inputs have.
+        shapes: of every input, of the ranks that the graph says.
+        limits: of the model.
+
+    Raises:
+        InputError: names the input and the axis.
+    """
+    axes: dict[str, tuple[int, str]] = {}
+    for value in graph.inputs:
+        for axis, size in zip(value.shape, shapes[value.name], strict=True):
+            if size == 0 and axis != "stops":
+                raise InputError(f"{value.name}: it has no elements; its shape is {shapes[value.name]}")
+            if not isinstance(axis, str):
+                continue
+            first, where = axes.setdefault(axis, (size, value.name))
+            if size != first:
+                raise InputError(f"{value.name}: its axis '{axis}' is {size}, that of {where} {first}; expected equal")
+    sizes = {axis: size for axis, (size, _) in axes.items()}
+    for axis, other in _BROADCAST.get(name, {}).items():
+        if axis in axes and sizes[axis] not in (1, sizes[other]):
+            raise InputError(f"{axes[axis][1]}: its axis '{axis}' is {sizes[axis]}; expected 1 or {sizes[other]}")
+    if sizes.get("stops", 0) > MOST_STOPS:
+        raise InputError(f"stop_tokens: {sizes['stops']} are too many; this server takes at most {MOST_STOPS}")
+    tokens = sizes.get("sequence", sizes.get("prompt_length", 0) + sizes.get("length", 0))
+    if tokens > limits.max_tokens:
+        raise InputError(f"{tokens} tokens in a row: this model takes at most {limits.max_tokens}; shorten them")
+    candidates = sizes.get("num_candidates", 0)
+    if candidates > limits.max_candidates:
+        raise InputError(f"{candidates} candidates: this model takes at most {limits.max_candidates}; split them")
 
 
 def check_feeds(graph: str, feeds: dict[str, Array], model: Model) -> Shape:
@@ -32,7 +81,7 @@ def check_feeds(graph: str, feeds: dict[str, Array], model: Model) -> Shape:
 
     Args:
         graph: its name.
-        feeds: all of its inputs, of the ranks and types that the manifest says.
+        feeds: all of its inputs, of the types that the manifest says, their shapes checked.
         model: whose graph it is.
 
     Raises:
@@ -41,8 +90,8 @@ def check_feeds(graph: str, feeds: dict[str, Array], model: Model) -> Shape:
     for name, array in feeds.items():
         if name in _RANGES and not _RANGES[name][0] <= array.item() <= _RANGES[name][1]:
             raise InputError(f"{name}: expected {_RANGES[name][0]:g} to {_RANGES[name][1]:g}; got {array.item()!r}")
-        if not array.size and name != "stop_tokens":
-            raise InputError(f"{name}: it has no elements; its shape is {list(array.shape)}")
+        if name.endswith("_mask") and ((array != 0) & (array != 1)).any():
+            raise InputError(f"{name}: expected 0 or 1 everywhere; got {array[(array != 0) & (array != 1)][0]}")
         if name.endswith("ids") and name != "answer_ids":
             _check_ids(name, array, model.reader.vocabulary)
     columns, shape = _shape(graph, feeds)
@@ -54,7 +103,7 @@ def check_feeds(graph: str, feeds: dict[str, Array], model: Model) -> Shape:
 
 
 def _check_ids(name: str, array: Array, vocabulary: int | None) -> None:
-    if vocabulary is not None and array.dtype == np.int64 and array.size:
+    if vocabulary is not None and array.size:
         worst = array.min() if array.min() < 0 else array.max()
         if not 0 <= worst < vocabulary:
             raise InputError(f"{name}: token id {worst} is outside the vocabulary (0 to {vocabulary - 1})")
@@ -63,14 +112,21 @@ def _check_ids(name: str, array: Array, vocabulary: int | None) -> None:
 def _shape(graph: str, feeds: dict[str, Array]) -> tuple[int, Shape]:
     """Columns, and the shape of each."""
     if graph == "rank":
-        candidates = next(array for name, array in feeds.items() if name.startswith("candidate_"))
-        prompt = next(array for name, array in feeds.items() if name.startswith("prompt_"))
-        return candidates.shape[1], Shape(candidates.shape[0], prompt.shape[1], candidates.shape[2])
+        candidates, columns, length = feeds["candidate_mask"].shape
+        return columns, Shape(candidates, feeds["prompt_mask"].shape[1], length)
     if graph == "score":
         rows, length = feeds["attention_mask"].shape
         count = int(feeds["num_candidates"])
         if rows % count:
             raise InputError(f"num_candidates: {count} do not divide {rows} rows")
-        return rows // count, Shape(count, 0, length)
+        columns = rows // count
+        for name in ("step_mask", "answer_ids"):
+            given, wanted = feeds[name].shape[:2], (count, columns)
+            if any(size not in (1, whole) for size, whole in zip(given, wanted, strict=True)):
+                raise InputError(
+                    f"{name}: expected {count} candidates and {columns} prompts, or 1, as its first axes; "
+                    f"got {[*given]}"
+                )
+        return columns, Shape(count, 0, length)
     mask = feeds["attention_mask"]
     return len(mask), Shape(int(feeds["num_candidates"]), mask.shape[1], int(feeds["max_new_tokens"]))

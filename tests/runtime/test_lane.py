@@ -174,6 +174,37 @@ def test_a_run_that_nobody_waits_for_is_ended(make):
     asyncio.run(asyncio.wait_for(main(), 20))
 
 
+def test_a_retry_that_nobody_waits_for_is_ended(make):
+    lane, model, _ = make()
+
+    def fail_together(works, stop):
+        if len(works) > 1:
+            model.gate.clear()
+            raise RuntimeError("cannot run together")
+        return Model.run(model, works, stop)
+
+    lane._run = fail_together
+
+    async def main():
+        first = await behind_closed_gate(lane, model)
+        works = [asyncio.ensure_future(lane.put([Work(name)], soon())) for name in "abc"]
+        await asyncio.sleep(0.01)
+        model.gate.set()
+        await first
+        while lane._running is None or len(lane._running[0]) != 1:
+            await asyncio.sleep(0.001)
+        for work in works:
+            work.cancel()
+        while not model.stopped:
+            await asyncio.sleep(0.001)
+        model.gate.set()
+        assert await lane.put([Work("next")], soon()) == ["nextnext"]
+
+    asyncio.run(asyncio.wait_for(main(), 20))
+    # Those that had given up before their turn were not run again.
+    assert model.groups == [["first"], ["next"]]
+
+
 def test_a_failure_is_its_own(make):
     lane, model, _ = make()
 

@@ -135,9 +135,9 @@ def test_tritons_client_generates_and_scores(tritons, model, rng):
 def test_tritons_client_is_told_what_is_wrong(tritons):
     client = tritons
     for feeds, message in (
-        ({"input_ids": np.array([[5000]])}, "outside the vocabulary"),
+        ({"input_ids": np.array([[5000], [6]])}, "outside the vocabulary"),
         ({"num_candidates": np.array([3])}, "do not divide"),
-        ({"input_ids": np.array([[5], [6], [7]])}, "cannot run on these inputs"),
+        ({"input_ids": np.array([[5], [6], [7]])}, "its axis 'rows' is 2, that of input_ids 3"),
         ({"aggregation": np.array([9])}, "aggregation: expected 0 to 4"),
         ({"vote": np.array([1, 2])}, "expected the shape"),
         ({"vote": np.array([1], np.float32)}, "expected datatype INT64"),
