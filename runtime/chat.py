@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from functools import cached_property
 from typing import Any
 
-from .errors import ArtifactError, InputError
+from .errors import ArtifactError, BonnxError, InputError
+from .parts import Parts, TakesTextError, joined, was_read
 
 __all__ = ["ChatTemplate", "Messages", "is_messages"]
 
@@ -43,7 +45,8 @@ class ChatTemplate:
 
         Args:
             messages: `{"role": ..., "content": ...}` in order; `content` is text or a list of parts
-                `{"type": "text", "text": ...}`. Other keys are handed to the template as they are.
+                `{"type": "text", "text": ...}`, joined where the template takes a text. Other keys are handed to the
+                template as they are.
             add_generation_prompt: end with what comes before the assistant's next words.
 
         Raises:
@@ -94,10 +97,56 @@ class ChatTemplate:
         return text.rpartition(_MARK)[2] if _MARK in text else ""
 
     def _render(self, messages: list[dict[str, Any]], add_generation_prompt: bool, now: datetime) -> str:
+        """The text. Parts are joined where the template takes a text; a text is one part where it takes only parts."""
+        whole = {i for i, m in enumerate(messages) if isinstance(m.get("content"), str)}
+        if whole and self._takes_no_text:
+            whole.clear()
+        while True:
+            given, parts = _given(messages, whole)
+            try:
+                text = self._render_once(given, add_generation_prompt, now)
+            except TakesTextError as e:
+                whole |= {i for i in parts if messages[i]["role"] == e.role}
+            except InputError:
+                if not parts:
+                    raise
+                whole |= parts.keys()
+            else:
+                unread = {i for i, content in parts.items() if not was_read(content)}
+                if not unread:
+                    return text
+                whole |= unread
+
+    def _render_once(self, messages: list[dict[str, Any]], add_generation_prompt: bool, now: datetime) -> str:
         from .sandbox import render
 
         given = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
         return render(self._template, {**self._tokens, **given}, now)
+
+    @cached_property
+    def _takes_no_text(self) -> bool:
+        """Whether the template loses content that is a text, and writes it if it is a part."""
+        message, now = {"role": "user", "content": _MARK}, datetime.now()
+        try:
+            given = ([message], _given([message], set())[0])
+            as_text, as_part = (self._render_once(each, False, now) for each in given)
+        except (BonnxError, TakesTextError):
+            return False
+        return _MARK in as_part and _MARK not in as_text
+
+
+def _given(messages: list[dict[str, Any]], whole: set[int]) -> tuple[list[dict[str, Any]], dict[int, Parts]]:
+    """Messages for a template, the content of those in `whole` as texts, of the others as parts; and these parts."""
+    given, parts = list(messages), {}
+    for i, message in enumerate(messages):
+        content = message.get("content")
+        if i in whole and isinstance(content, list):
+            given[i] = {**message, "content": joined(content)}
+        elif i not in whole and content is not None:
+            listed = content if isinstance(content, list) else [{"type": "text", "text": content}]
+            parts[i] = Parts(listed, message["role"])
+            given[i] = {**message, "content": parts[i]}
+    return given, parts
 
 
 def is_messages(value: object) -> bool:

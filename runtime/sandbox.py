@@ -19,6 +19,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from .errors import ArtifactError, InputError
+from .parts import Parts, TakesTextError
 
 __all__ = ["compile_template", "render"]
 
@@ -114,7 +115,15 @@ def _to_json(
     value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
     """Plain JSON; jinja2's own filter writes `<` and the like for HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys, default=_listed
+    )
+
+
+def _listed(value: Any) -> list[Any]:
+    if isinstance(value, Parts):
+        return list(value)
+    raise TypeError(f"{type(value).__name__} is not JSON")
 
 
 def _raise_exception(message: Any) -> None:
@@ -184,6 +193,7 @@ def render(template: jinja2.Template, given: Mapping[str, Any], now: datetime) -
     Raises:
         InputError: the template refuses these messages, or fails on them.
         ArtifactError: it reached for what the sandbox withholds, or exceeds what a rendering may cost.
+        TakesTextError: it takes a text where content is in parts.
     """
     token = _rendering.set(_Rendering(now))
     try:
@@ -194,6 +204,8 @@ def render(template: jinja2.Template, given: Mapping[str, Any], now: datetime) -
         raise ArtifactError(f"the chat template was stopped: {e}; correct the template and export again") from e
     except (SecurityError, OverflowError, MemoryError, RecursionError) as e:
         raise ArtifactError(f"the chat template was refused: {type(e).__name__}: {e}") from e
+    except TakesTextError:
+        raise
     except Exception as e:  # whatever an expression of the template raises
         raise InputError(f"the model's chat template cannot render these messages: {type(e).__name__}: {e}") from e
     finally:

@@ -78,6 +78,17 @@ FILTERS = """{% macro one(m, mark='*') %}{{ mark }}{{ m | tojson }}{{ m.extra | 
 {{ (messages | selectattr('role', 'equalto', 'user') | list | length) ** 2 }}{{ '=' * 3 }}
 {{ dict.fromkeys('ab', 0) }}"""
 TEMPLATES = [HEADERS, DEFAULT_SYSTEM, ALTERNATING, THINKING, FILTERS]
+TAKE_TEXT = [HEADERS, DEFAULT_SYSTEM, ALTERNATING]
+
+
+def as_text(conversation):
+    """The same, with content in parts joined."""
+    texts = [
+        "".join(p["text"] for p in m["content"]) if isinstance(m["content"], list) else m["content"]
+        for m in conversation
+    ]
+    return [m | {"content": text} for m, text in zip(conversation, texts, strict=True)]
+
 
 texts = st.text(max_size=12) | st.sampled_from(
     ["  a b\n", "<think>\nx\n</think>\n\ny", "</think>", "<|im|>", "{{ bos_token }}", "é🎉\r\n"]
@@ -112,8 +123,11 @@ def theirs():
 def test_renders_as_transformers_does_or_refuses_with_it(theirs, source, conversation, prompted):
     template = ChatTemplate(source, TOKENS)
     try:
-        expected = theirs.apply_chat_template(
-            conversation, chat_template=source, tokenize=False, add_generation_prompt=prompted
+        expected = theirs.apply_chat_template(  # which writes parts as Python shows them where a text is expected
+            as_text(conversation) if source in TAKE_TEXT else conversation,
+            chat_template=source,
+            tokenize=False,
+            add_generation_prompt=prompted,
         )
     except Exception:
         with pytest.raises(InputError):

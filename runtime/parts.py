@@ -1,0 +1,74 @@
+"""Content in parts, handed to a chat template in such a way that one that expects a text is noticed.
+
+A template that expects a text writes a list as Python shows it, or nothing at all. So parts tell whether the template
+read them, and refuse to become a text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NoReturn
+
+__all__ = ["Parts", "TakesTextError", "joined", "was_read"]
+
+
+class TakesTextError(Exception):
+    """A template used content in parts as a text."""
+
+    def __init__(self, role: str) -> None:
+        super().__init__(role)
+        self.role = role
+
+
+class _Part(dict[str, Any]):
+    """One part. `{{ part }}` is no use of a part."""
+
+    def __init__(self, part: Mapping[str, Any], role: str) -> None:
+        super().__init__(part)
+        self._role = role
+
+    def __repr__(self) -> str:
+        raise TakesTextError(self._role)
+
+
+class Parts(Sequence[Any]):
+    """A list of parts for a template, which knows whether it was looked into.
+
+    It is no `list`: `json` would look into one unnoticed. Names begin with `_` because templates cannot reach these.
+    """
+
+    def __init__(self, parts: Sequence[Mapping[str, Any]], role: str) -> None:
+        self._parts, self._role, self._read = [_Part(part, role) for part in parts], role, False
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def __iter__(self) -> Iterator[Any]:
+        self._read = True
+        return iter(self._parts)
+
+    def __getitem__(self, place: Any) -> Any:
+        found = self._parts[place]
+        self._read = True
+        return found
+
+    def __contains__(self, value: object) -> bool:
+        if isinstance(value, str):
+            self._refuse()
+        return value in self._parts
+
+    def __repr__(self) -> str:
+        self._refuse()
+
+    def _refuse(self) -> NoReturn:
+        raise TakesTextError(self._role)
+
+
+def joined(parts: Sequence[Mapping[str, Any]]) -> str:
+    """The words of parts, one after the other."""
+    return "".join(part["text"] for part in parts)
+
+
+def was_read(parts: Parts) -> bool:
+    """Whether the template looked at a part."""
+    return parts._read
