@@ -10,6 +10,7 @@ from typing import Any, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
+from .checks import check_number, shown
 from .errors import InputError, near_miss
 from .inputs import aggregation_code
 from .session import Array
@@ -67,7 +68,7 @@ class Generation:
 
 
 class GenerateOptions(TypedDict, total=False):
-    """How to generate."""
+    """How to generate. None stands for an option that is not given."""
 
     n: int
     """Candidates, 1 if not given. The first 8 of 16 are those of 8."""
@@ -98,7 +99,7 @@ def check_whole(name: str, value: object, least: int, otherwise: str = "") -> No
         InputError: names it.
     """
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or not least <= value < 2**63:
-        raise InputError(f"{name}: expected a whole number of at least {least}{otherwise}; got {value!r}")
+        raise InputError(f"{name}: expected a whole number of at least {least}{otherwise}; got {shown(value)}")
 
 
 @dataclass(frozen=True)
@@ -122,16 +123,13 @@ class Request:
 
     def __post_init__(self) -> None:
         aggregation_code(self.aggregation)
-        for name in ("temperature", "top_p", "prune_keep"):
-            if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), int | float | np.number):
-                raise InputError(f"{name}: expected a number; got {getattr(self, name)!r}")
         for name, least in (("n", 1), ("max_new_tokens", 1), ("top_k", 0), ("prune_every", 0), ("seed", -(2**63))):
             check_whole(name, getattr(self, name), least)
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise InputError(f"temperature: expected a number of at least 0 (0 is greedy); got {self.temperature!r}")
+        greedy = "a number of at least 0 (0 is greedy)"
+        check_number("temperature", self.temperature, greedy, lambda value: 0 <= value < math.inf)
         for name in ("top_p", "prune_keep"):
-            if not 0 < getattr(self, name) <= 1:
-                raise InputError(f"{name}: expected above 0 and at most 1; got {getattr(self, name)!r}")
+            expected = "a number above 0 and at most 1"
+            check_number(name, getattr(self, name), expected, lambda value: 0 < value <= 1)
 
     def drawing(self) -> dict[str, Array]:
         """The feeds of a draw."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .checks import is_list, shown
 from .errors import InputError
 from .manifest import AGGREGATIONS, Manifest, Scoring
 from .passages import Writer, is_text
@@ -21,11 +23,12 @@ __all__ = [
     "Reader",
     "Rows",
     "aggregation_code",
+    "check_masks",
     "check_some",
+    "check_stop",
     "is_stepwise",
     "none_readable",
     "pad",
-    "shown",
     "step_mask",
 ]
 
@@ -47,26 +50,32 @@ def aggregation_code(name: str) -> int:
     Raises:
         InputError: no such aggregation.
     """
-    plain = name.removeprefix("step_")
+    plain = name.removeprefix("step_") if isinstance(name, str) else ""
     if plain not in AGGREGATIONS:
         choices = ", ".join([*AGGREGATIONS, *(f"step_{n}" for n in AGGREGATIONS)])
-        raise InputError(f"aggregation: expected one of {choices}; got {name!r}")
+        raise InputError(f"aggregation: expected one of {choices}; got {shown(name)}")
     return AGGREGATIONS.index(plain)
 
 
-def shown(value: object) -> str:
-    """A value as an error names it: its type, and how it begins."""
-    return "None" if value is None else f"{type(value).__name__} {value!r:.60}"
-
-
 def check_some(items: Sequence[Item], what: str) -> None:
-    """Refuse an empty list, and a text where a list of texts belongs.
+    """Refuse what is no list, or an empty one.
 
     Raises:
         InputError: names `what`.
     """
-    if isinstance(items, str) or not len(items):
-        raise InputError(f"{what}: expected a list of at least one {what.removesuffix('s')}; got {items!r:.60}")
+    if not is_list(items) or not len(items):
+        raise InputError(f"{what}: expected a list of at least one {what.removesuffix('s')}; got {shown(items)}")
+
+
+def check_stop(stop: object) -> None:
+    """Refuse what is no list of token ids and texts.
+
+    Raises:
+        InputError: says what was found.
+    """
+    entries = stop if is_list(stop) else [None]
+    if any(isinstance(entry, bool) or not isinstance(entry, int | np.integer | str) for entry in entries):  # type: ignore[attr-defined]
+        raise InputError(f"stop: expected a list of token ids or of texts; got {shown(stop)}")
 
 
 def none_readable(what: str, reasons: Mapping[int, str]) -> str:
@@ -258,6 +267,17 @@ class Reader:
         kept = np.concatenate([prompt[:keep], prompt[keep + excess :]])
         return dataclasses.replace(rows, prompt=kept, cut=excess)
 
+    def completion(self, tokens: Sequence[int]) -> list[int]:
+        """Token ids, which may be none.
+
+        Raises:
+            InputError: they are not.
+        """
+        if self.width is not None:
+            raise InputError("tokens: this artifact takes embeddings; it has no vocabulary")
+        ids: list[int] = self._array(tokens, "tokens").tolist()
+        return ids
+
     def stops(self, stop: Sequence[int | str] | None, scoring: Scoring) -> tuple[int, ...]:
         """The tokens that end a completion: those given, or the artifact's own.
 
@@ -267,8 +287,7 @@ class Reader:
         if stop is None:
             own = [] if scoring.end_token is None else [scoring.end_token]
             return tuple(dict.fromkeys([*own, *scoring.stop_tokens]))
-        if isinstance(stop, str) or not all(isinstance(entry, int | np.integer | str) for entry in stop):
-            raise InputError(f"stop: expected a list of token ids or of texts; got {stop!r:.60}")
+        check_stop(stop)
         found = []
         for entry in stop:
             if isinstance(entry, str):
@@ -291,6 +310,9 @@ class Reader:
         return "token ids" if self.text is None else "text or a 1-D list of token ids"
 
     def _array(self, item: Item, what: str) -> Array:
+        if isinstance(item, bytes | bytearray | memoryview):
+            # numpy would read them as token ids.
+            raise InputError(f"{what}: expected {self._takes}; got {shown(item)}")
         try:
             array = np.asarray(item)
         except (TypeError, ValueError, OverflowError, RuntimeError) as e:
@@ -349,14 +371,26 @@ def step_mask(
             raise InputError("a step aggregation needs step_masks here: the artifact's scoring rule has no step token")
         found: Array = (values == step_token).astype(np.int64)
         return found
-    if len(given) != rows:
-        raise InputError(f"step_masks: expected one for each of {rows} rows; got {len(given)}")
+    check_masks(given, [length - taken for taken in skip])
     mask = np.zeros((rows, length), np.int64)
     for row, marks in enumerate(given):
-        array = np.asarray(marks)
-        if array.ndim != 1 or len(array) > length - skip[row] or not (np.isin(array, (0, 1)).all()):
-            raise InputError(
-                f"step_masks[{row}]: expected 0 or 1 for each of at most {length - skip[row]} tokens; got {array.shape}"
-            )
-        mask[row, skip[row] : skip[row] + len(array)] = array
+        mask[row, skip[row] : skip[row] + len(marks)] = marks
     return mask
+
+
+def check_masks(given: Sequence[Sequence[int]], lengths: Sequence[int]) -> None:
+    """Refuse what is not, for each row, 0 or 1 for each of at most so many tokens.
+
+    Raises:
+        InputError: names the row.
+    """
+    if not is_list(given) or len(given) != len(lengths):
+        found = len(given) if is_list(given) else shown(given)
+        raise InputError(f"step_masks: expected a list with one for each of {len(lengths)} rows; got {found}")
+    for row, (marks, length) in enumerate(zip(given, lengths, strict=True)):
+        if not is_list(marks) or not all(isinstance(mark, Real | np.bool_) and mark in (0, 1) for mark in marks):
+            raise InputError(f"step_masks[{row}]: expected a list of 0 or 1 for each token; got {shown(marks)}")
+        if len(marks) > length:
+            raise InputError(
+                f"step_masks[{row}]: expected 0 or 1 for each of at most {length} tokens; got {len(marks)} of them"
+            )

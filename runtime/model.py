@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .chat import ChatTemplate
+from .checks import check_flag, check_function, check_number, check_path, is_list, shown
 from .drafts import Draft, make_candidate, run_drafts
 from .errors import ArtifactError, InputError, NoWinnerError
 from .folder import locate, read_verified
-from .generation import GenerateOptions, Generation, Request, make_request
+from .generation import GenerateOptions, Generation, Request, check_whole, make_request
 from .inputs import Item, Reader, Rows, aggregation_code, check_some, is_stepwise, pad, step_mask
 from .jobs import Job, Shape, padded_tokens, plan, run_jobs
 from .limits import check_size, estimate_memory
@@ -60,7 +61,7 @@ def load(
         InputError: an option has no meaning.
     """
     options = Options(provider=provider, threads=threads, device_id=device_id, memory_limit=memory_limit)
-    folder = Path(path)
+    folder = check_path("path", path)
     return Model(folder, read_verified(folder), options)
 
 
@@ -97,8 +98,8 @@ class Model:
             ArtifactError: the artifact has no such graph.
         """
         with self._lock:
-            if name not in self._sessions:
-                graph = self.manifest.graphs.get(name)
+            if not isinstance(name, str) or name not in self._sessions:
+                graph = self.manifest.graphs.get(name) if isinstance(name, str) else None
                 if graph is None:
                     raise ArtifactError(
                         f"{self.folder} has no graph '{name}', only {', '.join(sorted(self.manifest.graphs))}; "
@@ -138,7 +139,8 @@ class Model:
                 of texts is a candidate in steps.
             aggregation: `last`, `mean`, `min`, `max`, `prod`, or `step_` and one of these to read only the positions
                 where a step ends; the artifact's own rule if not given.
-            step_masks: for each candidate 0 or 1 for each token, 1 where a step ends; needed for embeddings.
+            step_masks: for each candidate 0 or 1 for each token, 1 where a step ends; needed for embeddings, and only
+                for the `step_` aggregations.
             partial: text candidates are not finished yet: no end token is appended, and no template closes the answer.
             truncate: leave out the beginning of a prompt that is too long, instead of an error; `Ranking.cut` says how
                 much. A candidate is never cut.
@@ -184,8 +186,10 @@ class Model:
         Raises:
             InputError: nothing to rank, or something that cannot be.
         """
-        name = aggregation or self.manifest.scoring.aggregation
+        name = self.manifest.scoring.aggregation if aggregation is None else aggregation
         aggregation_code(name)
+        check_flag("partial", partial)
+        check_flag("truncate", truncate)
         check_some(candidates, "candidates")
         rows = self.reader.pairs(prompt, candidates, partial=partial, truncate=truncate)
         ballot = make_ballot(vote, answers, candidates, "candidates", rows.unreadable)
@@ -222,7 +226,14 @@ class Model:
 
         Returns:
             for each job its ranking, or the error that it has no winner.
+
+        Raises:
+            InputError: not jobs, or bounds that are none.
         """
+        if not is_list(jobs) or not all(isinstance(job, Job) for job in jobs):
+            raise InputError(f"jobs: expected a list of what `job` made; got {shown(jobs)}")
+        check_whole("tokens", tokens, 1)
+        check_number("waste", waste, "a number of at least 0 and below 1", lambda share: 0 <= share < 1)
         found: dict[int, Ranking | NoWinnerError] = {}
         for places in plan(jobs, self.fits(tokens), waste) if jobs else []:
             found |= zip(places, self.run_together([jobs[i] for i in places]), strict=True)
@@ -257,7 +268,9 @@ class Model:
             InputError: nothing to score, or something that cannot be.
             NoWinnerError: every score is NaN.
         """
-        name = aggregation or self.manifest.scoring.aggregation
+        name = self.manifest.scoring.aggregation if aggregation is None else aggregation
+        check_flag("partial", partial)
+        check_flag("backbone", backbone)
         selection = {"aggregation": np.array(aggregation_code(name), np.int64)}
         check_some(rows, "rows")
         read = self.reader.rows(rows, "rows", partial=partial)
@@ -308,6 +321,8 @@ class Model:
         """
         draft = self.draft(prompt, **options)
         until = clock(deadline)
+        if on_progress is not None:
+            check_function("on_progress", on_progress)
         if until is None and on_progress is None:
             (result,) = self.generate_together([draft])
         else:
@@ -387,8 +402,8 @@ class Model:
 
     def pieces(self, tokens: Sequence[int]) -> list[str]:
         """What each token of a completion adds to its text; its number where the artifact has no tokenizer."""
-        text = self.reader.text
-        return [f"{token} " for token in tokens] if text is None else text.pieces(tokens)
+        text, ids = self.reader.text, self.reader.completion(tokens)
+        return [f"{token} " for token in ids] if text is None else text.pieces(ids)
 
     def _stream(self, draft: Draft, until: float | None) -> Iterator[Generation]:
         request, text = draft.request, self.reader.text
@@ -408,6 +423,10 @@ class Model:
     def _steps(self, name: str, rows: Rows, values: Array, given: Sequence[Sequence[int]] | None) -> Array:
         """Positions that the aggregation may read, (rows, length) or (1, 1) for all."""
         if not is_stepwise(name):
+            if given is not None:
+                raise InputError(
+                    f"step_masks: aggregation '{name}' does not read them; pass aggregation='step_{name}', or no marks"
+                )
             mask = np.ones((1, 1), np.int64)
         elif given is None and rows.ends is not None:
             mask, _ = pad([ends.astype(np.int64) for ends in rows.ends], 0)

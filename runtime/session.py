@@ -13,6 +13,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from .checks import shown
 from .errors import ArtifactError, InputError, ProviderError
 from .manifest import Graph
 
@@ -47,12 +48,14 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     memory_limit: int | None = None
 
     def __post_init__(self) -> None:
-        if self.provider not in ("auto", "cpu", "cuda"):
-            raise InputError(f"provider: expected 'auto', 'cpu' or 'cuda'; got {self.provider!r}")
-        for name, least in (("threads", 1), ("device_id", 0), ("memory_limit", 1)):
+        if not isinstance(self.provider, str) or self.provider not in ("auto", "cpu", "cuda"):
+            raise InputError(f"provider: expected 'auto', 'cpu' or 'cuda'; got {shown(self.provider)}")
+        # ONNX Runtime holds the first two in 32 bits.
+        for name, least, most in (("threads", 1, 2**31), ("device_id", 0, 2**31), ("memory_limit", 1, 2**63)):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-                raise InputError(f"{name}: expected a whole number of at least {least}; got {value!r}")
+            known = isinstance(value, int | np.integer) and not isinstance(value, bool)
+            if value is not None and not (known and least <= value < most):
+                raise InputError(f"{name}: expected a whole number of at least {least}; got {shown(value)}")
 
 
 def installed_flavours() -> dict[str, str]:

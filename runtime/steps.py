@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from .aggregate import aggregate
-from .errors import InputError
+from .checks import check_number
 from .generation import FINISH_REASONS, Request
 from .inputs import aggregation_code, is_stepwise
 from .session import Array, Session
@@ -92,9 +92,10 @@ def clock(deadline: float | None) -> float | None:
     Raises:
         InputError: they have no meaning.
     """
-    if deadline is not None and not deadline > 0:
-        raise InputError(f"deadline: expected seconds above 0; got {deadline!r}")
-    return None if deadline is None else time.monotonic() + deadline
+    if deadline is None:
+        return None
+    check_number("deadline", deadline, "seconds above 0", lambda seconds: seconds > 0)
+    return time.monotonic() + float(deadline)
 
 
 def grow(

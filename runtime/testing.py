@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .aggregate import aggregate, elect
+from .checks import check_flag, check_function, is_list, shown
 from .errors import InputError
 from .generation import Candidate, GenerateOptions, Generation, make_request
-from .inputs import Item, aggregation_code, check_some, is_stepwise, none_readable
+from .inputs import Item, aggregation_code, check_masks, check_some, check_stop, is_stepwise, none_readable
 from .ranking import Ranking, winner
+from .steps import clock
 from .text import NO_TOKENS
 from .vote import Answers, make_ballot
 
@@ -46,6 +48,9 @@ class FakeModel:
         *,
         aggregation: str = "last",
     ) -> None:
+        check_function("score", score)
+        if complete is not None:
+            check_function("complete", complete)
         aggregation_code(aggregation)
         self._score, self._complete, self._aggregation = score, complete, aggregation
 
@@ -67,7 +72,11 @@ class FakeModel:
                 vote without answers.
             NoWinnerError: every score is NaN.
         """
+        check_flag("partial", partial)
+        _check_item(prompt, "prompt")
         check_some(candidates, "candidates")
+        for i, candidate in enumerate(candidates):
+            _check_item(candidate, f"candidates[{i}]")
         unreadable = {i: NO_TOKENS for i, candidate in enumerate(candidates) if not len(candidate)}
         if len(unreadable) == len(candidates):
             raise InputError(none_readable("candidates", unreadable))
@@ -83,21 +92,25 @@ class FakeModel:
         answers: Answers | None,
         unreadable: Mapping[int, str],
     ) -> Ranking:
-        name = aggregation or self._aggregation
+        name = self._aggregation if aggregation is None else aggregation
         aggregation_code(name)
         ballot = make_ballot(vote, answers, candidates, "candidates", unreadable)
         if is_stepwise(name) and step_masks is None:
             raise InputError("a step aggregation needs step_masks here: a fake model has no step token")
+        if not is_stepwise(name) and step_masks is not None:
+            raise InputError(f"step_masks: aggregation '{name}' does not read them; pass aggregation='step_{name}'")
         empty = np.zeros(0, np.float32)
         scores = [
             empty if i in unreadable else np.atleast_1d(np.asarray(self._score(prompt, c), np.float32))
             for i, c in enumerate(candidates)
         ]
+        if step_masks is not None:
+            check_masks(step_masks, [max(map(len, scores))] * len(scores))
         longest = max(map(len, scores))
         padded, mask, steps = (np.zeros((len(scores), 1, longest), kind) for kind in (np.float32, np.int64, np.int64))
         for i, row in enumerate(scores):
             padded[i, 0, : len(row)], mask[i, 0, : len(row)] = row, 1
-            marks = step_masks[i] if is_stepwise(name) and step_masks is not None else [1] * len(row)
+            marks = [1] * len(row) if step_masks is None else step_masks[i]
             steps[i, 0, : len(marks)] = marks
         found, _ = aggregate(padded, mask, steps, name.removeprefix("step_"))
         best, groups = elect(found, ballot.ids, vote)
@@ -121,6 +134,12 @@ class FakeModel:
         """
         if self._complete is None:
             raise InputError("this fake model was made to rank only; pass complete=... to FakeModel to generate")
+        _check_item(prompt, "prompt")
+        clock(deadline)
+        if on_progress is not None:
+            check_function("on_progress", on_progress)
+        if options.get("stop") is not None:
+            check_stop(options["stop"])
         request = make_request(options, (), self._aggregation, _LONGEST)
         texts = [self._complete(prompt, i) for i in range(request.n)]
         ranking = self._select(prompt, texts, request.aggregation, None, "score", None, {})
@@ -141,3 +160,8 @@ class FakeModel:
     ) -> Iterator[Generation]:
         """As `Model.stream`: gives the finished candidates, once."""
         return iter([self.generate(prompt, deadline=deadline, **options)])
+
+
+def _check_item(item: Item, what: str) -> None:
+    if not isinstance(item, str) and not is_list(item):
+        raise InputError(f"{what}: expected text or a list; got {shown(item)}")

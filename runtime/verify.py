@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
+from .checks import check_path
 from .difference import greatest_difference
 from .errors import ArtifactError
 from .folder import locate
@@ -37,14 +37,15 @@ def verify(path: str | os.PathLike[str], *, provider: Provider = "auto") -> tupl
             the manifest allows.
         ProviderError: it cannot run here.
     """
-    model = load(path, provider=provider)
+    folder = check_path("path", path)
+    model = load(folder, provider=provider)
     cases: dict[str, dict[str, dict[str, Array]]] = defaultdict(lambda: {"in": {}, "out": {}})
-    with np.load(locate(Path(path), GOLDEN), allow_pickle=False) as recorded:
+    with np.load(locate(folder, GOLDEN), allow_pickle=False) as recorded:
         for key in recorded.files:
             case, kind, name = key.rsplit("/", 2)
             cases[case][kind][name] = recorded[key]
     if not cases:
-        raise ArtifactError(f"{Path(path) / GOLDEN} holds no recorded case; export the model again")
+        raise ArtifactError(f"{folder / GOLDEN} holds no recorded case; export the model again")
     return model, [_run(model, case, parts["in"], parts["out"]) for case, parts in cases.items()]
 
 

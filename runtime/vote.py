@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .answers import extractor
+from .checks import is_list, shown
 from .errors import InputError
 from .manifest import VOTES
 from .session import Array
@@ -88,8 +89,8 @@ def make_ballot(
     Raises:
         InputError: no such vote or extractor, a vote without answers, or answers that do not fit the candidates.
     """
-    if vote not in VOTES:
-        raise InputError(f"vote: expected one of {', '.join(VOTES)}; got {vote!r:.60}")
+    if not isinstance(vote, str) or vote not in VOTES:
+        raise InputError(f"vote: expected one of {', '.join(VOTES)}; got {shown(vote)}")
     if answers is None:
         if vote != "score":
             raise InputError(
@@ -120,6 +121,8 @@ def _read(
                     f"answers='{answers:.60}' reads text, and {what}[{i}] is none; pass the answers, or a function"
                 )
         return tuple(read(readable[i]) if i in readable else None for i in range(len(candidates)))
+    if not is_list(answers):
+        raise InputError(f"answers: expected a list, a function or the name of an extractor; got {shown(answers)}")
     if len(answers) != len(candidates):
         raise InputError(f"answers: expected one for each of {len(candidates)} {what}; got {len(answers)}")
     return tuple(answers)

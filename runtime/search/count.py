@@ -18,7 +18,7 @@ def check_count(name: str, value: Count) -> None:
     Raises:
         InputError: names it.
     """
-    if value != "sqrt":
+    if not (isinstance(value, str) and value == "sqrt"):
         check_whole(name, value, 1, ", or 'sqrt'")
 
 

@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from ..checks import check_path
 from ..errors import InputError
 from ..folder import replace_file
 from ..manifest import Manifest
@@ -74,9 +75,10 @@ def read_policy(policy: Policy | str | os.PathLike[str], manifest: Manifest) -> 
     """
     where = "policy"
     if not isinstance(policy, Policy):
-        where = f"policy {os.fspath(policy)}"
+        path = check_path("policy", policy)
+        where = f"policy {path}"
         try:
-            policy = msgspec.json.decode(Path(policy).read_bytes(), type=Policy)
+            policy = msgspec.json.decode(path.read_bytes(), type=Policy)
         except OSError as e:
             raise InputError(f"{where}: cannot be read: {e.strerror or e}") from e
         except msgspec.MsgspecError as e:

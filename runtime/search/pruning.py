@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..errors import InputError
+from ..checks import check_number
 from ..generation import check_whole
 from ..steps import PRUNED, survivors
 from .tree import Branch, Tree
@@ -28,8 +28,7 @@ class Pruned:
 
     def __post_init__(self) -> None:
         check_whole("every", self.every, 1)
-        if not 0 < self.keep <= 1:
-            raise InputError(f"keep: expected above 0 and at most 1; got {self.keep!r}")
+        check_number("keep", self.keep, "a number above 0 and at most 1", lambda keep: 0 < keep <= 1)
 
     def run(self, tree: Tree, budget: int) -> list[Branch]:
         """All branches, those that were pruned among them."""

@@ -10,6 +10,7 @@ from typing import Literal
 
 import numpy as np
 
+from ..checks import check_number, shown
 from ..errors import InputError
 from ..generation import check_whole
 from ..session import Array
@@ -40,8 +41,8 @@ class SelfCertainty(Sampling):
     power: float = 0.5
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.power) and self.power >= 0):
-            raise InputError(f"power: expected a number of at least 0; got {self.power!r}")
+        # More would leave the range of float32 where there are thousands of candidates.
+        check_number("power", self.power, "a number of at least 0 and at most 8", lambda power: 0 <= power <= 8)
 
 
 @dataclass(frozen=True)
@@ -71,14 +72,12 @@ class Adaptive:
 
     def __post_init__(self) -> None:
         check_whole("batch", self.batch, 1)
-        if not self.price > 0:
-            raise InputError(f"price: expected a number above 0; got {self.price!r}")
-        if not math.isfinite(self.ceiling):
-            raise InputError(f"ceiling: expected a number; got {self.ceiling!r}")
-        if not 0.5 <= self.confidence < 1:
-            raise InputError(f"confidence: expected at least 0.5 and below 1; got {self.confidence!r}")
-        if self.rule not in ("auto", "gain", "leader"):
-            raise InputError(f"rule: expected auto, gain or leader; got {self.rule!r}")
+        check_number("price", self.price, "a number above 0", lambda price: price > 0)
+        check_number("ceiling", self.ceiling, "a finite number", math.isfinite)
+        expected = "a number of at least 0.5 and below 1"
+        check_number("confidence", self.confidence, expected, lambda share: 0.5 <= share < 1)
+        if not isinstance(self.rule, str) or self.rule not in ("auto", "gain", "leader"):
+            raise InputError(f"rule: expected auto, gain or leader; got {shown(self.rule)}")
 
     def run(self, tree: Tree, budget: int) -> list[Branch]:
         """The finished branches: the first of those that `Sampling` gives."""

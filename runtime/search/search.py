@@ -10,9 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from ..checks import check_function, shown
 from ..errors import InputError, near_miss
 from ..generation import FINISH_REASONS, Candidate, check_whole
 from ..inputs import Item
+from ..manifest import VOTES
 from ..model import Model, checked_request
 from ..ranking import winner
 from ..session import Array
@@ -124,7 +126,9 @@ class Search:
             if self.vote not in (None, "borda"):
                 raise InputError(f"vote: self_certainty votes by a rule of its own, 'borda'; got {self.vote!r:.60}")
             return default
-        return self.vote or default or ("score" if self.answers is None else "weighted")
+        if self.vote is not None:
+            return self.vote
+        return default or ("score" if self.answers is None else "weighted")
 
     def _answer_of(self, method: str) -> Any:
         """What one branch votes for, if the method votes."""
@@ -206,6 +210,10 @@ def search(
             "answers: there are no candidates yet; expected 'boxed', 'number', 'regex:PATTERN' or a function; got "
             f"{type(answers).__name__}"
         )
+    if vote is not None and not isinstance(vote, str):
+        raise InputError(f"vote: expected one of {', '.join(VOTES)}; got {shown(vote)}")
+    if scorer is not None:
+        check_function("scorer", scorer)
     start, until = time.monotonic(), clock(deadline)
     sampling = {name: options[name] for name in _SAMPLING if name in options}
     settings = {name: value for name, value in options.items() if name not in sampling}
@@ -219,8 +227,8 @@ def search(
 
 def _make(method: str, settings: dict[str, Any]) -> Any:
     """A method with its settings."""
-    if method not in METHODS:
-        raise InputError(f"method: unknown {method!r:.60}; {near_miss(method, METHODS, 'expected one of')}")
+    if not isinstance(method, str) or method not in METHODS:
+        raise InputError(f"method: unknown {shown(method)}; {near_miss(method, METHODS, 'expected one of')}")
     kind, _ = METHODS[method]
     known = [*(field.name for field in dataclasses.fields(kind)), *_SAMPLING]
     for name in settings:

@@ -190,7 +190,7 @@ def test_bad_input(puzzler, babbler, small):
         ({"temperature": -0.1}, "temperature: expected a number of at least 0"),
         ({"temperature": float("nan")}, "temperature"),
         ({"temperature": "hot"}, "temperature: expected a number"),
-        ({"top_p": 0.0}, "top_p: expected above 0 and at most 1"),
+        ({"top_p": 0.0}, "top_p: expected a number above 0 and at most 1"),
         ({"top_p": 1.1}, "top_p"),
         ({"top_k": -1}, "top_k"),
         ({"seed": 2**63}, "seed"),

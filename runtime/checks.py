@@ -1,0 +1,76 @@
+"""Options as callers pass them: what is of the wrong type is refused by name, before anything is computed."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
+from pathlib import Path
+
+import numpy as np
+
+from .errors import InputError
+
+__all__ = ["check_flag", "check_function", "check_number", "check_path", "is_list", "shown"]
+
+
+def shown(value: object) -> str:
+    """A value as an error names it: how it begins, and its type where that does not show."""
+    plain = value is None or isinstance(value, str | bytes | int | float | complex | np.generic | list | tuple | dict)
+    return f"{value!r:.60}" if plain else f"{type(value).__name__} {value!r:.60}"
+
+
+def is_list(value: object) -> bool:
+    """Whether a value is a list as bonnx means it: in order, of known length, and no text, bytes or mapping."""
+    if isinstance(value, np.ndarray):
+        return value.ndim > 0
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray | memoryview | Mapping)
+
+
+def check_flag(name: str, value: object) -> None:
+    """Refuse what is neither True nor False.
+
+    Raises:
+        InputError: names it.
+    """
+    if not isinstance(value, bool | np.bool_):
+        raise InputError(f"{name}: expected True or False; got {shown(value)}")
+
+
+def check_number(name: str, value: object, expected: str, fits: Callable[[float], bool]) -> None:
+    """Refuse what is no real number, or one that does not fit; `expected` says which do.
+
+    Raises:
+        InputError: names it.
+    """
+    try:
+        number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    except OverflowError:
+        number = math.nan
+    if math.isnan(number) or not fits(number):
+        raise InputError(f"{name}: expected {expected}; got {shown(value)}")
+
+
+def check_function(name: str, value: object) -> None:
+    """Refuse what cannot be called.
+
+    Raises:
+        InputError: names it.
+    """
+    if not callable(value):
+        raise InputError(f"{name}: expected a function; got {shown(value)}")
+
+
+def check_path(name: str, value: object) -> Path:
+    """A path from what a caller passes as one.
+
+    Raises:
+        InputError: it is none.
+    """
+    if isinstance(value, str | os.PathLike):
+        path = os.fspath(value)
+        # No file system has a name with these.
+        if isinstance(path, str) and not any(letter == "\0" or "\ud800" <= letter < "\udc80" for letter in path):
+            return Path(path)
+    raise InputError(f"{name}: expected a path, as text or a pathlib.Path; got {shown(value)}")
