@@ -20,6 +20,7 @@ from .text import NO_TOKENS, Row, Text
 
 __all__ = [
     "Item",
+    "NoneReadableError",
     "Reader",
     "Rows",
     "aggregation_code",
@@ -76,6 +77,18 @@ def check_stop(stop: object) -> None:
     entries = stop if is_list(stop) else [None]
     if any(isinstance(entry, bool) or not isinstance(entry, int | np.integer | str) for entry in entries):  # type: ignore[attr-defined]
         raise InputError(f"stop: expected a list of token ids or of texts; got {shown(stop)}")
+
+
+class NoneReadableError(InputError):
+    """None of several items can be read.
+
+    Attributes:
+        reasons: why, for each.
+    """
+
+    def __init__(self, what: str, reasons: Mapping[int, str]) -> None:
+        super().__init__(none_readable(what, reasons))
+        self.reasons = reasons
 
 
 def none_readable(what: str, reasons: Mapping[int, str]) -> str:
@@ -140,7 +153,7 @@ class _Given:
     def check(self) -> None:
         """Raises InputError if nothing is left."""
         if len(self.unreadable) == self.count:
-            raise InputError(none_readable(self.what, self.unreadable))
+            raise NoneReadableError(self.what, self.unreadable)
 
     def rows_behind_prompt(self) -> Rows:
         """Of texts that begin with the same prompt."""

@@ -54,8 +54,19 @@ class Problem(Exception):  # noqa: N818 - it is an answer before it is an error
 
 
 def encode(value: Any) -> bytes:
-    """JSON; what is not finite becomes null."""
-    return msgspec.json.encode(value)
+    """JSON; what is not finite becomes null, half of a surrogate pair the sign for what is no character."""
+    try:
+        return msgspec.json.encode(value)
+    except UnicodeEncodeError:
+        return msgspec.json.encode(_mended(value))
+
+
+def _mended(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(value, dict):
+        return {_mended(key): _mended(item) for key, item in value.items()}
+    return [_mended(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def as_problem(error: Exception) -> Problem | None:

@@ -6,19 +6,22 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
 from starlette.requests import Request
 
 from ..drafts import Draft
-from ..errors import ArtifactError, InputError
+from ..errors import ArtifactError, InputError, NoWinnerError
 from ..generation import Generation
-from ..inputs import Item
-from ..jobs import Shape, padded_tokens
+from ..inputs import Item, NoneReadableError
+from ..jobs import Job, Shape
 from ..model import Model
 from ..ranking import Ranking, winner
 from ..session import Stop
+from .asked import Asked, Found
+from .bounds import check_size, check_texts
 from .growth import Growth
 from .lane import Lane, LateError, OverfullError
 from .meter import Meter
@@ -109,45 +112,80 @@ class Service:
         started: float = request.scope["state"]["started"]
         return started + seconds
 
-    async def rank(self, request: Request, prompt: Item, candidates: Sequence[Item], **options: Any) -> Ranking:
-        """One ranking."""
-        (found,) = await self.rank_all(request, [(prompt, candidates)], **options)
+    async def rank(self, request: Request, asked: Asked, **options: Any) -> tuple[Found, Ranking]:
+        """One ranking.
+
+        Raises:
+            NoWinnerError: no candidate can win.
+            InputError: none can be read, or something else is wrong; in the client's words.
+        """
+        (found,) = await self.rank_all(request, [asked], **options)
+        assert found.ranking is not None
+        return found, found.ranking
+
+    async def rank_all(self, request: Request, asked: Sequence[Asked], **options: Any) -> list[Found]:
+        """Several rankings; of those that have no winner the first is raised only if no other has one."""
+        if len(asked) > self.settings.max_queue:
+            raise InputError(f"{len(asked)} pairs: this server takes at most {self.settings.max_queue} at once")
+        check_texts(asked, self.model, self.settings, truncate=bool(options.get("truncate")))
+        until = self.until(request)
+        # Every candidate is read together with its prompt.
+        total = size(request) + sum(one.characters for one in asked)
+        jobs = await self.aside(lambda: [self._job(one, options) for one in asked], request, total)
+        runs = [job for job in jobs if isinstance(job, Job)]
+        if not runs:
+            raise next(job for job in jobs if isinstance(job, InputError))
+        note(request, rankings=len(runs), tokens=sum(job.shape.prompt + job.tokens for job in runs))
+        for one, job in zip(asked, jobs, strict=True):
+            if isinstance(job, Job):
+                check_size(job.shape, self.settings, one)
+        results = iter(await self._unless_gone(request, self._ranking.put(runs, until)))
+        found, lost = [], None
+        for one, job in zip(asked, jobs, strict=True):
+            if isinstance(job, NoneReadableError):
+                found.append(Found.lost(one, job.reasons))
+                continue
+            result = next(results)
+            if isinstance(result, _Lost):
+                lost = lost or result
+                found.append(Found.lost(one, dict.fromkeys(range(len(one.candidates)), "its score is NaN"), job))
+            else:
+                found.append(Found.ranked(one, job, result))
+        if lost is not None and all(one.ranking is None for one in found):
+            raise lost.error
         return found
 
-    async def rank_all(
-        self, request: Request, pairs: Sequence[tuple[Item, Sequence[Item]]], **options: Any
-    ) -> list[Ranking]:
-        """Several rankings; the first that fails is raised."""
-        limit = self.model.manifest.limits.max_candidates
-        for prompt, candidates in pairs:
-            if len(candidates) > limit:
-                raise InputError(f"{len(candidates)} candidates: this model takes at most {limit} at once; split them")
-            self._check_lengths(prompt, candidates)
-        if len(pairs) > self.settings.max_queue:
-            raise InputError(f"{len(pairs)} pairs: this server takes at most {self.settings.max_queue} at once")
-        until = self.until(request)
-        read = lambda: [self.model.job(prompt, candidates, **options) for prompt, candidates in pairs]  # noqa: E731
-        # Every candidate is read together with its prompt.
-        times = max(len(candidates) for _, candidates in pairs)
-        jobs = await self.aside(read, request, times * size(request))
-        note(request, rankings=len(jobs), tokens=sum(job.shape.prompt + job.tokens for job in jobs))
-        for job in jobs:
-            self._check_size(job.shape)
-        found: list[Ranking] = await self._unless_gone(request, self._ranking.put(jobs, until))
-        return found
+    def _job(self, asked: Asked, options: dict[str, Any]) -> Job | NoneReadableError:
+        """What is to run, or that nothing of it can be read."""
+        try:
+            return self.model.job(asked.prompt, asked.candidates, **options)
+        except NoneReadableError as e:
+            e.args = (asked.said(str(e)),)
+            return e
+        except InputError as e:
+            raise InputError(asked.said(str(e))) from e
 
     async def generate(self, request: Request, prompt: Item, options: dict[str, Any]) -> Generation:
         """One generation, in one run of one graph."""
         found: Generation
-        self._check_generates()
-        self._check_lengths(prompt, ())
-        until = self.until(request)
-        draft = await self.aside(lambda: self.model.draft(prompt, **options), request, size(request))
-        self._check_size(draft.shape)
+        draft = await self._draft(request, prompt, options)
         note(request, candidates=draft.request.n, tokens=len(draft.prompt))
-        (found,) = await self._unless_gone(request, self._generating.put([draft], until))
+        (found,) = await self._unless_gone(request, self._generating.put([draft], self.until(request)))
         winner(found.best_index, "candidates")
         return found
+
+    async def _draft(self, request: Request, prompt: Item, options: dict[str, Any]) -> Draft:
+        """What is to be generated, read and checked."""
+        if not self.generates:
+            raise InputError("n: this model has no language model to generate with; pass candidates")
+        asked = Asked(prompt, ())
+        check_texts([asked], self.model, self.settings, truncate=False)
+        try:
+            draft = await self.aside(lambda: self.model.draft(prompt, **options), request, size(request))
+        except InputError as e:
+            raise InputError(asked.said(str(e))) from e
+        check_size(draft.shape, self.settings, asked)
+        return draft
 
     async def aside(self, work: Callable[[], T], request: Request, size: int) -> T:
         """Do a piece of work: at once, or if it is long in another thread, so that others are not held up.
@@ -170,61 +208,42 @@ class Service:
 
     async def call(self, request: Request, graph: str, run: Callable[[Stop], Any], shape: Shape) -> Any:
         """One run of a graph, by its name."""
-        self._check_size(shape)
+        check_size(shape, self.settings)
         note(request, tokens=shape.prompt + shape.candidates * shape.length)
         lane = self._generating if graph == "generate" else self._ranking
         (found,) = await self._unless_gone(request, lane.put([Call(run, shape)], self.until(request)))
         return found
 
-    def watch(self, request: Request, prompt: Item, options: dict[str, Any], deadline: float | None) -> Growth:
+    async def watch(self, request: Request, prompt: Item, options: dict[str, Any], deadline: float | None) -> Growth:
         """A generation while it grows, cut at its deadline or when the request's time is over.
 
         Raises:
             OverfullError: as many are watched as may be.
-            InputError: an option or the prompt has no meaning.
+            InputError: an option or the prompt is invalid.
         """
-        self._check_generates()
-        self._check_lengths(prompt, ())
         if self._streams >= self.settings.max_streams:
             raise OverfullError(self._streams, 1)
-        left = self.until(request) - time.monotonic()
-        if left <= 0:
-            raise LateError
-        self._check_size(self.model.draft(prompt, **options).shape)
-        states = self.model.stream(prompt, deadline=min(left, deadline or left), **options)
         self._streams += 1
-        return Growth(states, self._streamers, self._release)
+        try:
+            draft = await self._draft(request, prompt, options)
+            left = max(0.001, self.until(request) - time.monotonic())
+            # Tokens, so that no text is read again, and here.
+            read = options | {"stop": draft.request.stop_tokens}
+            states = self.model.stream(draft.prompt, deadline=min(left, deadline or left), **read)
+            return Growth(states, self._streamers, self._release)
+        except BaseException:
+            self._release()
+            raise
 
     def _release(self) -> None:
         self._streams -= 1
 
     async def cut(self, request: Request, prompt: Item, options: dict[str, Any], deadline: float) -> Generation:
         """One generation, cut at its deadline."""
-        found: Generation = await self._unless_gone(request, self.watch(request, prompt, options, deadline).result())
+        states = await self.watch(request, prompt, options, deadline)
+        found: Generation = await self._unless_gone(request, states.result())
         winner(found.best_index, "candidates")
         return found
-
-    def _check_generates(self) -> None:
-        if not self.generates:
-            raise InputError("n: this model has no language model to generate with; pass candidates")
-
-    def _check_lengths(self, prompt: Item, candidates: Sequence[Item]) -> None:
-        """Refuse texts that cannot fit, before they are tokenized."""
-        most = self.model.reader.most_characters
-        if most is None:
-            return
-        for what, item in (("prompt", prompt), *((f"candidates[{i}]", item) for i, item in enumerate(candidates))):
-            if isinstance(item, str) and len(item) > most:
-                limit = self.model.manifest.limits.max_tokens
-                raise InputError(f"{what}: {len(item)} characters are more than {limit} tokens can hold; shorten it")
-
-    def _check_size(self, shape: Shape) -> None:
-        tokens, most = padded_tokens(1, shape), self.settings.max_tokens
-        if tokens > most:
-            raise InputError(
-                f"{shape.candidates} candidates of {shape.length} tokens after {shape.prompt} of the prompt are "
-                f"{tokens} tokens, padding included: this server takes at most {most} at once; ask for less"
-            )
 
     async def _unless_gone(self, request: Request, work: Awaitable[T]) -> T:
         """Wait for work, and give it up when the client goes."""
@@ -249,11 +268,20 @@ class Service:
                 return [work.run(stop) for work in works]
             if isinstance(works[0], Draft):
                 return self.model.generate_together(works, stop)
-            return self.model.run_together(works, stop)
+            found = self.model.run_together(works, stop)
+            # Not an error of the lane: others of the same request may have a winner.
+            return [_Lost(one) if isinstance(one, NoWinnerError) else one for one in found]
         except ArtifactError:
             # Its files were changed: from now on the server says so.
             self.broken = True
             raise
+
+
+@dataclass(frozen=True)
+class _Lost:
+    """A ranking that has no winner."""
+
+    error: NoWinnerError
 
 
 def note(request: Request, **notes: Any) -> None:

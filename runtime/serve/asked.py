@@ -1,0 +1,129 @@
+"""A ranking as a client asked for it, and what is wrong with it in the client's own words."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..inputs import Item
+from ..jobs import Job
+from ..ranking import Ranking
+
+__all__ = ["Asked", "Found", "Usage"]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One prompt and its candidates.
+
+    Attributes:
+        prompt: as the runtime takes it.
+        candidates: likewise.
+        prompt_field: what the client's request calls the prompt.
+        candidates_field: what it calls the candidates, all together.
+        name: what it calls one of them.
+        nouns: a prompt, a candidate and candidates in a sentence.
+    """
+
+    prompt: Item
+    candidates: Sequence[Item]
+    prompt_field: str = "prompt"
+    candidates_field: str = "candidates"
+    name: Callable[[int], str] = "candidates[{}]".format
+    nouns: tuple[str, str, str] = ("prompt", "candidate", "candidates")
+
+    def said(self, message: str) -> str:
+        """A message of the runtime, whose words are `prompt`, `messages` and `candidates`, in the client's."""
+        prompt, candidate, candidates = self.nouns
+        message = re.sub(r"^(prompt|messages)(?=[\[:])", self.prompt_field, message)
+        message = re.sub(r"^candidates(?=:)", self.candidates_field, message)
+        message = re.sub(r"((?:^|; |: |and )\d+) candidates\b", rf"\1 {candidates}", message)
+        message = re.sub(r"\ba prompt of (?=\d)", f"a {prompt} of ", message)
+        message = re.sub(r"\ba candidate of (?=\d)", f"a {candidate} of ", message)
+        # Where a list of reasons is cut short, each begins with the name of its candidate.
+        return re.sub(r"(^|; |: )candidates\[(\d+)\]", lambda found: found[1] + self.name(int(found[2])), message)
+
+    @property
+    def characters(self) -> int:
+        """Of all texts that are tokenized for it: the prompt is, once with each candidate."""
+        return _characters(self.prompt) * len(self.candidates) + sum(map(_characters, self.candidates))
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens that were read for an answer.
+
+    Attributes:
+        prompt: those of what was sent, each text as often as it was sent.
+        completion: those that were generated.
+        cut: those that were left out of the prompt.
+    """
+
+    prompt: int
+    completion: int = 0
+    cut: int = 0
+
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(self.prompt + other.prompt, self.completion + other.completion, self.cut + other.cut)
+
+    def shown(self) -> dict[str, int]:
+        """As an answer has it."""
+        total = {"total_tokens": self.prompt + self.completion}
+        return {"prompt_tokens": self.prompt, "completion_tokens": self.completion, **total, "cut_tokens": self.cut}
+
+
+@dataclass(frozen=True)
+class Found:
+    """What became of it.
+
+    Attributes:
+        ranking: None if no candidate can win.
+        scores: of each candidate, NaN for one that cannot win.
+        warnings: in the client's words, why one cannot.
+        usage: what was read.
+    """
+
+    ranking: Ranking | None
+    scores: list[float]
+    warnings: list[str]
+    usage: Usage
+
+    @classmethod
+    def ranked(cls, asked: Asked, job: Job, ranking: Ranking) -> Found:
+        """Of a ranking that has a winner."""
+        scores = [float(score) for score in ranking.candidate_scores]
+        reasons = {i: ranking.unreadable.get(i, "its score is NaN") for i, score in enumerate(scores) if score != score}
+        return cls(ranking, scores, _warnings(asked, reasons), _usage(job))
+
+    @classmethod
+    def lost(cls, asked: Asked, reasons: Mapping[int, str], job: Job | None = None) -> Found:
+        """Of one that has none."""
+        nothing = [float("nan")] * len(asked.candidates)
+        return cls(None, nothing, _warnings(asked, reasons), Usage(0) if job is None else _usage(job))
+
+
+def _warnings(asked: Asked, reasons: Mapping[int, str]) -> list[str]:
+    return [f"{asked.name(i)}: {reason}" for i, reason in sorted(reasons.items())]
+
+
+def _usage(job: Job) -> Usage:
+    # Where a candidate's first characters change the tokens at the prompt's end, these lie in the candidate's row.
+    prompt = len(job.prompt) + max(job.rows.skip)
+    own = sum(len(item) - skip for item, skip in zip(job.rows.items, job.rows.skip, strict=True))
+    return Usage(prompt + own, cut=job.rows.cut)
+
+
+def _characters(item: Any) -> int:
+    """Characters of a text, of all texts in messages or of a candidate's steps; 0 for numbers."""
+    total, waiting = 0, [item]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, str):
+            total += len(part)
+        elif isinstance(part, Mapping):
+            waiting += part.values()
+        elif isinstance(part, list | tuple) and not (part and isinstance(part[0], int | float)):
+            waiting += part
+    return total

@@ -1,0 +1,66 @@
+"""What is too much for one request, refused before it is read or run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..errors import InputError
+from ..inputs import Item
+from ..jobs import Shape, padded_tokens
+from ..model import Model
+from .asked import Asked
+from .settings import Settings
+
+__all__ = ["check_size", "check_texts"]
+
+# How much text is tokenized for one request, by the largest body: a prompt is, once with each of its candidates.
+_TEXTS = 4
+
+
+def check_texts(asked: Sequence[Asked], model: Model, settings: Settings, *, truncate: bool) -> None:
+    """Refuse what cannot fit or is more than is read at once, before it is tokenized.
+
+    Args:
+        asked: what is to be ranked.
+        model: its limits count.
+        settings: those of the server.
+        truncate: the beginning of a prompt may be left out, so that it may be longer.
+
+    Raises:
+        InputError: too many candidates, or too long texts.
+    """
+    limits, most = model.manifest.limits, model.reader.most_characters
+    for one in asked:
+        if len(one.candidates) > limits.max_candidates:
+            text = f"{len(one.candidates)} candidates: this model takes at most {limits.max_candidates} at once"
+            raise InputError(one.said(f"{text}; split them"))
+        texts: list[tuple[str, Item]] = [] if truncate else [(one.prompt_field, one.prompt)]
+        texts += [(one.name(i), item) for i, item in enumerate(one.candidates)]
+        for what, item in texts:
+            if most is not None and isinstance(item, str) and len(item) > most:
+                raise InputError(
+                    f"{what}: {len(item)} characters are more than {limits.max_tokens} tokens can hold; shorten it"
+                )
+    total = sum(one.characters for one in asked)
+    if total > _TEXTS * settings.max_body:
+        first = asked[0]
+        raise InputError(
+            f"{first.prompt_field} and {first.candidates_field}: {total} characters are to be read, those of a "
+            f"{first.nouns[0]} once with each {first.nouns[1]}; this server reads at most "
+            f"{_TEXTS * settings.max_body} at once; send fewer or shorter ones"
+        )
+
+
+def check_size(shape: Shape, settings: Settings, asked: Asked | None = None) -> None:
+    """Refuse what would compute more tokens than the server allows.
+
+    Raises:
+        InputError: says how many.
+    """
+    tokens, most = padded_tokens(1, shape), settings.max_tokens
+    if tokens > most:
+        text = (
+            f"{shape.candidates} candidates of {shape.length} tokens after {shape.prompt} of the prompt are "
+            f"{tokens} tokens, padding included: this server takes at most {most} at once; ask for less"
+        )
+        raise InputError(text if asked is None else asked.said(text))
