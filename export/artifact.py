@@ -44,6 +44,7 @@ from .parity import Checker, check_structure
 from .parity_generate import check_generation
 from .parity_selection import selection_cases
 from .quantize import quantized
+from .source import check_scoring
 from .tokenizer import TextFiles
 from .trace import DEFAULT_OPSET, OPSETS, trace_graphs
 
@@ -157,9 +158,7 @@ def _write_tokenizer(tokenizer: TextFiles | None, text: TextRules, folder: Path)
 def _check_options(
     model: LanguageModel | TwoHeadedNetwork, scoring: Scoring, opset: int, precision: Precision, min_agreement: float
 ) -> None:
-    network = model.config.network if isinstance(model, LanguageModel) else model.config
-    if not 0 <= scoring.label < network.num_labels:
-        raise ExportError(f"scoring label {scoring.label}: the scorer has {network.num_labels} labels, counted from 0")
+    check_scoring(model, scoring)
     if opset not in OPSETS:
         raise ExportError(f"opset: expected one of {', '.join(map(str, OPSETS))}; got {opset}")
     if precision not in PRECISIONS:

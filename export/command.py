@@ -64,9 +64,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--label-tokens",
         nargs="+",
-        metavar="TOKEN",
-        help="for a language model that answers at a step tag: the token that means good, then the others",
+        metavar="TEXT",
+        help="for a language model that answers with a token: the text of the token that means good, then the others; "
+        "read at the last token, or at the ends of steps with --step-text",
     )
+    parser.add_argument("--label-token-ids", nargs="+", type=int, metavar="ID", help="the same tokens by their ids")
     parser.add_argument("--step-text", help="the text that ends each step of a candidate")
     parser.add_argument("--step-split", help="where a candidate without it is split into steps")
     parser.add_argument("--max-tokens", type=int, help="greatest prompt + candidate length the runtime accepts")
@@ -95,6 +97,8 @@ def run(arguments: argparse.Namespace) -> int:
     held_out = _held_out(arguments, shipped)
     parameters = sum(p.numel() for p in source.model.parameters())
     print(f"{revision or checkpoint}: {parameters:,} parameters", file=sys.stderr)
+    for remark in source.remarks:
+        print(f"note: {remark}", file=sys.stderr)
     if arguments.dry_run:
         print(f"would write {output}{f' and {arguments.triton}' if arguments.triton else ''}", file=sys.stderr)
         return 0
@@ -125,6 +129,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         summary: dict[str, Any] = {"output": str(output), "parity": msgspec.to_builtins(manifest.parity)}
         summary["agreement"] = msgspec.to_builtins(manifest.agreement)
+        summary["remarks"] = source.remarks
         summary |= {} if models is None else {"triton": models}
         print_json(summary | ({"demonstration": demonstration} if demonstration else {}))
         return 0

@@ -13,6 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .config import ConfigError, LanguageModelConfig, NetworkConfig
+from .fields import check_fields
+from .files import check_folder, read_json
 from .huggingface import is_huggingface, translate
 from .network import LanguageModel, Scorer, TwoHeadedNetwork, initialize, inverse_frequencies
 from .tokenizer_files import class_fields, copy_tokenizer
@@ -61,6 +63,8 @@ def load_checkpoint(
 ) -> tuple[LanguageModel | TwoHeadedNetwork, dict[str, Any]]:
     """The model in inference mode, float32, and the further keys of its config.json: `scoring`, `text`, `limits`.
 
+    Of a checkpoint of transformers there are `remarks` too: what its config says that is not followed.
+
     Args:
         folder: what `save_checkpoint` wrote, or `save_pretrained` of transformers; see `docs/reward_models.md`.
         label_tokens: for a language model that answers at a step tag: the tokens whose logits are the scorer's labels.
@@ -91,16 +95,19 @@ def _own_model(folder: Path, config: dict[str, Any]) -> LanguageModel | TwoHeade
         return LanguageModel(LanguageModelConfig.from_dict({**description, "network": network}))
     if "network" in config:
         return TwoHeadedNetwork(NetworkConfig.from_dict(config.pop("network")))
-    raise ConfigError(f"{folder / CONFIG_FILE}: expected a key 'language_model' or 'network'; found {sorted(config)}")
+    raise ConfigError(
+        f"{folder / CONFIG_FILE}: expected a key 'model_type' as transformers writes it, or one of ours, "
+        f"'language_model' or 'network'; found {sorted(config)}"
+    )
 
 
 def _load_huggingface(
     folder: Path, config: dict[str, Any], label_tokens: tuple[int, ...] | None, new_scorer: bool
 ) -> tuple[LanguageModel, dict[str, Any]]:
-    weights = Weights(folder)
+    weights = _supported_weights(folder, config)
     if (folder / GENERATION_FILE).is_file():
         # Where both name tokens that end a text, generation goes by this file: it often has more of them.
-        config = {**config, **{k: v for k, v in _read_json(folder / GENERATION_FILE).items() if k == "eos_token_id"}}
+        config = {**config, **{k: v for k, v in read_json(folder / GENERATION_FILE).items() if k == "eos_token_id"}}
     try:
         found = translate(config, weights.shapes, label_tokens=label_tokens, new_scorer=new_scorer)
         with torch.device("meta"):
@@ -123,8 +130,27 @@ def _load_huggingface(
         model.network.scorer = Scorer(found.config.network)
         model.network.scorer.apply(initialize)
         state |= {f"network.scorer.{name}": value for name, value in model.network.scorer.state_dict().items()}
+    if found.normal is not None:
+        _normalize(state, *found.normal)
     _fill(model, state)
-    return model, {"scoring": found.scoring, "text": {"unknown": "replace", **found.steps}, "limits": found.limits}
+    text = {"unknown": "replace", **found.steps}
+    return model, {"scoring": found.scoring, "text": text, "limits": found.limits, "remarks": found.remarks}
+
+
+def _supported_weights(folder: Path, config: Mapping[str, Any]) -> Weights:
+    """The weights; a family that is not supported is refused before they are looked for."""
+    try:
+        check_fields(config)
+    except ConfigError as e:
+        raise ConfigError(f"{folder}: {e}") from e
+    return Weights(folder)
+
+
+def _normalize(state: dict[str, Tensor], mean: float, std: float) -> None:
+    """Put (score - mean) / std into the scorer's last layer."""
+    weight, bias = (f"network.scorer.dense2.{part}" for part in ("weight", "bias"))
+    state[bias] = (state.get(bias, torch.zeros(len(state[weight]))) - mean) / std
+    state[weight] = state[weight] / std
 
 
 def _fill(model: LanguageModel | TwoHeadedNetwork, state: dict[str, Tensor]) -> None:
@@ -136,28 +162,19 @@ def _fill(model: LanguageModel | TwoHeadedNetwork, state: dict[str, Tensor]) -> 
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The checkpoint's config.json.
+    """The checkpoint's config.json, after a look at the folder.
 
     Raises:
-        ConfigError: it is missing or is not a JSON object.
+        ConfigError: it is missing or is not a JSON object, or `check_folder` refuses the folder.
     """
+    check_folder(folder)
     try:
-        return _read_json(folder / CONFIG_FILE)
+        return read_json(folder / CONFIG_FILE)
     except OSError as e:
         raise ConfigError(
             f"cannot read the checkpoint {folder}: {e.strerror or e} ({CONFIG_FILE}); "
             f"expected a folder with {CONFIG_FILE} and {WEIGHTS_FILE}"
         ) from e
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise ConfigError(f"{path} is not JSON: {e}") from e
-    if not isinstance(config, dict):
-        raise ConfigError(f"{path}: expected a JSON object; found {type(config).__name__}")
-    return config
 
 
 def _check_shapes(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:

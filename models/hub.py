@@ -11,13 +11,16 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from .adapters import check_adapter_files
 from .config import ConfigError
+from .files import unpickling
 
 __all__ = ["HubSource", "download", "parse_source"]
 
 _WANTED = [
     "config.json",
     "generation_config.json",
+    "adapter_config.json",
     "*.safetensors",
     "*.safetensors.index.json",
     "tokenizer.json",
@@ -75,7 +78,7 @@ def download(source: HubSource) -> tuple[Path, str]:
 
     Raises:
         ConfigError: huggingface_hub is not installed; the hub cannot be reached or has no such repository or revision;
-            the repository is gated; the download broke off; there are no weights in safetensors.
+            the repository is gated; the download broke off; it holds an adapter, or no weights in safetensors.
     """
     try:
         from huggingface_hub import HfApi, snapshot_download
@@ -92,8 +95,9 @@ def download(source: HubSource) -> tuple[Path, str]:
     # Its errors of the network are those of the HTTP library below it, which differs by version.
     except Exception as e:
         raise ConfigError(f"checkpoint {source}: {_reason(e)}") from e
+    check_adapter_files(folder)
     if not complete:
-        raise ConfigError(f"checkpoint {source}: {_refusal(files)}")
+        raise ConfigError(f"checkpoint {source}: {_refusal(source, files)}")
     return folder, folder.name
 
 
@@ -120,14 +124,15 @@ def _reason(error: Exception) -> str:
     return f"the download failed ({type(error).__name__}: {said}); try again, it goes on where it stopped"
 
 
-def _refusal(files: list[str]) -> str:
+def _refusal(source: HubSource, files: list[str]) -> str:
     """Why a repository with these files is no checkpoint."""
-    pickles = [name for name in files if name.endswith(_PICKLES)]
+    pickles = sorted(name for name in files if name.endswith(_PICKLES))
     if pickles:
         return (
             f"it has no {_WEIGHTS[0]}, only {pickles[0]}: a pickle, which can run any code when it is opened, and is "
-            "never downloaded; convert it where you trust it, with transformers: "
-            "`AutoModelForSequenceClassification.from_pretrained(ID).save_pretrained(FOLDER)`, or the class that the "
-            "model has, writes safetensors; then pass FOLDER"
+            "never downloaded. Look among the pull requests on its page for the hub's own safetensors, and pass "
+            f"{source.repo}@refs/pr/N with that request's number; or run `hf download {source.repo} --local-dir "
+            "FOLDER`. "
+            f"{unpickling(pickles)} and pass FOLDER"
         )
     return f"expected {_WEIGHTS[0]} in it; found {', '.join(sorted(files)[:8]) or 'no files'}"

@@ -1,32 +1,25 @@
 """Checkpoints as transformers writes them: the one place where their configs and tensor names become ours.
 
-Families are Llama, Mistral, Qwen2, Qwen3 and what declares itself as one of them. The head is told by its tensors:
-
-=================================  ========================================  =====================
-tensors                            who writes them                           scorer
-=================================  ========================================  =====================
-score.weight [score.bias]          *ForSequenceClassification,               linear
-                                   *ForTokenClassification
-score.0.*, score.2.*               Qwen2ForRewardModel,                      Linear, ReLU, Linear
-                                   Qwen2ForProcessRewardModel
-v_head.summary.* or v_head.*       a causal model with a value head          linear, sigmoid
-none                               *ForCausalLM that answers at a step tag   two rows of lm_head
-=================================  ========================================  =====================
+Families are Llama, Mistral, Qwen2, Qwen3 and what declares itself as one of them. `fields.py` refuses what would change
+the mathematics, `head.py` reads the head.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
+from .adapters import check_adapter_names
 from .config import ConfigError, LanguageModelConfig, NetworkConfig, RopeScaling
+from .fields import FAMILIES, check_fields, remarks
+from .head import PARTS, Shapes, architecture, read_head
 
 __all__ = ["FAMILIES", "Translation", "is_huggingface", "translate"]
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-Shapes = Mapping[str, tuple[int, ...]]
+# Parts of names that a module has when it is wrapped while it is saved: by torch.compile, DDP, FSDP, DeepSpeed.
+_WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
 
 
 @dataclass(frozen=True)
@@ -41,6 +34,8 @@ class Translation:
         scoring: fields of the artifact's scoring rule.
         steps: how a step ends in text: `step_text` and `step_split`.
         limits: fields of the artifact's limits.
+        normal: mean and standard deviation of rewards that scores are normalized by, or None.
+        remarks: what the config says that is not followed.
     """
 
     config: LanguageModelConfig
@@ -50,6 +45,8 @@ class Translation:
     scoring: dict[str, Any]
     steps: dict[str, str]
     limits: dict[str, Any]
+    normal: tuple[float, float] | None
+    remarks: list[str]
 
 
 def is_huggingface(config: Mapping[str, Any]) -> bool:
@@ -75,13 +72,17 @@ def translate(
     Raises:
         ConfigError: what is not supported, or which field contradicts the weights.
     """
+    check_fields(config)
+    check_adapter_names(shapes)
+    shapes, stored = _unwrapped(shapes)
     fields = _Fields(config)
     prefix = _prefix(shapes)
     network = _network(fields)
-    head = _head(fields, shapes, label_tokens, new_scorer)
+    head = read_head(config, shapes, _further(shapes, prefix), label_tokens, new_scorer)
     network |= head.options
     tied, vocabulary = fields.flag("tie_word_embeddings", False), fields.whole("vocab_size")
-    generates = label_tokens is None and (head.causal or "lm_head.weight" in shapes)
+    causal = tied and architecture(config).endswith("ForCausalLM")
+    generates = label_tokens is None and (new_scorer or causal or "lm_head.weight" in shapes)
     model = LanguageModelConfig(
         network=NetworkConfig.from_dict(network),
         vocab_size=vocabulary,
@@ -100,14 +101,39 @@ def translate(
         names["head.weight"] = "lm_head.weight"
     if label_tokens is not None:
         names["network.scorer.dense2.weight"] = f"{prefix}embed_tokens.weight" if tied else "lm_head.weight"
-    _check_extra(shapes, set(names.values()), prefix)
-    pad = fields.config.get("pad_token_id")
-    scoring = head.scoring | {"pad_token": pad or 0, "stop_tokens": _stops(config)}
+    _check_extra(shapes, set(names.values()), _further(shapes, prefix))
+    pad = _token(config, "pad_token_id", vocabulary)
+    scoring = head.scoring | {"pad_token": pad or 0, "stop_tokens": _stops(config, vocabulary)}
     # Where a text may end with its pad token (pad = eos), these read the token before: they were trained so.
-    scoring["passes_pad"] = pad is not None and _architecture(fields).endswith("ForSequenceClassification")
-    limits = {"max_tokens": fields.whole("max_position_embeddings", 8192)}
-    is_new = not head.names and label_tokens is None
-    return Translation(model, names, label_tokens, is_new, scoring, head.steps, limits)
+    scoring["passes_pad"] = pad is not None and architecture(config).endswith("ForSequenceClassification")
+    return Translation(
+        config=model,
+        names={ours: stored.get(theirs, theirs) for ours, theirs in names.items()},
+        label_rows=label_tokens,
+        new_scorer=not head.names and label_tokens is None,
+        scoring=scoring,
+        steps=head.steps,
+        limits={"max_tokens": fields.whole("max_position_embeddings", 8192)},
+        normal=head.normal,
+        remarks=remarks(config),
+    )
+
+
+def _unwrapped(shapes: Shapes) -> tuple[Shapes, dict[str, str]]:
+    """The tensors by the names that they have without wrappers, and {that name: the one in the file}."""
+    stored: dict[str, str] = {}
+    for name in shapes:
+        plain = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+        if plain in stored:
+            raise ConfigError(f"the weights have tensor '{plain}' twice, as '{stored[plain]}' and as '{name}'")
+        stored[plain] = name
+    return {plain: shapes[name] for plain, name in stored.items()}, stored
+
+
+def _further(shapes: Shapes, prefix: str) -> list[str]:
+    """Tensors beside backbone and vocabulary head, in order of their names."""
+    own = (f"{prefix}layers.", f"{prefix}embed_tokens.", f"{prefix}norm.", "lm_head.")
+    return sorted(name for name in shapes if not name.startswith(own))
 
 
 class _Fields:
@@ -115,19 +141,7 @@ class _Fields:
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.config = config
-        self.family = config.get("model_type")
-        if self.family not in FAMILIES:
-            raise ConfigError(
-                f"config.json, 'model_type': {self.family!r} is not supported; supported are {', '.join(FAMILIES)} and "
-                "models that declare themselves as one of them"
-            )
-        if config.get("quantization_config") is not None:
-            raise ConfigError(
-                "config.json, 'quantization_config': the weights are quantized already; pass the checkpoint as it was "
-                "before, and choose --precision"
-            )
-        if config.get("hidden_act", "silu") not in ("silu", "swish"):
-            raise ConfigError(f"config.json, 'hidden_act': expected 'silu'; found {config['hidden_act']!r}")
+        self.family = config["model_type"]
 
     def whole(self, name: str, default: int | None = None) -> int:
         value = self.config.get(name)
@@ -162,13 +176,15 @@ def _network(fields: _Fields) -> dict[str, Any]:
     default_head = 128 if family == "qwen3" else hidden // heads
     bias = fields.flag("attention_bias", False) if family in ("llama", "qwen3") else False
     window, sliding = _sliding(fields, layers)
+    # Where the field is missing; null stands for as many as there are heads.
+    kv_heads = 8 if family == "mistral" and "num_key_value_heads" not in config else heads
     theta, scaling = _rope(fields)
     return {
         "embed_dim": hidden,
         "hidden_size": hidden,
         "num_layers": layers,
         "num_heads": heads,
-        "num_kv_heads": fields.whole("num_key_value_heads", 8 if family == "mistral" else heads),
+        "num_kv_heads": fields.whole("num_key_value_heads", kv_heads),
         "head_dim": fields.whole("head_dim", default_head),
         "ffn_inner": fields.whole("intermediate_size"),
         "dropout": 0.0,
@@ -188,17 +204,14 @@ def _network(fields: _Fields) -> dict[str, Any]:
 
 def _sliding(fields: _Fields, layers: int) -> tuple[int | None, list[int] | None]:
     """The window, and the layers that have it (None: all)."""
-    config = fields.config
-    if fields.family == "mistral":
-        # The class's own default is 4096; a config that was written by it says null where there is none.
-        return config.get("sliding_window", 4096), None
-    if fields.family == "llama" or not fields.flag("use_sliding_window", False):
-        return None, None
-    window = config.get("sliding_window", 4096)
-    if window is None:
-        return None, None
+    config, mistral = fields.config, fields.family == "mistral"
+    # The classes' own default is 4096; a config that was written by them says null where there is none.
+    has_window = mistral or (fields.family != "llama" and fields.flag("use_sliding_window", False))
+    window = config.get("sliding_window", 4096) if has_window else None
     kinds = config.get("layer_types")
     if kinds is None:
+        if window is None or mistral:
+            return window, None
         first = config.get("max_window_layers", 28)
         kinds = ["full_attention" if i < first else "sliding_attention" for i in range(layers)]
     if len(kinds) != layers or not set(kinds) <= {"full_attention", "sliding_attention"}:
@@ -207,18 +220,28 @@ def _sliding(fields: _Fields, layers: int) -> tuple[int | None, list[int] | None
             f"layers; found {kinds!r:.200}"
         )
     sliding = [i for i, kind in enumerate(kinds) if kind == "sliding_attention"]
+    if sliding and window is None:
+        raise ConfigError(
+            f"config.json, 'layer_types': layer {sliding[0]} is 'sliding_attention', but there is no window: expected "
+            + ("a number as 'sliding_window'" if mistral else "'use_sliding_window' true and 'sliding_window'")
+        )
     return (window, sliding) if sliding else (None, None)
 
 
 def _rope(fields: _Fields) -> tuple[float, dict[str, Any] | None]:
     """Theta and scaling, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before)."""
     config = fields.config
-    rope = {"rope_theta": config.get("rope_theta"), **(config.get("rope_scaling") or {})}
-    rope |= config.get("rope_parameters") or {}
-    theta = rope["rope_theta"]
+    # As in transformers: where both are given, the older field counts.
+    rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+    if nested := [name for name, value in rope.items() if isinstance(value, Mapping)]:
+        raise ConfigError(
+            f"config.json, 'rope_parameters': found parameters for each kind of layer ({', '.join(nested)}); expected "
+            "one set for all layers"
+        )
+    theta = rope.get("rope_theta", config.get("rope_theta"))
     theta = 10000.0 if theta is None else float(theta)
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if rope.get("partial_rotary_factor", config.get("partial_rotary_factor") or 1.0) != 1.0:
+    if rope.get("partial_rotary_factor") not in (None, 1.0):
         raise ConfigError("config.json, 'partial_rotary_factor': only heads that are rotated whole are supported")
     if kind == "default":
         return theta, None
@@ -256,74 +279,6 @@ def _attention_factor(rope: Mapping[str, Any], factor: float) -> float:
     return scale(above) / scale(below) if above and below else scale(1.0)
 
 
-@dataclass(frozen=True)
-class _Head:
-    options: dict[str, Any]
-    names: dict[str, str]
-    scoring: dict[str, Any]
-    causal: bool
-    steps: dict[str, str] = field(default_factory=dict)
-
-
-def _head(fields: _Fields, shapes: Shapes, label_tokens: tuple[int, ...] | None, new_scorer: bool) -> _Head:
-    architecture = _architecture(fields)
-    if label_tokens is not None:
-        options = {"scorer_kind": "linear", "scorer_bias": False, "num_labels": len(label_tokens)}
-        return _Head(options, {}, {"activation": "softmax", "aggregation": "step_last"}, causal=True)
-    if "score.0.weight" in shapes and "score.2.weight" in shapes:
-        labels = _labels(fields, shapes["score.2.weight"][0])
-        options = {"scorer_kind": "mlp", "scorer_activation": "relu", "scorer_hidden": shapes["score.0.weight"][0]}
-        names = {f"network.scorer.dense{i}.{p}": f"score.{n}.{p}" for i, n in ((1, 0), (2, 2)) for p in _PARTS}
-        stepwise = architecture.endswith("ForProcessRewardModel")
-        # As its authors do: steps are divided by blank lines, and each ends with a token of its own.
-        steps = {"step_text": "<extra_0>", "step_split": "\n\n"} if stepwise else {}
-        return _Head({**options, "num_labels": len(labels)}, names, _rule(labels, stepwise), False, steps)
-    for name, causal in (("score", False), ("v_head.summary", True), ("v_head", True)):
-        if f"{name}.weight" in shapes:
-            labels, bias = _labels(fields, shapes[f"{name}.weight"][0], causal), f"{name}.bias" in shapes
-            options = {"scorer_kind": "linear", "scorer_bias": bias, "num_labels": len(labels)}
-            names = {f"network.scorer.dense2.{p}": f"{name}.{p}" for p in (_PARTS if bias else _PARTS[:1])}
-            stepwise = architecture.endswith("ForTokenClassification") or causal
-            scoring = _rule(labels, stepwise) | ({"activation": "sigmoid"} if causal else {})
-            return _Head(options, names, scoring, causal, {"step_text": "\n"} if stepwise else {})
-    if new_scorer:
-        return _Head({}, {}, {"activation": "sigmoid"}, causal=True)
-    what = f"'architectures' says {architecture}" if architecture else "'architectures' is not given"
-    raise ConfigError(
-        f"the checkpoint has no scorer (config.json, {what}): none of the tensors score.weight, score.0.weight, "
-        "v_head.summary.weight is there. A language model that answers at a step tag needs --label-tokens; for another "
-        "train a scorer first, see docs/scorer.md"
-    )
-
-
-def _architecture(fields: _Fields) -> str:
-    return str((fields.config.get("architectures") or [""])[0])
-
-
-_PARTS = ("weight", "bias")
-
-
-def _labels(fields: _Fields, count: int, single: bool = False) -> list[str]:
-    """Names of the labels, in order."""
-    named = None if single else fields.config.get("id2label")
-    if named is None:
-        return [f"LABEL_{i}" for i in range(count)]
-    if not isinstance(named, dict) or {str(i) for i in range(count)} != {str(key) for key in named}:
-        raise ConfigError(
-            f"config.json, 'id2label': it names {len(named)} labels; the weights of the head have {count}: "
-            "one of the two is of another model"
-        )
-    return [str({str(key): name for key, name in named.items()}[str(i)]) for i in range(count)]
-
-
-def _rule(labels: list[str], stepwise: bool) -> dict[str, Any]:
-    """The usual reading: one label as it is; of two the second's probability; of more none is more likely meant."""
-    rule: dict[str, Any] = {"labels": labels, "aggregation": "step_last" if stepwise else "last"}
-    if len(labels) == 2:
-        rule |= {"activation": "softmax", "label": 1}
-    return rule
-
-
 def _block_names(config: NetworkConfig, prefix: str) -> dict[str, str]:
     names = {}
     for i in range(config.num_layers):
@@ -331,31 +286,47 @@ def _block_names(config: NetworkConfig, prefix: str) -> dict[str, str]:
         names[f"{ours}.attention_norm.weight"] = f"{theirs}.input_layernorm.weight"
         names[f"{ours}.ffn_norm.weight"] = f"{theirs}.post_attention_layernorm.weight"
         for part in ("q_proj", "k_proj", "v_proj"):
-            for kind in _PARTS if config.attention_bias else _PARTS[:1]:
+            for kind in PARTS if config.attention_bias else PARTS[:1]:
                 names[f"{ours}.attention.{part}.{kind}"] = f"{theirs}.self_attn.{part}.{kind}"
-        for kind in _PARTS if config.attention_output_bias else _PARTS[:1]:
+        for kind in PARTS if config.attention_output_bias else PARTS[:1]:
             names[f"{ours}.attention.out_proj.{kind}"] = f"{theirs}.self_attn.o_proj.{kind}"
         for part in ("q_norm", "k_norm") if config.qk_norm else ():
             names[f"{ours}.attention.{part}.weight"] = f"{theirs}.self_attn.{part}.weight"
         for part in ("gate", "up", "down"):
-            for kind in _PARTS if config.ffn_bias else _PARTS[:1]:
+            for kind in PARTS if config.ffn_bias else PARTS[:1]:
                 names[f"{ours}.ffn.{part}.{kind}"] = f"{theirs}.mlp.{part}_proj.{kind}"
     return names
 
 
-def _check_extra(shapes: Shapes, used: set[str], prefix: str) -> None:
+def _check_extra(shapes: Shapes, used: set[str], further: list[str]) -> None:
     """Refuse tensors that nothing reads: the config would describe another model."""
     # Old buffers, and a head that is tied or that a classifier was cut from.
     harmless = ("rotary_emb.inv_freq",)
-    extra = [n for n in shapes if n not in used and not n.endswith(harmless) and n != "lm_head.weight"]
+    extra = {n for n in shapes if n not in used and not n.endswith(harmless) and n != "lm_head.weight"}
     if extra:
+        # Those of a head say more than those of the backbone.
+        named = [name for name in further if name in extra] or sorted(extra)
         raise ConfigError(
-            f"the weights have {len(extra)} tensors that a model of this config has no place for, '{sorted(extra)[0]}' "
-            "first; the config is of another model, or the architecture is not supported"
+            f"the weights have {len(extra)} tensors that a model of this config has no place for: "
+            f"{', '.join(f'{name} {shapes[name]}' for name in named[:6])}{', ...' if len(extra) > 6 else ''}; "
+            "the config is of another model, or the architecture is not one of those in docs/reward_models.md"
         )
 
 
-def _stops(config: Mapping[str, Any]) -> list[int]:
-    found = config.get("eos_token_id")
-    found = found if isinstance(found, list) else [found]
-    return [token for token in found if isinstance(token, int)]
+def _token(config: Mapping[str, Any], name: str, vocabulary: int) -> int | None:
+    """A token's id; None if there is none."""
+    token = config.get(name)
+    if token is None:
+        return None
+    if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocabulary:
+        raise ConfigError(
+            f"config.json, '{name}': {token!r} is outside the vocabulary (0 to {vocabulary - 1}); write the id of a "
+            "token that the model has, or null if it has none"
+        )
+    return token
+
+
+def _stops(config: Mapping[str, Any], vocabulary: int) -> list[int]:
+    given = config.get("eos_token_id")
+    tokens = given if isinstance(given, list) else [] if given is None else [given]
+    return [t for token in tokens if (t := _token({"eos_token_id": token}, "eos_token_id", vocabulary)) is not None]

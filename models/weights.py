@@ -13,6 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from .config import ConfigError
+from .files import unpickling
 
 __all__ = ["WEIGHTS_FILE", "Weights"]
 
@@ -91,8 +92,7 @@ def _shards(folder: Path) -> dict[Path, set[str]]:
         if not single.is_file() and pickled:
             raise ConfigError(
                 f"{folder}: {pickled[0]} is a pickle, which can run any code when it is opened, and is never read; "
-                f"expected {WEIGHTS_FILE}: save the model again with safetensors "
-                "(`save_pretrained` of transformers does)"
+                f"expected {WEIGHTS_FILE}. {unpickling(pickled)}"
             )
         return {single: set()}
     try:

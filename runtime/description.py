@@ -26,6 +26,8 @@ def describe_scoring(scoring: Scoring) -> str:
         parts.append(f"label {scoring.label}")
     parts.append({"none": "raw"}.get(scoring.activation, f"{scoring.activation}: probabilities"))
     tokens = {"step token": scoring.step_token, "end token": scoring.end_token, "pad token": scoring.pad_token}
+    if scoring.steps_from is not None:
+        parts.append(f"steps according to {scoring.steps_from}")
     tokens["stop tokens"] = scoring.stop_tokens or None  # type: ignore[assignment]
     return f"{', '.join(parts)}; {listed(tokens)}"
 

@@ -82,6 +82,8 @@ class Scoring(_Frozen, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Names of the scorer's labels, in order, if they have any."""
     step_token: int | None = None
     """Ends a step; the step forms of the aggregations read only these positions."""
+    steps_from: str | None = None
+    """What said where steps end: an option of the export, the checkpoint's config, or its architecture there."""
     end_token: int | None = None
     """Appended to a text candidate that does not end with it, unless the caller says that it is partial."""
     stop_tokens: list[int] = []

@@ -177,6 +177,7 @@ def make(folder: Path, family: str, head: str, rng, dtype=torch.float32, kind=No
     if head == "value":
         model.v_head = _ValueHead(model.config.hidden_size)
         step, soft = "\n", lambda x: x[..., 0].sigmoid()
+        overrides = Overrides(step_text="\n", activation="sigmoid")
     if head == "step tag":
         overrides, step = Overrides(label_tokens=["+", "-"], step_text="\n"), "\n"
     for parameter in model.parameters():

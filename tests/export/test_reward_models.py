@@ -145,6 +145,7 @@ def test_the_commands(tmp_path, rng):
     assert all(1 <= len(s) <= answer.count("\n") for s, answer in zip(found["step_scores"], ANSWERS, strict=True))
     manifest = read_verified(tmp_path / "out")
     assert manifest.text.checked_against is not None
+    assert manifest.scoring.steps_from == "config.json, 'architectures': MistralForTokenClassification"
     assert set(manifest.graphs) == {"score", "rank"}
 
 

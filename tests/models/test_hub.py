@@ -34,7 +34,7 @@ try:
     folder, sha = download(parse_source(sys.argv[1]))
     print(json.dumps([str(folder), sha]))
 except ConfigError as e:
-    assert e.__cause__ is not None or "pickle" in str(e) or "found" in str(e)
+    assert e.__cause__ is not None or any(word in str(e) for word in ("pickle", "found", "adapter"))
     print(json.dumps(str(e)))
 assert "torch" not in sys.modules
 """
@@ -148,14 +148,28 @@ def test_a_branch_that_moves_gives_two_commits_and_each_keeps_its_files(hub, fet
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "model.pt", "model.pkl"])
 def test_a_repository_of_pickles_is_refused(hub, fetch, name):
     hub.push({"config.json": b"{}", name: b"pickle", "checkpoint-5/model.safetensors": b"older"})
-    with pytest.raises(ConfigError, match=rf"only {name}: a pickle, which can run any code.*save_pretrained"):
+    with pytest.raises(ConfigError, match=rf"only {name}: a pickle, .*{REPO}@refs/pr/N .*weights_only=True"):
         fetch()
     assert hub.asked == ["config.json"]
 
 
+def test_the_hub_s_own_safetensors_are_at_the_revision_that_the_refusal_names(hub, fetch):
+    hub.push({"config.json": b"{}", "pytorch_model.bin": b"pickle"})
+    sha = hub.push(FAKE, branch="refs/pr/7")
+    assert fetch(f"{REPO}@refs/pr/7")[1] == sha
+
+
 def test_a_repository_without_weights_says_what_it_holds(hub, fetch):
-    hub.push({"config.json": b"{}", "adapter_model.safetensors": b"adapter"})
-    with pytest.raises(ConfigError, match=r"expected model\.safetensors in it; found adapter_model.*, config\.json"):
+    hub.push({"config.json": b"{}", "other.safetensors": b"weights"})
+    with pytest.raises(ConfigError, match=r"expected model\.safetensors in it; found config\.json, other\.safetensors"):
+        fetch()
+
+
+@pytest.mark.parametrize("base", [{}, FAKE])
+def test_an_adapter_is_refused_with_or_without_its_model(hub, fetch, base):
+    settings = json.dumps({"peft_type": "LORA", "task_type": "SEQ_CLS", "base_model_name_or_path": "org/base"})
+    hub.push({**base, "adapter_config.json": settings.encode(), "adapter_model.safetensors": b"adapter"})
+    with pytest.raises(ConfigError, match=r"an adapter \(LORA of org/base\) that is not merged.*Merge it once"):
         fetch()
 
 

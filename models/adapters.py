@@ -1,0 +1,81 @@
+"""Adapters of peft, which are refused until they are merged: without them the model would be another one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from .config import ConfigError
+
+__all__ = ["ADAPTER_FILES", "check_adapter_files", "check_adapter_names"]
+
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+_WRAPPER = "base_model.model."
+# What the parts of a tensor's name are, or begin with, where one of peft's methods has put them into a model.
+_PARTS = {"base_layer", "modules_to_save", "original_module", "prompt_encoder", "prompt_embeddings"}
+_METHODS = (
+    *("lora", "adamss", "adaption_prompt", "beft", "boft", "c3a", "cartridge", "cpt", "deft", "delora", "fourierft"),
+    *("frod", "glora", "gralora", "hada", "hira", "hra", "ia3", "lily", "ln_tuning", "lokr", "miss", "bone", "oft"),
+    *("osf", "peanut", "poly", "prefix_tuning", "prompt_tuning", "multitask_prompt_tuning", "p_tuning", "psoft"),
+    *("pvera_lambda", "randlora", "road", "shadow", "shira", "supertuning", "tinylora", "trainable_tokens", "unilora"),
+    *("vblora", "vera_lambda", "waveft", "xlora"),
+)
+_PREFIXES = tuple(f"{method}_" for method in _METHODS)
+# Of adapter_config.json: which of peft's classes loads the model with its head.
+_TASKS = {"SEQ_CLS": "SequenceClassification", "TOKEN_CLS": "TokenClassification"}
+
+
+def check_adapter_files(folder: Path) -> None:
+    """Refuse a folder that holds an adapter, with or without the model that it changes.
+
+    Raises:
+        ConfigError: names the file, and how it is merged.
+    """
+    found = [name for name in ADAPTER_FILES if (folder / name).is_file()]
+    if not found:
+        return
+    settings = _settings(folder)
+    kind = settings.get("peft_type") or "peft"
+    base = settings.get("base_model_name_or_path")
+    raise ConfigError(
+        f"{folder / found[0]}: an adapter ({kind}{f' of {base}' if base else ''}) that is not merged into its model; "
+        f"expected the merged weights. Merge it once: {_merge(folder, settings)}; then pass MERGED. Where the weights "
+        f"beside it are merged already, take {' and '.join(found)} out of the folder"
+    )
+
+
+def check_adapter_names(names: Iterable[str]) -> None:
+    """Refuse weights that were saved with an adapter inside, or under the names of its wrapper.
+
+    Raises:
+        ConfigError: names the first such tensor, and how to save the model without.
+    """
+    for name in sorted(names):
+        if name.startswith(_WRAPPER) or any(p in _PARTS or p.startswith(_PREFIXES) for p in name.split(".")):
+            raise ConfigError(
+                f"tensor '{name}' is of a model with an adapter of peft that is not merged; expected the merged "
+                "weights: in the program that made it, save `model.merge_and_unload()` with `save_pretrained(MERGED)`, "
+                "and pass MERGED"
+            )
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads((folder / ADAPTER_FILES[0]).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return settings if isinstance(settings, dict) else {}
+
+
+def _merge(folder: Path, settings: dict[str, Any]) -> str:
+    """The command that merges the adapter, its head included."""
+    task = _TASKS.get(str(settings.get("task_type")), "CausalLM")
+    # A reward model has one label; peft would make a head of two.
+    labels = ", num_labels=1" if task == "SequenceClassification" else ""
+    return (
+        f'python -c "from peft import AutoPeftModelFor{task} as A; '
+        f"A.from_pretrained({str(folder)!r}{labels}).merge_and_unload().save_pretrained('MERGED')\" "
+        f"and copy the tokenizer's files to it"
+    )

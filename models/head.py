@@ -1,0 +1,177 @@
+"""The head of a checkpoint as transformers writes it: which it is, told by its tensors, and how its score is read.
+
+=================================  ========================================  =====================  =================
+tensors                            who writes them                           scorer                 read at
+=================================  ========================================  =====================  =================
+score.weight [score.bias]          *ForSequenceClassification                linear                 last token
+the same                           *ForTokenClassification                   linear                 ends of steps
+score.0.*, score.2.*               *ForRewardModel                           Linear, ReLU, Linear   last token
+the same                           *ForProcessRewardModel                    Linear, ReLU, Linear   ends of steps
+v_head.summary.* or v_head.*       a model with a value head                 linear                 last token
+the same                           *ForPrmModel                              linear, sigmoid        ends of steps
+none                               *ForCausalLM that answers with a token    rows of lm_head        as the caller says
+=================================  ========================================  =====================  =================
+
+A head alone says nothing about steps: the architecture does, or the caller.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from .config import ConfigError
+from .fields import normalizes
+
+__all__ = ["PARTS", "Head", "architecture", "read_head"]
+
+PARTS = ("weight", "bias")
+_STEPWISE = ("ForTokenClassification", "ForProcessRewardModel", "ForPrmModel")
+_LINEAR = ("score", "v_head.summary", "v_head")
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Head:
+    """A scorer in our terms.
+
+    Attributes:
+        options: of the network's config.
+        names: our parameter name -> the checkpoint's.
+        scoring: fields of the artifact's scoring rule; without `aggregation` nothing says whether there are steps.
+        steps: how a step ends in text: `step_text` and `step_split`.
+        normal: mean and standard deviation of rewards, which make a score of what the head gives; or None.
+    """
+
+    options: dict[str, Any]
+    names: dict[str, str] = field(default_factory=dict)
+    scoring: dict[str, Any] = field(default_factory=dict)
+    steps: dict[str, str] = field(default_factory=dict)
+    normal: tuple[float, float] | None = None
+
+
+def architecture(config: Mapping[str, Any]) -> str:
+    """The first class that config.json names, or an empty text."""
+    return str((config.get("architectures") or [""])[0])
+
+
+def read_head(
+    config: Mapping[str, Any],
+    shapes: Shapes,
+    further: list[str],
+    label_tokens: tuple[int, ...] | None,
+    new_scorer: bool,
+) -> Head:
+    """Find the head among the tensors.
+
+    Args:
+        config: the parsed config.json.
+        shapes: of every tensor, by its name.
+        further: names of the tensors beside backbone and vocabulary head.
+        label_tokens: the tokens whose logits are the labels, for a model that answers with one.
+        new_scorer: a model without a head gets a fresh one.
+
+    Raises:
+        ConfigError: there is none that is supported; the tensors that are left over are named.
+    """
+    if label_tokens is not None:
+        options = {"scorer_kind": "linear", "scorer_bias": False, "num_labels": len(label_tokens)}
+        return Head(options, scoring={"activation": "softmax"})
+    if "score.0.weight" in shapes and "score.2.weight" in shapes:
+        return _mlp(config, shapes)
+    for name in _LINEAR:
+        if f"{name}.weight" in shapes:
+            return _linear(config, shapes, name)
+    if new_scorer:
+        return Head({}, scoring={"activation": "sigmoid"})
+    raise ConfigError(_no_head(config, shapes, further))
+
+
+def _mlp(config: Mapping[str, Any], shapes: Shapes) -> Head:
+    labels = _labels(config.get("id2label"), shapes["score.2.weight"][0])
+    options = {"scorer_kind": "mlp", "scorer_activation": "relu", "scorer_hidden": shapes["score.0.weight"][0]}
+    names = {f"network.scorer.dense{i}.{p}": f"score.{n}.{p}" for i, n in ((1, 0), (2, 2)) for p in PARTS}
+    # As its authors do: steps are divided by blank lines, and each ends with a token of its own.
+    known = architecture(config).endswith("ForProcessRewardModel")
+    steps = {"step_text": "<extra_0>", "step_split": "\n\n"} if known else {}
+    scoring = _rule(labels) | _reading(config)
+    return Head({**options, "num_labels": len(labels)}, names, scoring, steps, _normal(config, len(labels)))
+
+
+def _linear(config: Mapping[str, Any], shapes: Shapes, name: str) -> Head:
+    value = name != "score"
+    labels = _labels(None if value else config.get("id2label"), shapes[f"{name}.weight"][0])
+    bias, normal = f"{name}.bias" in shapes, _normal(config, len(labels))
+    options = {"scorer_kind": "linear", "scorer_bias": bias or normal is not None, "num_labels": len(labels)}
+    names = {f"network.scorer.dense2.{p}": f"{name}.{p}" for p in (PARTS if bias else PARTS[:1])}
+    scoring = _rule(labels) | _reading(config)
+    if value and architecture(config).endswith("ForPrmModel"):
+        scoring["activation"] = "sigmoid"
+    elif value and scoring["aggregation"] == "last":
+        # A value head may rate steps as well: here the caller decides.
+        del scoring["aggregation"]
+    known = architecture(config).endswith("ForPrmModel" if value else "ForTokenClassification")
+    return Head(options, names, scoring, {"step_text": "\n"} if known else {}, normal)
+
+
+def _reading(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Where the score is read, and what says so."""
+    name = architecture(config)
+    if not name.endswith(_STEPWISE):
+        return {"aggregation": "last"}
+    return {"aggregation": "step_last", "steps_from": f"config.json, 'architectures': {name}"}
+
+
+def _labels(named: Any, count: int) -> list[str]:
+    """Names of the labels, in order."""
+    if named is None:
+        return [f"LABEL_{i}" for i in range(count)]
+    if not isinstance(named, dict) or {str(i) for i in range(count)} != {str(key) for key in named}:
+        raise ConfigError(
+            f"config.json, 'id2label': it names {len(named)} labels; the weights of the head have {count}: "
+            "one of the two is of another model"
+        )
+    return [str({str(key): name for key, name in named.items()}[str(i)]) for i in range(count)]
+
+
+def _rule(labels: list[str]) -> dict[str, Any]:
+    """The usual reading: one label as it is; of two the second's probability; of more none is more likely meant."""
+    rule: dict[str, Any] = {"labels": labels}
+    if len(labels) == 2:
+        rule |= {"activation": "softmax", "label": 1}
+    return rule
+
+
+def _normal(config: Mapping[str, Any], labels: int) -> tuple[float, float] | None:
+    """Mean and standard deviation of rewards, where scores are normalized by them (OpenRLHF)."""
+    if not normalizes(config):
+        return None
+    mean, std = config["mean"], config.get("std")
+    numbers = [x for x in (mean, std) if isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)]
+    if len(numbers) != 2 or numbers[1] <= 0 or labels != 1:
+        raise ConfigError(
+            f"config.json, 'normalize_reward': expected numbers 'mean' and 'std' above 0, and a head of one label; "
+            f"found {mean!r:.40}, {std!r:.40} and {labels} labels; set 'normalize_reward' to false for raw scores"
+        )
+    return float(numbers[0]), float(numbers[1])
+
+
+def _no_head(config: Mapping[str, Any], shapes: Shapes, further: list[str]) -> str:
+    name = architecture(config)
+    what = f"'architectures' says {name}" if name else "'architectures' is not given"
+    start = f"the checkpoint has no scorer that is read here (config.json, {what}): "
+    if further:
+        shown = ", ".join(f"{tensor} {shapes[tensor]}" for tensor in further[:6])
+        more = f" and {len(further) - 6} more" if len(further) > 6 else ""
+        return (
+            f"{start}beside the backbone it has {shown}{more}; expected score.weight, score.0.weight with "
+            "score.2.weight, v_head.weight or v_head.summary.weight (docs/reward_models.md lists the heads that are "
+            "supported). One linear layer that is read at the last token may be renamed to score.weight"
+        )
+    return (
+        f"{start}beside the backbone it has no tensors, and expected were score.weight, score.0.weight with "
+        "score.2.weight, v_head.weight or v_head.summary.weight. A language model that answers with a token needs "
+        "--label-tokens; for another train a scorer first, see docs/scorer.md"
+    )
