@@ -11,6 +11,7 @@ import msgspec
 import tokenizers
 
 from ..models.config import ConfigError
+from ..models.files import check_present
 from ..models.tokenizer_files import class_fields
 from .tokenizer_class import build_tokenizer
 
@@ -55,6 +56,7 @@ def read_tokenizer(folder: str | os.PathLike[str], *, template: str | None = Non
         ConfigError: a file is missing or unreadable, or the tokenizer is of a kind that needs transformers to run.
     """
     folder = Path(folder)
+    check_present(folder)
     path = folder / TOKENIZER
     if not path.is_file():
         found = [name for name in (*OTHER_FORMATS, SETTINGS) if (folder / name).is_file()]

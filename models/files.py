@@ -10,12 +10,20 @@ from typing import Any
 from .adapters import check_adapter_files
 from .config import ConfigError
 
-__all__ = ["check_folder", "read_json", "unpickling"]
+__all__ = ["check_folder", "check_present", "read_json", "unpickling"]
 
-_LFS = b"version https://git-lfs.github.com/spec/"
+# How the small text begins that Git LFS leaves where a file was not downloaded.
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _READ = ("*.json", "*.jinja", "*.safetensors", "additional_chat_templates/*.jinja")
 # Weights that lie beside the model's own: other formats of the same, and what no model is computed with.
-_UNREAD = ("model*", "consolidated*", "adapter_model*", "optimizer*", "training_args*")
+_UNREAD = (
+    "model.safetensors",
+    "model.*.safetensors",
+    "model-*-of-*.safetensors",
+    "consolidated*",
+    "adapter_model*",
+    "optimizer*",
+)
 
 
 def check_folder(folder: Path) -> None:
@@ -27,12 +35,21 @@ def check_folder(folder: Path) -> None:
     """
     if not folder.is_dir():
         return
-    for path in _files(folder):
-        _check_present(path)
+    check_present(folder)
     check_adapter_files(folder)
     _check_further_weights(folder)
     if not (folder / "config.json").is_file():
         _check_place(folder)
+
+
+def check_present(folder: Path) -> None:
+    """Refuse a link to nothing, and the small text that Git LFS leaves where a file was not downloaded.
+
+    Raises:
+        ConfigError: names the file, and how to get it.
+    """
+    for path in _files(folder):
+        _check_present(path)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -69,7 +86,6 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _check_present(path: Path) -> None:
-    """Refuse a link to nothing, and the small text that Git LFS leaves where a file was not downloaded."""
     if path.is_symlink() and not path.exists():
         raise ConfigError(
             f"{path} is a link to {path.readlink()}, which is not there: a folder of a hub's cache holds links into "
@@ -79,7 +95,7 @@ def _check_present(path: Path) -> None:
         return
     try:
         with path.open("rb") as file:
-            pointer = file.read(len(_LFS)) == _LFS
+            pointer = file.read(len(_LFS_POINTER)) == _LFS_POINTER
     except OSError:
         return  # who reads it says why it cannot be read
     if pointer:

@@ -319,8 +319,10 @@ def _token(config: Mapping[str, Any], name: str, vocabulary: int) -> int | None:
     if token is None:
         return None
     if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocabulary:
+        # The tokens that end a text may come from either file.
+        file = "config.json or generation_config.json" if name == "eos_token_id" else "config.json"
         raise ConfigError(
-            f"config.json, '{name}': {token!r} is outside the vocabulary (0 to {vocabulary - 1}); write the id of a "
+            f"{file}, '{name}': {token!r} is outside the vocabulary (0 to {vocabulary - 1}); write the id of a "
             "token that the model has, or null if it has none"
         )
     return token

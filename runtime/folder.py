@@ -15,6 +15,8 @@ __all__ = ["MANIFEST", "file_digest", "locate", "read_manifest", "read_verified"
 
 MANIFEST = "manifest.json"
 _MANIFEST_LIMIT = 16 * 2**20
+# How the small text begins that Git LFS leaves where a file was not downloaded.
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def read_verified(folder: Path) -> Manifest:
@@ -28,6 +30,7 @@ def read_verified(folder: Path) -> Manifest:
     for name, path in paths.items():
         expected, size = manifest.files[name], path.stat().st_size
         if size != expected.size:
+            _check_pointer(path)
             raise ArtifactError(
                 f"{path}: expected {expected.size} bytes, found {size}; "
                 "the file was cut or edited: copy the artifact again, or export it again"
@@ -53,10 +56,12 @@ def read_manifest(folder: Path) -> Manifest:
             raise ArtifactError(f"{path}: larger than {_MANIFEST_LIMIT} bytes; this is not a manifest")
         text = path.read_bytes()
     except OSError as e:
+        _check_link(path)
         reason = e.strerror or str(e)
         raise ArtifactError(
             f"{folder} is not an artifact: cannot read {MANIFEST} ({reason}); expected a folder made by `bonnx export`"
         ) from e
+    _check_pointer(path)
     try:
         document = json.loads(text)
     except (ValueError, RecursionError) as e:
@@ -94,12 +99,32 @@ def locate(folder: Path, name: str) -> Path:
     try:
         real = path.resolve(strict=True)
     except (OSError, RuntimeError) as e:
+        _check_link(path)
         raise ArtifactError(f"{path} is missing: copy the artifact again, or export it again") from e
     if not real.is_relative_to(folder.resolve()):
-        raise ArtifactError(f"{path} is a link to {real}, outside the artifact's folder; refused")
+        raise ArtifactError(
+            f"{path} is a link to {real}, outside the artifact's folder; refused. Copy a folder of a hub's cache "
+            "with its links followed (`cp -rL`), or download it into a folder of its own (`hf download --local-dir`)"
+        )
     if not real.is_file():
         raise ArtifactError(f"{path}: expected a file; copy the artifact again, or export it again")
     return path
+
+
+def _check_link(path: Path) -> None:
+    if path.is_symlink() and not path.exists():
+        raise ArtifactError(
+            f"{path} is a link to {path.readlink()}, which is not there; copy the artifact again with its links "
+            "followed (`cp -rL`)"
+        )
+
+
+def _check_pointer(path: Path) -> None:
+    with path.open("rb") as file:
+        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise ArtifactError(
+                f"{path} is a pointer of Git LFS, and not the file itself; run `git lfs pull` in the clone"
+            )
 
 
 def file_digest(path: Path) -> str:

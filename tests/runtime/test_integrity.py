@@ -80,7 +80,7 @@ def test_a_link_out_of_the_folder(edited):
     weights, outside = edited / "onnx/weights.bin", edited.parent / "outside.bin"
     os.replace(weights, outside)
     weights.symlink_to(outside)
-    with pytest.raises(ArtifactError, match="is a link to"):
+    with pytest.raises(ArtifactError, match=r"is a link to .*outside the artifact's folder; .*cp -rL"):
         bonnx.load(edited)
 
 
@@ -90,6 +90,17 @@ def test_a_graph_that_disagrees_with_the_manifest(edited):
     inputs = [msgspec.structs.replace(rank.inputs[0], dtype="float16"), *rank.inputs[1:]]
     reseal(edited, graphs={**manifest.graphs, "rank": msgspec.structs.replace(rank, inputs=inputs)})
     with pytest.raises(ArtifactError, match="the manifest says"):
+        bonnx.load(edited)
+
+
+@pytest.mark.parametrize("name", ["onnx/weights.bin", "manifest.json"])
+def test_pointers_of_git_lfs_and_links_to_nothing(edited, name):
+    (edited / name).write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0a\nsize 1\n")
+    with pytest.raises(ArtifactError, match=rf"{name} is a pointer of Git LFS.*git lfs pull"):
+        bonnx.load(edited)
+    (edited / name).unlink()
+    (edited / name).symlink_to("../blobs/0a0a")
+    with pytest.raises(ArtifactError, match=r"is a link to \.\./blobs/0a0a, which is not there"):
         bonnx.load(edited)
 
 
