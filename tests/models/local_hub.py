@@ -66,7 +66,10 @@ class _Handler(BaseHTTPRequestHandler):
         if hub.token is not None and self.headers["Authorization"] != f"Bearer {hub.token}":
             return self.refuse(403, "GatedRepo")
         kind, _, rest = path.removeprefix(api).partition("/") if path.startswith(api) else ("", "", path[len(page) :])
-        revision, _, name = rest.partition("/")
+        # A branch may have slashes in its name, as refs/pr/1 has.
+        first = rest.partition("/")[0]
+        revision = next((b for b in hub.branches if f"{rest}/".startswith(f"{b}/")), first)
+        name = rest[len(revision) + 1 :]
         sha = hub.branches.get(revision, revision)
         if sha not in hub.commits:
             return self.refuse(404, "RevisionNotFound")
