@@ -47,6 +47,7 @@ from .quantize import quantized
 from .source import check_scoring
 from .tokenizer import TextFiles
 from .trace import DEFAULT_OPSET, OPSETS, trace_graphs
+from .vote import weighed
 
 __all__ = ["export_model", "staged"]
 
@@ -98,7 +99,7 @@ def export_model(
     Raises:
         ExportError: the folder exists, there is no room, or the verification failed; nothing is left behind.
     """
-    scoring, limits = scoring or Scoring(), limits or Limits()
+    scoring, limits = weighed(scoring or Scoring()), limits or Limits()
     _check_options(model, scoring, opset, precision, min_agreement)
     _check_cache(model, limits)
     output = output.absolute()

@@ -144,6 +144,8 @@ def _body(
     done = b.Add(iteration, b.int(1))
     uniform = b.call(random_uniform, stream, done, numbers)
     drawn, drawn_log_probs = b.call(draw_token, logits, uniform, given.temperature, given.top_k, given.top_p)
+    # A token that was drawn from no distribution makes a candidate that cannot win.
+    scores = b.Where(b.IsNaN(log_probs), b.float(np.nan), scores)
     pad = b.int(pad_token)
     lengths = b.ScatterElements(tables.lengths, numbers, b.Cast(running, to=INT), axis=0, reduction="add")
     written = (b.Where(running, tokens, pad), *(b.Where(running, x, b.float(0)) for x in (scores, log_probs)))

@@ -54,7 +54,7 @@ def _votes(checker: Checker) -> Iterator[Case]:
 def _judge_vote(
     checker: Checker, name: str, feeds: dict[str, Array], answered: float, outputs: dict[str, Array]
 ) -> float:
-    best, groups = elect(outputs["candidate_scores"], feeds["answer_ids"], name)
+    best, groups = elect(outputs["candidate_scores"], feeds["answer_ids"], name, checker.scoring.vote_weight)
     if not np.array_equal(outputs["best_index"], best):
         raise ExportError(f"vote {name}: the graph chose {outputs['best_index']}, NumPy {best}")
     if name == VOTES[-1] and answered == 0.7:

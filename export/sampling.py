@@ -67,46 +67,51 @@ def draw_token(logits, uniform, temperature, top_k, top_p):  # type: ignore[no-u
     Args:
         logits: (N, B, V) float32.
         uniform: (N, B) float32 in [0, 1).
-        temperature: float32 scalar; 0 takes the most likely token.
+        temperature: float32 scalar; below 1e-5, or NaN, it takes the most likely token.
         top_k: int64 scalar; 0 keeps all.
-        top_p: float32 scalar in (0, 1]; the smallest set of most likely tokens with that probability is kept.
+        top_p: float32 scalar in (0, 1]; the smallest set of most likely tokens with that probability is kept: one at
+            least, whatever is given.
 
     Returns:
         tokens (N, B) int64 and their log-probabilities (N, B) float32 by the model itself, at temperature 1 and
-        unfiltered.
+        unfiltered; NaN where logits that are NaN or infinite make no distribution, and then the token is any.
     """
     zero = op.Constant(value_int=0)
     zero_real = op.Constant(value_float=0.0)
     one = op.Constant(value_float=1.0)
     last = op.Constant(value_ints=[-1])
     log_all = op.LogSoftmax(logits, axis=-1)
-    greedy = op.Equal(temperature, zero_real)
+    # Not `Less`: NaN is greedy, too.
+    greedy = op.Not(op.GreaterOrEqual(temperature, op.Constant(value_float=1e-5)))
     if greedy:
         token = op.Cast(op.ArgMax(logits, axis=-1, keepdims=1), to=7)
     else:
-        scaled = op.Div(log_all, temperature)
-        probabilities = op.Softmax(scaled, axis=-1)
+        # By infinity, the logarithm of no probability would become NaN.
+        finite = op.Min(temperature, op.Constant(value_float=3.4028234663852886e38))
+        probabilities = op.Softmax(op.Div(log_all, finite), axis=-1)
         point = op.Unsqueeze(uniform, last)
         by_rank = op.Greater(top_k, zero)
-        filtered = op.Or(by_rank, op.Less(top_p, one))
+        tiny = op.Constant(value_float=1.1754943508222875e-38)
+        share = op.Where(op.Greater(top_p, tiny), top_p, tiny)
+        filtered = op.Or(by_rank, op.Less(share, one))
         size = op.Shape(logits, start=2)
         if filtered:
-            # Tokens less likely than (1 - top_p) / V hold less than 1 - top_p together, so none of them is kept; half
+            # Tokens less likely than (1 - share) / V hold less than 1 - share together, so none of them is kept; half
             # of it leaves room for rounding.
-            floor = op.Div(op.Mul(op.Sub(one, top_p), op.Constant(value_float=0.5)), op.Cast(size, to=1))
+            floor = op.Div(op.Mul(op.Sub(one, share), op.Constant(value_float=0.5)), op.Cast(size, to=1))
             likely = op.ReduceSum(op.Cast(op.GreaterOrEqual(probabilities, floor), to=1), last, keepdims=0)
             most = op.Max(op.Cast(op.ReduceMax(likely, keepdims=0), to=7), op.Constant(value_int=1))
             kept_count = op.Min(op.Where(by_rank, top_k, most), size)
-            _, order = op.TopK(scaled, kept_count, axis=-1)
-            by_size = op.GatherElements(probabilities, order, axis=-1)
+            _, order = op.TopK(log_all, kept_count, axis=-1)
+            by_size = op.GatherElements(probabilities, order, axis=2)
             # Among the k best, probabilities are taken anew; without a k those left out count as they are.
             by_size = op.Div(by_size, op.Where(by_rank, op.ReduceSum(by_size, last, keepdims=1), one))
             before = op.CumSum(by_size, op.Constant(value_int=2), exclusive=1)
-            inside = op.Where(op.Or(op.Less(before, top_p), op.GreaterOrEqual(top_p, one)), by_size, zero_real)
+            inside = op.Where(op.Or(op.Less(before, share), op.GreaterOrEqual(share, one)), by_size, zero_real)
             sums = op.CumSum(inside, op.Constant(value_int=2))
             target = op.Mul(point, op.Gather(sums, last, axis=2))
             place = op.ReduceSum(op.Cast(op.LessOrEqual(sums, target), to=1), last, keepdims=1)
-            drawn = op.Cast(op.GatherElements(order, op.Cast(place, to=7), axis=-1), to=7)
+            drawn = op.Cast(op.GatherElements(order, op.Cast(place, to=7), axis=2), to=7)
         else:
             # First the block of 128 tokens, then the token in it: a running sum over the whole vocabulary is slow.
             width = op.Constant(value_ints=[128])
@@ -127,7 +132,7 @@ def draw_token(logits, uniform, temperature, top_k, top_p):  # type: ignore[no-u
             drawn = op.Add(op.Mul(number, width), op.Cast(op.Min(offset, end), to=7))
             drawn = op.Cast(drawn, to=7)
         token = op.Cast(drawn, to=7)
-    log_probability = op.GatherElements(log_all, token, axis=-1)
+    log_probability = op.GatherElements(log_all, token, axis=2)
     return op.Squeeze(token, last), op.Squeeze(log_probability, last)
 
 

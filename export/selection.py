@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from onnxscript import opset18, script
 
 from .builder import Builder, name_value
-from .vote import best_of_n, elect
+from .vote import best_of_n, elect, share
 
 __all__ = ["FUNCTIONS", "aggregate", "append_selection", "plain_selection"]
 
@@ -74,10 +74,12 @@ def aggregate(scores, mask, step_mask, aggregation):  # type: ignore[no-untyped-
     return op.Where(invalid, nan, value)
 
 
-FUNCTIONS = (aggregate, best_of_n, elect)
+FUNCTIONS = (aggregate, best_of_n, share, elect)
 
 
-def append_selection(graph: ir.Graph, builder: Builder, scores: ir.Value, mask: ir.Value) -> None:
+def append_selection(
+    graph: ir.Graph, builder: Builder, scores: ir.Value, mask: ir.Value, vote_weight: str = "score"
+) -> None:
     """Append aggregation and vote to a graph in place.
 
     Args:
@@ -86,12 +88,14 @@ def append_selection(graph: ir.Graph, builder: Builder, scores: ir.Value, mask: 
         builder: collects the nodes that are appended to the graph; it may hold some already.
         scores: (N, B, T) float32.
         mask: (N, B, T) int64.
+        vote_weight: of `Scoring`.
     """
     step_mask = ir.val("step_mask", ir.DataType.INT64, ["step_candidates", "step_batch", "step_length"])
     answer_ids = ir.val("answer_ids", ir.DataType.INT64, ["answer_candidates", "answer_batch"])
     aggregation, vote = (ir.val(name, ir.DataType.INT64, []) for name in ("aggregation", "vote"))
     candidate_scores = builder.call(aggregate, scores, mask, step_mask, aggregation)
-    best_index, group_scores = builder.call(elect, candidate_scores, answer_ids, vote)
+    weights = candidate_scores if vote_weight == "score" else builder.call(share, candidate_scores, answer_ids)
+    best_index, group_scores = builder.call(elect, candidate_scores, weights, answer_ids, vote)
     name_value(candidate_scores, "candidate_scores", ir.DataType.FLOAT, ["num_candidates", "batch"])
     name_value(best_index, "best_index", ir.DataType.INT64, ["batch"])
     name_value(group_scores, "group_scores", ir.DataType.FLOAT, ["num_candidates", "batch"])

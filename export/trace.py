@@ -70,8 +70,8 @@ def _graphs(
     trunk = Trunk(model, activation=scoring.activation, label=scoring.label, fused=opset >= 23).eval()
     width = None if isinstance(model, LanguageModel) else trunk.config.embed_dim
     source = _Source(trunk, opset, None if whole else Repetition(trunk))
-    yield "score", _trace_score(source, width)
-    yield "rank", _trace_rank(source, width)
+    yield "score", _trace_score(source, width, scoring)
+    yield "rank", _trace_rank(source, width, scoring)
     if isinstance(model, LanguageModel) and model.config.vocabulary_head:
         head = VocabularyHead(model)
         prompt, step = _trace_prompt(source, head), _trace_step(source, head)
@@ -85,7 +85,7 @@ def _example(*shape: int, width: int | None = None) -> Tensor:
     return torch.zeros(shape, dtype=torch.int64) if width is None else torch.zeros((*shape, width))
 
 
-def _trace_score(source: _Source, width: int | None) -> ir.Graph:
+def _trace_score(source: _Source, width: int | None, scoring: Scoring) -> ir.Graph:
     # Sizes that no other axis has: equal ones would be taken for the same axis, and 1 for a constant.
     examples = {"input_ids" if width is None else "inputs_embeds": _example(6, 5, width=width)}
     examples["attention_mask"] = torch.ones(6, 5, dtype=torch.int64)
@@ -96,11 +96,11 @@ def _trace_score(source: _Source, width: int | None) -> ir.Graph:
     b = Builder("selection")
     mask, scores = graph.inputs[1], graph.outputs[1]
     shape = b.Concat(b.Unsqueeze(count, b.ints(0)), b.ints(-1), b.Shape(mask, start=1), axis=0)
-    append_selection(graph, b, b.Reshape(scores, shape), b.Reshape(mask, shape))
+    append_selection(graph, b, b.Reshape(scores, shape), b.Reshape(mask, shape), scoring.vote_weight)
     return graph
 
 
-def _trace_rank(source: _Source, width: int | None) -> ir.Graph:
+def _trace_rank(source: _Source, width: int | None, scoring: Scoring) -> ir.Graph:
     suffix = "ids" if width is None else "embeds"
     examples = {
         f"prompt_{suffix}": _example(2, 5, width=width),
@@ -111,7 +111,7 @@ def _trace_rank(source: _Source, width: int | None) -> ir.Graph:
     prompt, candidate = ["batch", "prompt_length"], ["num_candidates", "batch", "length"]
     axes = [prompt, prompt, candidate, candidate]
     graph = _trace(source, RankGraph(source.trunk), examples, axes, {"scores": candidate})
-    append_selection(graph, Builder("selection"), graph.outputs[0], graph.inputs[3])
+    append_selection(graph, Builder("selection"), graph.outputs[0], graph.inputs[3], scoring.vote_weight)
     return graph
 
 

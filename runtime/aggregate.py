@@ -50,17 +50,18 @@ def best_of_n(candidate_scores: Array) -> Array:
     return np.where(usable.any(axis=0), winners.argmax(axis=0), -1).astype(np.int64)
 
 
-def elect(candidate_scores: Array, answer_ids: Array, vote: str) -> tuple[Array, Array]:
+def elect(candidate_scores: Array, answer_ids: Array, vote: str, vote_weight: str = "score") -> tuple[Array, Array]:
     """The winners of a vote.
 
     Args:
         candidate_scores: (N, B) float32.
         answer_ids: broadcastable to (N, B), int64, equal for equal answers; below 0 where no answer was found.
         vote: one of `VOTES`.
+        vote_weight: of `Scoring`: what a candidate adds to its answer in a weighted vote.
 
     Returns:
-        best_index (B) int64, -1 for no winner; group_scores (N, B) float32: the sum or count of each candidate's
-        answer, NaN for one that cannot win; where there is no vote or no voter, each candidate's own score.
+        best_index (B) int64, -1 for no winner; group_scores (N, B) float32: the sum of weights or the count of each
+        candidate's answer, NaN for one that cannot win; where there is no vote or no voter, each candidate's own score.
     """
     best, groups = best_of_n(candidate_scores), candidate_scores.copy()
     ids = np.broadcast_to(answer_ids, candidate_scores.shape)
@@ -69,10 +70,22 @@ def elect(candidate_scores: Array, answer_ids: Array, vote: str) -> tuple[Array,
         if vote == "score" or not voters:
             continue
         groups[:, b] = np.nan
+        weights = np.ones(len(column))
+        if vote == "weighted":
+            weights = column.astype(float)
+            if vote_weight == "softmax":
+                weights[voters] = _softmax(column[voters])
         for n in voters:
-            weights = [float(column[m]) if vote == "weighted" else 1.0 for m in voters if answers[m] == answers[n]]
-            groups[n, b] = sum(weights)
+            groups[n, b] = sum(weights[m] for m in voters if answers[m] == answers[n])
         leader = int(best_of_n(groups[:, b : b + 1])[0])
         together = (answers == answers[leader]) & ~np.isnan(groups[:, b])
         best[b] = best_of_n(np.where(together, column, np.nan)[:, None])[0]
     return best, groups
+
+
+def _softmax(scores: Array) -> Array:
+    """Shares (n,) float32 of scores (n,) float32; those that are the greatest share all of it if it is infinite."""
+    behind = np.where(scores == scores.max(), np.float32(0), scores - scores.max())
+    weights = np.exp(behind.astype(np.float64))
+    shares: Array = (weights / weights.sum()).astype(np.float32)
+    return shares

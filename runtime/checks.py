@@ -18,7 +18,12 @@ __all__ = ["check_flag", "check_function", "check_number", "check_path", "is_lis
 def shown(value: object) -> str:
     """A value as an error names it: how it begins, and its type where that does not show."""
     plain = value is None or isinstance(value, str | bytes | int | float | complex | np.generic | list | tuple | dict)
-    return f"{value!r:.60}" if plain else f"{type(value).__name__} {value!r:.60}"
+    try:
+        said = f"{value!r:.60}"
+    except ValueError:
+        # Python refuses to write integers of thousands of digits.
+        said = "a number of thousands of digits"
+    return said if plain else f"{type(value).__name__} {said}"
 
 
 def is_list(value: object) -> bool:

@@ -15,10 +15,21 @@ from .errors import InputError, near_miss
 from .inputs import aggregation_code
 from .session import Array
 
-__all__ = ["FINISH_REASONS", "Candidate", "GenerateOptions", "Generation", "Request", "check_whole", "make_request"]
+__all__ = [
+    "FINISH_REASONS",
+    "GREEDY_BELOW",
+    "Candidate",
+    "GenerateOptions",
+    "Generation",
+    "Request",
+    "check_whole",
+    "make_request",
+]
 
 # `generate.onnx` gives an index into the first three.
 FINISH_REASONS = ("length", "stop", "pruned", "deadline")
+# Divided by less, the last bits of two logits decide which token is drawn: then the most likely one is taken.
+GREEDY_BELOW = np.float32(1e-5)
 
 
 @dataclass(frozen=True)
@@ -75,7 +86,7 @@ class GenerateOptions(TypedDict, total=False):
     max_new_tokens: int
     """Longest completion; what the artifact's limit leaves if not given."""
     temperature: float
-    """Divides the logits; 0 takes the most likely token; 1 if not given."""
+    """Divides the logits; 0, and whatever is below 1e-5, takes the most likely token; 1 if not given."""
     top_k: int
     """Draw from the k most likely tokens; 0, the default, from all."""
     top_p: float
@@ -93,13 +104,22 @@ class GenerateOptions(TypedDict, total=False):
 
 
 def check_whole(name: str, value: object, least: int, otherwise: str = "") -> None:
-    """Refuse what is no whole number of at least `least`; `otherwise` says what else would do.
+    """Refuse what is no whole number of at least `least` that fits into 64 bits; `otherwise` says what else would do.
 
     Raises:
         InputError: names it.
     """
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not least <= value < 2**63:
-        raise InputError(f"{name}: expected a whole number of at least {least}{otherwise}; got {shown(value)}")
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not whole or not least <= value < 2**63:  # type: ignore[operator]
+        most = " and below 2^63" if whole and value >= 2**63 else ""  # type: ignore[operator]
+        raise InputError(f"{name}: expected a whole number of at least {least}{most}{otherwise}; got {shown(value)}")
+
+
+def _float32(value: Any) -> np.float32:
+    """A number as a graph takes it; infinite if it is too large."""
+    with np.errstate(over="ignore"):
+        rounded: np.float32 = np.float32(float(value))
+    return rounded
 
 
 @dataclass(frozen=True)
@@ -107,7 +127,7 @@ class Request:
     """Checked options of one generation.
 
     Raises:
-        InputError: an option has no meaning; it is named.
+        InputError: an option is invalid; it is named.
     """
 
     n: int
@@ -125,18 +145,23 @@ class Request:
         aggregation_code(self.aggregation)
         for name, least in (("n", 1), ("max_new_tokens", 1), ("top_k", 0), ("prune_every", 0), ("seed", -(2**63))):
             check_whole(name, getattr(self, name), least)
-        greedy = "a number of at least 0 (0 is greedy)"
-        check_number("temperature", self.temperature, greedy, lambda value: 0 <= value < math.inf)
+        # Finite as the float32 that the graph takes, too.
+        greedy = "a number of at least 0 (0 is greedy) and at most 3.4e38"
+        check_number(
+            "temperature", self.temperature, greedy, lambda value: 0 <= value and math.isfinite(_float32(value))
+        )
         for name in ("top_p", "prune_keep"):
             expected = "a number above 0 and at most 1"
             check_number(name, getattr(self, name), expected, lambda value: 0 < value <= 1)
 
     def drawing(self) -> dict[str, Array]:
         """The feeds of a draw."""
+        temperature, top_p = _float32(self.temperature), _float32(self.top_p)
         return {
-            "temperature": np.array(self.temperature, np.float32),
+            "temperature": np.array(temperature if temperature >= GREEDY_BELOW else 0, np.float32),
             "top_k": np.array(self.top_k, np.int64),
-            "top_p": np.array(self.top_p, np.float32),
+            # A share that float32 rounds to 0 still holds the most likely token.
+            "top_p": np.array(max(top_p, np.finfo(np.float32).tiny), np.float32),
         }
 
 
@@ -146,7 +171,7 @@ def make_request(
     """Check options and fill in what was not given.
 
     Raises:
-        InputError: an option is unknown (the near miss is named) or has no meaning.
+        InputError: an option is unknown (the near miss is named) or invalid.
     """
     known = GenerateOptions.__annotations__
     for name in options:

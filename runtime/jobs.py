@@ -209,7 +209,8 @@ def run_jobs(
         index, group_scores = best[column], groups[rows, column]
         if len(job.values) < filled[column]:
             # The graph chose among the candidates of all jobs in this column.
-            chosen, counted = elect(found[rows, column, None], job.ballot.ids, job.ballot.vote)
+            ballot = job.ballot
+            chosen, counted = elect(found[rows, column, None], ballot.ids, ballot.vote, ballot.vote_weight)
             index, group_scores = chosen[0], counted[:, 0]
         try:
             results.append(_ranking(job, int(index), scores[rows, column], found[rows, column], group_scores))

@@ -76,6 +76,9 @@ class Scoring(_Frozen, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Used when a program does not choose."""
     activation: Literal["none", "sigmoid", "softmax"] = "none"
     """Applied to every position inside the graph; `sigmoid`, and `softmax` over the labels, give probabilities."""
+    vote_weight: Literal["score", "softmax"] = "score"
+    """What a candidate adds to its answer in a weighted vote, inside the graph: its score, or, of raw scores, which may
+    be below 0, its share in the softmax of the scores of those that vote. Export sets it by the activation."""
     label: int = 0
     """Which of the scorer's labels is the score."""
     labels: list[str] = []

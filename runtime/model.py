@@ -145,8 +145,8 @@ class Model:
             truncate: leave out the beginning of a prompt that is too long, instead of an error; `Ranking.cut` says how
                 much. A candidate is never cut.
             vote: `score` (the best candidate), or the best candidate of one answer: `weighted` (the answer whose
-                candidates' scores sum to most) or `majority` (the answer of most candidates). If no candidate has an
-                answer, the best candidate wins.
+                candidates' weights sum to most: their probabilities, or the softmax of raw scores) or `majority` (the
+                answer of most candidates). If no candidate has an answer, the best candidate wins.
             answers: what each candidate votes for, anything hashable or None; or how to find it in a text: `boxed`,
                 `number` or `regex:PATTERN` (see `bonnx.runtime.answers`), or a function of a candidate. Needed to vote.
 
@@ -192,7 +192,7 @@ class Model:
         check_flag("truncate", truncate)
         check_some(candidates, "candidates")
         rows = self.reader.pairs(prompt, candidates, partial=partial, truncate=truncate)
-        ballot = make_ballot(vote, answers, candidates, "candidates", rows.unreadable)
+        ballot = make_ballot(vote, answers, candidates, "candidates", rows.unreadable, self.manifest.scoring)
         values, mask = self._padded(rows)
         steps = self._steps(name, rows, values, step_masks)
         assert rows.prompt is not None
@@ -274,7 +274,7 @@ class Model:
         selection = {"aggregation": np.array(aggregation_code(name), np.int64)}
         check_some(rows, "rows")
         read = self.reader.rows(rows, "rows", partial=partial)
-        ballot = make_ballot(vote, answers, rows, "rows", read.unreadable)
+        ballot = make_ballot(vote, answers, rows, "rows", read.unreadable, self.manifest.scoring)
         selection |= ballot.feeds()
         values, mask = self._padded(read)
         feeds = selection | {

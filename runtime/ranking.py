@@ -29,8 +29,8 @@ class Ranking:
         margin: how far the winner is ahead: its score minus the next candidate's, or with a vote its answer's score
             minus the next answer's; None if there is no other.
         answers: for each candidate what it votes for, None for none; None if no answers were given.
-        group_scores: (num_candidates,) float32, with a vote: the sum or count of each candidate's answer, NaN for one
-            that cannot win; each candidate's own score if none that counts has an answer.
+        group_scores: (num_candidates,) float32, with a vote: the sum of weights or count of each candidate's answer,
+            NaN for one that cannot win; each candidate's own score if none that counts has an answer.
         step_scores: for each candidate its scores where a step ends, (steps,) float32; None unless the aggregation
             reads steps.
         cut: tokens of the prompt that were left out, if that was allowed.

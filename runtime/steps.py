@@ -46,6 +46,8 @@ class Growing:
 
     def add(self, numbers: Array, tokens: Array, scores: Array, log_probs: Array) -> None:
         """One token of each running candidate: all (rows,)."""
+        # As in the graph: a token drawn from no distribution makes a candidate that cannot win.
+        scores = np.where(np.isnan(log_probs), np.float32(np.nan), scores)
         for name, new in (("tokens", tokens), ("scores", scores), ("log_probs", log_probs)):
             old = getattr(self, name)
             column = np.zeros((len(old), 1), old.dtype)

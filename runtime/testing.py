@@ -15,7 +15,7 @@ from .inputs import Item, aggregation_code, check_masks, check_some, check_stop,
 from .ranking import Ranking, winner
 from .steps import clock
 from .text import NO_TOKENS
-from .vote import Answers, make_ballot
+from .vote import Answers, check_weight, make_ballot
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -68,8 +68,8 @@ class FakeModel:
         """As `Model.rank`; `partial` changes nothing, and the only candidates that cannot be read are empty ones.
 
         Raises:
-            InputError: nothing to rank, an unknown aggregation or vote, a step aggregation without step_masks, or a
-                vote without answers.
+            InputError: nothing to rank, an unknown aggregation or vote, a step aggregation without step_masks, a vote
+                without answers, or a weighted vote of scores below 0.
             NoWinnerError: every score is NaN.
         """
         check_flag("partial", partial)
@@ -113,6 +113,9 @@ class FakeModel:
             marks = [1] * len(row) if step_masks is None else step_masks[i]
             steps[i, 0, : len(marks)] = marks
         found, _ = aggregate(padded, mask, steps, name.removeprefix("step_"))
+        if vote == "weighted":
+            for i in np.flatnonzero(ballot.ids[:, 0] >= 0).tolist():
+                check_weight(float(found[i, 0]), f"the score of candidates[{i}]")
         best, groups = elect(found, ballot.ids, vote)
         index = winner(int(best[0]), "candidates")
         standing = ballot.count(found[:, 0], groups[:, 0])

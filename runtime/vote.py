@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from .answers import extractor
 from .checks import is_list, shown
 from .errors import InputError
-from .manifest import VOTES
+from .manifest import VOTES, Scoring
 from .session import Array
 
-__all__ = ["Answers", "Ballot", "Standing", "make_ballot"]
+__all__ = ["Answers", "Ballot", "Standing", "check_weight", "make_ballot"]
 
 # One for each candidate, None for none; the name of an extractor; or a function of a candidate.
 Answers: TypeAlias = Sequence[Hashable | None] | str | Callable[[Any], Hashable | None]
@@ -38,11 +38,13 @@ class Ballot:
         vote: one of `VOTES`.
         answers: one for each candidate, None for none; None if none were given.
         ids: (N, 1) int64, equal for equal answers, -1 for none.
+        vote_weight: of `Scoring`.
     """
 
     vote: str
     answers: tuple[Hashable | None, ...] | None
     ids: Array
+    vote_weight: str = "score"
 
     def feeds(self) -> dict[str, Array]:
         """The graph's inputs."""
@@ -74,8 +76,27 @@ class Ballot:
         return Standing(tuple(order.tolist()), margin, self.answers, group_scores if voted else None)
 
 
+def check_weight(score: float, what: str) -> float:
+    """A score of the caller's own that is a weight of a vote; NaN does not count, so it may be one.
+
+    Raises:
+        InputError: it is below 0, and would count against the answer that it is given for.
+    """
+    if score < 0:
+        raise InputError(
+            f"{what}: in a weighted vote a score is its candidate's weight; expected 0 or more, got {score:g}; give a "
+            "probability, such as 1 / (1 + exp(-score)), or exp(score), or vote by 'score' or 'majority'"
+        )
+    return score
+
+
 def make_ballot(
-    vote: str, answers: Answers | None, candidates: Sequence[Any], what: str, unreadable: Collection[int] = ()
+    vote: str,
+    answers: Answers | None,
+    candidates: Sequence[Any],
+    what: str,
+    unreadable: Collection[int] = (),
+    scoring: Scoring | None = None,
 ) -> Ballot:
     """Read the answers of candidates.
 
@@ -85,9 +106,11 @@ def make_ballot(
         candidates: what an extractor reads.
         what: what they are called in messages.
         unreadable: indices of those that cannot be read; an extractor does not see them.
+        scoring: of the artifact that scores; None for scores that are weights as they are.
 
     Raises:
-        InputError: no such vote or extractor, a vote without answers, or answers that do not fit the candidates.
+        InputError: no such vote or extractor, a vote without answers, answers that do not fit the candidates, or a
+            weighted vote of an older artifact's raw scores.
     """
     if not isinstance(vote, str) or vote not in VOTES:
         raise InputError(f"vote: expected one of {', '.join(VOTES)}; got {shown(vote)}")
@@ -98,6 +121,11 @@ def make_ballot(
                 "'regex:PATTERN', or a function that takes one of them"
             )
         return Ballot(vote, None, np.full((len(candidates), 1), -1, np.int64))
+    if vote == "weighted" and scoring is not None and scoring.activation == "none" and scoring.vote_weight == "score":
+        raise InputError(
+            "vote='weighted': this artifact's graphs add up raw scores, and one below 0 counts against its own answer; "
+            "export the model again, or vote by 'score' or 'majority'"
+        )
     found = _read(answers, candidates, what, unreadable)
     ids = np.full((len(candidates), 1), -1, np.int64)
     numbers: dict[Hashable, int] = {}
@@ -106,7 +134,7 @@ def make_ballot(
             ids[i] = -1 if answer is None else numbers.setdefault(answer, len(numbers))
         except TypeError as e:
             raise InputError(f"answers[{i}]: expected something hashable or None; got {type(answer).__name__}") from e
-    return Ballot(vote, found, ids)
+    return Ballot(vote, found, ids, "score" if scoring is None else scoring.vote_weight)
 
 
 def _read(

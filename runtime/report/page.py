@@ -26,7 +26,7 @@ ENDINGS = {
 _WORDS = {
     "score": "what the scorer says of a text: how likely it is to be right, or how good it is. Each token's background "
     "shows the score at that token.",
-    "weighted": "weighted vote: candidates with the same answer add up their scores, the answer with most wins.",
+    "weighted": "weighted vote: candidates with the same answer add up their weights, the answer with most wins.",
     "majority": "majority vote: the answer of most candidates wins.",
     "borda": "Borda vote: the candidates that the model was most sure of give most points to their answers.",
     "beam": "beam search: after every step only the best pieces go on, each into several next steps.",

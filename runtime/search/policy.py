@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from ..checks import check_path
 from ..errors import InputError
 from ..folder import replace_file
+from ..generation import check_whole
 from ..manifest import Manifest
 
 __all__ = ["Choice", "Policy", "cross_validated", "fit_policy", "quantile_bins", "read_policy"]
@@ -57,8 +58,9 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         Raises:
             InputError: it knows none that small.
         """
+        check_whole("budget", most, 1)
         known = sorted(map(int, self.choices))
-        if not isinstance(most, int) or most < known[0]:
+        if most < known[0]:
             raise InputError(f"budget: the policy knows {', '.join(map(str, known))}; got {most!r}")
         return max(budget for budget in known if budget <= most)
 

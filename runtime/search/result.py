@@ -104,7 +104,7 @@ class SearchResult:
         return {
             "prompt": prompt,
             "method": self.method,
-            "options": self.options,
+            "options": _plain(self.options),
             "best_index": self.best_index,
             "vote": self.vote,
             "candidates": [
@@ -132,12 +132,16 @@ class SearchResult:
                 for node in self.nodes
             ],
             "cost": asdict(self.cost),
-            "policy": self.policy,
+            "policy": None if self.policy is None else _plain(self.policy),
         }
 
 
 def _number(value: float) -> float | None:
     return value if math.isfinite(value) else None
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: _number(value) if isinstance(value, float) else value for name, value in values.items()}
 
 
 def _numbers(values: list[float]) -> list[float | None]:

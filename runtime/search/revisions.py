@@ -49,12 +49,18 @@ class Revisions:
         return [attempt for chain in done for attempt in chain]
 
     def _attempt(self, tree: Tree, done: list[list[Branch]]) -> list[Branch]:
-        """The next attempt of every chain; chains that have written the same take different candidates."""
+        """The next attempt of every chain; chains that have written the same take different candidates.
+
+        A context that comes again, once the memory holds the same attempts, draws from another seed's numbers: from
+        the same it would get the attempt that it got before.
+        """
         contexts = [tuple(self._context(tree, chain)) for chain in done]
         same, found = Counter(contexts), dict[tuple[int, ...], list[Branch]]()
-        for count in sorted(set(same.values())):
-            batch = [context for context in same if same[context] == count]
-            found |= dict(zip(batch, _generate(tree, batch, count), strict=True))
+        kinds = {context: (count, tree.draws[context]) for context, count in same.items()}
+        for kind in sorted(set(kinds.values())):
+            batch = [context for context in same if kinds[context] == kind]
+            found |= dict(zip(batch, _generate(tree, batch, *kind), strict=True))
+        tree.draws.update(same.keys())
         attempts = []
         for group, context in enumerate(contexts):
             attempt = found[context].pop(0)
@@ -75,13 +81,19 @@ class Revisions:
         return (limit - prompt - self.memory) // (self.memory + 1)
 
 
-def _generate(tree: Tree, contexts: list[tuple[int, ...]], count: int) -> list[list[Branch]]:
-    """`count` completions of each context: one run of one graph."""
+def _seed(seed: int, again: int) -> int:
+    """The seed itself, or the one that takes its place when a context comes again; as a signed number of 64 bits."""
+    return (seed + again * 0x9E3779B97F4A7C15 + 2**63) % 2**64 - 2**63
+
+
+def _generate(tree: Tree, contexts: list[tuple[int, ...]], count: int, again: int) -> list[list[Branch]]:
+    """`count` completions of each context, which was drawn from `again` times before: one run of one graph."""
     width = max(map(len, contexts))
     ids, mask = np.zeros((2, len(contexts), width), np.int64)
     for row, real, context in zip(ids, mask, contexts, strict=True):
         row[width - len(context) :], real[width - len(context) :] = context, 1
-    feeds = generate_feeds(ids, mask, dataclasses.replace(tree.request, n=count), tree.step_token)
+    request = dataclasses.replace(tree.request, n=count, seed=_seed(int(tree.request.seed), again))
+    feeds = generate_feeds(ids, mask, request, tree.step_token)
     names = ["sequences", "lengths", "scores", "log_probs", "finish_reasons", "computed_tokens"]
     tokens, lengths, scores, log_probs, reasons, computed = tree.session("generate").run(feeds, names)
     tree.cost.prompt_tokens += sum(map(len, contexts))

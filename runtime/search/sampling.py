@@ -23,11 +23,11 @@ __all__ = ["Adaptive", "Sampling", "SelfCertainty", "borda", "leader_is_safe", "
 class Sampling:
     """As many completions as the budget says, none of which knows of another."""
 
-    def run(self, tree: Tree, budget: int) -> list[Branch]:
-        """The finished branches."""
-        branches = tree.roots(budget)
-        tree.grow(branches, whole=True)
-        return branches
+    def run(self, tree: Tree, budget: int, begun: Sequence[Branch] = ()) -> list[Branch]:
+        """The finished branches; those that are finished already count."""
+        fresh = tree.roots(max(0, budget - len(begun)))
+        tree.grow(fresh, whole=True)
+        return [*begun, *fresh]
 
 
 @dataclass(frozen=True)
@@ -79,17 +79,15 @@ class Adaptive:
         if not isinstance(self.rule, str) or self.rule not in ("auto", "gain", "leader"):
             raise InputError(f"rule: expected auto, gain or leader; got {shown(self.rule)}")
 
-    def run(self, tree: Tree, budget: int) -> list[Branch]:
-        """The finished branches: the first of those that `Sampling` gives."""
+    def run(self, tree: Tree, budget: int, begun: Sequence[Branch] = ()) -> list[Branch]:
+        """The finished branches: the first of those that `Sampling` gives; those that are finished already count."""
         if self.rule == "leader" and tree.answer_of is None:
             raise InputError("rule: 'leader' needs a vote; pass answers, and vote='weighted' or 'majority'")
-        roots, done = tree.roots(budget), list[Branch]()
-        while len(done) < budget:
-            batch = roots[len(done) : len(done) + self.batch]
+        done, rest = list(begun), tree.roots(max(0, budget - len(begun)))
+        while rest and not (done and self._is_enough(tree, done)):
+            batch, rest = rest[: self.batch], rest[self.batch :]
             tree.grow(batch, whole=True)
             done += batch
-            if self._is_enough(tree, done):
-                break
         return done
 
     def _is_enough(self, tree: Tree, done: Sequence[Branch]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Hashable
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from ..model import Model, checked_request
 from ..ranking import winner
 from ..session import Array
 from ..steps import PRUNED, clock
-from ..vote import Answers, make_ballot
+from ..vote import Answers, Ballot, make_ballot
 from .beam import Beam, Lookahead, Trees
 from .choice import choose, choose_in_chains
 from .policy import Policy, read_policy
@@ -70,28 +71,36 @@ class Search:
         """Spend a budget by the method that a policy has for prompts as hard as this one.
 
         A few completions tell how hard it is. They are the first ones of a method that samples; beside the others'
-        candidates they stand for themselves.
+        candidates, which draw numbers of their own, they stand for themselves.
         """
         stored = policy.budget(budget)
         choices = policy.choices[str(stored)]
-        most = max(policy.probe, stored)
-        tree = self._tree(Sampling(), "best_of_n", most)
-        tree.with_certainty = any(choice.method == "self_certainty" for choice in choices)
-        roots = tree.roots(most)
-        probed = roots[: policy.probe]
+        runners = [_make(choice.method, choice.options) for choice in choices]
+        votes = [self._answer_of(choice.method) for choice in choices]
+        tree = self._tree(Sampling(), "best_of_n", max(policy.probe, stored))
+        tree.with_certainty = any(isinstance(runner, SelfCertainty) for runner in runners)
+        tree.weighs = any(self._vote(choice.method) == "weighted" for choice in choices)
+        tree.reserve(policy.probe + stored)
+        probed = tree.roots(policy.probe)
         tree.grow(probed, whole=True)
-        mean = float(np.nanmean(tree.judge(probed)))
+        scores = tree.judge(probed)
+        mean = math.nan if np.isnan(scores).all() else float(np.nanmean(scores))
         bin_ = policy.bin(mean)
-        choice = choices[bin_]
-        runner = _make(choice.method, choice.options)
-        if isinstance(runner, Sampling):
-            tree.grow([branch for branch in roots if branch.reason < 0], whole=True)
-            branches = roots
-        else:
-            following = self._tree(runner, choice.method, stored)
+        runner, method = runners[bin_], choices[bin_].method
+        if isinstance(runner, Revisions):
+            following = self._tree(runner, method, stored)
             following.cost, following.nodes = tree.cost, tree.nodes
-            tree, branches = following, [*probed, *runner.run(following, stored)]
-        result = self._result(tree, branches, runner, choice.method)
+            following.draws[tuple(self.prompt.tolist())] += 1
+            for i, branch in enumerate(probed):
+                # Each a chain of its own.
+                branch.group = -1 - i
+            tree = following
+        tree.answer_of, tree.request = votes[bin_], dataclasses.replace(tree.request, n=stored)
+        if isinstance(runner, Sampling | Adaptive):
+            branches = runner.run(tree, stored, probed)
+        else:
+            branches = [*probed, *runner.run(tree, stored)]
+        result = self._result(tree, branches, runner, method)
         said = {"mean_score": mean, "bin": bin_ + 1, "bins": len(policy.thresholds) + 1, "budget": stored}
         return dataclasses.replace(result, policy=said)
 
@@ -117,7 +126,7 @@ class Search:
             )
         tree = Tree(model.session, self.prompt, request, scoring.step_token, self.scorer, self.until)
         tree.with_certainty = isinstance(runner, SelfCertainty)
-        tree.answer_of = self._answer_of(method)
+        tree.answer_of, tree.weighs = self._answer_of(method), self._vote(method) == "weighted"
         return tree
 
     def _vote(self, method: str) -> str:
@@ -134,7 +143,7 @@ class Search:
         """What one branch votes for, if the method votes."""
         vote = self._vote(method)
         # Refused now, and not when everything has been computed.
-        make_ballot("score" if vote == "borda" else vote, self.answers, [], "candidates")
+        self._ballot(vote, [])
         if vote == "score":
             return None
 
@@ -145,6 +154,11 @@ class Search:
             return None if found is None else found[0]
 
         return answer_of
+
+    def _ballot(self, vote: str, items: list[Any]) -> Ballot:
+        # Scores of the caller's own are weights as they are; `Tree` refuses those below 0.
+        scoring = self.model.manifest.scoring if self.scorer is None else None
+        return make_ballot("score" if vote == "borda" else vote, self.answers, items, "candidates", (), scoring)
 
     def _text(self, branch: Branch) -> str | None:
         """What a branch says; None where there is no tokenizer."""
@@ -158,14 +172,15 @@ class Search:
         scores = np.where([b.reason == PRUNED for b in branches], np.float32(np.nan), tree.judge(branches))
         candidates = [self._candidate(b, score) for b, score in zip(branches, scores.tolist(), strict=True)]
         items = [b.tokens if c.text is None else c.text for b, c in zip(branches, candidates, strict=True)]
-        ballot = make_ballot("score" if vote == "borda" else vote, self.answers, items, "candidates")
+        ballot = self._ballot(vote, items)
         ids = ballot.ids[:, 0]
         if vote == "borda":
             index, groups = borda(np.array([np.mean(b.certainties) for b in branches]), ids, runner.power)
         elif isinstance(runner, Revisions):
-            index, groups = choose_in_chains(scores, ids, vote, [branch.group for branch in branches])
+            chains = [branch.group for branch in branches]
+            index, groups = choose_in_chains(scores, ids, vote, ballot.vote_weight, chains)
         else:
-            index, groups = choose(scores, ids, vote)
+            index, groups = choose(scores, ids, vote, ballot.vote_weight)
         winner(index, "candidates")
         tree.cost.seconds = time.monotonic() - self.start
         return SearchResult(
@@ -232,6 +247,8 @@ def _make(method: str, settings: dict[str, Any]) -> Any:
     kind, _ = METHODS[method]
     known = [*(field.name for field in dataclasses.fields(kind)), *_SAMPLING]
     for name in settings:
+        if name in _SAMPLING:
+            raise InputError(f"option '{name}' of method '{method}': a policy does not say how to sample; leave it out")
         if name not in known:
             raise InputError(f"unknown option '{name}' of method '{method}'; {near_miss(name, known)}")
     return kind(**settings)

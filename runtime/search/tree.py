@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,6 +22,7 @@ from ..generation import Request
 from ..inputs import is_stepwise
 from ..session import Array, Session
 from ..steps import DEADLINE, LENGTH, PRUNED, STOP
+from ..vote import check_weight
 from .result import Cost, Node
 
 __all__ = ["Branch", "Scorer", "Tree", "certainty"]
@@ -93,25 +95,36 @@ class Tree:
         self.session, self.prompt, self.request = session, prompt, request
         self.step_token, self.scorer, self.deadline = step_token, scorer, deadline
         self.with_certainty, self.answer_of = with_certainty, answer_of
+        # Whether the scores are to be weights of a vote.
+        self.weighs = False
         self.cost, self.nodes = Cost(), list[Node]()
+        # How often each context was drawn from; see `Revisions`.
+        self.draws = Counter[tuple[int, ...]]()
         self._fixed: dict[str, Any] = {}
-        self._numbers = 0
+        self._numbers, self._reserved = 0, list[Branch]()
 
-    def roots(self, count: int) -> list[Branch]:
-        """Branches that have read nothing; numbers and first tokens are those of `generate`."""
-        prefill = self.session("prefill")
+    def reserve(self, count: int) -> None:
+        """Draw the first tokens of so many more branches, which `roots` then gives: the prompt is computed once."""
+        prefill, first = self.session("prefill"), self._numbers
         mask = np.ones((1, len(self.prompt)), np.int64)
         drawing = self.request.drawing()
         feeds = {"input_ids": self.prompt[None], "attention_mask": mask, **drawing}
-        feeds |= {"num_candidates": np.array(count), "seed": np.array(self.request.seed)}
+        feeds |= {"num_candidates": np.array(first + count), "seed": np.array(self.request.seed)}
         found = prefill.values(feeds, logits=self.with_certainty)
         self._fixed = {name: value for name, value in found.items() if name.startswith("prompt_") or name == "stream"}
         self._fixed |= self.session("decode").hold({"attention_mask": mask, **drawing})
         self.cost.prompt_tokens += len(self.prompt)
-        self._numbers = count
+        self._numbers = first + count
         sure = float(certainty(found["logits"].numpy())[0]) if self.with_certainty else math.nan
         tokens, log_probs = found["tokens"].numpy()[:, 0], found["log_probs"].numpy()[:, 0]
-        return [Branch(i, (int(tokens[i]), float(log_probs[i]), sure)) for i in range(count)]
+        self._reserved += [Branch(i, (int(tokens[i]), float(log_probs[i]), sure)) for i in range(first, first + count)]
+
+    def roots(self, count: int) -> list[Branch]:
+        """Branches that have read nothing; numbers and first tokens are those of `generate`. None is given twice."""
+        if len(self._reserved) < count:
+            self.reserve(count - len(self._reserved))
+        given, self._reserved = self._reserved[:count], self._reserved[count:]
+        return given
 
     def fork(self, branch: Branch, count: int) -> list[Branch]:
         """The branch itself and `count - 1` others that go on from where it is, each with a draw of its own."""
@@ -204,7 +217,8 @@ class Tree:
         for branch, score, *drawn in zip(rows, *parts, sure, strict=True):
             token, log_prob, certain = branch.pending
             branch.tokens.append(token)
-            branch.scores.append(score)
+            # As in `generate`: a token drawn from no distribution makes a candidate that cannot win.
+            branch.scores.append(math.nan if math.isnan(log_prob) else score)
             branch.log_probs.append(log_prob)
             branch.certainties.append(certain)
             branch.pending = (drawn[0], drawn[1], drawn[2])
@@ -233,7 +247,7 @@ class Tree:
         """Scores (n,) float32 of branches as they stand; NaN where there is none.
 
         Raises:
-            InputError: a scorer of the caller's raised, or gave something that is no number.
+            InputError: a scorer of the caller's raised, gave something that is no number, or no weight for a vote.
         """
         if self.scorer is not None:
             return np.array([self._ask(self.scorer, branch) for branch in branches], np.float32)
@@ -253,9 +267,10 @@ class Tree:
         ids = [*self.prompt.tolist(), *branch.tokens]
         self.cost.scored_tokens += len(ids)
         try:
-            return float(scorer(ids))
+            score = float(scorer(ids))
         except Exception as e:
             raise InputError(f"scorer: expected a number for {ids}; it raised {type(e).__name__}: {e}") from e
+        return check_weight(score, f"scorer, for {ids}") if self.weighs else score
 
     def judge(self, branches: Sequence[Branch]) -> Array:
         """Scores (n,) float32 of branches that have ended; each is rated once, and its last piece then noted."""

@@ -178,6 +178,81 @@ def test_the_greatest_uniform_and_impossible_tokens(rng):
             assert np.isfinite(log_probs).all()
 
 
-def test_nan_logits_end_in_some_token():
-    tokens, _ = drawn(np.full((2, 1, 9), np.nan), [[0.1], [0.9]])
-    assert ((tokens >= 0) & (tokens < 9)).all()
+# What a program may feed, and the greedy, the filtered or the flat draw that it comes near to.
+GREEDY = [0.0, -0.0, 1e-45, 1e-38, 1e-10, 9.9e-6, -1.0, -math.inf, math.nan]
+STRICTEST = [0.0, 1e-46, 1e-45, 1e-38, 1e-30, -1.0, -math.inf, math.nan]
+MOST = 2**63 - 1
+
+
+@pytest.mark.parametrize("engine", [DRAW_SESSION, ReferenceEvaluator(DRAW)])
+def test_extreme_options_are_what_they_come_near_to(engine, rng):
+    # The reference evaluator gathers from at most 64, and its `LogSoftmax` is -inf where `Softmax` is 0.
+    scales = [0.01, 5, 1e6] if engine is DRAW_SESSION else [0.01, 5]
+    logits = (rng.standard_normal((9, 2, 40)) * rng.choice(scales)).astype(np.float32)
+    points = (rng.integers(0, 2**23, (9, 2)) / 2**23).astype(np.float32)
+    likely = torch.from_numpy(logits).double().argmax(-1).numpy()
+
+    def run(temperature, top_k, top_p):
+        feeds = {"temperature": temperature, "top_p": top_p}
+        feeds = {name: np.array(value, np.float32) for name, value in feeds.items()}
+        with np.errstate(all="ignore"):
+            return engine.run(None, {"logits": logits, "uniform": points, "top_k": np.array(top_k), **feeds})[0]
+
+    for temperature in GREEDY:
+        for top_k, top_p in ((0, 1.0), (3, 1.0), (0, 0.9), (MOST, 1e-46)):
+            assert np.array_equal(run(temperature, top_k, top_p), likely), (temperature, top_k, top_p)
+    for top_p in STRICTEST:
+        for top_k in (0, 3, -5, MOST):
+            assert np.array_equal(run(1.0, top_k, top_p), likely), (top_k, top_p)
+    plain, all_of_them = run(1.0, 0, 1.0), run(1.0, 40, 1.0)
+    for top_p in (1.0, 1 - 1e-12, 1.5, math.inf):
+        for top_k in (0, -1, -(2**63)):
+            assert np.array_equal(run(1.0, top_k, top_p), plain), (top_k, top_p)
+        for top_k in (41, 2**31, MOST):
+            assert np.array_equal(run(1.0, top_k, top_p), all_of_them), (top_k, top_p)
+    for temperature in (1e30, 3e38, math.inf):
+        assert np.array_equal(run(temperature, 1, 1.0), likely)
+        # Every token has the same share, within what 1e6 divided by 1e30 leaves.
+        assert np.array_equal(run(temperature, 0, 1.0), np.floor(points * 40)), temperature
+
+
+@pytest.mark.parametrize("temperature", [1e-5, 3e-5, 1e-3])
+def test_the_smallest_temperatures_that_are_not_greedy_are_float64s(temperature, rng):
+    """Gaps of the temperature's own size: a draw that is neither greedy nor flat."""
+    logits = (rng.standard_normal((500, 1, 40)) * temperature).astype(np.float32)
+    points = rng.random((500, 1)).astype(np.float32)
+    tokens, _ = drawn(logits, points, temperature)
+    double = torch.from_numpy(logits).double()
+    # `LogSoftmax` rounds logits of about 4 to 2.4e-7 and no closer; a temperature makes that a factor of a share.
+    rounding = 4 * 2.4e-7 / temperature
+    sums = (double / np.float32(temperature).item()).softmax(-1).cumsum(-1).numpy()
+    place = np.arange(500)
+    low = np.where(tokens[:, 0] > 0, sums[place, 0, tokens[:, 0] - 1], 0)
+    assert (points[:, 0] >= low - rounding).all()
+    assert (points[:, 0] <= sums[place, 0, tokens[:, 0]] + rounding).all()
+    assert len(set((tokens[:, 0] == logits[:, 0].argmax(-1)).tolist())) == 2
+
+
+@pytest.mark.parametrize("engine", [DRAW_SESSION, ReferenceEvaluator(DRAW)])
+def test_logits_that_are_no_distribution_are_told_by_their_log_probability(engine):
+    logits = np.zeros((6, 1, 9), np.float32)
+    logits[0, 0, 5], logits[1, 0, 7], logits[2], logits[3], logits[4, 0, 2:5] = (
+        math.inf,
+        math.nan,
+        -math.inf,
+        math.nan,
+        math.inf,
+    )
+    # This one is a distribution, in which a token is impossible.
+    logits[5, 0, 0] = -math.inf
+    points = np.array([[0.1], [0.9], [0.0], [0.5], [0.7], [0.0]], np.float32)
+    for temperature in (0.0, 1.0, 1e30, math.inf):
+        for top_k, top_p in ((0, 1.0), (3, 1.0), (0, 0.9), (3, 1e-46)):
+            scalars = {"temperature": np.array(temperature, np.float32), "top_p": np.array(top_p, np.float32)}
+            feeds = {"logits": logits, "uniform": points, "top_k": np.array(top_k), **scalars}
+            with np.errstate(all="ignore"):
+                tokens, log_probs = engine.run(None, feeds)
+            assert ((tokens >= 0) & (tokens < 9)).all()
+            assert np.isnan(log_probs[:5]).all()
+            assert tokens[5] > 0
+            assert within(log_probs[5], [math.log(1 / 8)], RUNTIME)

@@ -8,26 +8,29 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx.reference import ReferenceEvaluator
 
 from bonnx.export.builder import Builder, finish, name_value
 from bonnx.export.selection import FUNCTIONS
-from bonnx.export.vote import elect
+from bonnx.export.vote import elect, share
 from bonnx.runtime.aggregate import best_of_n
 from bonnx.runtime.aggregate import elect as elect_in_numpy
 from bonnx.runtime.manifest import VOTES
 
 
-def vote_model(opset):
+def vote_model(opset, vote_weight):
     given = [
         ir.val("candidate_scores", ir.DataType.FLOAT, ["num_candidates", "batch"]),
         ir.val("answer_ids", ir.DataType.INT64, ["answer_candidates", "answer_batch"]),
         ir.val("vote", ir.DataType.INT64, []),
     ]
     builder = Builder("vote")
-    best, groups = builder.call(elect, *given)
+    scores, ids, vote = given
+    weights = scores if vote_weight == "score" else builder.call(share, scores, ids)
+    best, groups = builder.call(elect, scores, weights, ids, vote)
     name_value(best, "best_index", ir.DataType.INT64, ["batch"])
     name_value(groups, "group_scores", ir.DataType.FLOAT, ["num_candidates", "batch"])
     graph = ir.Graph(given, [best, groups], nodes=[], name="vote")
@@ -42,8 +45,9 @@ def session(model):
     return onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
 
 
-MODELS = [vote_model(opset) for opset in (18, 23)]
+MODELS = [vote_model(opset, "score") for opset in (18, 23)]
 ENGINES = [make(model) for make in (session, ReferenceEvaluator) for model in MODELS]
+RAW = [make(vote_model(opset, "softmax")) for make in (session, ReferenceEvaluator) for opset in (18, 23)]
 
 
 def run(engine, scores, ids, vote):
@@ -52,15 +56,16 @@ def run(engine, scores, ids, vote):
         return engine.run(["best_index", "group_scores"], feeds)
 
 
-def expected(scores, ids, vote):
+def expected(scores, ids, vote, weights=None):
     """Written from the rules for one prompt, in plain Python: winner and group scores."""
+    weights = scores if weights is None else weights
     usable = [i for i, score in enumerate(scores) if not math.isnan(score)]
     voters = [i for i in usable if ids[i] >= 0 and vote != "score"]
     if not voters:
         return max(usable, key=lambda i: (scores[i], -i), default=-1), list(scores)
     totals = Counter()
     for i in voters:
-        totals[ids[i]] += scores[i] if vote == "weighted" else 1
+        totals[ids[i]] += weights[i] if vote == "weighted" else 1
     groups = [totals[ids[i]] if i in voters else math.nan for i in range(len(scores))]
     standing = [answer for answer in dict.fromkeys(ids[i] for i in voters) if not math.isnan(totals[answer])]
     if not standing:
@@ -93,6 +98,60 @@ def test_votes_follow_the_rules(data, engine, vote):
     with np.errstate(invalid="ignore"):
         for found, twin in zip((best, groups), elect_in_numpy(scores, ids, vote), strict=True):
             np.testing.assert_array_equal(found, twin)
+
+
+def softmax(scores):
+    """PyTorch's in float64; where it gives NaN, those that are infinite share everything."""
+    top = max(scores, default=0.0)
+    shares = [float(score == top) for score in scores]
+    if math.isfinite(top):
+        return torch.tensor(scores, dtype=torch.float64).softmax(0).tolist()
+    return [one / sum(shares) for one in shares]
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data(), engine=st.sampled_from(RAW), vote=st.sampled_from(VOTES))
+def test_votes_of_raw_scores_follow_the_rules(data, engine, vote):
+    count, batch = data.draw(st.integers(1, 7)), data.draw(st.integers(1, 3))
+    values = st.sampled_from([-300.0, -5.5, -1.0, -0.0, 0.0, 0.25, 3.0, 300.0, math.nan, math.inf, -math.inf])
+    answers = st.sampled_from(data.draw(st.lists(st.sampled_from(IDS), min_size=1, max_size=4)))
+    size = {"min_size": count * batch, "max_size": count * batch}
+    scores = np.array(data.draw(st.lists(values, **size)), np.float32).reshape(count, batch)
+    ids = np.array(data.draw(st.lists(answers, **size)), np.int64).reshape(count, batch)
+    best, groups = run(engine, scores, ids, vote)
+    for b in range(batch):
+        column, own = scores[:, b].tolist(), ids[:, b].tolist()
+        voters = [i for i in range(count) if own[i] >= 0 and not math.isnan(column[i])]
+        weights = dict(zip(voters, softmax([column[i] for i in voters]), strict=True))
+        wanted, wanted_groups = expected(column, own, vote, weights)
+        np.testing.assert_allclose(groups[:, b], wanted_groups, rtol=1e-5, atol=1e-30)
+        if vote == "weighted" and voters:
+            totals = {own[i]: float(groups[i, b]) for i in voters}
+            assert min(totals.values()) >= 0
+            assert math.isclose(sum(totals.values()), 1, rel_tol=1e-5)
+            # Sums that are equal but for rounding: the graph's own say which is more.
+            answer = max(totals, key=lambda answer: totals[answer])
+            wanted = max((i for i in voters if own[i] == answer), key=lambda i: (column[i], -i))
+        assert best[b] == wanted
+    with np.errstate(invalid="ignore"):
+        _, twin_groups = elect_in_numpy(scores, ids, vote, "softmax")
+    np.testing.assert_allclose(groups, twin_groups, rtol=1e-5, atol=1e-30)
+
+
+@pytest.mark.parametrize("engine", RAW)
+def test_raw_scores_below_0_do_not_turn_a_vote_upside_down(engine, rng):
+    # Answer 7 has the most votes and the best candidate; a sum of scores would choose 5.
+    scores, ids = np.array([[-1.0], [-1.5], [-2.0], [-2.5]], np.float32), np.array([[7], [7], [7], [5]])
+    assert run(engine, scores, ids, "weighted")[0].tolist() == [0]
+    assert scores[:3].sum() < scores[3]
+    # A number added to all scores changes nothing, whatever it is.
+    scores = rng.standard_normal((9, 4)).astype(np.float32)
+    ids = rng.integers(-1, 3, (9, 4))
+    best, groups = run(engine, scores, ids, "weighted")
+    for shift in (-1000.0, -3.0, 50.0):
+        moved, same = run(engine, scores + np.float32(shift), ids, "weighted")
+        np.testing.assert_array_equal(moved, best)
+        np.testing.assert_allclose(same[ids >= 0], groups[ids >= 0], rtol=1e-3)
 
 
 @pytest.mark.parametrize("engine", ENGINES)

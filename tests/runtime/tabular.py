@@ -33,8 +33,8 @@ class Table:
         self.seed, self.longest, self.stops = seed, longest, stops
         self.computed = 0
         self.manifest = SimpleNamespace(
-            scoring=Scoring(step_token=STEP, end_token=END), limits=Limits(max_tokens=len(PROMPT) + longest),
-            seal="0" * 64, name="table",
+            scoring=Scoring(step_token=STEP, end_token=END, activation="sigmoid"),
+            limits=Limits(max_tokens=len(PROMPT) + longest), seal="0" * 64, name="table",
         )  # fmt: skip
         self.options = SimpleNamespace(memory_limit=None)
         self.reader = SimpleNamespace(text=None, prompt=np.array, stops=lambda given, scoring: self.stops)

@@ -15,6 +15,8 @@ from bonnx.export.parity_generate import uniform
 from bonnx.models import load_checkpoint
 from bonnx.models.countdown import CHECKPOINT
 from bonnx.models.countdown.vocabulary import END, encode
+from bonnx.runtime.generation import make_request
+from bonnx.runtime.steps import Growing
 from tests.tolerance import RUNTIME, within
 
 PUZZLE = "3,7,12,25>98:"
@@ -190,10 +192,25 @@ def test_bad_input(puzzler, babbler, small):
         ({"temperature": -0.1}, "temperature: expected a number of at least 0"),
         ({"temperature": float("nan")}, "temperature"),
         ({"temperature": "hot"}, "temperature: expected a number"),
+        ({"temperature": float("inf")}, "temperature: .* got inf"),
+        ({"temperature": 1e39}, r"temperature: .* at most 3.4e38; got 1e\+39"),
+        ({"temperature": 10**400}, "temperature: .* at most 3.4e38; got 1000"),
+        ({"temperature": 10**9999}, "temperature: .* got a number of thousands of digits"),
+        ({"temperature": 1j}, "temperature: expected a number"),
+        ({"temperature": True}, "temperature: expected a number"),
         ({"top_p": 0.0}, "top_p: expected a number above 0 and at most 1"),
         ({"top_p": 1.1}, "top_p"),
+        ({"top_p": float("nan")}, "top_p: .* got nan"),
+        ({"top_p": "0.5"}, "top_p: .* got '0.5'"),
         ({"top_k": -1}, "top_k"),
-        ({"seed": 2**63}, "seed"),
+        ({"top_k": 2**63}, r"top_k: expected a whole number of at least 0 and below 2\^63"),
+        ({"seed": 2**63}, r"seed: expected a whole number of at least -9223372036854775808 and below 2\^63"),
+        ({"seed": -(2**63) - 1}, "seed: expected a whole number of at least -9223372036854775808; got -92"),
+        ({"seed": 10**9999}, "seed: .* got a number of thousands of digits"),
+        ({"n": 2**63}, r"n: expected a whole number of at least 1 and below 2\^63"),
+        ({"n": 2**62}, "candidates: this artifact takes at most 4096"),
+        ({"max_new_tokens": 2**62}, "at most 64 together"),
+        ({"max_new_tokens": 0}, "max_new_tokens: expected a whole number of at least 1"),
         ({"stop": ["12-"]}, "stop: '12-' is 2 tokens; expected a text of exactly one"),
         ({"stop": ["^"]}, r"stop: the vocabulary has no token for '\^'"),
         ({"stop": ";"}, "stop: expected a list"),
@@ -226,6 +243,41 @@ def test_a_scorer_that_gives_nan_has_no_winner(tiny):
     for options in ({}, {"prune_every": 1}):
         with pytest.raises(bonnx.NoWinnerError, match="every score is NaN"):
             model.generate([1, 2], n=3, max_new_tokens=3, **options)
+
+
+def test_extremes_of_sampling_are_what_they_come_near_to(babbler):
+    options = {"n": 3, "max_new_tokens": 5}
+    likely = sequences(babbler.generate([1, 2], temperature=0, **options))
+    for extreme in ({"temperature": 1e-38}, {"temperature": 1e-46}, {"temperature": 9e-6}, {"temperature": -0.0},
+                    {"top_p": 1e-46}, {"top_p": 1e-38}, {"top_k": 1, "temperature": 1e30}):  # fmt: skip
+        assert sequences(babbler.generate([1, 2], **extreme, **options)) == likely, extreme
+        *_, last = babbler.stream([1, 2], **extreme, **options)
+        assert sequences(last) == likely, extreme
+    plain = sequences(babbler.generate([1, 2], top_p=1.0, **options))
+    assert sequences(babbler.generate([1, 2], top_p=1 - 1e-12, **options)) == plain
+    # All tokens alike, or nearly: none of them is preferred.
+    flat = babbler.generate([1, 2], n=30, max_new_tokens=40, temperature=1e30)
+    assert len({token for row in sequences(flat) for token in row}) > 120
+    for seed in (2**63 - 1, -(2**63)):
+        assert sequences(babbler.generate([1, 2], seed=seed, **options)) != plain
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_logits_that_are_no_distribution_have_no_winner(tiny, value):
+    graph = onnx.load(str(tiny / "onnx/generate.onnx"))
+    (head,) = (tensor for tensor in graph.graph.initializer if list(tensor.dims) in ([16, 130], [130, 16]))
+    weight = onnx.numpy_helper.to_array(head).copy()
+    weight[:, 7] = value
+    head.CopyFrom(onnx.numpy_helper.from_array(weight, head.name))
+    model = bonnx.load(tiny)
+    model.session("generate")._session = onnxruntime.InferenceSession(graph.SerializeToString())
+    for options in ({}, {"temperature": 0}, {"top_k": 3}, {"top_p": 0.5}, {"prune_every": 1}):
+        with pytest.raises(bonnx.NoWinnerError, match="every score is NaN"):
+            model.generate([1, 2], n=3, max_new_tokens=3, **options)
+    growing = Growing(make_request({"n": 2}, (), "last", 3), None)
+    growing.add(np.arange(2), np.array([4, 5]), np.array([0.3, 0.9], np.float32), np.array([-1.0, np.nan], np.float32))
+    assert growing.select()[1] == 0
+    assert np.isnan(growing.select()[0]).tolist() == [False, True]
 
 
 def test_recorded_case_of_generate_is_verified(tiny):

@@ -1,9 +1,11 @@
 """`bonnx.load`, `rank` and `score`: answers against PyTorch, bad input refused, threads."""
 
+import json
 import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -16,6 +18,7 @@ from bonnx.models import load_checkpoint
 from bonnx.models.countdown import CHECKPOINT
 from bonnx.models.countdown.vocabulary import END, STEP, encode
 from bonnx.runtime import session
+from bonnx.runtime.manifest import Manifest, seal
 from tests.tolerance import RUNTIME, within
 
 PUZZLE = "3,7,12,25>98:"
@@ -94,9 +97,11 @@ def test_votes(model, rng, vote):
     ranking, scored = model.rank(embeddings(rng, 3), candidates, **options), model.score(candidates, **options)
     for found, scores in ((ranking, ranking.candidate_scores), (scored, scored.row_scores)):
         total = dict.fromkeys("abcd", 0.0)
-        for answer, score in zip(answers, scores, strict=True):
-            if answer:
-                total[answer] += score if vote == "weighted" else 1
+        # Raw scores: the shares of those that vote.
+        voters = [i for i in range(12) if answers[i]]
+        weights = torch.from_numpy(scores[voters]).double().softmax(0)
+        for i, weight in zip(voters, weights.tolist(), strict=True):
+            total[answers[i]] += weight if vote == "weighted" else 1
         if vote == "score":
             wanted, second = sorted(scores, reverse=True)[:2]
             assert found.best_index == scores.argmax()
@@ -111,6 +116,37 @@ def test_votes(model, rng, vote):
         assert found.order[0] == found.best_index
         assert sorted(found.order) == [*range(12)]
         assert found.answers == tuple(answers)
+
+
+def test_probabilities_are_their_own_weights(countdown):
+    model = bonnx.load(countdown)
+    assert model.manifest.scoring.vote_weight == "score"
+    texts = ["12+25=37;", "3*7=21;", "25-7=18;", "12-3=9;"]
+    found = model.rank("3,7,12,25>98:", texts, vote="weighted", answers=[*"abba"], partial=True)
+    scores = found.candidate_scores.astype(float)
+    a, b = scores[[0, 3]].sum(), scores[[1, 2]].sum()
+    assert within(found.group_scores, [a, b, b, a], RUNTIME)
+
+
+def test_an_older_artifact_that_adds_up_raw_scores_takes_no_weighted_vote(edited, rng):
+    manifest = json.loads((edited / "manifest.json").read_text())
+    assert manifest["scoring"].pop("vote_weight") == "softmax"
+    old = msgspec.json.decode(json.dumps(manifest), type=Manifest)
+    (edited / "manifest.json").write_bytes(seal(old))
+    model, rows = bonnx.load(edited), [embeddings(rng, 3) for _ in range(3)]
+    for call in (lambda **vote: model.rank(rows[0], rows, **vote), lambda **vote: model.score(rows, **vote)):
+        with pytest.raises(InputError, match=r"add up raw scores.* export the model again, or vote by 'score'"):
+            call(vote="weighted", answers=[*"aab"])
+        assert call(vote="majority", answers=[*"aab"]).best_index in (0, 1)
+
+
+def test_a_fake_models_scores_are_weights():
+    fake = bonnx.FakeModel(lambda prompt, candidate: candidate)
+    assert fake.rank("", [0.4, 0.5, 0.3], vote="weighted", answers=[*"aba"]).best_index == 0
+    with pytest.raises(InputError, match=r"the score of candidates\[1\]: .* expected 0 or more, got -0.5"):
+        fake.rank("", [0.4, -0.5, 0.3], vote="weighted", answers=[*"aba"])
+    # Who has no vote has no weight.
+    assert fake.rank("", [0.4, -0.5, 0.3], vote="weighted", answers=["a", None, "a"]).best_index == 0
 
 
 def test_majority_of_the_same_text(countdown):
@@ -154,6 +190,10 @@ def test_order_and_margin(ballots, vote):
     scores, answers = zip(*ballots, strict=True)
     if all(map(math.isnan, scores)):
         with pytest.raises(NoWinnerError):
+            fake.rank("", ballots, vote=vote, answers=answers)
+        return
+    if vote == "weighted" and any(score < 0 for score, answer in ballots if answer is not None):
+        with pytest.raises(InputError, match="expected 0 or more, got -1"):
             fake.rank("", ballots, vote=vote, answers=answers)
         return
     found = fake.rank("", ballots, vote=vote, answers=lambda candidate: candidate[1])

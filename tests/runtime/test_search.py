@@ -1,12 +1,15 @@
 """Each method of search against an obvious implementation of it, on a model that is a table."""
 
+import json
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
 
 from bonnx import InputError, NoWinnerError
-from bonnx.runtime.search import search
+from bonnx.runtime.manifest import Scoring
+from bonnx.runtime.search import Choice, Policy, search
 from bonnx.runtime.search.sampling import leader_is_safe
 from tests.runtime.tabular import END, PROMPT, STEP, VOCABULARY, Table
 
@@ -217,6 +220,46 @@ def test_a_scorer_of_ones_own_takes_the_place_of_the_models(table):
     assert all(node.score == -(len(PROMPT) + _depth(beam.nodes, i)) for i, node in enumerate(beam.nodes))
 
 
+@pytest.mark.parametrize("method", ["weighted", "adaptive", "pruned", "beam", "dvts"])
+def test_a_scorers_numbers_are_weights_of_a_vote(table, method):
+    options = {"answers": first, "vote": "weighted"}
+    asked = []
+
+    def below(ids):
+        asked.append(ids)
+        return -0.5
+
+    with pytest.raises(InputError, match=r"scorer, for \[1, 2.*: in a weighted vote .* expected 0 or more, got -0.5"):
+        run(table, method, 16, scorer=below, **options)
+    assert len(asked) == 1
+    with pytest.raises(InputError, match=r"expected 0 or more, got -0\.5"):
+        run(table, "best_of_n", 8, policy=policy_of(method), scorer=below, **options)
+    if method != "weighted":
+        assert run(table, method, 16, scorer=below).best_index >= 0
+        assert run(table, method, 16, scorer=below, answers=first, vote="majority").best_index >= 0
+    found = run(table, method, 16, scorer=lambda ids: 2.0, **options)
+    counts = Counter(answer for answer in found.answers if answer is not None)
+    rated = [c.finish_reason != "pruned" for c in found.candidates]
+    if all(rated) and counts:
+        for answer, group in zip(found.answers, found.group_scores, strict=True):
+            assert np.isnan(group) if answer is None else group == 2 * counts[answer]
+
+
+def test_raw_scores_vote_by_their_softmax(table):
+    table.manifest.scoring = Scoring(step_token=STEP, end_token=END, activation="none", vote_weight="softmax")
+    plain, found = run(table, "best_of_n", 12), run(table, "weighted", 12, answers=first)
+    scores = np.array([c.score for c in plain.candidates])
+    voters = [i for i in range(12) if found.answers[i] is not None]
+    shares = np.exp(scores[voters] - scores.max())
+    totals = Counter()
+    for i, share in zip(voters, shares / shares.sum(), strict=True):
+        totals[found.answers[i]] += share
+    for answer, group in zip(found.answers, found.group_scores, strict=True):
+        assert answer is None or np.isclose(group, totals[answer], rtol=1e-5)
+    if voters:
+        assert np.isclose(found.group_scores[found.best_index], max(totals.values()), rtol=1e-5)
+
+
 @pytest.mark.parametrize("method", ["best_of_n", "adaptive", "pruned", "beam", "lookahead", "dvts"])
 def test_a_scorer_is_asked_once_for_what_is_judged(table, method):
     asked = []
@@ -232,6 +275,99 @@ def test_a_scorer_is_asked_once_for_what_is_judged(table, method):
         assert len(asked) <= judged * (1 + table.longest // 3)
     else:
         assert len(asked) == judged
+
+
+def policy_of(method, options=None, probe=4, budget=8):
+    return Policy(1, "table", "0" * 64, probe, [], {str(budget): [Choice(method, options or {})]})
+
+
+METHODS_OF_TREES = {
+    "best_of_n": {},
+    "self_certainty": {},
+    "adaptive": {"price": 1e-9},
+    "pruned": {"every": 3},
+    "beam": {"width": 2},
+    "lookahead": {"width": 1, "steps": 1},
+    "dvts": {"width": 2},
+}
+
+
+@pytest.mark.parametrize("method", METHODS_OF_TREES)
+@pytest.mark.parametrize("probe", [0, 3, 8, 11])
+def test_no_random_number_is_used_twice(table, method, probe):
+    """Of each of a stream's numbers one token is drawn, whether a policy looked at the prompt first or not."""
+    used, plain = Counter(), table.draw
+
+    def draw(prefix, number, temperature=1.0):
+        used[number, len(prefix)] += temperature > 0
+        return plain(prefix, number, temperature)
+
+    table.draw = draw
+    options = METHODS_OF_TREES[method]
+    if probe:
+        found = run(table, "best_of_n", 8, policy=policy_of(method, options, probe))
+        assert found.method == method
+    else:
+        found = run(table, method, 8, **options)
+    assert max(used.values()) == 1
+    assert found.cost.prompt_tokens == len(PROMPT)
+
+
+def test_a_policys_samples_are_the_first_of_a_method_that_samples(table):
+    expected = [Reference(table).whole((), number) for number in range(8)]
+    for method in ("best_of_n", "self_certainty", "adaptive"):
+        found = run(table, "best_of_n", 8, policy=policy_of(method, METHODS_OF_TREES[method]))
+        assert sequences(found) == expected
+        assert found.options["budget"] == 8
+    # The first four are worth it, so there are no others.
+    found = run(table, "best_of_n", 8, policy=policy_of("adaptive", {"price": 1e9}))
+    assert sequences(found) == expected[:4]
+    assert found.cost.sampled_tokens == sum(map(len, expected[:4]))
+    # A majority counts each of them once.
+    found = run(table, "best_of_n", 8, policy=policy_of("majority"), answers=first)
+    assert sequences(found) == expected
+    counts = Counter(first(sequence) for sequence in expected)
+    for answer, group in zip(found.answers, found.group_scores, strict=True):
+        assert np.isnan(group) if answer is None else group == counts[answer]
+
+
+def test_beside_a_search_a_policys_samples_stand_for_themselves(table):
+    reference = Reference(table)
+    probed = [reference.whole((), reference.number()) for _ in range(4)]
+    found = run(table, "best_of_n", 8, policy=policy_of("beam", {"width": 2}))
+    assert sequences(found) == [*probed, *reference.beam([8], 2)]
+    assert found.cost.sampled_tokens == reference.sampled
+    reference = Reference(table)
+    probed = [reference.whole((), reference.number()) for _ in range(4)]
+    found = run(table, "best_of_n", 8, policy=policy_of("pruned", {"every": 3}))
+    others = [reference.whole((), reference.number()) for _ in range(8)]
+    assert sequences(found)[:4] == probed
+    assert all(b[: len(a)] == a for a, b in zip(sequences(found)[4:], others, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        (("bean", {}), "did you mean 'beam'"),
+        (("beam", {"width": 0}), "width: expected"),
+        (("best_of_n", {"temperature": 2}), "a policy does not say how to sample"),
+        (("majority", {}), "needs answers"),
+    ],
+)
+def test_a_choice_that_cannot_be_is_refused_before_anything_is_computed(table, choice, message):
+    policy = Policy(1, "table", "0" * 64, 4, [0.5], {"8": [Choice("best_of_n", {}), Choice(*choice)]})
+    with pytest.raises(InputError, match=message):
+        run(table, "best_of_n", 8, policy=policy)
+    assert table.computed == 0
+
+
+def test_a_prompt_that_cannot_be_rated_is_hard(table):
+    policy = Policy(1, "table", "0" * 64, 2, [0.5], {"4": [Choice("best_of_n", {}), Choice("beam", {"width": 2})]})
+    rated = iter([math.nan, math.nan])
+    found = run(table, "best_of_n", 4, policy=policy, scorer=lambda ids: next(rated, 1.0))
+    assert (found.method, found.policy["bin"]) == ("beam", 2)
+    told = found.as_json(PROMPT, lambda tokens: [str(token) for token in tokens])
+    assert json.loads(json.dumps(told, allow_nan=False))["policy"]["mean_score"] is None
 
 
 def _depth(nodes, i):
@@ -297,11 +433,16 @@ def test_a_deadline_cuts_and_still_chooses(table):
         ("majority", {}, "needs answers"),
         ("self_certainty", {"vote": "score"}, "votes by a rule of its own"),
         ("self_certainty", {"power": -1}, "power: expected"),
+        ("self_certainty", {"power": math.inf}, "power: expected"),
         ("adaptive", {"price": 0}, "price: expected"),
+        ("adaptive", {"price": "dear"}, "price: expected a number above 0; got 'dear'"),
+        ("adaptive", {"ceiling": math.nan}, "ceiling: expected a finite number; got nan"),
+        ("adaptive", {"ceiling": 10**400}, "ceiling: expected"),
         ("adaptive", {"confidence": 1.0}, "confidence: expected"),
         ("adaptive", {"rule": "leader"}, "needs a vote"),
         ("adaptive", {"rule": "x"}, "rule: expected"),
         ("pruned", {"keep": 0}, "keep: expected"),
+        ("pruned", {"keep": None}, "keep: expected a number above 0"),
         ("revisions", {"chains": 9}, "8 attempts are fewer than 9 chains"),
         ("revisions", {"memory": 40}, "leave no room"),
         ("best_of_n", {"temperature": -1}, "temperature: expected"),
