@@ -148,7 +148,7 @@ class Request:
         # Finite as the float32 that the graph takes, too.
         greedy = "a number of at least 0 (0 is greedy) and at most 3.4e38"
         check_number(
-            "temperature", self.temperature, greedy, lambda value: 0 <= value and math.isfinite(_float32(value))
+            "temperature", self.temperature, greedy, lambda value: value >= 0 and math.isfinite(_float32(value))
         )
         for name in ("top_p", "prune_keep"):
             expected = "a number above 0 and at most 1"

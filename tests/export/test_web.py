@@ -1,23 +1,26 @@
-"""`generate.onnx` and `rank.onnx` in JavaScript: onnxruntime-web against ONNX Runtime in Python.
+"""The graphs without bonnx: the programs of docs/graphs.md as they stand there, and onnxruntime-web against Python.
 
-No code of bonnx runs in either.
-
-The first run takes onnxruntime-web from the npm registry, later ones from npm's own cache.
+The first run takes onnxruntime-web and a tokenizer from the npm registry, later ones from npm's own cache.
 """
 
 import json
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
 import pytest
 
+import bonnx
 from bonnx.models.countdown.vocabulary import END, PAD, STEP, encode
+from tests.tolerance import RUNTIME, within
 
-PACKAGE = "onnxruntime-web@1.30.0"
+PAGE = Path(__file__).parents[2] / "docs/graphs.md"
+# The versions are those of the page.
+PACKAGES = re.search(r"`npm install ([^`]+)`", PAGE.read_text(encoding="utf-8"))[1].split()
 SCRIPT = Path(__file__).with_name("graph.mjs")
 # How npm says that it got no answer. Any other error, such as a version that is gone, is a failure.
 UNREACHABLE = {"EAI_AGAIN", "ECONNREFUSED", "ECONNRESET", "EHOSTUNREACH", "ENETUNREACH", "ENOTCACHED", "ENOTFOUND"}
@@ -86,7 +89,7 @@ def to_array(plain):
 
 @pytest.fixture(scope="module")
 def npm_folder(tmp_path_factory):
-    """Where Node finds onnxruntime-web, for a script that lies in it."""
+    """Where Node finds the packages of the page, for a script that lies in it."""
     for program in ("node", "npm"):
         if shutil.which(program) is None:
             pytest.skip(f"{program} is not installed")
@@ -94,7 +97,7 @@ def npm_folder(tmp_path_factory):
     # Without a package.json npm would look for one in the folders above.
     (folder / "package.json").write_text("{}")
     options = ["--json", "--no-audit", "--no-fund", "--ignore-scripts", "--prefer-offline", "--fetch-retries=1"]
-    command = [shutil.which("npm"), "install", *options, "--fetch-retry-mintimeout=1000", PACKAGE]
+    command = [shutil.which("npm"), "install", *options, "--fetch-retry-mintimeout=1000", *PACKAGES]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
     if done.returncode:
         code = re.search(r'"code": "(\w+)"', done.stdout)
@@ -116,7 +119,7 @@ def in_node(artifact, graph, folder, cases):
     )
     assert done.returncode == 0, done.stderr
     results = json.loads(found.read_text())
-    assert f"onnxruntime-web@{results['version']}" == PACKAGE
+    assert f"onnxruntime-web@{results['version']}" in PACKAGES
     return [{name: to_array(value) for name, value in result.items()} for result in results["results"]]
 
 
@@ -173,3 +176,39 @@ def test_onnxruntime_web_votes_the_same(countdown, npm_folder):
     session = session_of(countdown, "rank")
     for found, case in zip(in_node(countdown, "rank", npm_folder, cases), cases, strict=True):
         check_same(found, session, case)
+
+
+def program(language):
+    """The one program of the page in a language."""
+    (code,) = re.findall(rf"^```{language}\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    return code
+
+
+def printed(command, folder, artifact):
+    """What a program prints in a folder where the artifact is `artifacts/countdown`: a JSON object a line."""
+    (folder / "artifacts").mkdir()
+    (folder / "artifacts/countdown").symlink_to(artifact, target_is_directory=True)
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def check_program(artifact, ranked, generated):
+    model, prompt = bonnx.load(artifact), "3,7,20,24>1:"
+    ranking = model.rank(prompt, ["24-20=4;7-4=3;3/3=1;", "24/3=8;20-7=13;13-8=1;", "24-20=4;"])
+    assert ranked["best"] == ranking.best
+    assert within(np.array(ranked["scores"]), ranking.candidate_scores, RUNTIME)
+    result = model.generate(prompt, n=16, seed=0)
+    assert (generated["index"], generated["tokens"]) == (result.best_index, result.best.tokens.tolist())
+    assert generated["best"] == result.best.text
+    assert within(np.array(generated["scores"]), [c.score for c in result.candidates], RUNTIME)
+
+
+def test_the_python_program_of_the_page(countdown, tmp_path):
+    (tmp_path / "page.py").write_text(program("python"), encoding="utf-8")
+    check_program(countdown, *printed([sys.executable, "page.py"], tmp_path, countdown))
+
+
+def test_the_javascript_program_of_the_page(countdown, npm_folder):
+    (npm_folder / "page.mjs").write_text(program("javascript"), encoding="utf-8")
+    check_program(countdown, *printed([shutil.which("node"), "page.mjs"], npm_folder, countdown))

@@ -141,12 +141,12 @@ def test_an_older_artifact_that_adds_up_raw_scores_takes_no_weighted_vote(edited
 
 
 def test_a_fake_models_scores_are_weights():
-    fake = bonnx.FakeModel(lambda prompt, candidate: candidate)
-    assert fake.rank("", [0.4, 0.5, 0.3], vote="weighted", answers=[*"aba"]).best_index == 0
+    fake = bonnx.FakeModel(lambda prompt, candidate: float(candidate))
+    assert fake.rank("", ["0.4", "0.5", "0.3"], vote="weighted", answers=[*"aba"]).best_index == 0
     with pytest.raises(InputError, match=r"the score of candidates\[1\]: .* expected 0 or more, got -0.5"):
-        fake.rank("", [0.4, -0.5, 0.3], vote="weighted", answers=[*"aba"])
+        fake.rank("", ["0.4", "-0.5", "0.3"], vote="weighted", answers=[*"aba"])
     # Who has no vote has no weight.
-    assert fake.rank("", [0.4, -0.5, 0.3], vote="weighted", answers=["a", None, "a"]).best_index == 0
+    assert fake.rank("", ["0.4", "-0.5", "0.3"], vote="weighted", answers=["a", None, "a"]).best_index == 0
 
 
 def test_majority_of_the_same_text(countdown):
