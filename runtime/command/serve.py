@@ -119,7 +119,7 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
     """The bounds that were asked for.
 
     Raises:
-        InputError: one has no meaning, or the key cannot be read.
+        InputError: one is invalid, or the key cannot be read.
     """
     key = os.environ.get(_KEY)
     if arguments.api_key_file is not None:

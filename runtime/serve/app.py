@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from typing import Any
@@ -48,7 +49,8 @@ def create_app(model: Model, settings: Settings | None = None) -> fastapi.FastAP
     @contextlib.asynccontextmanager
     async def lifespan(app: fastapi.FastAPI) -> AsyncIterator[None]:
         yield
-        service.close()
+        # Elsewhere, so that requests whose time is over can give up the runs that this waits for.
+        await asyncio.to_thread(service.close)
 
     # Its pages for people come from here, not from the internet.
     app = FastAPIOffline(

@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from .problems import Problem
 
-__all__ = ["JsonRoute"]
+__all__ = ["JsonRoute", "parse_json"]
 
 
 class JsonRoute(APIRoute):
@@ -47,20 +47,27 @@ class _Read(Request):
 
 
 def _read_json(body: bytes, content_type: str | None) -> Any:
-    """The value of a body.
-
-    Args:
-        body: UTF-8, with or without a byte order mark.
-        content_type: as the client gave it.
+    """The value of a body whose content type is JSON.
 
     Raises:
-        Problem: 415 for another content type; 400 for what is not JSON, an object that has a name twice, or a
-            number that no 64-bit float holds.
+        Problem: 415 for another content type, 400 as `parse_json`.
     """
     kind = (content_type or "").partition(";")[0].strip().lower()
     if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
         got = repr(content_type)[:80] if content_type else "none"
         raise Problem(415, f"expected a JSON object as the body, with Content-Type: application/json; got {got}")
+    return parse_json(body)
+
+
+def parse_json(body: bytes) -> Any:
+    """The value of a body.
+
+    Args:
+        body: UTF-8, with or without a byte order mark.
+
+    Raises:
+        Problem: 400 for what is not JSON, an object that has a name twice, or a number that no 64-bit float holds.
+    """
     if not body.strip():
         raise Problem(400, "expected a JSON object as the body; it is empty")
     try:

@@ -96,7 +96,7 @@ class Guard:
             raise Problem(401, "expected the header 'Authorization: Bearer KEY' with this server's key")
 
     def _announced(self, headers: dict[bytes, bytes]) -> int:
-        """The size that the headers tell; the greatest allowed if they tell none."""
+        """The size that the headers tell; the maximum if they tell none."""
         limit = self._settings.max_body
         size = 0 if b"transfer-encoding" not in headers else limit
         if b"content-length" in headers:

@@ -23,6 +23,7 @@ from ..errors import ArtifactError
 from ..manifest import Value
 from ..model import Model
 from ..session import Array, Stop
+from .bodies import parse_json
 from .problems import Problem, encode
 from .service import Service
 from .tensors import check_feeds, check_shapes
@@ -161,8 +162,8 @@ def _read(body: bytes, length: str | None, name: str, model: Model) -> tuple[_In
             raise Problem(400, f"Inference-Header-Content-Length: expected at most the body's {len(body)} bytes")
         header, rest = body[: int(length)], memoryview(body)[int(length) :]
     try:
-        asked = msgspec.json.decode(header, type=_Inference)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as e:
+        asked = msgspec.convert(parse_json(header), _Inference)
+    except msgspec.ValidationError as e:
         raise Problem(400, f"the request is not one of the Open Inference Protocol: {str(e)[:300]}") from e
     graph = model.manifest.graphs[name]
     declared = {value.name: value for value in graph.inputs}

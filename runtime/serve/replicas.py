@@ -33,7 +33,7 @@ class Scale:
         gpus: of each; above 0 the model runs on CUDA.
 
     Raises:
-        InputError: a number has no meaning.
+        InputError: a number is invalid.
     """
 
     replicas: int = 1

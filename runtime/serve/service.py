@@ -98,7 +98,7 @@ class Service:
         """When the request's time is over, on the clock of `time.monotonic`.
 
         Raises:
-            Problem: the header that says so has no meaning.
+            Problem: the header that says so is invalid.
         """
         seconds, given = self.settings.timeout, request.headers.get("x-request-timeout")
         if given is not None:

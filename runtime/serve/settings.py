@@ -14,17 +14,17 @@ class Settings:
     """Bounds of a server; sizes in bytes or tokens, times in seconds.
 
     Raises:
-        InputError: a value has no meaning; it is named.
+        InputError: a value is invalid; it is named.
     """
 
     api_key: str | None = None
     """What a client must send as `Authorization: Bearer ...`; None for no key."""
     max_body: int = 4 * 2**20
-    """Greatest request body; checked before it is read."""
+    """Maximum size of a request's body; checked before it is read."""
     max_buffered: int = 256 * 2**20
-    """Greatest sum of the bodies that are being read or worked on."""
+    """Maximum sum of the bodies that are being read or worked on."""
     max_tokens: int = 65536
-    """Greatest size of a request, padding and all that it may generate included."""
+    """Maximum size of a request, padding and all that it may generate included."""
     body_timeout: float = 10.0
     """How long a client may take to send its body."""
     timeout: float = 30.0
@@ -37,11 +37,11 @@ class Settings:
     """How long a request waits for company when the model is idle; without it a tenth of the last run, and only for
     requests that are likely to come."""
     batch_tokens: int = 2048
-    """Greatest size of rankings that run together, padding included."""
+    """Maximum size of rankings that run together, padding included."""
     batch_candidates: int = 128
-    """Greatest number of candidates that are generated together."""
+    """Maximum number of candidates that are generated together."""
     batch_waste: float = 0.2
-    """Greatest share of a joint run's tokens that may be padding."""
+    """Maximum share of a joint run's tokens that may be padding."""
 
     def __post_init__(self) -> None:
         for name in (

@@ -4,6 +4,7 @@ import signal
 import socket
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
@@ -55,6 +56,29 @@ def test_what_does_not_end_is_cut_off(countdown):
         assert not traces(server)
 
 
+def test_long_generations_are_cut_off(tiny):
+    """A run and a stream that would take a minute: both end with the grace."""
+    body = {"prompt": [1, 2], "n": 8, "max_new_tokens": 8000, "stop": []}
+    with Process(tiny, "--grace", "1") as server, ThreadPoolExecutor() as pool:
+        post = lambda more: httpx.post(f"{server.url}/v1/best-of-n", json=body | more, timeout=60)  # noqa: E731
+        run, stream = pool.submit(post, {}), pool.submit(post, {"stream": True})
+        until = time.monotonic() + 20
+        while not any('bonnx_waiting_requests{lane="generate"}' in line for line in metrics(server)):
+            assert time.monotonic() < until
+        time.sleep(0.3)
+        start = time.monotonic()
+        assert server.stop(signal.SIGTERM) == 0
+        assert time.monotonic() - start < 1 + LATE
+        assert run.result().status_code == 503
+        with pytest.raises(httpx.RemoteProtocolError):
+            stream.result()
+        assert not traces(server)
+
+
+def metrics(server):
+    return httpx.get(f"{server.url}/metrics").text.splitlines()
+
+
 def test_a_signal_before_it_listens(countdown):
     command = [*COMMAND, str(countdown), "--port", "0"]
     for wait in (0.0, 1.5):
@@ -94,7 +118,7 @@ def test_a_port_in_use_is_said_in_one_line(countdown):
         ("a\0b", 0, "there is no address"),
     ],
 )
-def test_addresses_that_cannot_be_had(host, port, message):
+def test_addresses_that_are_refused(host, port, message):
     with pytest.raises(InputError, match=message):
         bind_to(host, port)
 
