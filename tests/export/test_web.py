@@ -16,6 +16,7 @@ import pytest
 
 import bonnx
 from bonnx.models.countdown.vocabulary import END, PAD, STEP, encode
+from bonnx.runtime.manifest import Scoring, TextRules
 from tests.tolerance import RUNTIME, within
 
 PAGE = Path(__file__).parents[2] / "docs/graphs.md"
@@ -212,3 +213,10 @@ def test_the_python_program_of_the_page(countdown, tmp_path):
 def test_the_javascript_program_of_the_page(countdown, npm_folder):
     (npm_folder / "page.mjs").write_text(program("javascript"), encoding="utf-8")
     check_program(countdown, *printed([shutil.which("node"), "page.mjs"], npm_folder, countdown))
+
+
+def test_the_page_names_every_rule_of_the_manifest():
+    page = PAGE.read_text(encoding="utf-8")
+    names = [f"scoring.{name}" for name in Scoring.__struct_fields__]
+    names += [f"text.{name}" for name in TextRules.__struct_fields__]
+    assert [name for name in names if f"`{name}`" not in page] == []
