@@ -22,7 +22,7 @@ from ..runtime.inputs import Item, pad
 from ..runtime.manifest import Agreement, Scoring, TextRules
 from ..runtime.model import Model
 from ..runtime.values import name_of, to_candidate, to_prompt
-from .parity import score_rows
+from .exact import score_rows
 from .questions import draw_questions
 
 __all__ = ["HeldOut", "measure", "own_prompts", "read_held_out"]

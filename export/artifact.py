@@ -109,7 +109,7 @@ def export_model(
     with staged(output) as folder:
         (folder / "onnx").mkdir()
         graphs = _write_graphs(trace_graphs(computed, scoring, opset=opset), folder, _SUFFIXES[precision])
-        parity = _verify(computed, folder, graphs, scoring, limits, precision, seed, frugal=reload is not None)
+        parity = _verify(computed, folder, graphs, scoring, limits, seed, frugal=reload is not None)
         text = _write_tokenizer(tokenizer, text or TextRules(), folder)
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
@@ -187,7 +187,6 @@ def _verify(
     graphs: dict[str, Graph],
     scoring: Scoring,
     limits: Limits,
-    precision: Precision,
     seed: int,
     *,
     frugal: bool,
@@ -195,7 +194,7 @@ def _verify(
     """Every check of the written graphs against PyTorch at their precision; some cases are kept for `bonnx verify`."""
     for graph in graphs.values():
         check_structure(folder / graph.file)
-    checker = Checker(computed, folder, graphs, scoring, limits, precision, seed)
+    checker = Checker(computed, folder, graphs, scoring, limits, seed)
     cases = [*checker.cases(), *selection_cases(checker)]
     generates = isinstance(computed, LanguageModel) and computed.config.vocabulary_head
     if frugal and not generates:

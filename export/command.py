@@ -158,11 +158,11 @@ def _held_out(arguments: argparse.Namespace, shipped: bool) -> tuple[list[HeldOu
 
 
 def _print_parity(manifest: Manifest) -> None:
-    at = "" if manifest.precision == "fp32" else f" at {manifest.precision}"
-    print(f"\nDifference from PyTorch{at}, selected candidates equal in every case:\n")
-    print(f"  {'check':<30} {'cases':>5}  {'greatest':>9}  allowed")
+    at = "" if manifest.precision == "fp32" else f" of the {manifest.precision} weights"
+    print(f"\nMaximum error against PyTorch in float64{at}; selected candidates equal in every case:\n")
+    print(f"  {'check':<30} {'cases':>5}  {'ONNX Runtime':>12}  {'PyTorch':>8}  allowed")
     for p in manifest.parity:
-        allowed = f"{p.relative:g} relative + {p.absolute:g}"
-        print(f"  {p.check:<30} {p.cases:>5}  {p.max_difference:>9.2e}  {allowed}")
+        allowed = "as NumPy" if p.allowed is None else f"{p.allowed:.1e}"
+        print(f"  {p.check:<30} {p.cases:>5}  {p.max_difference:>12.1e}  {p.pytorch_error:>8.1e}  {allowed}")
     if manifest.agreement is not None:
         print(f"\n{manifest.agreement}")

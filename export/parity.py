@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,43 +15,23 @@ from onnx.reference import ReferenceEvaluator
 
 from ..models.network import LanguageModel, TwoHeadedNetwork, select_best_of_n
 from ..runtime.aggregate import aggregate, elect
-from ..runtime.difference import greatest_difference
+from ..runtime.difference import maximum_difference
 from ..runtime.errors import ExportError
-from ..runtime.manifest import Graph, Limits, Parity, Precision, Scoring
+from ..runtime.manifest import Graph, Limits, Parity, Scoring
 from ..runtime.session import Options, Session
+from .exact import Bar, Exact, Outputs
 from .reference import MatMulNBits
 from .selection import plain_selection
 
-__all__ = ["TOLERANCES", "Case", "Checker", "Tolerance", "activated", "check_structure", "score_rows"]
+__all__ = ["Case", "Checker", "check_structure"]
 
 Array = NDArray[Any]
 
-
-class Tolerance(NamedTuple):
-    """What two engines may differ by: `|a - b| <= relative |b| + absolute`; scores of a trained model are of order 1.
-
-    A draw closer than `edge` to the border between two tokens may fall on either side of it.
-    """
-
-    relative: float
-    absolute: float
-    edge: float
-
-
-# Of the same precision in PyTorch. With fewer bits the last digit of a float32 decides now and then to which step an
-# input is rounded; the whole step that is then the difference decides more such cases in the layers above.
-TOLERANCES: dict[Precision, Tolerance] = {
-    "fp32": Tolerance(1e-4, 5e-5, 1e-4),
-    "fp16": Tolerance(1e-2, 1e-2, 1e-2),
-    "bf16": Tolerance(1e-4, 5e-5, 1e-4),
-    "int8": Tolerance(0.1, 0.2, 0.05),
-    "int4": Tolerance(0.1, 0.2, 0.05),
-}
+# What an aggregation or a vote may differ from NumPy's by, on the same scores, relative to the largest of them.
+_ARITHMETIC = 1e-5
 # (prompt length, candidate length, candidates, batch): 1 on every axis, odd, long.
 _SHAPES = [(1, 1, 1, 1), (1, 7, 5, 1), (9, 1, 3, 2), (33, 5, 1, 3), (5, 3, 17, 2), (13, 11, 4, 1), (101, 29, 2, 1)]
 _RANDOM_SHAPES, _LONG = 12, 257
-# Layers for which the tolerances of few bits are meant.
-_FEW_LAYERS = 4
 # Parameters from which there are fewer shapes, and no reference evaluator, which copies every weight.
 _LARGE = 100_000_000
 
@@ -72,19 +51,24 @@ def check_structure(path: Path) -> None:
 
 
 class Case(NamedTuple):
-    """One run of a graph, and what judges its outputs: the greatest difference, or an `ExportError`."""
+    """One run of a graph, and what judges its outputs: the maximum difference, or an `ExportError`.
+
+    `kind` says by which of the bar's outputs; None for numbers that NumPy gives from the graph's own scores.
+    """
 
     check: str
     graph: str
     feeds: dict[str, Array]
     judge: Callable[[dict[str, Array]], float]
+    kind: str | None = None
 
 
 class Checker:
     """Compares a model with its graphs on fresh random inputs.
 
-    The reference is the PyTorch model, of the graphs' precision, run on whole rows without padding: no code of the
-    graphs. PyTorch's part comes first, so that its memory can be given back before ONNX Runtime's.
+    The reference is the PyTorch model, of the graphs' precision, run on whole rows without padding in float64: no code
+    of the graphs. What the graphs may differ from it by is PyTorch's own error, times a factor: see `exact.py`.
+    PyTorch's part comes first, so that its memory can be given back before ONNX Runtime's.
     """
 
     def __init__(
@@ -94,50 +78,60 @@ class Checker:
         graphs: dict[str, Graph],
         scoring: Scoring,
         limits: Limits,
-        precision: Precision = "fp32",
         seed: int = 0,
     ) -> None:
-        self.tolerance = TOLERANCES[precision]
-        if precision in ("int8", "int4"):
-            # Steps of rounding add up from layer to layer as a random walk does.
-            layers = (model.network if isinstance(model, LanguageModel) else model).config.num_layers
-            grown = self.tolerance.absolute * math.sqrt(max(1, layers / _FEW_LAYERS))
-            self.tolerance = self.tolerance._replace(absolute=grown)
         self.model, self.folder, self.graphs, self.scoring, self.limits = model.eval(), folder, graphs, scoring, limits
         self.ids = isinstance(model, LanguageModel)
         self.network = model.network if isinstance(model, LanguageModel) else model
         self.is_large = sum(p.numel() for p in model.parameters()) > _LARGE
         self.rng = np.random.default_rng(seed)
-        self._sessions: dict[str, Session] = {}
+        self.exact, self.bar = Exact(model, scoring), Bar()
         self.recorded: dict[str, Array] = {}
+        self._sessions: dict[str, Session] = {}
+        self._pending: list[tuple[Array, Callable[[Outputs], None]]] = []
+        self._backbones: list[float] = []
 
     def cases(self) -> list[Case]:
         """Every case, with what PyTorch gives for it."""
         cases = [*self._rank("rank, right padding", "right"), *self._rank("rank, left padding", "left")]
         cases += [*self._rank("rank, no padding", "none"), *self._score()]
-        return cases if self.is_large else [*cases, self._reference()]
+        cases += [] if self.is_large else [self._reference()]
+        self.compute()
+        return cases
+
+    def compute(self) -> None:
+        """Run PyTorch on the rows of all cases so far, and put the exact outputs into the arrays that await them."""
+        pending, self._pending = self._pending, []
+        outputs = self.exact.rows([rows for rows, _ in pending], self.bar)
+        for (_, put), (exact, _) in zip(pending, outputs, strict=True):
+            put(exact)
 
     def run(self, cases: Sequence[Case]) -> list[Parity]:
         """Run cases and judge them, one graph after the other.
 
         Raises:
-            ExportError: a difference is greater than allowed, or another candidate was selected.
+            ExportError: a difference exceeds what is allowed, or another candidate was selected.
         """
-        found: dict[str, list[float]] = {case.check: [] for case in cases}
+        differences: dict[str, list[float]] = {case.check: [] for case in cases}
         for graph in dict.fromkeys(case.graph for case in cases):
             for case in cases:
                 if case.graph == graph:
-                    found[case.check].append(case.judge(self.run_graph(graph, case.feeds)))
+                    differences[case.check].append(case.judge(self.run_graph(graph, case.feeds)))
             self.close(graph)
-        return [self.parity(check, len(differences), max(differences)) for check, differences in found.items()]
+        kinds = {case.check: case.kind for case in cases}
+        parity = [self.parity(check, values, kinds[check]) for check, values in differences.items()]
+        return [*parity, self.parity("score, backbone", self._backbones, "backbone")] if self._backbones else parity
 
     def case(self, prompt: int, length: int, count: int, batch: int, padding: str) -> tuple[dict[str, Array], Array]:
-        """Random feeds of `rank` and the scores (count, batch, length) that PyTorch gives; padding is 0."""
+        """Random feeds of `rank`, and an array (count, batch, length) float64 that `compute` fills with exact scores.
+
+        At padding it is 0.
+        """
         feeds = self.feeds(prompt, length, count, batch, padding)
         suffix = "ids" if self.ids else "embeds"
         prompts, candidates = feeds[f"prompt_{suffix}"], feeds[f"candidate_{suffix}"]
         prompt_mask, mask = feeds["prompt_mask"], feeds["candidate_mask"]
-        expected = np.zeros(mask.shape, np.float32)
+        expected = np.zeros(mask.shape)
         # Rows of one length stand side by side: none has padding.
         lengths = prompt_mask.sum(1) + mask.sum(2)
         for length in np.unique(lengths):
@@ -145,8 +139,12 @@ class Checker:
             rows = [
                 np.concatenate([prompts[b][prompt_mask[b] > 0], candidates[n, b][mask[n, b] > 0]]) for n, b in places
             ]
-            for (n, b), scores in zip(places, self.torch_scores(np.stack(rows))[1], strict=True):
-                expected[n, b][mask[n, b] > 0] = scores[prompt_mask[b].sum() :]
+
+            def put(exact: Outputs, places: Array = places) -> None:
+                for (n, b), scores in zip(places, exact.scores.numpy(), strict=True):
+                    expected[n, b][mask[n, b] > 0] = scores[prompt_mask[b].sum() :]
+
+            self._pending.append((np.stack(rows), put))
         return feeds, expected
 
     def feeds(self, prompt: int, length: int, count: int, batch: int, padding: str) -> dict[str, Array]:
@@ -166,10 +164,6 @@ class Checker:
         """Whether the frequencies of a row depend on its length: then `rank` takes those of its longest candidate."""
         scaling = self.network.config.rope_scaling
         return scaling is not None and scaling.kind == "dynamic" and length > scaling.original_max_positions
-
-    def torch_scores(self, rows: Array) -> tuple[Array, Array]:
-        """Whole unpadded rows -> backbone (B, T, D) and scores (B, T), the activation applied."""
-        return score_rows(self.model, rows, self.scoring)
 
     def _draw(self, *shape: int) -> Array:
         if self.ids:
@@ -199,20 +193,26 @@ class Checker:
                 expected: Array = expected,
                 kept: str | None = kept,
             ) -> float:
-                worst = self.compare(what, outputs["scores"], expected)
+                worst = self.near("scores", what, outputs["scores"], expected)
                 self._same_choice(what, feeds, outputs, expected)
                 if kept is not None:
                     self.record(kept, feeds, outputs, scores=expected)
                 return worst
 
-            yield Case(name, "rank", feeds, judge)
+            yield Case(name, "rank", feeds, judge, "scores")
 
     def _score(self) -> Iterator[Case]:
         """The same rows unpadded, padded on the right, and padded on the left, through `score`."""
         for number, (_, length, count, batch) in enumerate(self._shapes()):
             axis = [] if self.ids else [self.network.config.embed_dim]
             row, extra = self._draw(count * batch, length, *axis), int(self.rng.integers(1, 6))
-            backbone, expected = self.torch_scores(row)
+            size = count * batch, length
+            exact = {"scores": np.zeros(size), "backbone": np.zeros((*size, self.network.config.hidden_size))}
+
+            def put(outputs: Outputs, exact: dict[str, Array] = exact) -> None:
+                exact["scores"][:], exact["backbone"][:] = outputs.scores.numpy(), outputs.backbone.numpy()
+
+            self._pending.append((row, put))
             for left in (0, extra):
                 right = extra if left == 0 and number % 2 else 0
                 widths = [(0, 0), (left, right), *[(0, 0) for _ in axis]]
@@ -220,9 +220,8 @@ class Checker:
                 feeds = {"input_ids" if self.ids else "inputs_embeds": np.pad(row, widths), "attention_mask": mask}
                 feeds |= {"num_candidates": np.array(count), **plain_selection()}
                 kept = "score/4" if number == 1 and left else None
-                exact = {"scores": expected, "backbone": backbone}
                 judge = partial(self._judge_score, feeds, exact, slice(left, left + length), kept)
-                yield Case("score, padded and unpadded", "score", feeds, judge)
+                yield Case("score, padded and unpadded", "score", feeds, judge, "scores")
 
     def _judge_score(
         self,
@@ -232,8 +231,9 @@ class Checker:
         kept: str | None,
         outputs: dict[str, Array],
     ) -> float:
-        worst = self.compare("score", outputs["scores"][:, real, 0], exact["scores"])
-        worst = max(worst, self.compare("score, backbone", outputs["backbone"][:, real], exact["backbone"]))
+        worst = self.near("scores", "score", outputs["scores"][:, real, 0], exact["scores"])
+        backbone = outputs["backbone"][:, real]
+        self._backbones.append(self.near("backbone", "score, backbone", backbone, exact["backbone"]))
         if kept is not None:
             whole = {"scores": outputs["scores"].copy(), "backbone": outputs["backbone"].copy()}
             whole["scores"][:, real, 0], whole["backbone"][:, real] = exact["scores"], exact["backbone"]
@@ -253,9 +253,9 @@ class Checker:
             if outputs["best_index"] != best:
                 raise ExportError(f"reference evaluator: the graph chose {outputs['best_index']}, NumPy {best}")
             self.compare("reference evaluator, vote", outputs["group_scores"], groups)
-            return self.compare("reference evaluator", outputs["scores"], expected)
+            return self.near("scores", "reference evaluator", outputs["scores"], expected)
 
-        return Case("ONNX reference evaluator", "rank", feeds, judge)
+        return Case("ONNX reference evaluator", "rank", feeds, judge, "scores")
 
     def session(self, name: str) -> Session:
         """The session of a graph, opened at its first use."""
@@ -278,51 +278,53 @@ class Checker:
         final, _ = aggregate(expected, feeds["candidate_mask"], feeds["step_mask"], "last")
         chosen = select_best_of_n(torch.from_numpy(final)).numpy()
         best, taken = (np.take_along_axis(final, index[None], 0)[0] for index in (chosen, outputs["best_index"]))
-        relative, absolute, _ = self.tolerance
-        if (best - taken > relative * np.abs(best) + absolute).any():
+        if (best - taken > 2 * self.bar.allowed("scores")).any():
             raise ExportError(f"{what}: the graph chose {outputs['best_index']}, PyTorch {chosen}; nothing was written")
 
-    def compare(self, what: str, found: Array, expected: Array) -> float:
-        """The greatest absolute difference; NaN equals NaN.
+    def near(self, kind: str, what: str, values: Array, exact: Array) -> float:
+        """The maximum absolute difference from what is exact; NaN equals NaN.
+
+        Args:
+            kind: `backbone`, `scores`, `log_probs`: which of the bar's outputs they are.
+            what: names the values in messages.
+            values: of a graph.
+            exact: float64, of the same shape.
 
         Raises:
-            ExportError: it is greater than allowed.
+            ExportError: it exceeds what is allowed.
         """
+        return self._difference(what, values, exact, self.bar.allowed(kind))
+
+    def compare(self, what: str, values: Array, expected: Array) -> float:
+        """The maximum absolute difference from what NumPy gives for the same scores; NaN equals NaN.
+
+        Raises:
+            ExportError: it exceeds what is allowed.
+        """
+        largest = np.abs(expected[np.isfinite(expected)]).max(initial=1.0)
+        return self._difference(what, values, expected, _ARITHMETIC * float(largest))
+
+    def _difference(self, what: str, values: Array, expected: Array, allowed: float) -> float:
         try:
-            return greatest_difference(found, expected, self.tolerance.relative, self.tolerance.absolute)
+            return maximum_difference(values, expected, allowed)
         except ValueError as e:
             raise ExportError(f"{what}: {e}; nothing was written") from e
 
-    def parity(self, check: str, cases: int, worst: float) -> Parity:
+    def parity(self, check: str, differences: Sequence[float], kind: str | None) -> Parity:
         """The result of one check."""
-        relative, absolute, _ = self.tolerance
-        return Parity(check=check, cases=cases, max_difference=worst, relative=relative, absolute=absolute)
+        own, allowed = (0.0, None) if kind is None else (self.bar.own[kind], self.bar.allowed(kind))
+        worst = max(differences)
+        return Parity(check=check, cases=len(differences), max_difference=worst, pytorch_error=own, allowed=allowed)
 
     def record(self, name: str, feeds: dict[str, Array], outputs: dict[str, Array], **exact: Array) -> None:
-        """Keep a case for `bonnx verify`, with the exact outputs in place of those found."""
+        """Keep a case for `bonnx verify`: exact outputs in place of the graph's, and the error allowed for each."""
+        recorded = {key: value.astype(outputs[key].dtype) for key, value in (outputs | exact).items()}
         self.recorded |= {f"{name}/in/{key}": value for key, value in feeds.items()}
-        self.recorded |= {f"{name}/out/{key}": value for key, value in (outputs | exact).items()}
-
-
-def activated(scores: torch.Tensor, scoring: Scoring) -> torch.Tensor:
-    """What PyTorch's scorer gives, (..., num_labels) -> the score (...), as the graphs give it."""
-    if scoring.activation == "softmax":
-        scores = scores.softmax(-1)
-    scores = scores[..., scoring.label]
-    return scores.sigmoid() if scoring.activation == "sigmoid" else scores
-
-
-def score_rows(
-    model: LanguageModel | TwoHeadedNetwork, rows: Array, scoring: Scoring, mask: Array | None = None
-) -> tuple[Array, Array]:
-    """Whole rows through PyTorch: backbone (B, T, D) and scores (B, T), the activation applied; no logits."""
-    values = torch.from_numpy(rows)
-    network = model.network if isinstance(model, LanguageModel) else model
-    with torch.no_grad():
-        if isinstance(model, LanguageModel):
-            values = model.embedding(values)
-        backbone, scores = network(values, None if mask is None else torch.from_numpy(mask))
-    return backbone.numpy(), activated(scores, scoring).numpy()
+        self.recorded |= {f"{name}/out/{key}": value for key, value in recorded.items()}
+        for key, value in recorded.items():
+            if value.dtype == np.float32:
+                kind = key if key in self.bar.own else "scores"
+                self.recorded[f"{name}/allowed/{key}"] = np.array(self.bar.allowed(kind))
 
 
 def _mask(sizes: Array, length: int, padding: str) -> Array:

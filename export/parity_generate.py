@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 from ..models.network import LanguageModel
 from ..runtime.aggregate import aggregate
 from ..runtime.errors import ExportError
 from ..runtime.generation import FINISH_REASONS, Request
 from ..runtime.manifest import Parity
+from ..runtime.session import Session
 from ..runtime.steps import generate_feeds, grow
-from .parity import Array, Checker, activated
+from .parity import Array, Checker
 
 __all__ = ["check_generation", "expected_token", "uniform"]
 
@@ -21,7 +24,35 @@ __all__ = ["check_generation", "expected_token", "uniform"]
 _SHAPES = [(1, 1, 1, 1), (1, 7, 5, 9), (3, 5, 4, 6), (2, 12, 9, 7), (1, 23, 3, 12)]
 # temperature, top_k, top_p, prune_every
 _DRAWS = [(1.0, 0, 1.0, 0), (0.7, 5, 0.9, 2), (0.0, 0, 1.0, 0), (1.3, 0, 0.6, 3)]
+# For `bonnx verify`, in this order until one is certain: shape, temperature, how many are tried.
+_RECORDED = [((2, 4, 3, 5), 1.0, 20), ((2, 4, 3, 5), 0.0, 20), ((1, 4, 2, 2), 0.0, 40)]
+# What rounding to float32 may move the border between two tokens by, where the logits are known to the last bit.
+_ROUNDING = 2e-5
 _WORD = 2**32
+
+
+class _Run(NamedTuple):
+    """One run of `generate`: prompts and mask (B, P), and what it gave."""
+
+    prompts: Array
+    mask: Array
+    request: Request
+    outputs: dict[str, Array]
+
+    def row(self, n: int, b: int) -> tuple[Array, Array]:
+        """A candidate's prompt (P,) and tokens (length,)."""
+        return self.prompts[b][self.mask[b] > 0], self.outputs["sequences"][n, b, : self.outputs["lengths"][n, b]]
+
+
+class _Exact(NamedTuple):
+    """What float64 gives at each token of a candidate: scores, log_probs (length,), and the draws.
+
+    A draw is the token that the seed gives, and how far it is from another one's share.
+    """
+
+    scores: Array
+    log_probs: Array
+    draws: list[tuple[int, float]]
 
 
 def check_generation(checker: Checker) -> list[Parity]:
@@ -30,21 +61,32 @@ def check_generation(checker: Checker) -> list[Parity]:
     Raises:
         ExportError: a token, a score or a choice differs.
     """
-    worst, cases = 0.0, 0
-    for shape in _SHAPES:
-        for options in _DRAWS:
-            prompts, mask, request = _case(checker, shape, *options)
-            outputs = checker.run_graph("generate", generate_feeds(prompts, mask, request, None))
-            difference, certain = _compare_rows(checker, prompts, mask, request, outputs)
-            worst = max(worst, difference)
-            _check_selection(checker, request, outputs)
-            for b in range(len(prompts)):
-                alone = {name: _column(value, b) for name, value in outputs.items()}
-                if certain[b] and not _is_close_race(checker, request, alone):
-                    _compare_steps(checker, prompts[b][mask[b] > 0], request, alone)
-            cases += 1
+    runs = [_run(checker, _case(checker, shape, *options)) for shape in _SHAPES for options in _DRAWS]
+    scores, log_probs = list[float](), list[float]()
+    for run, rows in zip(runs, _read(checker, runs), strict=True):
+        for (n, b), exact in rows.items():
+            what = f"generate, prompt {b}, candidate {n}"
+            length = len(exact.scores)
+            scores.append(checker.near("scores", what, run.outputs["scores"][n, b, :length], exact.scores))
+            found = run.outputs["log_probs"][n, b, :length]
+            log_probs.append(checker.near("log_probs", f"{what}, log-probabilities", found, exact.log_probs))
+            _check_tokens(checker, run, n, b, exact.draws, what)
+        _check_selection(checker, run.request, run.outputs)
+        for b in range(len(run.prompts)):
+            alone = {name: _column(value, b) for name, value in run.outputs.items()}
+            certain = all(_is_certain(checker, run.request, rows[n, b]) for n in range(run.request.n))
+            certain = certain and not _is_close_race(checker, run.request, alone)
+            _check_decode(checker, run.prompts[b][run.mask[b] > 0], run.request, alone if certain else None)
     _record(checker)
-    return [checker.parity("generate, tokens and scores", cases, worst)]
+    results = {
+        "generate, tokens and scores": ("scores", scores),
+        "generate, log-probabilities": ("log_probs", log_probs),
+    }
+    return [checker.parity(check, differences, kind) for check, (kind, differences) in results.items()]
+
+
+def _run(checker: Checker, case: tuple[Array, Array, Request]) -> _Run:
+    return _Run(*case, checker.run_graph("generate", generate_feeds(*case, None)))
 
 
 def _case(
@@ -67,31 +109,62 @@ def _column(value: Array, b: int) -> Array:
     return value[:, b : b + 1] if value.ndim > 1 else value
 
 
-def _compare_rows(
-    checker: Checker, prompts: Array, mask: Array, request: Request, outputs: dict[str, Array]
-) -> tuple[float, Array]:
-    """Every candidate as a whole row through PyTorch: its tokens are those that the draws give, its scores agree.
+def _read(checker: Checker, runs: Sequence[_Run]) -> list[dict[tuple[int, int], _Exact]]:
+    """For each run its candidates, by number and prompt, as whole rows through PyTorch; its bar sees them."""
+    places = defaultdict[int, list[tuple[int, int, int]]](list)
+    for r, run in enumerate(runs):
+        for n, b in np.ndindex(run.outputs["lengths"].shape):
+            prompt, tokens = run.row(n, b)
+            places[len(prompt) + len(tokens)].append((r, n, b))
+    batches = [np.stack([np.concatenate(runs[r].row(n, b)) for r, n, b in group]) for group in places.values()]
+    rows: list[dict[tuple[int, int], _Exact]] = [{} for _ in runs]
+    for group, (exact, own) in zip(places.values(), checker.exact.rows(batches, checker.bar), strict=True):
+        for i, (r, n, b) in enumerate(group):
+            prompt, tokens = runs[r].row(n, b)
+            start = len(prompt)
+            logits, same = checker.exact.logits(exact.backbone[i, start - 1 : -1], own.backbone[i, start - 1 : -1])
+            log_probs, near = (_log_softmax(x)[np.arange(len(tokens)), tokens] for x in (logits, same))
+            checker.bar.see("logits", logits, same)
+            checker.bar.see("log_probs", log_probs, near)
+            draws = [
+                expected_token(logits[step], uniform(runs[r].request.seed, prompt, step, n), runs[r].request)
+                for step in range(len(tokens))
+            ]
+            rows[r][n, b] = _Exact(exact.scores[i, start:].numpy(), log_probs, draws)
+    return rows
 
-    Also for which prompts (B,) no draw was so close to an edge that another batch may round it to another token. With a
-    large vocabulary and flat probabilities, as of a model that is not trained, many are.
+
+def _log_softmax(logits: Array) -> Array:
+    shifted = logits.astype(np.float64) - logits.max(1, keepdims=True)
+    result: Array = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
+    return result
+
+
+def _edge(error: float, request: Request) -> float:
+    """How near to the border between two tokens a draw is undecided, if logits may be off by an error.
+
+    Greedy, a difference of two logits. Else a share of probability, which moves by less than the error divided by the
+    temperature.
     """
-    worst, certain = 0.0, np.ones(len(prompts), bool)
-    sequences, lengths = outputs["sequences"], outputs["lengths"]
-    for n, b in np.ndindex(lengths.shape):
-        prompt, length = prompts[b][mask[b] > 0], lengths[n, b]
-        tokens, what = sequences[n, b, :length], f"generate, prompt {b}, candidate {n}"
-        logits, scores = _read(checker, prompt, tokens)
-        log_probs = logits - np.log(np.exp(logits - logits.max(1, keepdims=True)).sum(1, keepdims=True))
-        log_probs = (log_probs - logits.max(1, keepdims=True))[np.arange(length), tokens]
-        worst = max(worst, checker.compare(what, outputs["scores"][n, b, :length], scores))
-        worst = max(worst, checker.compare(what, outputs["log_probs"][n, b, :length], log_probs.astype(np.float32)))
-        for step in range(length):
-            token, margin = expected_token(logits[step], uniform(request.seed, prompt, step, n), request)
-            certain[b] &= margin > checker.tolerance.edge
-            if token != tokens[step] and margin > checker.tolerance.edge:
-                raise ExportError(f"{what}: token {step} is {tokens[step]}, PyTorch and the seed give {token}")
-        _check_end(request, what, tokens, FINISH_REASONS[outputs["finish_reasons"][n, b]])
-    return worst, certain
+    return 2 * error if request.temperature == 0 else error / request.temperature + _ROUNDING
+
+
+def _is_certain(checker: Checker, request: Request, exact: _Exact) -> bool:
+    """Whether no draw is so close to an edge that rounding may give another token.
+
+    With a large vocabulary and flat probabilities, as of a model that is not trained, many are.
+    """
+    edge = _edge(checker.bar.allowed("logits"), request)
+    return all(margin > edge for _, margin in exact.draws)
+
+
+def _check_tokens(checker: Checker, run: _Run, n: int, b: int, draws: Sequence[tuple[int, float]], what: str) -> None:
+    _, tokens = run.row(n, b)
+    edge = _edge(checker.bar.allowed("logits"), run.request)
+    for step, (token, margin) in enumerate(draws):
+        if token != tokens[step] and margin > edge:
+            raise ExportError(f"{what}: token {step} is {tokens[step]}, PyTorch and the seed give {token}")
+    _check_end(run.request, what, tokens, FINISH_REASONS[run.outputs["finish_reasons"][n, b]])
 
 
 def _check_end(request: Request, what: str, tokens: Array, reason: str) -> None:
@@ -118,60 +191,82 @@ def _is_close_race(checker: Checker, request: Request, outputs: dict[str, Array]
     """Whether two candidates were so close at a pruning that rounding decides: equal ones are, to the last bits."""
     if not request.prune_every:
         return False
-    relative, absolute, _ = checker.tolerance
+    close = 2 * checker.bar.allowed("scores")
     scores, lengths = outputs["scores"][:, 0], outputs["lengths"][:, 0]
     for step in range(request.prune_every, scores.shape[1] + 1, request.prune_every):
         reached = np.minimum(lengths, step)
         found = np.sort(scores[np.arange(len(scores)), reached - 1])
-        if (np.diff(found) <= relative * np.abs(found[1:]) + absolute).any():
+        if (np.diff(found) <= close).any():
             return True
     return False
 
 
-def _compare_steps(checker: Checker, prompt: Array, request: Request, outputs: dict[str, Array]) -> None:
-    """The host's loop over `prefill` and `decode` gives the same candidates for a prompt that stands alone."""
-    *_, last = grow(checker.session, prompt, request, None, None)
+class _Listening:
+    """A session whose logits are kept, run by run."""
+
+    def __init__(self, session: Session) -> None:
+        self._session, self.logits = session, list[Array]()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._session, name)
+
+    def values(self, feeds: dict[str, Any]) -> dict[str, Any]:
+        """As the session's."""
+        outputs = self._session.values(feeds, logits=True)
+        self.logits.append(outputs["logits"].numpy())
+        return outputs
+
+
+def _check_decode(checker: Checker, prompt: Array, request: Request, outputs: dict[str, Array] | None) -> None:
+    """The host's loop over `prefill` and `decode`, for a prompt that stands alone.
+
+    Every token is the one that the seed gives for the graphs' own logits, at any precision. Where rounding decides no
+    draw, the candidates are those of `generate`, its `outputs`.
+    """
+    heard = {name: _Listening(checker.session(name)) for name in ("prefill", "decode")}
+    *_, last = grow(heard.__getitem__, prompt, request, None, None)  # type: ignore[arg-type]
+    for n, step, logits in _heard(heard["prefill"].logits, heard["decode"].logits, last.lengths):
+        given, what = int(last.tokens[n, step]), f"decode, candidate {n}, token {step}"
+        token, margin = expected_token(logits, uniform(request.seed, prompt, step, n), request)
+        if token != given and margin > _edge(0.0, request):
+            raise ExportError(f"{what} is {given}; its logits and the seed give {token}")
+        log_prob = _log_softmax(logits[None])[0, given]
+        checker.compare(f"{what}, log-probability", last.log_probs[n, step], np.asarray(log_prob))
+    if outputs is None:
+        return
     lengths = outputs["lengths"][:, 0]
     if not np.array_equal(last.lengths, lengths) or not np.array_equal(last.reasons, outputs["finish_reasons"][:, 0]):
         raise ExportError(f"decode ended candidates after {last.lengths} tokens, generate after {lengths}")
     for n, length in enumerate(lengths):
         if not np.array_equal(last.tokens[n, :length], outputs["sequences"][n, 0, :length]):
             raise ExportError(f"decode gave {last.tokens[n, :length]}, generate {outputs['sequences'][n, 0, :length]}")
-        checker.compare("decode, scores", last.scores[n, :length], outputs["scores"][n, 0, :length])
+        checker.near("scores", "decode, scores", last.scores[n, :length], outputs["scores"][n, 0, :length])
+
+
+def _heard(first: Sequence[Array], others: Sequence[Array], lengths: Array) -> Iterator[tuple[int, int, Array]]:
+    """Each candidate and step with the logits (V,) float64 that its token was drawn from."""
+    for step in range(int(lengths.max())):
+        # One prefill for all; then a row for each candidate that has the token before.
+        rows = np.flatnonzero(lengths >= step)
+        for row, n in enumerate(rows):
+            if lengths[n] > step:
+                logits = first[0][0] if step == 0 else others[step - 1][row, 0]
+                yield int(n), step, logits.astype(np.float64)
 
 
 def _record(checker: Checker) -> None:
-    """One case for `bonnx verify`, all of whose draws are far from an edge, so that any machine gives its tokens."""
-    far = min(10 * checker.tolerance.edge, 0.1)
-    # Where probabilities are so flat that no such case is found, the most likely tokens.
-    for temperature in (*[1.0] * 50, *[0.0] * 50):
-        prompts, mask, request = _case(checker, (2, 4, 3, 5), temperature, 0, 1.0, 0)
-        feeds = generate_feeds(prompts, mask, dataclasses.replace(request, stop_tokens=()), None)
-        outputs = checker.run_graph("generate", feeds)
-        sequences = outputs["sequences"]
-        rows = ((n, prompts[b][mask[b] > 0], sequences[n, b]) for n, b in np.ndindex(sequences.shape[:2]))
-        if all(_margin(checker, request, *row) > far for row in rows):
-            break
-    checker.record("generate/1", feeds, outputs)
+    """One case for `bonnx verify`, whose draws are so far from an edge that any machine gives its tokens.
 
-
-def _margin(checker: Checker, request: Request, candidate: int, prompt: Array, tokens: Array) -> float:
-    """The least distance of a candidate's draws from an edge."""
-    logits, _ = _read(checker, prompt, tokens)
-    draws = (
-        expected_token(logits[step], uniform(request.seed, prompt, step, candidate), request)
-        for step in range(len(tokens))
-    )
-    return min(margin for _, margin in draws)
-
-
-def _read(checker: Checker, prompt: Array, tokens: Array) -> tuple[Array, Array]:
-    """What PyTorch gives for a candidate: the logits of each token (length, V) float64, and its scores (length,)."""
-    row = torch.from_numpy(np.concatenate([prompt, tokens]))[None]
-    with torch.no_grad():
-        _, scores, logits = checker.model(row)
-    found: Array = logits[0, len(prompt) - 1 : -1].double().numpy()
-    return found, activated(scores, checker.scoring)[0, len(prompt) :].numpy()
+    None, if 8 bits leave no such case.
+    """
+    for shape, temperature, tries in _RECORDED:
+        for _ in range(tries):
+            prompts, mask, request = _case(checker, shape, temperature, 0, 1.0, 0)
+            run = _run(checker, (prompts, mask, dataclasses.replace(request, stop_tokens=())))
+            (rows,) = _read(checker, [run])
+            if all(_is_certain(checker, run.request, exact) for exact in rows.values()):
+                checker.record("generate/1", generate_feeds(*run[:3], None), run.outputs)
+                return
 
 
 def uniform(seed: int, prompt: Array, step: int, candidate: int) -> float:

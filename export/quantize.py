@@ -29,7 +29,18 @@ from ..runtime.manifest import Precision
 from .outliers import SplitLinear, find_outliers
 from .rotate import rotate
 
-__all__ = ["BLOCK", "LEAST", "NORMED_STEP", "Embedding8", "Embedding16", "Linear4", "Linear8", "Linear16", "quantized"]
+__all__ = [
+    "BLOCK",
+    "LEAST",
+    "NORMED_STEP",
+    "Embedding8",
+    "Embedding16",
+    "Linear4",
+    "Linear8",
+    "Linear16",
+    "quantized",
+    "table",
+]
 
 # 127 steps reach 4.5 standard deviations: of a normal distribution 7 values in a million lie beyond and are cut.
 NORMED_STEP = 4.5 / 127
@@ -70,8 +81,15 @@ class Linear16(nn.Module):
         """Whether neither an input nor a sum of products can exceed the type."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out) float32."""
-        return F.linear(x, self.weight.to(torch.float32) * self.scale, self.bias)
+        """(..., in) -> (..., out), computed in the type of x."""
+        return F.linear(x, self.weight.to(x.dtype) * self.scale, self.bias)
+
+    def in_halves(self, x: Tensor) -> Tensor:
+        """The same with inputs and outputs rounded to float16, as a graph's products are: (..., in) -> (..., out)."""
+        rows = torch.ones(()) if self.bounded else x.abs().amax(-1, keepdim=True).clamp(min=LEAST)
+        halves = (x / rows).to(torch.float16).to(torch.float32)
+        y = F.linear(halves, self.weight.to(torch.float32)).to(torch.float16).to(torch.float32) * (rows * self.scale)
+        return y if self.bias is None else y + self.bias
 
 
 class Embedding16(nn.Module):
@@ -103,16 +121,22 @@ class Linear8(nn.Module):
         self.bias = linear.bias
         self.normed = normed
         """Whether the inputs come from a norm and have the fixed range."""
+        self._levels: Tensor | None = None
         # Kept, as a verification runs the layer thousands of times, but where it takes a large model's memory.
-        self._levels = self.weight.to(torch.float32) if self.weight.numel() < _LARGE else None
+        if self.weight.numel() < _LARGE:
+            self.keep(torch.float32)
+
+    def keep(self, dtype: torch.dtype) -> None:
+        """Keep the weights in a floating point type too, in which they need not be converted at each call."""
+        self._levels = self.weight.to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
         step: Tensor | float = NORMED_STEP
         if not self.normed:
             step = (x.abs().amax(-1, keepdim=True) * (1 / 127)).clamp(min=LEAST)
-        levels = self.weight.to(torch.float32) if self._levels is None else self._levels
-        integers = F.linear((x / step).round().clamp(-128, 127), levels)
+        levels = self.weight if self._levels is None else self._levels
+        integers = F.linear((x / step).round().clamp(-128, 127), levels.to(x.dtype))
         y = integers * self.scale * step
         return y if self.bias is None else y + self.bias
 
@@ -132,10 +156,16 @@ class Linear4(nn.Module):
         """(out, in / 32)."""
         self.bias = linear.bias
         self.width = width
-        self._weight = self._widened() if weight.numel() < _LARGE else None
+        self._weight: Tensor | None = None
+        if weight.numel() < _LARGE:
+            self.keep(torch.float32)
 
-    def _widened(self) -> Tensor:
-        levels = torch.stack([self.packed & 15, self.packed >> 4], -1).flatten(-2).to(torch.float32) - 8
+    def keep(self, dtype: torch.dtype) -> None:
+        """Keep the weights in a floating point type too, in which they need not be unpacked at each call."""
+        self._weight = self._widened(dtype)
+
+    def _widened(self, dtype: torch.dtype) -> Tensor:
+        levels = torch.stack([self.packed & 15, self.packed >> 4], -1).flatten(-2).to(dtype) - 8
         return (levels * self.scale[..., None]).flatten(1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -143,7 +173,7 @@ class Linear4(nn.Module):
         padded = F.pad(x, (0, -self.width % BLOCK))
         blocks = padded.reshape(*padded.shape[:-1], -1, BLOCK)
         step = (blocks.abs().amax(-1, keepdim=True) / 127).clamp(min=LEAST)
-        weight = self._widened() if self._weight is None else self._weight
+        weight = self._widened(x.dtype) if self._weight is None else self._weight.to(x.dtype)
         return F.linear(((blocks / step).round() * step).flatten(-2), weight, self.bias)
 
 
@@ -179,19 +209,23 @@ def quantized(
     twin.network = _network(model.network, precision, outliers, consume)
     tied, headless = model.config.tie_embeddings, not model.config.vocabulary_head
     if headless:
-        table = _table(model.embedding)
+        embedding = table(model.embedding)
         is_half = precision in _HALVES
-        rows = Embedding16(Linear16(table, _HALVES[precision])) if is_half else Embedding8(Linear8(table, normed=False))
+        rows = (
+            Embedding16(Linear16(embedding, _HALVES[precision]))
+            if is_half
+            else Embedding8(Linear8(embedding, normed=False))
+        )
         _replace(twin, "embedding", rows)
         return twin.eval()
-    tables = [_table(model.embedding)] if tied else [model.head, _table(model.embedding)]
+    tables = [table(model.embedding)] if tied else [model.head, table(model.embedding)]
     if precision in _HALVES:
         # At these precisions the network keeps its basis, so its final norm is the model's own.
         head = Linear16(tables[0], _HALVES[precision], final_norm)
         _replace(twin, "head", head)
         _replace(twin, "embedding", Embedding16(head if tied else Linear16(tables[1], _HALVES[precision])))
     else:
-        eights = [Linear8(table, normed=False) for table in tables]
+        eights = [Linear8(linear, normed=False) for linear in tables]
         _replace(twin, "head", eights[0])
         _replace(twin, "embedding", Embedding8(eights[-1]))
     return twin.eval()
@@ -255,7 +289,7 @@ def _replace(parent: nn.Module, name: str, module: nn.Module) -> None:
     setattr(parent, name, module)
 
 
-def _table(embedding: nn.Embedding) -> nn.Linear:
+def table(embedding: nn.Embedding) -> nn.Linear:
     """An embedding (V, E) as the linear layer E -> V that has its weights."""
     linear = nn.Linear(1, 1, bias=False)
     linear.weight = embedding.weight

@@ -28,6 +28,9 @@ def widened(graph: ir.Graph, dtype: ir.DataType) -> ir.Graph:
         graph.insert_before(node, cast)
         node.replace_input_with(0, narrow.inputs[0])
         node.replace_input_with(1, cast.outputs[0])
+        if back.outputs[0].is_graph_output():
+            # The name of an output is how programs ask for it.
+            output.name, back.outputs[0].name = back.outputs[0].name, f"{output.name}.wide"
         back.outputs[0].replace_all_uses_with(output, replace_graph_outputs=True)
         # Not `dtype`, which would change the type of the values that this one was cloned from.
         output.type = ir.TensorType(ir.DataType.FLOAT)

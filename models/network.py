@@ -209,8 +209,13 @@ class TwoHeadedNetwork(nn.Module):
         cos, sin = rotation(positions, self.inverse_frequencies, self.config.rope_scaling)
         return cos[:, None], sin[:, None]
 
-    def encode(self, inputs_embeds: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """The backbone's normed output: (B, T, E) and an optional mask (B, T) of 0 and 1 -> (B, T, D)."""
+    def surroundings(
+        self, inputs_embeds: Tensor, attention_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+        """What the blocks need beside x: cos and sin (B or 1, 1, T, K/2), and for each block its mask.
+
+        A mask is (B, 1, T, T) bool, True where a key may be read, or None for plain causal.
+        """
         windows = self.config.windows
         masks: dict[int | None, Tensor | None] = {None: None}
         if attention_mask is None and not any(windows):
@@ -222,9 +227,14 @@ class TwoHeadedNetwork(nn.Module):
             positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
             masks |= {window: self._mask(attention_mask, window) for window in set(windows)}
         cos, sin = (t.to(inputs_embeds.dtype) for t in self.rotation(positions))
+        return cos, sin, [masks[window] for window in windows]
+
+    def encode(self, inputs_embeds: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """The backbone's normed output: (B, T, E) and an optional mask (B, T) of 0 and 1 -> (B, T, D)."""
+        cos, sin, masks = self.surroundings(inputs_embeds, attention_mask)
         x = self.input_projection(inputs_embeds)
-        for block, window in zip(self.layers(), windows, strict=True):
-            x = block(x, cos, sin, masks[window])
+        for block, mask in zip(self.layers(), masks, strict=True):
+            x = block(x, cos, sin, mask)
         out: Tensor = self.final_norm(x)
         return out
 

@@ -27,7 +27,7 @@ __all__ = [
     "seal_is_intact",
 ]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 # The graph input `aggregation` is an index into this.
 AGGREGATIONS = ("last", "mean", "min", "max", "prod")
 Aggregation: TypeAlias = Literal[
@@ -123,13 +123,16 @@ class Limits(_Frozen, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class Parity(_Frozen, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One check made at export: its greatest absolute difference; allowed was `|a-b| <= relative |b| + absolute`."""
+    """One check made at export, its maximum absolute errors; docs/precision.md has the rule."""
 
     check: str
     cases: int
     max_difference: float
-    relative: float
-    absolute: float
+    """Of ONNX Runtime from PyTorch in float64."""
+    pytorch_error: float
+    """Of PyTorch in the arithmetic of the graphs from PyTorch in float64, on the same rows."""
+    allowed: float | None
+    """None for selections, which are compared with NumPy's from the same scores."""
 
 
 class Agreement(_Frozen, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -175,7 +178,7 @@ class Manifest(_Frozen, frozen=True, kw_only=True, forbid_unknown_fields=True):
     text: TextRules = TextRules()
     files: dict[str, File]
     parity: list[Parity]
-    """Against PyTorch at the same precision."""
+    """Against PyTorch with the weights of the same precision."""
     agreement: Agreement | None = None
     """None at fp32."""
     tools: dict[str, str]

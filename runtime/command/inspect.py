@@ -44,10 +44,11 @@ def run(arguments: argparse.Namespace) -> int:
         stems = ([re.sub(r"\d+$", "*", value.name) for value in values] for values in (graph.inputs, graph.outputs))
         inputs, outputs = (", ".join(dict.fromkeys(names)) for names in stems)
         print(f"    {graph.file}, opset {graph.opset}: {inputs} -> {outputs}")
-    print("  equal to PyTorch at this precision, greatest difference and what was allowed")
+    print("  maximum error against PyTorch in float64 with the same weights: of ONNX Runtime, of PyTorch, and allowed")
     for parity in manifest.parity:
-        allowed = f"{parity.relative:g} relative + {parity.absolute:g}"
-        print(f"    {parity.check:<28} {parity.cases:>3} cases  {parity.max_difference:.2e}  {allowed}")
+        errors = f"{parity.max_difference:.1e}  {parity.pytorch_error:.1e}"
+        allowed = "as NumPy" if parity.allowed is None else f"{parity.allowed:.1e}"
+        print(f"    {parity.check:<28} {parity.cases:>3} cases  {errors}  {allowed}")
     if manifest.agreement is not None:
         print(f"  {manifest.agreement}")
     return 0

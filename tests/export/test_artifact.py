@@ -100,6 +100,7 @@ def test_a_failed_verification_writes_nothing_and_keeps_the_old_artifact(edited,
 def test_another_selection_is_noticed(network, small):
     checker = parity.Checker(network, small, read_verified(small).graphs, Scoring(), read_verified(small).limits)
     feeds, expected = checker.case(3, 2, 4, 1, "none")
+    checker.compute()
     outputs = checker.run_graph("rank", feeds)
     outputs["best_index"] = (outputs["best_index"] + 1) % 4
     with pytest.raises(ExportError, match="the graph chose"):

@@ -53,8 +53,8 @@ def test_foreign_folders(tmp_path, edited):
         bonnx.load(tmp_path / "nowhere")
     manifest = edited / "manifest.json"
     text = manifest.read_text()
-    manifest.write_text(text.replace('"schema_version": 1', '"schema_version": 99'))
-    with pytest.raises(ArtifactError, match="schema_version is 99, this bonnx reads 1"):
+    manifest.write_text(text.replace('"schema_version": 2', '"schema_version": 99'))
+    with pytest.raises(ArtifactError, match="schema_version is 99, this bonnx reads 2"):
         bonnx.load(edited)
     manifest.write_text("[" * 100_000)
     with pytest.raises(ArtifactError, match="is not JSON"):
