@@ -17,6 +17,7 @@ import pytest
 import bonnx
 from bonnx.models.countdown.vocabulary import END, PAD, STEP, encode
 from bonnx.runtime.manifest import Scoring, TextRules
+from tests.export.test_vote import vote_model
 from tests.tolerance import RUNTIME, within
 
 PAGE = Path(__file__).parents[2] / "docs/graphs.md"
@@ -177,6 +178,17 @@ def test_onnxruntime_web_votes_the_same(countdown, npm_folder):
     session = session_of(countdown, "rank")
     for found, case in zip(in_node(countdown, "rank", npm_folder, cases), cases, strict=True):
         check_same(found, session, case)
+
+
+def test_onnxruntime_web_weighs_raw_scores_the_same(npm_folder, tmp_path, rng):
+    """Countdown's scores are probabilities: the softmax of raw ones, in double precision, is a graph of its own."""
+    (tmp_path / "onnx").mkdir()
+    (tmp_path / "onnx/weights.bin").touch()
+    (tmp_path / "onnx/vote.onnx").write_bytes(vote_model(23, "softmax").SerializeToString())
+    scores = (10 * rng.standard_normal((9, 2)) - 20).astype(np.float32)
+    given = {"candidate_scores": scores, "answer_ids": rng.integers(-1, 3, (9, 2)), "vote": np.array(1)}
+    (found,) = in_node(tmp_path, "vote", npm_folder, [given])
+    check_same(found, session_of(tmp_path, "vote"), given)
 
 
 def program(language):
