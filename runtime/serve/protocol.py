@@ -163,7 +163,8 @@ def _read(body: bytes, length: str | None, name: str, model: Model) -> tuple[_In
         header, rest = body[: int(length)], memoryview(body)[int(length) :]
     try:
         asked = msgspec.convert(parse_json(header), _Inference)
-    except msgspec.ValidationError as e:
+    except (msgspec.ValidationError, UnicodeEncodeError) as e:
+        # The latter for half of a surrogate pair, which JSON may hold.
         raise Problem(400, f"the request is not one of the Open Inference Protocol: {str(e)[:300]}") from e
     graph = model.manifest.graphs[name]
     declared = {value.name: value for value in graph.inputs}

@@ -140,6 +140,10 @@ def named(body, name):
         (lambda body: body["inputs"].pop(0), "input_ids not given"),
         (lambda body: named(body, "input_ids").update(dtype="INT64"), "unknown field `dtype`"),
         (lambda body: body.update(priority=1), "unknown field `priority`"),
+        (lambda body: body.update({"\ud800": 1}), "surrogates not allowed"),
+        (lambda body: body["inputs"].append("\ud800"), "Open Inference Protocol"),
+        (lambda body: named(body, "input_ids").update(name="\ud800"), "is not wanted"),
+        (lambda body: named(body, "input_ids").update(data=["\ud800"] * 30), "expected whole numbers"),
         (lambda body: body.update(outputs=[{"name": "logits"}]), "there is no 'logits'"),
         (lambda body: body.update(outputs=[{"name": "scores"}] * 2), "one is there twice"),
         (lambda body: named(body, "attention_mask").update(data=[1] * 29 + [7]), "expected 0 or 1 everywhere; got 7"),
@@ -154,6 +158,12 @@ def test_what_does_not_fit_is_named(client, change, message):
     answer = post(client, "score", good("score"), change=change)
     assert answer.status_code == 400
     assert message in answer.json()["error"]
+
+
+def test_an_id_comes_back(client):
+    for given, back in (("a", "a"), ("é", "é"), ("\ud800", "\ufffd")):
+        answer = post(client, "score", good("score"), change=lambda body, given=given: body.update(id=given))
+        assert (answer.status_code, answer.json()["id"]) == (200, back)
 
 
 def test_bytes_are_counted(client):
