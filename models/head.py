@@ -54,7 +54,10 @@ class Head:
 
 def architecture(config: Mapping[str, Any]) -> str:
     """The first class that config.json names, or an empty text."""
-    return str((config.get("architectures") or [""])[0])
+    names = config.get("architectures") or [""]
+    if not isinstance(names, list) or not isinstance(names[0], str):
+        raise ConfigError(f"config.json, 'architectures': expected a list of names; found {names!r:.80}")
+    return names[0]
 
 
 def read_head(
@@ -128,7 +131,9 @@ def _labels(named: Any, count: int) -> list[str]:
     """Names of the labels, in order."""
     if named is None:
         return [f"LABEL_{i}" for i in range(count)]
-    if not isinstance(named, dict) or {str(i) for i in range(count)} != {str(key) for key in named}:
+    if not isinstance(named, dict):
+        raise ConfigError(f"config.json, 'id2label': expected an object of names by number; found {named!r:.80}")
+    if {str(i) for i in range(count)} != {str(key) for key in named}:
         raise ConfigError(
             f"config.json, 'id2label': it names {len(named)} labels; the weights of the head have {count}: "
             "one of the two is of another model"

@@ -18,6 +18,12 @@ from .head import PARTS, Shapes, architecture, read_head
 
 __all__ = ["FAMILIES", "Translation", "is_huggingface", "translate"]
 
+# What no size and no position of a model comes near; beyond them numbers would overflow before they are refused.
+_LARGEST, _FARTHEST = 2**20, 2**31 - 1
+_ROPE_NUMBERS = (
+    *("rope_theta", "factor", "partial_rotary_factor", "original_max_position_embeddings", "low_freq_factor"),
+    *("high_freq_factor", "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim"),
+)
 # Parts of names that a module has when it is wrapped while it is saved: by torch.compile, DDP, FSDP, DeepSpeed.
 _WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
 
@@ -77,10 +83,10 @@ def translate(
     shapes, stored = _unwrapped(shapes)
     fields = _Fields(config)
     prefix = _prefix(shapes)
-    network = _network(fields)
+    network = _network(fields, len(shapes))
     head = read_head(config, shapes, _further(shapes, prefix), label_tokens, new_scorer)
     network |= head.options
-    tied, vocabulary = fields.flag("tie_word_embeddings", False), fields.whole("vocab_size")
+    tied, vocabulary = fields.flag("tie_word_embeddings", False), fields.whole("vocab_size", most=2**24)
     causal = tied and architecture(config).endswith("ForCausalLM")
     generates = label_tokens is None and (new_scorer or causal or "lm_head.weight" in shapes)
     model = LanguageModelConfig(
@@ -113,7 +119,7 @@ def translate(
         new_scorer=not head.names and label_tokens is None,
         scoring=scoring,
         steps=head.steps,
-        limits={"max_tokens": fields.whole("max_position_embeddings", 8192)},
+        limits={"max_tokens": fields.whole("max_position_embeddings", 8192, _FARTHEST)},
         normal=head.normal,
         remarks=remarks(config),
     )
@@ -143,11 +149,13 @@ class _Fields:
         self.config = config
         self.family = config["model_type"]
 
-    def whole(self, name: str, default: int | None = None) -> int:
+    def whole(self, name: str, default: int | None = None, most: int = _LARGEST) -> int:
         value = self.config.get(name)
         value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ConfigError(f"config.json, '{name}': expected a whole number of at least 1; found {value!r}")
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+            raise ConfigError(
+                f"config.json, '{name}': expected a whole number of at least 1 and at most {most}; found {value!r:.40}"
+            )
         return value
 
     def flag(self, name: str, default: bool) -> bool:
@@ -156,6 +164,18 @@ class _Fields:
         if not isinstance(value, bool):
             raise ConfigError(f"config.json, '{name}': expected true or false; found {value!r}")
         return value
+
+
+def _numbers(rope: Any, name: str) -> dict[str, Any]:
+    """The parameters of the rotation: an object whose numbers are numbers."""
+    if not isinstance(rope, Mapping):
+        raise ConfigError(f"config.json, '{name}': expected an object; found {rope!r:.80}")
+    for key in _ROPE_NUMBERS:
+        value = rope.get(key)
+        number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _FARTHEST
+        if value is not None and not number:
+            raise ConfigError(f"config.json, '{name}', '{key}': expected a number; found {value!r:.40}")
+    return dict(rope)
 
 
 def _prefix(shapes: Shapes) -> str:
@@ -167,10 +187,12 @@ def _prefix(shapes: Shapes) -> str:
     return found[0]
 
 
-def _network(fields: _Fields) -> dict[str, Any]:
+def _network(fields: _Fields, tensors: int) -> dict[str, Any]:
     """Options of the backbone."""
     config, family = fields.config, fields.family
-    hidden, heads, layers = (fields.whole(f) for f in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
+    hidden, heads = fields.whole("hidden_size"), fields.whole("num_attention_heads")
+    # A layer has tensors, and a number that is far from true is not to be built first.
+    layers = fields.whole("num_hidden_layers", most=max(1, tensors))
     if config.get("head_dim") is None and hidden % heads:
         raise ConfigError(f"config.json: 'hidden_size' {hidden} is no multiple of 'num_attention_heads' {heads}")
     default_head = 128 if family == "qwen3" else hidden // heads
@@ -208,13 +230,17 @@ def _sliding(fields: _Fields, layers: int) -> tuple[int | None, list[int] | None
     # The classes' own default is 4096; a config that was written by them says null where there is none.
     has_window = mistral or (fields.family != "llama" and fields.flag("use_sliding_window", False))
     window = config.get("sliding_window", 4096) if has_window else None
+    window = None if window is None else fields.whole("sliding_window", 4096, _FARTHEST)
     kinds = config.get("layer_types")
     if kinds is None:
         if window is None or mistral:
             return window, None
         first = config.get("max_window_layers", 28)
+        if isinstance(first, bool) or not isinstance(first, int):
+            raise ConfigError(f"config.json, 'max_window_layers': expected a whole number; found {first!r:.40}")
         kinds = ["full_attention" if i < first else "sliding_attention" for i in range(layers)]
-    if len(kinds) != layers or not set(kinds) <= {"full_attention", "sliding_attention"}:
+    known = ("full_attention", "sliding_attention")
+    if not isinstance(kinds, list) or len(kinds) != layers or not all(kind in known for kind in kinds):
         raise ConfigError(
             f"config.json, 'layer_types': expected 'full_attention' or 'sliding_attention' for each of {layers} "
             f"layers; found {kinds!r:.200}"
@@ -232,20 +258,21 @@ def _rope(fields: _Fields) -> tuple[float, dict[str, Any] | None]:
     """Theta and scaling, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before)."""
     config = fields.config
     # As in transformers: where both are given, the older field counts.
-    rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
-    if nested := [name for name, value in rope.items() if isinstance(value, Mapping)]:
+    name = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
+    rope: dict[str, Any] = {"rope_theta": config.get("rope_theta")} | _numbers(config.get(name) or {}, name)
+    _numbers(rope, "rope_theta")
+    if nested := [kind for kind, value in rope.items() if isinstance(value, Mapping)]:
         raise ConfigError(
             f"config.json, 'rope_parameters': found parameters for each kind of layer ({', '.join(nested)}); expected "
             "one set for all layers"
         )
-    theta = rope.get("rope_theta", config.get("rope_theta"))
-    theta = 10000.0 if theta is None else float(theta)
+    theta = 10000.0 if rope["rope_theta"] is None else float(rope["rope_theta"])
     kind = rope.get("rope_type", rope.get("type", "default"))
     if rope.get("partial_rotary_factor") not in (None, 1.0):
         raise ConfigError("config.json, 'partial_rotary_factor': only heads that are rotated whole are supported")
     if kind == "default":
         return theta, None
-    longest = fields.whole("max_position_embeddings", 8192)
+    longest = fields.whole("max_position_embeddings", 8192, _FARTHEST)
     original = rope.get("original_max_position_embeddings") or longest
     if kind not in ("linear", "dynamic", "llama3", "yarn"):
         raise ConfigError(
@@ -254,13 +281,13 @@ def _rope(fields: _Fields) -> tuple[float, dict[str, Any] | None]:
     factor = rope.get("factor")
     if factor is None and kind == "yarn":
         factor = longest / original
-    if not isinstance(factor, int | float):
-        raise ConfigError(f"config.json, rope scaling, 'factor': expected a number; found {factor!r}")
+    if factor is None:
+        raise ConfigError(f"config.json, '{name}', 'factor': expected a number; found none")
     options: dict[str, Any] = {"kind": kind, "factor": float(factor)}
     # transformers stretches from here in dynamic scaling, whatever is said of an original context.
     options["original_max_positions"] = longest if kind == "dynamic" else original
     if kind == "llama3":
-        options |= {n: float(rope[n]) for n in ("low_freq_factor", "high_freq_factor") if n in rope}
+        options |= {n: float(rope[n]) for n in ("low_freq_factor", "high_freq_factor") if rope.get(n) is not None}
     if kind == "yarn":
         options |= {n: float(rope[n]) for n in ("beta_fast", "beta_slow") if rope.get(n)}
         options |= {"truncate": rope.get("truncate", True), "attention_factor": _attention_factor(rope, factor)}

@@ -232,3 +232,22 @@ def test_what_is_refused_is_named(change, message, other, tmp_path, rng):
     with pytest.raises(ConfigError, match=message):
         load_checkpoint(tmp_path)
     assert not other or not within(theirs(tmp_path, ids), usual, RUNTIME)
+
+
+ANY = [None, True, False, -1, 0, 10**30, 1.5, float("nan"), float("inf"), "x", "", [], {}, [1], ["x"], {"a": 1}, [[1]]]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_field_of_any_type_is_read_or_refused(family, tmp_path, rng):
+    """Never another error, and never a model of 10^30 layers that is built before it is refused."""
+    config = write(tmp_path, family, rng)
+    names = sorted({*VALUES, "mean", "std", "normalize_reward", "auto_map", "sentence_transformers"})
+    for _ in range(100):
+        name, value = names[rng.integers(len(names))], ANY[rng.integers(len(ANY))]
+        together = {"normalize_reward": True, "mean": 0.5, "std": 2.0} if name in ("mean", "std") else {}
+        (tmp_path / "config.json").write_text(json.dumps(config | together | {name: value}))
+        print(name, value)
+        try:
+            load_checkpoint(tmp_path)
+        except ConfigError as e:
+            assert len(str(e)) < 2000  # noqa: PT017 - either way is right

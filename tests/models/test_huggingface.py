@@ -129,7 +129,7 @@ REFUSED = {
     "vocabulary": (lambda c: c.update(vocab_size="many"), "'vocab_size': expected a whole number of at least 1"),
     "scaling": (
         lambda c: c.update(rope_parameters={"rope_type": "yarn", "factor": "2"}),
-        "'factor': expected a number",
+        "'rope_parameters', 'factor': expected a number; found '2'",
     ),
 }
 
