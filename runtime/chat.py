@@ -15,6 +15,7 @@ __all__ = ["ChatTemplate", "Messages", "is_messages"]
 Messages = Sequence[Mapping[str, Any]]
 # Stands for any words: a character that no template has a use for.
 _MARK = "\ue000"
+_PROBE = {"role": "user", "content": _MARK}
 
 
 class ChatTemplate:
@@ -108,9 +109,11 @@ class ChatTemplate:
             except TakesTextError as e:
                 whole |= {i for i in parts if messages[i]["role"] == e.role}
             except InputError:
-                if not parts:
+                # It may have taken parts for a text. Of a template that reads a user's parts these are not the reason.
+                taken = {i for i in parts if messages[i]["role"] != "user" or not self._reads_parts}
+                if not taken:
                     raise
-                whole |= parts.keys()
+                whole |= taken
             else:
                 unread = {i for i, content in parts.items() if not was_read(content)}
                 if not unread:
@@ -124,15 +127,20 @@ class ChatTemplate:
         return render(self._template, {**self._tokens, **given}, now)
 
     @cached_property
+    def _reads_parts(self) -> bool:
+        """Whether the template writes content in parts."""
+        return self._writes(_given([_PROBE], set())[0])
+
+    @cached_property
     def _takes_no_text(self) -> bool:
         """Whether the template loses content that is a text, and writes it if it is a part."""
-        message, now = {"role": "user", "content": _MARK}, datetime.now()
+        return not self._writes([_PROBE]) and self._reads_parts
+
+    def _writes(self, messages: list[dict[str, Any]]) -> bool:
         try:
-            given = ([message], _given([message], set())[0])
-            as_text, as_part = (self._render_once(each, False, now) for each in given)
+            return _MARK in self._render_once(messages, False, datetime.now())
         except (BonnxError, TakesTextError):
             return False
-        return _MARK in as_part and _MARK not in as_text
 
 
 def _given(messages: list[dict[str, Any]], whole: set[int]) -> tuple[list[dict[str, Any]], dict[int, Parts]]:

@@ -41,6 +41,7 @@ class Parts(Sequence[Any]):
         self._parts, self._role, self._read = [_Part(part, role) for part in parts], role, False
 
     def __len__(self) -> int:
+        self._read |= not self._parts  # there is no more to read
         return len(self._parts)
 
     def __iter__(self) -> Iterator[Any]:
