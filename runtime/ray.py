@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 
 from .batch.work import ADDED, added
-from .errors import InputError
+from .errors import BonnxError
+from .jobs import Job
 from .model import load
+from .ranking import Ranking
 
 __all__ = ["Ranker"]
 
@@ -42,20 +44,27 @@ class Ranker:
         self._model = load(artifact, provider=provider, threads=threads)  # type: ignore[arg-type]
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """The batch with `best_index`, `best`, `candidate_scores` and `margin`.
+        """The batch with `best_index`, `best`, `candidate_scores`, `margin` and `reason`.
 
-        Raises:
-            InputError: a row cannot be ranked.
+        A row that cannot be ranked gets a `reason`, and null for the others: it does not end the dataset.
         """
-        jobs = []
-        for prompt, candidates in zip(batch[self._prompt], batch[self._candidates], strict=True):
-            jobs.append(self._model.job(_plain(prompt), [_plain(c) for c in candidates], **self._options))
-        rows = []
-        for found in self._model.rank_all(jobs):
-            if isinstance(found, Exception):
-                raise InputError(str(found)) from found
-            rows.append(added(found, ADDED))
-        columns: dict[str, Any] = {name: [row[name] for row in rows] for name in ADDED}
+        candidates = [[] if own is None else [_plain(item) for item in own] for own in batch[self._candidates]]
+        jobs: list[Job | Exception] = []
+        for prompt, own in zip(batch[self._prompt], candidates, strict=True):
+            try:
+                jobs.append(self._model.job(_plain(prompt), own, **self._options))
+            except (BonnxError, TypeError, ValueError, OverflowError) as e:
+                jobs.append(e)
+        rankings = iter(self._model.rank_all([job for job in jobs if isinstance(job, Job)]))
+        columns: dict[str, Any] = {name: [] for name in (*ADDED, "reason")}
+        for own, job in zip(candidates, jobs, strict=True):
+            found = next(rankings) if isinstance(job, Job) else job
+            row: dict[str, Any] = {"reason": str(found)}
+            if isinstance(found, Ranking):
+                best = own[found.best_index]
+                row = added(found, best.tolist() if isinstance(best, np.ndarray) else best, ADDED)
+            for name, column in columns.items():
+                column.append(row.get(name))
         return batch | columns
 
 

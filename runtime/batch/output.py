@@ -14,6 +14,7 @@ from typing import IO, Any
 import msgspec
 
 from ..errors import BonnxError, InputError
+from .tables import join
 from .work import Result
 
 __all__ = ["Journal", "Output"]
@@ -67,9 +68,14 @@ class Output:
         self.journal = Journal(identity)
         if not path.parent.is_dir():
             raise InputError(f"{path.parent}: there is no such folder")
-        self._lock = self._alone()
+        if os.path.isdir(path):
+            raise InputError(f"{path}: it is a folder; expected the name of a file")
         try:
+            self._lock = _take(path.with_name(path.name + ".lock"), path)
             self._begin(overwrite)
+        except OSError as e:
+            self.close()
+            raise InputError(f"{path}: cannot be written: {e.strerror or e}; choose a folder that can be") from e
         except BaseException:
             self.close()
             raise
@@ -149,7 +155,7 @@ class Output:
     def _place(self) -> None:
         if self._parquet and self._part.is_dir():
             joined = self.path.with_name(self.path.name + ".joined")
-            _join([self._part / f"{number:012}" for number in range(self.journal.chunks)], joined)
+            join([self._part / f"{number:012}" for number in range(self.journal.chunks)], joined)
             joined.replace(self.path)
             shutil.rmtree(self._part)
         elif self._part.is_file():
@@ -163,16 +169,8 @@ class Output:
         _sync_folder(self.path.parent)
         # Last: until here a start does all of this again.
         self._progress.unlink()
+        # Held still: whoever opened it before takes it only to see that it is not the file of this name any more.
         self.path.with_name(self.path.name + ".lock").unlink(missing_ok=True)
-
-    def _alone(self) -> IO[bytes]:
-        lock = self.path.with_name(self.path.name + ".lock").open("ab")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as e:
-            lock.close()
-            raise InputError(f"{self.path}: another run is writing it") from e
-        return lock
 
     def _begin(self, overwrite: bool) -> None:
         if overwrite:
@@ -188,8 +186,13 @@ class Output:
             _remove(self._part)
         if self._parquet:
             self._part.mkdir(exist_ok=True)
-            for path in self._part.iterdir():
-                if int(path.name) >= self.journal.chunks:
+            there = {int(path.name): path for path in self._part.iterdir() if path.name.isdecimal()}
+            if missing := [number for number in range(self.journal.chunks) if number not in there]:
+                raise InputError(
+                    f"{self._part}: part {missing[0]} is gone: something else changed it; pass --overwrite"
+                )
+            for number, path in there.items():
+                if number >= self.journal.chunks:
                     path.unlink()
         else:
             self._file = _open_at(self._part, self.journal.output)
@@ -226,19 +229,28 @@ def _open_at(path: Path, size: int) -> IO[bytes]:
     return file
 
 
-def _join(parts: list[Path], path: Path) -> None:
-    """One Parquet file of many, a part at a time."""
-    from pyarrow import parquet
+def _take(path: Path, output: Path) -> IO[bytes]:
+    """The lock of an output, held until it is closed.
 
-    with contextlib.ExitStack() as stack:
-        writer: Any = None
-        for part in parts:
-            table = parquet.read_table(part)
-            if writer is None:
-                writer = stack.enter_context(parquet.ParquetWriter(path, table.schema))
-            writer.write_table(table)
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    Raises:
+        InputError: another run holds it.
+        OSError: it cannot be made, or this file system has no locks.
+    """
+    while True:
+        lock = path.open("ab")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The run that held it may have removed it after it was opened here: then the name is another's or nobody's.
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+                    return lock
+        except BlockingIOError as e:
+            lock.close()
+            raise InputError(f"{output}: another run is writing it") from e
+        except BaseException:
+            lock.close()
+            raise
+        lock.close()
 
 
 def _remove(path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -16,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from ..errors import InputError
+from ..files import opened
 from ..folder import read_manifest
 from ..session import installed_flavours
 from .output import Output
@@ -24,7 +26,7 @@ from .work import Result, Task, Worker
 
 __all__ = ["Summary", "here", "identify", "run_batch"]
 
-_END = 64 * 1024
+_BLOCK = 2**20
 _QUIET_SECONDS = 10.0
 
 
@@ -71,9 +73,10 @@ def run_batch(
     source = task.open()
     if output.suffix != Path(task.source).suffix:
         raise InputError(f"{output}: expected a name that ends with {Path(task.source).suffix}, as the input's does")
-    if output.resolve() == Path(task.source).resolve():
-        raise InputError(f"{output}: it is the input; choose another file")
-    start = time.monotonic()
+    for path in (output, output.with_name(output.name + ".errors.jsonl")):
+        if os.path.exists(path) and path.samefile(task.source):  # a name that is too long raises in `Path.exists`
+            raise InputError(f"{output}: {path.name} is the input; choose another file")
+    start, state = time.monotonic(), _state(task)
     with Output(output, identify(task, rows), overwrite=overwrite) as out:
         done = out.journal.chunks
         if not out.journal.done:
@@ -88,6 +91,8 @@ def run_batch(
                         raise InputError(f"{task.source}: {result.errors.partition(chr(10).encode())[0].decode()}")
                     out.add(result)
                     watch.tell(chunk.done)
+        if _state(task) != state:
+            raise InputError(f"{task.source}: it was changed while it was ranked; start again with --overwrite")
         out.finish()
         return Summary(out.journal.rows, out.journal.bad, time.monotonic() - start, done)
 
@@ -111,22 +116,31 @@ def identify(task: Task, rows: int) -> dict[str, Any]:
 
     Raises:
         ArtifactError: the artifact cannot be read.
+        InputError: the input cannot be.
     """
-    path = Path(task.source)
-    size, digest = path.stat().st_size, hashlib.sha256()
-    with path.open("rb") as file:
-        digest.update(file.read(_END))
-        file.seek(max(0, size - _END))
-        digest.update(file.read())
+    size, digest = 0, hashlib.sha256()
+    with opened(task.source) as file:
+        while block := file.read(_BLOCK):
+            size += len(block)
+            digest.update(block)
     settings = {name: value for name, value in asdict(task).items() if name not in ("artifact", "source")}
     return {
         **settings,
         "chunk": rows,
         "input_size": size,
-        "input_ends": digest.hexdigest(),
+        "input_sha256": digest.hexdigest(),
         "artifact": read_manifest(Path(task.artifact)).seal,
         "onnxruntime": [*installed_flavours().values()],
     }
+
+
+def _state(task: Task) -> tuple[int, int, int]:
+    """What changes when somebody writes to the input during a run; between runs its hash tells."""
+    try:
+        found = Path(task.source).stat()
+    except OSError as e:
+        raise InputError(f"{task.source}: cannot be read any more: {e.strerror or e}") from e
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 class _Watch:

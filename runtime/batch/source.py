@@ -5,19 +5,22 @@ A chunk can be read again, here or in another process, and holds the same rows: 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from ..errors import InputError
+from ..files import check_mark, decode, opened
+from ..values import name_of, parse_json
 
-__all__ = ["Chunk", "JsonLines", "Parquet", "Row", "Source", "open_source"]
+__all__ = ["Chunk", "JsonLines", "Part", "Row", "Source"]
 
 # A chunk ends after so many bytes, however few its rows: it is held in memory.
 _CHUNK_BYTES = 8 * 2**20
 _BLOCK = 2**20
+# What JSON takes for space; anything else between values is an error.
+_SPACE = b" \t\r\n"
 
 
 @dataclass(frozen=True)
@@ -43,11 +46,27 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Row:
-    """One row, or the reason why it is none."""
+    """One row, or the reason why it is none.
+
+    Attributes:
+        line: number of its line, or of its row, from 1.
+        values: its fields; of Parquet those that are needed.
+        reason: why it cannot be read, if it cannot.
+        text: of JSON, as it stands in the file.
+    """
 
     line: int
     values: dict[str, Any] | None
     reason: str | None = None
+    text: bytes = b""
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a chunk holds: rows, and of Parquet the same as an Arrow table with every column."""
+
+    rows: list[Row]
+    table: Any = None
 
 
 class Source(Protocol):
@@ -57,21 +76,31 @@ class Source(Protocol):
         """All of it, at most so many rows each."""
         ...
 
-    def read(self, chunk: Chunk) -> list[Row]:
+    def read(self, chunk: Chunk) -> Part:
         """The rows of a chunk."""
         ...
 
 
 class JsonLines:
-    """One JSON object a line."""
+    """One JSON object a line.
+
+    Raises:
+        InputError: the file cannot be read, or is in another encoding.
+    """
 
     def __init__(self, path: Path, max_line: int) -> None:
         self._path, self._max_line = path, max_line
-        self._size = path.stat().st_size
+        with opened(path) as file:
+            self._size = path.stat().st_size
+            beginning = file.read(4)
+        try:
+            self._mark = len(beginning) - len(check_mark(beginning))
+        except InputError as e:
+            raise InputError(f"{path}: {e}") from e
 
     def chunks(self, rows: int) -> Iterator[Chunk]:
         number, line, first, start, place = 0, 1, 1, 0, 0
-        with self._path.open("rb") as file:
+        with opened(self._path) as file:
             while block := file.read(_BLOCK):
                 at = -1
                 while (at := block.find(b"\n", at + 1)) >= 0:
@@ -84,87 +113,27 @@ class JsonLines:
         if start < place:
             yield Chunk(number, first, 0, start, place, 1.0)
 
-    def read(self, chunk: Chunk) -> list[Row]:
+    def read(self, chunk: Chunk) -> Part:
         rows, line = [], chunk.first
-        with self._path.open("rb") as file:
-            file.seek(chunk.start)
+        with opened(self._path) as file:
+            file.seek(chunk.start or self._mark)
             while file.tell() < chunk.stop:
                 text = file.readline(self._max_line + 1)
                 if len(text) > self._max_line and not text.endswith(b"\n"):
                     while (rest := file.readline(_BLOCK)) and not rest.endswith(b"\n"):
                         pass
                     rows.append(Row(line, None, f"a line of more than {self._max_line} bytes; see --max-line"))
-                elif text.strip():
+                elif text := text.strip(_SPACE):
                     rows.append(_parse(line, text))
                 line += 1
-        return rows
+        return Part(rows)
 
 
 def _parse(line: int, text: bytes) -> Row:
     try:
-        values = json.loads(text.decode(), parse_constant=_refuse)
-    except UnicodeDecodeError as e:
-        return Row(line, None, f"not UTF-8: {e.reason} at byte {e.start}")
-    except (ValueError, RecursionError) as e:
-        return Row(line, None, f"not JSON: {e}")
+        values = parse_json(decode(text))
+    except InputError as e:
+        return Row(line, None, str(e))
     if not isinstance(values, dict):
-        return Row(line, None, f"expected a JSON object; got {type(values).__name__}")
-    return Row(line, values)
-
-
-def _refuse(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON number")
-
-
-class Parquet:
-    """A Parquet file; one row group is held in memory."""
-
-    def __init__(self, path: Path) -> None:
-        import pyarrow as pa
-        from pyarrow import parquet
-
-        try:
-            self.file: Any = parquet.ParquetFile(path)
-        except (OSError, pa.ArrowException) as e:
-            raise InputError(f"{path}: cannot be read as Parquet: {e}") from e
-        self.schema: Any = self.file.schema_arrow
-        self._held: tuple[int, Any] = (-1, None)
-
-    def chunks(self, rows: int) -> Iterator[Chunk]:
-        total, number, first = self.file.metadata.num_rows, 0, 1
-        if not total:
-            # The output has the columns all the same.
-            yield Chunk(0, 1, -1, 0, 0, 1.0)
-        for group in range(self.file.metadata.num_row_groups):
-            size = self.file.metadata.row_group(group).num_rows
-            for start in range(0, size, rows):
-                stop = min(size, start + rows)
-                yield Chunk(number, first, group, start, stop, (first + stop - start - 1) / total)
-                number, first = number + 1, first + stop - start
-
-    def table(self, chunk: Chunk) -> Any:
-        """The chunk's rows as an Arrow table."""
-        if chunk.group < 0:
-            return self.schema.empty_table()
-        if self._held[0] != chunk.group:
-            self._held = (chunk.group, self.file.read_row_group(chunk.group))
-        return self._held[1].slice(chunk.start, chunk.stop - chunk.start)
-
-    def read(self, chunk: Chunk) -> list[Row]:
-        rows = self.table(chunk).to_pylist()
-        return [Row(chunk.first + i, values) for i, values in enumerate(rows)]
-
-
-def open_source(path: Path, max_line: int) -> Source:
-    """The input, by its name's ending.
-
-    Raises:
-        InputError: there is no such file, or it is of another kind.
-    """
-    if not path.is_file():
-        raise InputError(f"{path}: there is no such file")
-    if path.suffix == ".parquet":
-        return Parquet(path)
-    if path.suffix in (".jsonl", ".ndjson"):
-        return JsonLines(path, max_line)
-    raise InputError(f"{path}: expected a name that ends with .jsonl, .ndjson or .parquet")
+        return Row(line, None, f"expected a JSON object; got {name_of(values)}")
+    return Row(line, values, text=text)

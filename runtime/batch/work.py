@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from ..errors import BonnxError, InputError
 from ..jobs import Job
 from ..model import Model, load
 from ..ranking import Ranking
-from .source import Chunk, Parquet, Row, Source, open_source
+from ..values import name_of, to_candidate, to_item
+from .source import Chunk, JsonLines, Part, Row, Source
+from .tables import Parquet
 
 __all__ = ["ADDED", "Result", "Task", "Worker", "added"]
 
@@ -53,21 +52,24 @@ class Task:
     threads: int | None = None
 
     def open(self) -> Source:
-        """The input.
+        """The input, by its name's ending.
 
         Raises:
             InputError: it cannot be read, or its columns cannot be ranked.
         """
-        source = open_source(Path(self.source), self.max_line)
-        if isinstance(source, Parquet):
-            names = source.schema.names
-            for name in (self.prompt, self.candidates, *([] if self.answers is None else [self.answers])):
-                if name not in names:
-                    raise InputError(f"{self.source}: it has no column '{name}', only {', '.join(names)}")
-            clash = [name for name in self.names if name in names]
-            if clash:
-                raise InputError(f"{self.source}: it has a column '{clash[0]}' already; rename it")
-        return source
+        path = Path(self.source)
+        if path.is_dir():
+            raise InputError(f"{path}: it is a folder; expected a file")
+        if not path.exists():
+            raise InputError(f"{path}: there is no such file")
+        if not path.is_file():
+            raise InputError(f"{path}: it is no regular file; a batch reads its input twice: write it to a file first")
+        if path.suffix == ".parquet":
+            needed = (self.prompt, self.candidates, *([] if self.answers is None else [self.answers]))
+            return Parquet(path, needed, self.candidates, self.names)
+        if path.suffix in (".jsonl", ".ndjson"):
+            return JsonLines(path, self.max_line)
+        raise InputError(f"{path}: expected a name that ends with .jsonl, .ndjson or .parquet")
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -101,82 +103,95 @@ class Worker:
         self.task, self._source = task, task.open()
         self._model = model or load(task.artifact, provider=task.provider, threads=task.threads)  # type: ignore[arg-type]
 
-    def read(self, chunk: Chunk) -> tuple[Chunk, list[Row], list[Job | str | None]]:
+    def read(self, chunk: Chunk) -> tuple[Chunk, Part, list[Job | str]]:
         """The chunk's rows, and for each what is to be ranked, or why it cannot be."""
-        rows = self._source.read(chunk)
-        return chunk, rows, [self._job(row) for row in rows]
+        part = self._source.read(chunk)
+        return chunk, part, [self._job(row) for row in part.rows]
 
-    def rank(self, chunk: Chunk, rows: Sequence[Row], jobs: Sequence[Job | str | None]) -> Result:
+    def rank(self, chunk: Chunk, part: Part, jobs: Sequence[Job | str]) -> Result:
         """Rank what was read."""
-        good = [i for i, job in enumerate(jobs) if isinstance(job, Job)]
-        found = dict(zip(good, self._model.rank_all([job for job in jobs if isinstance(job, Job)]), strict=True))
-        errors, ranked, places = [], [], []
-        for i, (row, job) in enumerate(zip(rows, jobs, strict=True)):
-            ranking = found.get(i)
-            if isinstance(ranking, Ranking):
-                ranked.append((row, ranking))
+        rankings = iter(self._ranked([job for job in jobs if isinstance(job, Job)]))
+        errors, rows, places, columns = [], [], [], []
+        for i, (row, job) in enumerate(zip(part.rows, jobs, strict=True)):
+            found = next(rankings) if isinstance(job, Job) else job
+            if isinstance(found, Ranking):
+                assert row.values is not None
+                rows.append(row)
                 places.append(i)
+                own = row.values[self.task.candidates][found.best_index]
+                columns.append(added(found, own, self.task.names))
             else:
-                reason = str(ranking) if ranking is not None else job
-                errors.append(_line({"line": row.line, "reason": reason}))
+                errors.append(_line({"line": row.line, "reason": str(found)}))
         if isinstance(self._source, Parquet):
-            output = self._table(self._source.table(chunk), places, [ranking for _, ranking in ranked])
+            output = self._source.write(part.table, places, columns)
         else:
-            output = b"".join(_line((row.values or {}) | added(ranking, self.task.names)) for row, ranking in ranked)
-        return Result(chunk.number, len(ranked), len(errors), output, b"".join(errors))
+            output = b"".join(_joined(row.text, found) for row, found in zip(rows, columns, strict=True))
+        return Result(chunk.number, len(places), len(errors), output, b"".join(errors))
 
     def __call__(self, chunk: Chunk) -> Result:
         return self.rank(*self.read(chunk))
 
-    def _job(self, row: Row) -> Job | str | None:
-        values, task = row.values, self.task
-        if values is None:
-            return row.reason
-        for name in (task.prompt, task.candidates):
-            if values.get(name) is None:
-                return f"it has no '{name}'"
-        if not isinstance(values[task.candidates], list):
-            return f"'{task.candidates}': expected a list; got {type(values[task.candidates]).__name__}"
-        clash = [name for name in task.names if name in values]
-        if clash:
-            return f"it has a field '{clash[0]}' already; rename it"
-        options = dict(task.options)
-        if task.answers is not None:
-            options["answers"] = values.get(task.answers)
-            if not isinstance(options["answers"], list):
-                return f"'{task.answers}': expected a list, an answer or null for each candidate"
+    def _ranked(self, jobs: Sequence[Job]) -> list[Ranking | Exception]:
+        """What became of each; where a joint run fails each runs alone, so that one job cannot end the others."""
         try:
-            return self._model.job(_item(values[task.prompt]), [*map(_item, values[task.candidates])], **options)
+            return [*self._model.rank_all(jobs)]
+        except BonnxError:
+            # The artifact or the machine, and no row: what is left is done at the next start.
+            raise
+        except Exception as failure:  # ONNX Runtime raises bare subclasses of Exception of its own
+            found = [self._alone(job) for job in jobs]
+            if len(jobs) > 1 and not any(isinstance(ranking, Ranking) for ranking in found):
+                raise BonnxError(f"ONNX Runtime cannot go on: {failure}; nothing is lost: start again") from failure
+            return found
+
+    def _alone(self, job: Job) -> Ranking | Exception:
+        try:
+            return self._model.rank_all([job])[0]
+        except Exception as e:
+            return BonnxError(f"ONNX Runtime cannot rank it: {e}")
+
+    def _job(self, row: Row) -> Job | str:
+        if row.values is None:
+            return row.reason or "it cannot be read"
+        try:
+            return self._checked(row.values)
         except BonnxError as e:
             return str(e)
-        except (TypeError, ValueError, OverflowError) as e:
-            # What JSON can hold is more than what a prompt can be: numpy says so in its own words.
-            return f"it cannot be read: {e}"
+        except Exception as e:  # no row may end a run, whatever a template or a tokenizer makes of it
+            return f"it cannot be read: {type(e).__name__}: {e}"
 
-    def _table(self, table: Any, places: list[int], rankings: list[Ranking]) -> bytes:
-        """The ranked rows with their new columns, as a Parquet file."""
-        import pyarrow as pa
-        from pyarrow import parquet
+    def _checked(self, values: dict[str, Any]) -> Job:
+        """What is to be ranked.
 
-        kept = table.take(pa.array(places, pa.int64()))
-        item = table.schema.field(self.task.candidates).type.value_type
-        floats = pa.list_(pa.float32())
-        types = {"best_index": pa.int64(), "best": item, "candidate_scores": floats, "margin": pa.float64()}
-        types["scores"] = pa.list_(floats)
-        columns = [added(ranking, self.task.names) for ranking in rankings]
-        for name in self.task.names:
-            kept = kept.append_column(name, pa.array([column[name] for column in columns], types[name]))
-        buffer = io.BytesIO()
-        parquet.write_table(kept, buffer)
-        return buffer.getvalue()
+        Raises:
+            InputError: the row is not one that can be.
+        """
+        task = self.task
+        for name, option in ((task.prompt, "--prompt-field"), (task.candidates, "--candidates-field")):
+            if name not in values:
+                fields = ", ".join(f"'{field:.40}'" for field in [*values][:8])
+                only = f"only {fields}; name the field with {option}" if fields else "nor any other field"
+                raise InputError(f"it has no '{name}', {only}")
+            if values[name] is None:
+                raise InputError(f"its '{name}' is null")
+        clash = [name for name in task.names if name in values]
+        if clash:
+            raise InputError(f"it has a field '{clash[0]}' already; rename it")
+        options = dict(task.options)
+        if task.answers is not None:
+            options["answers"] = _listed(values.get(task.answers), task.answers)
+        candidates = [
+            _named(to_candidate, candidate, f"'{task.candidates}', element {i}")
+            for i, candidate in enumerate(_listed(values[task.candidates], task.candidates))
+        ]
+        return self._model.job(_named(to_item, values[task.prompt], f"'{task.prompt}'"), candidates, **options)
 
 
-def added(ranking: Ranking, names: Sequence[str]) -> dict[str, Any]:
-    """What a row gets, as JSON has it: null for NaN."""
-    best: Any = ranking.best
+def added(ranking: Ranking, best: Any, names: Sequence[str]) -> dict[str, Any]:
+    """What a row gets, as JSON has it: null for NaN. `best` is the row's own candidate that won."""
     found = {
         "best_index": ranking.best_index,
-        "best": best.tolist() if isinstance(best, np.ndarray) else best,
+        "best": best,
         "candidate_scores": _finite(ranking.candidate_scores),
         "margin": None if ranking.margin is None or not math.isfinite(ranking.margin) else ranking.margin,
         "scores": [_finite(scores) for scores in ranking.scores] if "scores" in names else None,
@@ -188,11 +203,27 @@ def _finite(scores: Any) -> list[float | None]:
     return [float(score) if math.isfinite(score) else None for score in scores]
 
 
-def _item(value: Any) -> Any:
-    """Embeddings come as lists of lists."""
-    if isinstance(value, list) and value and isinstance(value[0], list):
-        return np.array(value, np.float32)
-    return value
+def _listed(value: Any, name: str) -> list[Any]:
+    if isinstance(value, list):
+        return value
+    got = f"{name_of(value)} that holds JSON: parse it first" if _holds_list(value) else name_of(value)
+    raise InputError(f"'{name}': expected a list, with an element for each candidate; got {got}")
+
+
+def _holds_list(value: Any) -> bool:
+    return isinstance(value, str) and value.lstrip().startswith("[")
+
+
+def _named(read: Callable[[Any], Any], value: Any, name: str) -> Any:
+    try:
+        return read(value)
+    except InputError as e:
+        raise InputError(f"{name}: {e}") from e
+
+
+def _joined(text: bytes, found: dict[str, Any]) -> bytes:
+    """A row as it stands in its file, so that every digit of its fields stays, with what it gets at its end."""
+    return text[:-1].rstrip() + b", " + _line(found)[1:]
 
 
 def _line(value: dict[str, Any]) -> bytes:

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from ..batch import Task, here, run_batch
+from ..batch import Summary, Task, here, run_batch
 from ..batch.source import Chunk
 from ..batch.work import Result
 from ..errors import BonnxError, InputError
@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
         options["answers"] = arguments.answers
     task = Task(
         artifact=str(Path(arguments.artifact).resolve()),
-        source=str(Path(arguments.input).resolve()),
+        source=str(Path(arguments.input).absolute()),
         prompt=arguments.prompt_field,
         candidates=arguments.candidates_field,
         answers=arguments.answers_field,
@@ -89,12 +89,24 @@ def run(arguments: argparse.Namespace) -> int:
         if told:
             raise KeyboardInterrupt from None
         raise
+    if not found.rows:
+        raise BonnxError(_nothing(arguments.output, found))
     if arguments.json:
         print_json({"output": str(arguments.output), **msgspec.to_builtins(found)})
     else:
         errors = f", {found.bad:,} bad ones in {arguments.output}.errors.jsonl" if found.bad else ""
         print(f"{arguments.output}: {found.rows:,} rows{errors}, {found.seconds:.1f} s")
     return 0
+
+
+def _nothing(output: Path, found: Summary) -> str:
+    """Why no row was ranked, which is no success."""
+    if not found.bad:
+        return f"no row was ranked: the input has none; {output} is empty"
+    errors = output.with_name(output.name + ".errors.jsonl")
+    with errors.open("rb") as file:
+        first = file.readline().decode().strip()
+    return f"no row was ranked, {found.bad:,} are in {errors}, the first: {first:.500}"
 
 
 def _ray(arguments: argparse.Namespace, task: Task) -> Callable[[Task, Iterable[Chunk]], Iterator[Result]]:

@@ -18,7 +18,8 @@ import bonnx
 from benchmarks.kill import kill_again_and_again, leftovers, run, start
 from bonnx.runtime.batch import Task, here, run_batch
 from bonnx.runtime.batch.output import Output
-from bonnx.runtime.batch.source import JsonLines, Parquet
+from bonnx.runtime.batch.source import JsonLines
+from bonnx.runtime.batch.tables import Parquet
 from bonnx.runtime.command import main
 from bonnx.runtime.ray import Ranker
 from tests.tolerance import RUNTIME, within
@@ -66,12 +67,12 @@ def read(path):
 BAD = [
     (b"\n", None),
     (b"{\n", "not JSON"),
-    (b"[1]\n", "expected a JSON object; got list"),
+    (b"[1]\n", "expected a JSON object; got a list"),
     (b'{"prompt": [1], "candidates": NaN}\n', "NaN is no JSON number"),
     (b"\xff\n", "not UTF-8"),
     (b"[" * 5000 + b"\n", "not JSON"),
-    (b'{"prompt": [1]}\n', "it has no 'candidates'"),
-    (b'{"prompt": [1], "candidates": "abc"}\n', "expected a list; got str"),
+    (b'{"prompt": [1]}\n', "it has no 'candidates', only 'prompt'; name the field with --candidates-field"),
+    (b'{"prompt": [1], "candidates": "abc"}\n', "element for each candidate; got text"),
     (b'{"prompt": [1], "candidates": []}\n', "at least one"),
     (b'{"prompt": [1], "candidates": [[500]]}\n', "outside the vocabulary"),
     (b'{"prompt": [1], "candidates": [[]]}\n', "candidates[0]"),
@@ -313,7 +314,7 @@ def test_wrong_files_are_said(tiny, rng, tmp_path):
     for name, output, message in (
         ("none.jsonl", "o.jsonl", "no such file"),
         ("rows.jsonl", "o.parquet", "expected a name that ends with .jsonl"),
-        ("rows.jsonl", "rows.jsonl", "it is the input"),
+        ("rows.jsonl", "rows.jsonl", "rows.jsonl is the input"),
         ("rows.jsonl", "no/o.jsonl", "no such folder"),
         ("rows.parquet", "o.parquet", "a column 'best' already"),
         ("text.parquet", "o.parquet", "cannot be read as Parquet"),
@@ -336,8 +337,8 @@ def test_chunks_hold_every_line_once(rng, tmp_path):
     for chunk in chunks:
         assert chunk.first == data[: chunk.start].count(b"\n") + 1
     parquet.write_table(pa.table({"a": range(100)}), tmp_path / "a.parquet", row_group_size=30)
-    table = Parquet(tmp_path / "a.parquet")
-    found = [row for chunk in table.chunks(7) for row in table.read(chunk)]
+    table = Parquet(tmp_path / "a.parquet", ["a"], "a", [])
+    found = [row for chunk in table.chunks(7) for row in table.read(chunk).rows]
     assert [(row.line, row.values["a"]) for row in found] == [(i + 1, i) for i in range(100)]
 
 
