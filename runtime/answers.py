@@ -7,34 +7,15 @@ time grows with its length only, and they give None where there is no answer.
 from __future__ import annotations
 
 import re
-from collections import deque
 from collections.abc import Callable
-from decimal import Context, Decimal, Inexact
-from fractions import Fraction
 
+from . import numerals
 from .errors import InputError
 
 __all__ = ["boxed", "canonical", "extractor", "number"]
 
-_DIGITS = "(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)"
-_DECIMAL = rf"(?:{_DIGITS}(?:\.[0-9]+)?|\.[0-9]+)"
-# A minus after a word, a digit or a bracket subtracts. \frac12 is LaTeX for \frac{1}{2}.
-_NUMBER = re.compile(
-    rf"""
-    (?P<sign>(?<![\w)\]}}])[-+\u2212])? \\?\$?
-    (?: \\[dt]?frac (?: \{{(?P<top>-?{_DECIMAL})\}}\{{(?P<bottom>{_DECIMAL})\}} | (?P<upper>[0-9])(?P<lower>[0-9]) )
-      | (?P<whole>{_DECIMAL}) (?: [eE](?P<exponent>[-+]?[0-9]{{1,3}})(?![0-9]) | [ ]?/[ ]?(?P<divisor>{_DECIMAL}) )?
-    )
-    (?: [ ]?\\?%)?
-    """,
-    re.VERBOSE,
-)
-# Longer ones are compared as text. Python refuses to read a few thousand digits, and no answer has so many.
-_LONGEST_NUMBER = 300
-# Enough for every quotient of two such numbers that ends.
-_EXACT = Context(prec=3000, traps=[Inexact])
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
-_WRAPPER = re.compile(r"\\(?:text|textbf|mathrm|mathbf|mbox)\{")
+_WRAPPER = re.compile(r"\\(?:text|textbf|mathrm|mathbf|mbox|boxed)\{")
 
 
 def extractor(name: str) -> Callable[[str], str | None]:
@@ -62,22 +43,19 @@ def boxed(text: str) -> str | None:
 
 
 def number(text: str) -> str | None:
-    r"""The last number in canonical form: 1,000 or -2.5 or 3/4 or \frac{3}{4} or $5 or 50% (which is 50) or 6.02e23."""
-    last = deque(_NUMBER.finditer(text), maxlen=1)
-    return _plain_number(last[0]) if last else None
+    """The last number, in canonical form; `numerals` says what is read."""
+    return numerals.last(text)
 
 
 def canonical(text: str) -> str | None:
     r"""One form for texts that mean the same; None if nothing is left.
 
-    A number becomes a decimal, or a fraction in lowest terms if its decimals never end: 1,000 and 1000.0 are 1000,
-    .50 and \frac{1}{2} are 0.5. Other text loses white space around it, a period at its end, outer $...$ and
-    \text{...}; white space inside becomes one blank.
+    A number, also with a unit or as `x = 5`, becomes a decimal, or a fraction in lowest terms if its decimals never
+    end: `numerals` says what is read. Other text loses white space around it, a period at its end, outer $...$,
+    \(...\), {...} and \text{...}; white space inside becomes one blank.
     """
     text = _unwrapped(" ".join(text.split()))
-    plain = text.replace("{,}", ",").replace("\\!", "").replace("\\,", "")
-    found = _NUMBER.fullmatch(plain)
-    return (text if found is None else _plain_number(found)) or None
+    return numerals.read(text) or text or None
 
 
 def _last_match(pattern: re.Pattern[str], text: str) -> str | None:
@@ -86,23 +64,6 @@ def _last_match(pattern: re.Pattern[str], text: str) -> str | None:
     for match in pattern.finditer(text):
         last = canonical(match[1 if pattern.groups else 0] or "") or last
     return last
-
-
-def _plain_number(found: re.Match[str]) -> str:
-    whole = found[0].replace(",", "")
-    if len(whole) > _LONGEST_NUMBER:
-        return whole
-    top = Fraction((found["whole"] or found["top"] or found["upper"]).replace(",", ""))
-    bottom = Fraction((found["divisor"] or found["bottom"] or found["lower"] or "1").replace(",", ""))
-    if not bottom:
-        return whole
-    sign = -1 if found["sign"] in ("-", "\u2212") else 1
-    value = sign * top * Fraction(10) ** int(found["exponent"] or 0) / bottom
-    try:
-        quotient = _EXACT.divide(Decimal(value.numerator), Decimal(value.denominator))
-    except Inexact:
-        return str(value)
-    return format(_EXACT.normalize(quotient), "f")
 
 
 def _braces(text: str) -> dict[int, int]:
@@ -125,8 +86,10 @@ def _unwrapped(text: str) -> str:
             start += 1
         elif text[end - 1] in " .":
             end -= 1
-        elif text[start] == text[end - 1] == "$" and end - start > 1:
+        elif (text[start] == text[end - 1] == "$" and end - start > 1) or pairs.get(start) == end - 1:
             start, end = start + 1, end - 1
+        elif end - start > 3 and (text[start : start + 2], text[end - 2 : end]) in (("\\(", "\\)"), ("\\[", "\\]")):
+            start, end = start + 2, end - 2
         elif wrapper is not None and pairs.get(wrapper.end() - 1) == end - 1:
             start, end = wrapper.end(), end - 1
         else:

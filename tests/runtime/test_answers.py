@@ -33,6 +33,26 @@ PIECES += [
     " ",
     "\n",
 ]
+PIECES += [
+    "^",
+    "^{",
+    "_",
+    "10^",
+    " 000",
+    "'000",
+    "\\,",
+    "½",
+    "²",
+    "⁻",
+    " 1/2",
+    ":",
+    "e",
+    "\\times 10^3",
+    "US$",
+    "€",
+    " cm",
+    "=",
+]
 HOSTILE = st.lists(st.sampled_from(PIECES) | st.text(max_size=3), max_size=25).map("".join)
 
 
@@ -95,6 +115,119 @@ def test_the_last_number(text, answer):
     assert number(text) == answer
 
 
+# The same number in a box, in a text and alone.
+SPELLINGS = {
+    "9500": [
+        "9500",
+        "$9{,}500",
+        "\\$9{,}500",
+        "9\\,500",
+        "9,\\!500",
+        "9 500",
+        "9\u2009500",
+        "9\u202f500",
+        "9\u00a0500",
+        "9'500",
+        "9_500",
+        "9.5e3",
+        "9.5 \\times 10^3",
+        "9.5\\cdot10^{3}",
+        "9.5 \u00d7 10\u00b3",
+        "9.5 thousand",
+        "\uff19500",
+        "9500.0 \u20ac",
+        "9500 dollars",
+        "9500\\text{ km}",
+        "9{,}500 cm^2",
+        "9500 cm\u00b2",
+        "9500^\\circ",
+        "9500\u00b0",
+        "US$9,500.00",
+        "{9500}",
+        "x = 9500",
+        "\\(9500\\)",
+        "\\text{9500}",
+        "\\boxed{9500}",
+        "9500\\%",
+        "9500 %",
+    ],
+    "12000": ["12\\,000", "12\\ 000", "12~000", "12 000"],
+    "2.5": [
+        "2 1/2",
+        "2\u00bd",
+        "2 \u00bd",
+        "2\\frac{1}{2}",
+        "2 \\tfrac12",
+        "5/2",
+        "5\u20442",
+        "\\dfrac{5}{2}",
+        "\\frac 5{2}",
+        "\\frac{ 5 }{ 2 }",
+        "$2\\frac{1}{2}$",
+        "2.50",
+        "25 \\times 10^{-1}",
+    ],
+    "-2.5": ["-2 1/2", "\u22122\u00bd", "-\\frac{5}{2}", "\\frac{-5}{2}", "x = - 2.5", "$-2.5", "-$2.5", "y=-2.5"],
+    "1000000": [
+        "10^6",
+        "10^{6}",
+        "10**6",
+        "10\u2076",
+        "1e6",
+        "1.000.000",
+        "1 000 000",
+        "1,000,000",
+        "1 million",
+        "1000^2",
+    ],
+    "1/3": ["1/3", "\u2153", "2/6", "\\cfrac{1}{3}", "\\frac13"],
+    "0.01": ["10^{-2}", "10\u207b\u00b2", "1e-2", "0.01", "1/100"],
+    "3:2": ["3:2"],
+    "2024-05-03": ["2024-05-03"],
+    "3/5/2024": ["3/5/2024"],
+    "1.2.3": ["1.2.3"],
+    "3,14": ["3,14"],
+}
+
+
+@pytest.mark.parametrize(
+    ("form", "spelled"), [(form, each) for form, spellings in SPELLINGS.items() for each in spellings]
+)
+def test_numbers_are_read_alike_in_boxes_and_in_texts(form, spelled):
+    assert boxed(f"so \\boxed{{{spelled}}}, as 3 said") == form
+    assert number(f"After 12 steps it is {spelled}.") == form
+    assert canonical(spelled) == form
+
+
+@pytest.mark.parametrize(
+    "text", ["5x", "2 pi", "2\\sqrt{3}", "x^2", "5 or 6", "5!", "5 m", "1, 2", "2 3/2", "x + 1 = y", "\\pm 5"]
+)
+def test_what_is_no_number_stays_a_text(text):
+    assert boxed(f"\\boxed{{{text}}}") == text
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("7 cm^2", "7"),
+        ("7 cm^{2}", "7"),
+        ("3 m^{-1}", "3"),
+        ("6 = a_1", "6"),
+        ("5 x^12", "5"),
+        ("2 3/2", "1.5"),
+        ("from 12 - 3", "3"),
+        ("- 5 apples", "5"),
+        ("1. one\n2. two", "2"),
+        ("it is 1,000, or so", "1000"),
+        ("in 2^99999 ways", "2^99999"),
+        ("about 1e99999", "1e99999"),
+        ("50 percent", "50"),
+    ],
+)
+def test_the_last_number_of_more(text, answer):
+    assert number(text) == answer
+
+
 @pytest.mark.parametrize(
     ("text", "answer"),
     [
@@ -152,6 +285,24 @@ def test_any_text(text):
 
 
 LONG = ["\\boxed{", "{", "}", "\\boxed{1}", "\\text{", "\\text{}", "$", ".", "1", "1,000,", "000,", "1/", "1.", "1 / "]
+LONG += [
+    "1:",
+    "1/2 ",
+    "2½",
+    "10^",
+    "^{",
+    "²",
+    "x=",
+    " cm",
+    " a",
+    "\\text{a}",
+    "1'000",
+    "1.000",
+    "1 \\times 10^",
+    "- ",
+    "= - ",
+    "$ ",
+]
 LONG += ["\\frac{1}{", "\\frac{11111", "-", "1e", " ", "%", "\\", "\\frac", "1,", "$-", "9" * 999 + " "]
 
 
