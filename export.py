@@ -2,6 +2,7 @@
 
 import sys
 
-from bonnx.runtime.command import main
+from bonnx.__main__ import main
 
-sys.exit(main(["export", *sys.argv[1:]]))
+sys.argv.insert(1, "export")
+sys.exit(main())

@@ -23,6 +23,7 @@ from bonnx.export.tokenizer import read_tokenizer
 from bonnx.models import build, load_checkpoint
 from bonnx.models.countdown import CHECKPOINT
 from bonnx.models.countdown.train import draw_puzzles
+from bonnx.runtime.installed import installed_flavours
 from bonnx.runtime.manifest import Scoring
 
 from .rank import LENGTH, PROMPT, SharedByHand, draw, network
@@ -139,7 +140,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         rows = [*parity(Path(name)), *speed(Path(name))]
     width = max(len(what) for what, _ in rows)
-    print(f"{torch.cuda.get_device_name()}, {bonnx.runtime.session.installed_flavours()}\n")
+    print(f"{torch.cuda.get_device_name()}, {installed_flavours()}\n")
     for what, result in rows:
         print(f"{what:<{width}}  {result}")
     return int(any("FAILED" in result for _, result in rows))

@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
+from typing import TYPE_CHECKING, Any
 
-_here = Path(__file__).resolve().parent
-if not (_here / "runtime").is_dir():
+_here = os.path.dirname(os.path.realpath(__file__))
+if not os.path.isdir(os.path.join(_here, "runtime")):
     # A source tree or an editable install: the rooms stand beside this folder, not in it.
-    __path__.append(str(_here.parent))
+    __path__.append(os.path.dirname(_here))
 
 __version__ = "0.1.0"
 
-from .runtime import *  # noqa: E402, F403 - the path above comes first; runtime's names are bonnx's
-from .runtime import __all__  # noqa: E402, F401
+from . import runtime  # noqa: E402 - the path above comes first
+from .runtime import __all__  # noqa: E402
+
+if TYPE_CHECKING:
+    from .runtime import *  # noqa: F403
+
+
+def __getattr__(name: str) -> Any:
+    """Names of `runtime` are bonnx's; each is imported when it is asked for."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(runtime, name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

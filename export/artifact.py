@@ -21,7 +21,7 @@ from torch import nn
 
 from ..models.network import LanguageModel, TwoHeadedNetwork
 from ..runtime.errors import ExportError
-from ..runtime.folder import MANIFEST, file_digest
+from ..runtime.folder import CARD, MANIFEST, WEIGHTS, file_digest
 from ..runtime.manifest import (
     PRECISIONS,
     SCHEMA_VERSION,
@@ -37,7 +37,8 @@ from ..runtime.manifest import (
     seal,
 )
 from ..runtime.model import Model
-from ..runtime.session import WEIGHTS, Options
+from ..runtime.session import Options
+from ..runtime.unfinished import unfinished
 from .agreement import HeldOut, measure, own_prompts
 from .card import model_card
 from .parity import Checker, check_structure
@@ -134,8 +135,8 @@ def export_model(
             artifact = Model(folder, manifest, Options(provider="cpu"))
             agreement = measure(reload or (lambda: model), artifact, cases, source=origin, least=min_agreement)
             manifest = msgspec.structs.replace(manifest, agreement=agreement)
-        (folder / "README.md").write_text(model_card(manifest), encoding="utf-8")
         manifest = _with_files(manifest, folder)
+        (folder / CARD).write_text(model_card(manifest), encoding="utf-8")
         (folder / MANIFEST).write_bytes(seal(manifest))
     return manifest
 
@@ -242,20 +243,29 @@ def staged(output: Path) -> Iterator[Path]:
     except OSError as e:
         raise ExportError(f"cannot write to {output.parent}: {e.strerror or e}; choose another folder") from e
     try:
-        # mkdtemp makes a folder that only its owner can read.
-        staging.chmod(0o755)
-        yield staging
-        if output.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
-            output.rename(old / "old")
-            staging.rename(output)
-            shutil.rmtree(old)
-        else:
-            staging.rename(output)
+        with unfinished(staging):
+            # mkdtemp makes a folder that only its owner can read.
+            staging.chmod(0o755)
+            yield staging
+            if output.exists():
+                _replace(output, staging)
+            else:
+                staging.rename(output)
     except OSError as e:
         raise ExportError(f"cannot write {output}: {e.strerror or e}; nothing was left behind") from e
+
+
+def _replace(output: Path, staging: Path) -> None:
+    """Put a new folder in the place of an old one, which goes back if that fails or is interrupted."""
+    aside = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+    old = aside / "old"
+    try:
+        output.rename(old)
+        staging.rename(output)
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        if old.exists() and not output.exists():
+            old.rename(output)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _write_graphs(models: Iterable[tuple[str, ir.Model]], folder: Path, suffix: str) -> dict[str, Graph]:

@@ -9,8 +9,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from ..runtime.errors import ExportError
-from ..runtime.folder import read_verified
-from ..runtime.session import WEIGHTS
+from ..runtime.folder import WEIGHTS, read_verified
 from .artifact import staged
 from .parity import check_structure
 from .triton_graphs import batched, triton_graphs

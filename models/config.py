@@ -8,10 +8,12 @@ from typing import Any, Literal
 
 import msgspec
 
+from ..runtime.errors import BonnxError
+
 __all__ = ["ConfigError", "LanguageModelConfig", "NetworkConfig", "RopeScaling", "ffn_inner_size"]
 
 
-class ConfigError(ValueError):
+class ConfigError(BonnxError, ValueError):
     """A configuration that no network can have: the message names the option, its value and the rule."""
 
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..runtime.errors import InputError
 from .config import LanguageModelConfig, NetworkConfig, RopeScaling
 
 __all__ = [
@@ -317,10 +318,10 @@ def select_best_of_n(scores: Tensor) -> Tensor:
     -1 where every score is NaN. The original returns the index of a NaN, which no caller wants.
 
     Raises:
-        ValueError: no candidate axis, or an empty one.
+        InputError: no candidate axis, or an empty one.
     """
     if scores.ndim < 1 or scores.shape[0] < 1:
-        raise ValueError(f"scores need at least one candidate on axis 0; got shape {tuple(scores.shape)}")
+        raise InputError(f"scores need at least one candidate on axis 0; got shape {tuple(scores.shape)}")
     if not scores.is_floating_point():
         return scores.argmax(dim=0)
     usable = ~scores.isnan()

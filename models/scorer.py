@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..runtime.errors import InputError
 from .config import ConfigError
 from .decoding import sample
 from .network import LanguageModel, Scorer, initialize
@@ -90,7 +91,7 @@ def train_scorer(
 
     Raises:
         ConfigError: the model's scorer has several labels.
-        ValueError: an example's labels are not as described, or there are none.
+        InputError: an example's labels are not as described, or there are none.
     """
     if model.config.network.num_labels != 1:
         raise ConfigError(f"the recipe trains a scorer of one label; num_labels is {model.config.network.num_labels}")
@@ -118,7 +119,7 @@ def _labelled(model: LanguageModel, examples: Sequence[Example]) -> tuple[Tensor
     known = [~row.isnan() for row in labels]
     total = sum(int(places.sum()) for places in known)
     if total == 0:
-        raise ValueError(f"none of the {len(examples)} examples has a label; there is nothing to learn from")
+        raise InputError(f"none of the {len(examples)} examples has a label; there is nothing to learn from")
     features, filled = torch.empty(total, model.config.network.hidden_size), 0
     for (prompt, completion, _), places in zip(examples, known, strict=True):
         if not places.any():
@@ -136,10 +137,10 @@ def _labels(index: int, completion: Sequence[int], given: Labels) -> Tensor:
     if labels.ndim == 0:
         labels = labels.expand(len(completion))
     if labels.shape != (len(completion),):
-        raise ValueError(f"example {index}: expected one label, or {len(completion)} for its tokens; got {len(labels)}")
+        raise InputError(f"example {index}: expected one label, or {len(completion)} for its tokens; got {len(labels)}")
     wrong = labels[(labels < 0) | (labels > 1)]
     if len(wrong):
-        raise ValueError(f"example {index}: expected labels from 0 to 1, or NaN for none; got {wrong[0].item():g}")
+        raise InputError(f"example {index}: expected labels from 0 to 1, or NaN for none; got {wrong[0].item():g}")
     return labels
 
 

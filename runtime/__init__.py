@@ -1,12 +1,41 @@
-"""An artifact gives answers: load, score, rank. numpy and ONNX Runtime only."""
+"""An artifact gives answers: load, score, rank. numpy and ONNX Runtime only.
 
-from .errors import ArtifactError, BonnxError, ExportError, InputError, NoWinnerError, ProviderError
-from .generation import FINISH_REASONS, Candidate, Generation
-from .manifest import AGGREGATIONS
-from .model import Model, load
-from .ranking import Ranking, Scored
-from .testing import FakeModel
-from .verify import Check, verify
+A name is imported when it is asked for: `bonnx --version` and `bonnx doctor` need nothing but Python.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .errors import ArtifactError, BonnxError, ExportError, InputError, NoWinnerError, ProviderError
+    from .generation import FINISH_REASONS, Candidate, Generation
+    from .manifest import AGGREGATIONS
+    from .model import Model, load
+    from .ranking import Ranking, Scored
+    from .testing import FakeModel
+    from .verification import Check, verify
+
+_PLACES = {
+    "AGGREGATIONS": "manifest",
+    "FINISH_REASONS": "generation",
+    "ArtifactError": "errors",
+    "BonnxError": "errors",
+    "Candidate": "generation",
+    "Check": "verification",
+    "ExportError": "errors",
+    "FakeModel": "testing",
+    "Generation": "generation",
+    "InputError": "errors",
+    "Model": "model",
+    "NoWinnerError": "errors",
+    "ProviderError": "errors",
+    "Ranking": "ranking",
+    "Scored": "ranking",
+    "load": "model",
+    "verify": "verification",
+}
 
 __all__ = [
     "AGGREGATIONS",
@@ -27,3 +56,14 @@ __all__ = [
     "load",
     "verify",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(f".{_PLACES[name]}", __name__), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PLACES})

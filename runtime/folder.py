@@ -10,23 +10,31 @@ import msgspec
 
 from .errors import ArtifactError
 from .manifest import SCHEMA_VERSION, Manifest, seal_is_intact
+from .unfinished import unfinished
 
-__all__ = ["MANIFEST", "file_digest", "locate", "read_manifest", "read_verified", "replace_file"]
+__all__ = ["CARD", "MANIFEST", "WEIGHTS", "file_digest", "locate", "read_manifest", "read_verified", "replace_file"]
 
 MANIFEST = "manifest.json"
+# For people to read and to edit; nothing is computed with it, and no manifest needs to know it.
+CARD = "README.md"
+# The external data of every graph, beside it.
+WEIGHTS = "weights.bin"
 _MANIFEST_LIMIT = 16 * 2**20
 # How the small text begins that Git LFS leaves where a file was not downloaded.
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def read_verified(folder: Path) -> Manifest:
-    """The manifest, after every file's path, size and sha256 has been checked.
+    """The manifest, after the path, size and sha256 of every file that is computed with has been checked.
+
+    The model card may be edited or missing, and the folder may hold other files, such as those of a version control.
 
     Raises:
         ArtifactError: the first thing that is wrong.
     """
     manifest = read_manifest(folder)
-    paths = {name: locate(folder, name) for name in manifest.files}
+    # Older artifacts list their card, too.
+    paths = {name: locate(folder, name) for name in manifest.files if name != CARD}
     for name, path in paths.items():
         expected, size = manifest.files[name], path.stat().st_size
         if size != expected.size:
@@ -79,7 +87,9 @@ def read_manifest(folder: Path) -> Manifest:
     except msgspec.MsgspecError as e:
         raise ArtifactError(f"{path}: {e}; export the artifact again") from e
     referred = [graph.file for graph in manifest.graphs.values()]
-    referred += [manifest.tokenizer] if manifest.tokenizer is not None else []
+    referred += [name for name in (manifest.tokenizer, manifest.text.chat_template) if name is not None]
+    weights = {str(PurePosixPath(graph.file).with_name(WEIGHTS)) for graph in manifest.graphs.values()}
+    referred += sorted(name for name in weights if (folder / name).exists())
     for name in referred:
         if name not in manifest.files:
             raise ArtifactError(f"{path}: it uses '{name}', which is not in its list of files; export again")
@@ -139,8 +149,6 @@ def file_digest(path: Path) -> str:
 def replace_file(path: Path, data: bytes) -> None:
     """Write a file in one move: what was there stays until the new one is whole, and nothing is left half-written."""
     part = path.with_name(path.name + ".part")
-    try:
+    with unfinished(part):
         part.write_bytes(data)
         part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)

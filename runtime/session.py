@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
+import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias
 
@@ -15,27 +15,24 @@ from numpy.typing import NDArray
 
 from .checks import shown
 from .errors import ArtifactError, InputError, ProviderError
+from .folder import WEIGHTS
+from .installed import runtime_module
 from .manifest import Graph
 
 __all__ = [
-    "FLAVOURS",
-    "WEIGHTS",
     "Array",
     "Options",
     "Provider",
     "Session",
     "Stop",
-    "installed_flavours",
-    "runtime_module",
 ]
 
 Provider: TypeAlias = Literal["auto", "cpu", "cuda"]
 Array: TypeAlias = NDArray[Any]
 
-# The external data of every graph, beside it.
-WEIGHTS = "weights.bin"
-FLAVOURS = ("onnxruntime", "onnxruntime-gpu")
 _NAMES = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+# Tokens times bytes of weights: of a run that takes about a twentieth of a second on two cores.
+_BRIEF = 5 * 10**10
 _TYPES = {"tensor(float)": "float32", "tensor(int64)": "int64", "tensor(float16)": "float16"}
 
 
@@ -56,42 +53,6 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
             known = isinstance(value, int | np.integer) and not isinstance(value, bool)
             if value is not None and not (known and least <= value < most):
                 raise InputError(f"{name}: expected a whole number of at least {least}; got {shown(value)}")
-
-
-def installed_flavours() -> dict[str, str]:
-    """Version of each installed ONNX Runtime package."""
-    found = {}
-    for name in FLAVOURS:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def runtime_module() -> Any:
-    """The module `onnxruntime`.
-
-    Raises:
-        ProviderError: not installed, installed twice, or it cannot be loaded.
-    """
-    found = installed_flavours()
-    if len(found) > 1:
-        raise ProviderError(
-            f"both {' and '.join(found)} are installed, and each overwrites the other's files; "
-            f"run `pip uninstall -y {' '.join(found)}`, then `pip install bonnx[cpu]` or `pip install bonnx[gpu]`"
-        )
-    try:
-        import onnxruntime
-    except ModuleNotFoundError as e:
-        if e.name != "onnxruntime":
-            raise
-        raise ProviderError(
-            "ONNX Runtime is not installed; run `pip install bonnx[cpu]`, or `pip install bonnx[gpu]` for CUDA"
-        ) from e
-    except ImportError as e:
-        raise ProviderError(f"ONNX Runtime is installed but cannot be loaded: {e}; run `bonnx doctor`") from e
-    return onnxruntime
 
 
 class Stop(Protocol):
@@ -119,7 +80,7 @@ class Session:
             self._session = runtime.InferenceSession(str(path), settings, providers=providers)
         except Exception as e:  # ONNX Runtime raises bare subclasses of Exception of its own
             raise ArtifactError(f"{path}: ONNX Runtime {runtime.__version__} cannot load it: {e}") from e
-        self._weights = _Weights(path.with_name(WEIGHTS))
+        self._weights = _Weights(path.with_name(WEIGHTS), path)
         active = self._session.get_providers()[0]
         self.provider = next((short for short, name in _NAMES.items() if name == active), active)
         if options.provider == "cuda" and self.provider != "cuda":
@@ -150,11 +111,14 @@ class Session:
 
         A run whose `stop` is told to terminate ends at its next operator, with an exception.
         """
+        stop = stop or self.make_stop()
         result: Sequence[Array]
         if self.provider != "cuda":
-            result = self._session.run(outputs, feeds, stop)
+            result = self._interruptibly(lambda: self._session.run(outputs, feeds, stop), feeds, stop)
         else:
-            result = [value.numpy() for value in self._bound(self.hold(feeds), outputs, stop)]
+            held = self.hold(feeds)
+            found = self._interruptibly(lambda: self._bound(held, outputs, stop), feeds, stop)
+            result = [value.numpy() for value in found]
         self._weights.check()
         return [*result]
 
@@ -170,13 +134,25 @@ class Session:
         arrays = {name: value for name, value in feeds.items() if isinstance(value, np.ndarray)}
         given = feeds | self.hold(arrays)
         outputs = [value.name for value in self.graph.outputs if logits or value.name != "logits"]
-        found: Sequence[Any]
-        if self.provider != "cuda":
-            found = self._session.run_with_ort_values(outputs, given)
-        else:
-            found = self._bound(given, outputs)
+        stop = self.make_stop()
+
+        def work() -> Sequence[Any]:
+            if self.provider == "cuda":
+                return self._bound(given, outputs, stop)
+            found: Sequence[Any] = self._session.run_with_ort_values(outputs, given, stop)
+            return found
+
+        found = self._interruptibly(work, arrays, stop)
         self._weights.check()
         return dict(zip(outputs, found, strict=True))
+
+    def _interruptibly(self, work: Callable[[], Any], feeds: dict[str, Array], stop: Stop) -> Any:
+        """Do work that Ctrl-C ends if it may take long; what is brief spares the thread that this takes."""
+        masks = [array for name, array in feeds.items() if name.endswith("mask") and name != "step_mask"]
+        tokens = sum(mask.size for mask in masks)
+        if "max_new_tokens" in feeds:
+            tokens += len(masks[0]) * int(feeds["num_candidates"]) * int(feeds["max_new_tokens"])
+        return work() if tokens * self._weights.size < _BRIEF else interruptibly(work, stop)
 
     def _bound(self, feeds: dict[str, Any], outputs: list[str], stop: Stop | None = None) -> Sequence[Any]:
         binding = self._session.io_binding()
@@ -189,15 +165,47 @@ class Session:
         return found
 
 
+def interruptibly(work: Callable[[], Any], stop: Stop) -> Any:
+    """What a long piece of work gives; Ctrl-C ends it.
+
+    The main thread hears of a signal only between two instructions of Python, so it waits while another one works.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return work()
+    results, errors, done = list[Any](), list[BaseException](), threading.Event()
+
+    def run() -> None:
+        try:
+            results.append(work())
+        except BaseException as e:
+            errors.append(e)
+        finally:
+            done.set()
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        # Without a limit Windows would not let go of it.
+        while not done.wait(0.2):
+            pass
+    except BaseException:
+        stop.terminate = True
+        done.wait()
+        raise
+    if errors:
+        raise errors[0]
+    return results[0]
+
+
 class _Weights:
     """The file that ONNX Runtime has mapped: whoever writes into it changes the model that runs.
 
     A file that takes its place, as an export makes it, is another one and harms nobody.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path, self._file = path, None
+    def __init__(self, path: Path, graph: Path) -> None:
+        self._path, self._file, self.size = path, None, graph.stat().st_size
         if path.is_file():
+            self.size = path.stat().st_size
             self._file = os.open(path, os.O_RDONLY)
             weakref.finalize(self, os.close, self._file)
             self._state = self._read()

@@ -2,7 +2,6 @@
 
 import shutil
 
-import numpy as np
 import pytest
 import torch
 
@@ -14,6 +13,27 @@ from bonnx.models.config import LanguageModelConfig, NetworkConfig
 from bonnx.models.countdown import CHECKPOINT
 from bonnx.models.network import LanguageModel
 from bonnx.runtime.manifest import Limits, Scoring
+from tests.seeds import (
+    dice,
+    pytest_addoption,
+    pytest_configure,
+    pytest_configure_node,
+    pytest_report_header,
+    pytest_runtest_call,
+    pytest_terminal_summary,
+    rng,
+)
+
+__all__ = [
+    "dice",
+    "pytest_addoption",
+    "pytest_configure",
+    "pytest_configure_node",
+    "pytest_report_header",
+    "pytest_runtest_call",
+    "pytest_terminal_summary",
+    "rng",
+]
 
 
 @pytest.fixture(scope="session")
@@ -67,11 +87,3 @@ def edited(small, tmp_path):
 @pytest.fixture(scope="session")
 def model(small):
     return bonnx.load(small)
-
-
-@pytest.fixture
-def rng():
-    """Fresh cases at every run; the seed is shown when a test fails."""
-    seed = int(np.random.SeedSequence().entropy) % 2**32
-    print(f"seed {seed}")
-    return np.random.default_rng(seed)

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
+from ...runtime.errors import InputError
+
 __all__ = [
     "MAX_RESULT",
     "Puzzle",
@@ -47,11 +49,11 @@ def parse_prompt(prompt: str) -> Puzzle:
     """The puzzle of a prompt.
 
     Raises:
-        ValueError: the text is not numbers separated by commas, `>`, the target and `:`.
+        InputError: the text is not numbers separated by commas, `>`, the target and `:`.
     """
     match = _PROMPT.fullmatch(prompt)
     if match is None:
-        raise ValueError(f"a Countdown prompt looks like '3,7,12,25>98:'; got {prompt!r}")
+        raise InputError(f"a Countdown prompt looks like '3,7,12,25>98:'; got {prompt!r}")
     return Puzzle(tuple(sorted(map(int, match[1].split(",")))), int(match[2]))
 
 

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from ..errors import InputError
 from ..files import opened
 from ..folder import read_manifest
-from ..session import installed_flavours
+from ..installed import installed_flavours
 from .output import Output
 from .source import Chunk
 from .work import Result, Task, Worker

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
 
+from ... import __version__
 from ..errors import BonnxError, InputError
+from .interrupt import STOPPED, Interrupt, interruptible
 
-__all__ = ["main", "print_json", "print_text"]
+__all__ = ["STOPPED", "main", "print_json", "print_text"]
 
 # Each module has `configure(parser)` and `run(arguments) -> exit code`; only the one that is asked for is imported.
 _COMMANDS = {
@@ -25,6 +29,8 @@ _COMMANDS = {
     "batch": ("bonnx.runtime.command.batch", "rank every row of a file"),
     "serve": ("bonnx.runtime.command.serve", "put a model behind HTTP"),
 }
+# As a shell reports a program that wrote to a pipe whose reader had gone.
+_READER_LEFT = 141
 # What a command needs that is not installed with bonnx itself; `export` for those that are not here.
 _EXTRAS = {"serve": "serve"}
 
@@ -32,37 +38,79 @@ _EXTRAS = {"serve": "serve"}
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code."""
     argv = sys.argv[1:] if argv is None else list(argv)
+    name = next((word for word in argv if not word.startswith("-")), None)
+    prefix = f"bonnx {name}" if name in _COMMANDS else "bonnx"
+    with interruptible(f"{prefix}: stopped") as interrupt:
+        try:
+            try:
+                code = _run(argv, name, prefix, interrupt)
+            finally:
+                if sys.stdout is not None:
+                    sys.stdout.flush()
+        except BrokenPipeError:
+            # Whoever read has enough, as `head` has; what is still in the buffer goes nowhere.
+            with contextlib.suppress(OSError, AttributeError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return _READER_LEFT
+        except BaseException as e:
+            # Modules that are being imported make another error of it.
+            if not interrupt.noticed and not isinstance(e, KeyboardInterrupt):
+                raise
+            _say(f"{prefix}: stopped")
+            return STOPPED
+    return code
+
+
+def _run(argv: list[str], chosen: str | None, prefix: str, interrupt: Interrupt) -> int:
     parser = argparse.ArgumentParser(prog="bonnx", description="Best-of-N on ONNX.")
+    parser.add_argument("--version", action="version", version=f"bonnx {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    chosen = next((word for word in argv if not word.startswith("-")), None)
     module: Any = None
     for name, (path, summary) in _COMMANDS.items():
         subparser = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
         if name == chosen:
             try:
                 module = importlib.import_module(path)
-            except ModuleNotFoundError as e:
-                if (e.name or "").startswith("bonnx"):
+            except ImportError as e:
+                if interrupt.noticed:
                     raise
-                extra = _EXTRAS.get(name, "export")
-                print(f"bonnx {name}: {e.name} is not installed; run `pip install bonnx[{extra}]`", file=sys.stderr)
-                return 1
+                return _not_installed(name, e)
             module.configure(subparser)
             subparser.add_argument("--json", action="store_true", help="print JSON, one object a line")
     arguments = parser.parse_args(argv)
     try:
         code: int = module.run(arguments)
-    except (BonnxError, ValueError) as e:
-        if not isinstance(e, BonnxError) and type(e).__name__ != "ConfigError":
-            raise
+    except BonnxError as e:
         if arguments.json:
             print_json({"ok": False, "error": type(e).__name__, "reason": str(e)})
-        print(f"bonnx {arguments.command}: {e}", file=sys.stderr)
+        _say(f"{prefix}: {e}")
         return 2 if isinstance(e, InputError) else 1
-    except KeyboardInterrupt:
-        print(f"bonnx {arguments.command}: stopped", file=sys.stderr)
-        return 130
+    except BrokenPipeError:
+        raise
+    except OSError as e:
+        # What no command expects: a disk that is full, a file that vanished.
+        _say(f"{prefix}: {e}")
+        return 1
     return code
+
+
+def _not_installed(name: str, error: ImportError) -> int:
+    """Say which extra a command needs, or that what is installed is broken."""
+    if (error.name or "").startswith("bonnx"):
+        raise error
+    if isinstance(error, ModuleNotFoundError):
+        extra = _EXTRAS.get(name, "export" if name == "export" else None)
+        command = f"pip install bonnx[{extra}]" if extra else "pip install bonnx"
+        _say(f"bonnx {name}: {error.name} is not installed; run `{command}`")
+    else:
+        _say(f"bonnx {name}: {error.name or 'a package'} cannot be imported: {error}; run `bonnx doctor`")
+    return 1
+
+
+def _say(line: str) -> None:
+    """A line on stderr, if anybody listens there."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
 
 
 def print_json(value: dict[str, Any]) -> None:

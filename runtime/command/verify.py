@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 
-from ..verify import verify
+from ..verification import verify
 from . import print_json
 
 __all__ = ["configure", "run"]

@@ -24,7 +24,7 @@ from bonnx.models.network import LanguageModel
 from bonnx.runtime.folder import read_verified
 from bonnx.runtime.manifest import Scoring
 from bonnx.runtime.steps import grow
-from bonnx.runtime.verify import verify
+from bonnx.runtime.verification import verify
 
 WIDTH, MASSIVE = 64, 3
 OPTIONS = {"embed_dim": 24, "hidden_size": WIDTH, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2}

@@ -20,7 +20,7 @@ from bonnx.models import build
 from bonnx.runtime.folder import read_verified
 from bonnx.runtime.manifest import Scoring
 from bonnx.runtime.steps import grow
-from bonnx.runtime.verify import verify
+from bonnx.runtime.verification import verify
 
 
 @pytest.fixture(scope="module")

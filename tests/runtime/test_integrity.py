@@ -22,8 +22,8 @@ def reseal(folder, **changes):
 
 
 def test_a_changed_byte_in_any_file_is_found(small, tmp_path, rng):
-    names = [path.relative_to(small) for path in small.rglob("*") if path.is_file()]
-    assert len(names) == 6
+    names = [path.relative_to(small) for path in small.rglob("*") if path.is_file() and path.name != "README.md"]
+    assert len(names) == 5
     for name in names:
         folder = shutil.copytree(small, tmp_path / str(name).replace("/", "-"))
         data = bytearray((folder / name).read_bytes())
@@ -35,6 +35,35 @@ def test_a_changed_byte_in_any_file_is_found(small, tmp_path, rng):
                 bonnx.verify(folder)
         (folder / name).write_bytes(data)
         assert bonnx.verify(folder)[1]
+
+
+def test_what_is_not_computed_with_may_change(edited, rng):
+    """A card that people edit or delete, and what file managers and version controls leave in a folder."""
+    files = read_manifest(edited).files
+    assert "README.md" not in files
+    prompt, candidate = rng.standard_normal((2, 3, 12)).astype(np.float32)
+    expected = bonnx.load(edited).rank(prompt, [candidate]).candidate_scores
+    (edited / "README.md").write_text("---\nlicense: mit\n---\n# Ours\n")
+    (edited / ".DS_Store").write_bytes(b"\0")
+    (edited / ".git").mkdir()
+    (edited / "onnx" / "notes.txt").write_text("kept")
+    assert (bonnx.load(edited).rank(prompt, [candidate]).candidate_scores == expected).all()
+    assert bonnx.verify(edited)[1]
+    (edited / "README.md").unlink()
+    assert bonnx.verify(edited)[1]
+    # An artifact of an earlier version, whose manifest lists the card.
+    reseal(edited, files=files | {"README.md": File(sha256="0" * 64, size=1)})
+    assert bonnx.verify(edited)[1]
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "onnx/weights.bin", "onnx/rank.onnx"])
+def test_what_is_computed_with_is_hashed(countdown, tmp_path, name):
+    """A manifest that is sealed anew without one of its files."""
+    folder = shutil.copytree(countdown, tmp_path / "artifact")
+    files = {file: entry for file, entry in read_manifest(folder).files.items() if file != name}
+    reseal(folder, files=files)
+    with pytest.raises(ArtifactError, match=f"it uses '{name}', which is not in its list"):
+        bonnx.load(folder)
 
 
 def test_truncated_and_missing_files(edited):

@@ -17,7 +17,7 @@ from bonnx import InputError, NoWinnerError, ProviderError
 from bonnx.models import load_checkpoint
 from bonnx.models.countdown import CHECKPOINT
 from bonnx.models.countdown.vocabulary import END, STEP, encode
-from bonnx.runtime import session
+from bonnx.runtime import installed, session
 from bonnx.runtime.manifest import Manifest, seal
 from tests.tolerance import RUNTIME, within
 
@@ -304,7 +304,7 @@ def test_cuda_that_is_not_there_is_an_error(small, monkeypatch):
 
 
 def test_both_flavours_installed(small, monkeypatch):
-    monkeypatch.setattr(session, "installed_flavours", lambda: {"onnxruntime": "1", "onnxruntime-gpu": "1"})
+    monkeypatch.setattr(installed, "installed_flavours", lambda: {"onnxruntime": "1", "onnxruntime-gpu": "1"})
     with pytest.raises(ProviderError, match="pip uninstall -y onnxruntime onnxruntime-gpu"):
         bonnx.load(small)
 

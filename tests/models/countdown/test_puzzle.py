@@ -41,10 +41,9 @@ def test_reachable_is_what_a_solver_finds(count):
         assert reachable(numbers) == solver(list(numbers)), numbers
 
 
-def test_drawn_solutions_are_right_and_completable_at_every_step():
-    rng = random.Random()
+def test_drawn_solutions_are_right_and_completable_at_every_step(dice):
     for _ in range(300):
-        puzzle, solution = draw_solution(rng, rng.choice([3, 4]))
+        puzzle, solution = draw_solution(dice, dice.choice([3, 4]))
         assert check(puzzle, solution)
         assert step_labels(puzzle, solution) == [True] * (len(puzzle.numbers) - 1)
         assert parse_prompt(puzzle.prompt) == puzzle
@@ -80,13 +79,12 @@ def test_wrong_solutions(completion, right, labels):
         assert expected is None or label is expected
 
 
-def test_a_step_is_right_while_the_target_can_be_reached():
-    rng = random.Random()
+def test_a_step_is_right_while_the_target_can_be_reached(dice):
     seen = set()
     for _ in range(200):
-        numbers = sorted(rng.randint(1, 25) for _ in range(4))
-        a, b, *left = rng.sample(numbers, 4)
-        target = rng.randint(1, 100)
+        numbers = sorted(dice.randint(1, 25) for _ in range(4))
+        a, b, *left = dice.sample(numbers, 4)
+        target = dice.randint(1, 100)
         label = step_labels(Puzzle(tuple(numbers), target), f"{a}+{b}={a + b};")
         assert label == [target in solver([a + b, *left])]
         seen.add(label[0])
@@ -113,12 +111,11 @@ def test_one_puzzle_in_ten_is_held_out():
     assert 0.08 < share < 0.12
 
 
-def test_the_tokenizer_that_ships_is_the_vocabulary():
+def test_the_tokenizer_that_ships_is_the_vocabulary(dice):
     tokenizer = make_tokenizer()
     assert tokenizer.get_vocab() == VOCABULARY
-    rng = random.Random()
     for _ in range(50):
-        puzzle, solution = draw_solution(rng, 4)
+        puzzle, solution = draw_solution(dice, 4)
         text = puzzle.prompt + solution + "\n"
         ids = tokenizer.encode(text).ids
         assert ids == encode(text)
@@ -150,14 +147,14 @@ def written(rng, tree, steps):
     return result
 
 
-def test_an_answer_does_not_depend_on_the_order_of_writing():
-    rng, seen = random.Random(), 0
+def test_an_answer_does_not_depend_on_the_order_of_writing(dice):
+    seen = 0
     while seen < 300:
-        tree = expression(rng, rng.randrange(2, 6))
+        tree = expression(dice, dice.randrange(2, 6))
         forms = []
         for _ in range(4):
             steps = []
-            written(rng, tree, steps)
+            written(dice, tree, steps)
             forms.append(steps)
         numbers = [value for text, *values in forms[0] for value in values]
         results = [step[3] for step in forms[0]]

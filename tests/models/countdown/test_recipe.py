@@ -72,12 +72,11 @@ def test_a_run_of_another_size_is_refused(tmp_path):
         train.train(tmp_path, **SHORT, seed=5)
 
 
-def test_spoiled_completions_are_never_right():
-    rng = random.Random()
+def test_spoiled_completions_are_never_right(dice):
     ended_early = changed = 0
-    for puzzle, solution in train.draw_puzzles(rng, 4, 200, test=False):
+    for puzzle, solution in train.draw_puzzles(dice, 4, 200, test=False):
         completion = [*encode(solution), END, PAD, PAD]
-        spoiled = train.spoil(rng, completion)
+        spoiled = train.spoil(dice, completion)
         assert len(spoiled) == len(completion)
         written = spoiled[: spoiled.index(END)]
         assert set(spoiled[len(written) + 1 :]) <= {PAD}

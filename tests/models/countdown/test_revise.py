@@ -1,7 +1,5 @@
 """The recipe for revisions: what is shown, what is learned, and that a stopped run goes on."""
 
-import random
-
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -26,24 +24,22 @@ def slow_distance(a, b):
     return min(same, slow_distance(a[1:], b) + 1, slow_distance(a, b[1:]) + 1)
 
 
-def test_distance_is_the_recursion():
-    rng = random.Random()
+def test_distance_is_the_recursion(dice):
     for _ in range(40):
-        a, b = ([rng.randrange(3) for _ in range(rng.randrange(6))] for _ in range(2))
+        a, b = ([dice.randrange(3) for _ in range(dice.randrange(6))] for _ in range(2))
         assert distance(a, b) == slow_distance(a, b)
 
 
-def test_wrong_attempts_are_shown_and_the_nearest_is_last():
-    rng = random.Random()
-    for puzzle, solution in draw_puzzles(rng, 4, 60, test=False):
+def test_wrong_attempts_are_shown_and_the_nearest_is_last(dice):
+    for puzzle, solution in draw_puzzles(dice, 4, 60, test=False):
         right = [*encode(solution), END]
         attempts = []
-        for _ in range(rng.randrange(8)):
+        for _ in range(dice.randrange(8)):
             changed = list(right)
-            for _ in range(rng.randrange(4)):
-                changed[rng.randrange(len(changed) - 1)] = rng.randrange(1, 100)
+            for _ in range(dice.randrange(4)):
+                changed[dice.randrange(len(changed) - 1)] = dice.randrange(1, 100)
             attempts.append(changed)
-        shown, target = revision(rng, puzzle, solution, attempts)
+        shown, target = revision(dice, puzzle, solution, attempts)
         assert check(puzzle, decode(target))
         assert len(shown) <= MEMORY
         assert all(not check(puzzle, decode(attempt)) and attempt in attempts for attempt in shown)
@@ -53,8 +49,8 @@ def test_wrong_attempts_are_shown_and_the_nearest_is_last():
             assert target in attempts
 
 
-def test_only_the_right_attempt_is_learned(base):
-    inputs, targets = revision_batch(base, random.Random(), 12)
+def test_only_the_right_attempt_is_learned(base, dice):
+    inputs, targets = revision_batch(base, dice, 12)
     for row, learned in zip(inputs.tolist(), targets.tolist(), strict=True):
         written = row[: row.index(PAD)] if PAD in row else row
         prompt, *attempts = decode(written).replace(":", ":\x00", 1).split("\x00")
@@ -68,8 +64,8 @@ def test_only_the_right_attempt_is_learned(base):
         assert [row[i + 1] for i in places] == [learned[i] for i in places]
 
 
-def test_each_attempt_of_a_chain_is_labelled_by_itself(base):
-    ids, labels = chain_batch(base, random.Random(), 3, 8)
+def test_each_attempt_of_a_chain_is_labelled_by_itself(base, dice):
+    ids, labels = chain_batch(base, dice, 3, 8)
     for row, said in zip(ids.tolist(), labels.tolist(), strict=True):
         start = row.index(encode(":")[0]) + 1
         puzzle = parse_prompt(decode(row[:start]))
