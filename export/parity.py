@@ -295,13 +295,19 @@ class Checker:
         """
         return self._difference(what, values, exact, self.bar.allowed(kind))
 
-    def compare(self, what: str, values: Array, expected: Array) -> float:
-        """The maximum absolute difference from what NumPy gives for the same scores; NaN equals NaN.
+    def compare(self, what: str, values: Array, expected: Array, size: float = 1.0) -> float:
+        """The maximum absolute difference from what NumPy gives for the same numbers; NaN equals NaN.
+
+        Args:
+            what: names the values in messages.
+            values: of a graph.
+            expected: of NumPy.
+            size: of the largest number that they are computed from, if that is larger than they are.
 
         Raises:
             ExportError: it exceeds what is allowed.
         """
-        largest = np.abs(expected[np.isfinite(expected)]).max(initial=1.0)
+        largest = np.abs(expected[np.isfinite(expected)]).max(initial=size)
         return self._difference(what, values, expected, _ARITHMETIC * float(largest))
 
     def _difference(self, what: str, values: Array, expected: Array, allowed: float) -> float:

@@ -231,7 +231,8 @@ def _check_decode(checker: Checker, prompt: Array, request: Request, outputs: di
         if token != given and margin > _edge(0.0, request):
             raise ExportError(f"{what} is {given}; its logits and the seed give {token}")
         log_prob = _log_softmax(logits[None])[0, given]
-        checker.compare(f"{what}, log-probability", last.log_probs[n, step], np.asarray(log_prob))
+        size = float(np.abs(logits).max())
+        checker.compare(f"{what}, log-probability", last.log_probs[n, step], np.asarray(log_prob), size)
     if outputs is None:
         return
     lengths = outputs["lengths"][:, 0]

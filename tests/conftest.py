@@ -13,9 +13,9 @@ from bonnx.models.config import LanguageModelConfig, NetworkConfig
 from bonnx.models.countdown import CHECKPOINT
 from bonnx.models.network import LanguageModel
 from bonnx.runtime.manifest import Limits, Scoring
+from tests import seeds
 from tests.seeds import (
     dice,
-    pytest_addoption,
     pytest_configure,
     pytest_configure_node,
     pytest_report_header,
@@ -26,7 +26,6 @@ from tests.seeds import (
 
 __all__ = [
     "dice",
-    "pytest_addoption",
     "pytest_configure",
     "pytest_configure_node",
     "pytest_report_header",
@@ -34,6 +33,11 @@ __all__ = [
     "pytest_terminal_summary",
     "rng",
 ]
+
+
+def pytest_addoption(parser):
+    seeds.pytest_addoption(parser)
+    parser.addoption("--real-model", metavar="FOLDER", help="a trained language model, for the slow tests")
 
 
 @pytest.fixture(scope="session")

@@ -94,7 +94,7 @@ def test_without_their_own_products_outliers_would_leave_eight_bits_nothing(mass
     found = find_outliers(massive)
     last = list(massive.layers())[1]
     assert len(found[last.attention_norm]) >= MASSIVE
-    assert len(found[next(massive.layers()).ffn.down]) == 1
+    assert 5 in found[next(massive.layers()).ffn.down]
     splits = [module for module in twin.modules() if isinstance(module, SplitLinear)]
     assert splits
     for split in splits:

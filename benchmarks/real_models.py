@@ -1,0 +1,137 @@
+"""A trained model at every precision: size, time, errors, and whether it still selects as float32 does.
+
+`python -m benchmarks.real_models FOLDER` takes the folder of a trained language model, as transformers writes it,
+trains a scorer for it on its own answers to sums, and exports it at each precision, by the command. `--text` compares
+the float32 artifact's text on 50 chat prompts with transformers'. What was measured stands in
+FOLDER-bonnx/real_models.jsonl: a run that was broken off goes on from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoTokenizer
+
+from bonnx.models import draw_examples, load_checkpoint, save_checkpoint, train_scorer
+from bonnx.runtime.folder import read_verified
+from bonnx.runtime.manifest import PRECISIONS
+from tests.real_text import PROMPTS, compare_text
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def make_scorer(model_folder: Path, folder: Path, questions: int, samples: int) -> None:
+    """Train a scorer on the model's own answers to sums."""
+    torch.manual_seed(0)
+    rng = random.Random(0)
+    model, metadata = load_checkpoint(model_folder, new_scorer=True)
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    answers: dict[tuple[int, ...], str] = {}
+    for _ in range(questions):
+        a, b = rng.randrange(2, 30), rng.randrange(2, 30)
+        text = f"What is {a}+{b}? Answer with the number only."
+        if tokenizer.chat_template is None:
+            prompt = tokenizer(f"Question: {text}\nAnswer:")["input_ids"]
+        else:
+            message = [{"role": "user", "content": text}]
+            prompt = tokenizer.apply_chat_template(message, add_generation_prompt=True)["input_ids"]
+        answers[tuple(prompt)] = str(a + b)
+
+    def label(prompt: tuple[int, ...], completion: list[int]) -> float:
+        words = tokenizer.decode(completion, skip_special_tokens=True).replace(".", " ").split()
+        return float(answers[tuple(prompt)] in words)
+
+    stops = metadata["scoring"]["stop_tokens"]
+    examples = draw_examples(model, answers, label, n=samples, max_new_tokens=16, stop_tokens=stops)
+    losses = train_scorer(model, examples)
+    right = np.mean([x[2] for x in examples])
+    print(f"{len(examples)} answers, {100 * right:.0f}% right; loss {np.mean(losses[-20:]):.3f}", file=sys.stderr)
+    save_checkpoint(model, folder, metadata=metadata, tokenizer_from=model_folder)
+
+
+def export(checkpoint: Path, output: Path, precision: str, held_out: Path) -> dict[str, Any]:
+    """Export by the command, and read what it measured."""
+    command = [sys.executable, str(ROOT / "export.py"), "--checkpoint", str(checkpoint), "-o", str(output)]
+    command += ["--precision", precision, "--overwrite", "--held-out", str(held_out), "--min-agreement", "0"]
+    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+    row: dict[str, Any] = {"precision": precision, "wall_s": wall, "peak_mb": after.ru_maxrss / 1000}
+    row["cpu_s"] = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    if done.returncode:
+        return row | {"refused": done.stderr.strip().splitlines()[-1]}
+    manifest = read_verified(output)
+    row["mb"] = sum(file.size for file in manifest.files.values()) / 1e6
+    row["parity"] = {p.check: [p.max_difference, p.pytorch_error, p.allowed] for p in manifest.parity}
+    if manifest.agreement is not None:
+        a = manifest.agreement
+        row |= {"as_good": a.share, "same": a.same, "mean_error": a.mean_error, "prompts": a.prompts}
+    return row
+
+
+def table(rows: list[dict[str, Any]]) -> None:
+    """For the docs."""
+    print("| precision | size, MB | CPU time, s | peak memory, MB | error of scores: ONNX Runtime / PyTorch |", end="")
+    print(" of log-probabilities | as good as float32's choice | the same | mean error of a candidate's score |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for row in rows:
+        if "refused" in row:
+            print(f"| {row['precision']} | refused: {row['refused']} |")
+            continue
+        scores, log_probs = (
+            row["parity"][f"generate, {kind}"][:2] for kind in ("tokens and scores", "log-probabilities")
+        )
+        cells = [row["precision"], f"{row['mb']:.0f}", f"{row['cpu_s']:.0f}", f"{row['peak_mb']:.0f}"]
+        cells += [f"{a:.1e} / {b:.1e}" for a, b in (scores, log_probs)]
+        agreement = (
+            [f"{100 * row['as_good']:.0f}% of {row['prompts']}", f"{100 * row['same']:.0f}%"] if "same" in row else []
+        )
+        cells += [*agreement, f"{row['mean_error']:.2g}"] if agreement else ["-", "-", "-"]
+        print(f"| {' | '.join(cells)} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("model", type=Path, metavar="FOLDER")
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
+    parser.add_argument("--questions", type=int, default=40, help="for the scorer's training")
+    parser.add_argument("--samples", type=int, default=8, help="answers to each of them")
+    parser.add_argument("--text", action="store_true", help="compare text with transformers' on 50 chat prompts")
+    arguments = parser.parse_args()
+    work = arguments.model.with_name(arguments.model.name + "-bonnx")
+    work.mkdir(exist_ok=True)
+    checkpoint, measured = work / "checkpoint", work / "real_models.jsonl"
+    if not (checkpoint / "config.json").exists():
+        make_scorer(arguments.model, checkpoint, arguments.questions, arguments.samples)
+    held_out = work / "prompts.jsonl"
+    chat = AutoTokenizer.from_pretrained(arguments.model).chat_template is not None
+    prompts = [[{"role": "user", "content": text}] if chat else text for text in PROMPTS]
+    held_out.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts), encoding="utf-8")
+    lines = measured.read_text(encoding="utf-8").splitlines() if measured.exists() else []
+    rows = {row["precision"]: row for row in map(json.loads, lines)}
+    for precision in arguments.precisions:
+        if precision not in rows:
+            rows[precision] = export(checkpoint, work / precision, precision, held_out)
+            with measured.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(rows[precision]) + "\n")
+    model = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "")
+    print(f"{arguments.model.name}, {os.cpu_count()} cores,{model.partition(':')[2] or platform.processor()}\n")
+    table([rows[precision] for precision in arguments.precisions])
+    if arguments.text:
+        print(f"\n{compare_text(arguments.model, checkpoint, work / 'fp32')}")
+
+
+if __name__ == "__main__":
+    main()
