@@ -93,22 +93,23 @@ class Exact:
             wide, same = (head(x).numpy() for head, x in zip(self._heads, (exact, own), strict=True))
         return wide, same
 
+    # As a decorator: two of these are read in turns, and each block would restore what the other has set.
+    @torch.no_grad()
     def _run(self, batches: Sequence[Array], form: Callable[[nn.Module], nn.Module]) -> Iterator[Outputs]:
         network, states = self._network, []
-        with torch.no_grad():
-            entry = form(network.input_projection)
-            dtype = torch.float64 if form is _widened else torch.float32
-            for rows in batches:
-                values = torch.from_numpy(rows)
-                x = (self._model.embedding(values) if isinstance(self._model, LanguageModel) else values).to(dtype)
-                states.append((entry(x), *network.surroundings(x)))
-            for i, layer in enumerate(network.layers()):
-                block = form(layer)
-                states = [(block(x, cos, sin, masks[i]), cos, sin, masks) for x, cos, sin, masks in states]
-            norm, scorer = form(network.final_norm), form(network.scorer)
-            for x, *_ in states:
-                backbone = norm(x)
-                yield Outputs(backbone, activated(scorer(backbone), self._scoring))
+        entry = form(network.input_projection)
+        dtype = torch.float64 if form is _widened else torch.float32
+        for rows in batches:
+            values = torch.from_numpy(rows)
+            x = (self._model.embedding(values) if isinstance(self._model, LanguageModel) else values).to(dtype)
+            states.append((entry(x), *network.surroundings(x)))
+        for i, layer in enumerate(network.layers()):
+            block = form(layer)
+            states = [(block(x, cos, sin, masks[i]), cos, sin, masks) for x, cos, sin, masks in states]
+        norm, scorer = form(network.final_norm), form(network.scorer)
+        for x, *_ in states:
+            backbone = norm(x)
+            yield Outputs(backbone, activated(scorer(backbone), self._scoring))
 
 
 def _widened(module: nn.Module) -> nn.Module:

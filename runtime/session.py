@@ -172,9 +172,12 @@ def interruptibly(work: Callable[[], Any], stop: Stop) -> Any:
     """
     if threading.current_thread() is not threading.main_thread():
         return work()
-    results, errors, done = list[Any](), list[BaseException](), threading.Event()
+    results, errors, done, begun = list[Any](), list[BaseException](), threading.Event(), threading.Lock()
 
     def run() -> None:
+        # Whoever comes first: after an interruption there is nothing left to do.
+        if not begun.acquire(blocking=False):
+            return
         try:
             results.append(work())
         except BaseException as e:
@@ -182,14 +185,15 @@ def interruptibly(work: Callable[[], Any], stop: Stop) -> Any:
         finally:
             done.set()
 
-    threading.Thread(target=run, daemon=True).start()
     try:
+        threading.Thread(target=run, daemon=True).start()
         # Without a limit Windows would not let go of it.
         while not done.wait(0.2):
             pass
     except BaseException:
         stop.terminate = True
-        done.wait()
+        if not begun.acquire(blocking=False):
+            done.wait()
         raise
     if errors:
         raise errors[0]

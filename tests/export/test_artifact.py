@@ -47,6 +47,7 @@ def test_every_option_of_the_network_passes_the_verification(name, tmp_path, rng
         scoring=Scoring(label=label, aggregation="mean", activation="sigmoid"),
         seed=int(rng.integers(2**31)),
     )
+    assert torch.is_grad_enabled()
     assert {p.check for p in manifest.parity} >= {"rank, left padding", "ONNX reference evaluator"}
     assert {graph.opset for graph in manifest.graphs.values()} == {opset}
     prompt, candidate = (rng.standard_normal((n, 16)).astype(np.float32) for n in (9, 5))
