@@ -16,11 +16,13 @@ class Ended:
 
 
 def interrupt(command, *, after, cwd=None, times=1):
-    """Start Python with these arguments, press Ctrl-C after so many seconds or once it has written a line."""
+    """Start Python with these arguments, press Ctrl-C after so many seconds, or soon after it has written a line."""
     piped = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen([sys.executable, *map(str, command)], cwd=cwd, **piped) as process:
         try:
-            said = process.stdout.readline() if after is None else time.sleep(after)
+            said = "" if after is not None else process.stdout.readline()
+            # What it said it would do begins a moment after.
+            time.sleep(0.3 if after is None else after)
             start = time.monotonic()
             for _ in range(times):
                 process.send_signal(signal.SIGINT)
@@ -28,4 +30,4 @@ def interrupt(command, *, after, cwd=None, times=1):
             stdout, stderr = process.communicate(timeout=30)
         finally:
             process.kill()
-    return Ended(process.returncode, time.monotonic() - start, (said or "") + stdout, stderr)
+    return Ended(process.returncode, time.monotonic() - start, said + stdout, stderr)
