@@ -74,7 +74,7 @@ def check_generation(checker: Checker) -> list[Parity]:
         _check_selection(checker, run.request, run.outputs)
         for b in range(len(run.prompts)):
             alone = {name: _column(value, b) for name, value in run.outputs.items()}
-            certain = all(_is_certain(checker, run.request, rows[n, b]) for n in range(run.request.n))
+            certain = all(_is_certain(checker, run.request, rows[n, b].draws) for n in range(run.request.n))
             certain = certain and not _is_close_race(checker, run.request, alone)
             _check_decode(checker, run.prompts[b][run.mask[b] > 0], run.request, alone if certain else None)
     _record(checker)
@@ -126,12 +126,16 @@ def _read(checker: Checker, runs: Sequence[_Run]) -> list[dict[tuple[int, int], 
             log_probs, near = (_log_softmax(x)[np.arange(len(tokens)), tokens] for x in (logits, same))
             checker.bar.see("logits", logits, same)
             checker.bar.see("log_probs", log_probs, near)
-            draws = [
-                expected_token(logits[step], uniform(runs[r].request.seed, prompt, step, n), runs[r].request)
-                for step in range(len(tokens))
-            ]
-            rows[r][n, b] = _Exact(exact.scores[i, start:].numpy(), log_probs, draws)
+            rows[r][n, b] = _Exact(
+                exact.scores[i, start:].numpy(), log_probs, _draws(logits, runs[r].request, prompt, n)
+            )
     return rows
+
+
+def _draws(logits: Array, request: Request, prompt: Array, n: int) -> list[tuple[int, float]]:
+    """The draws of a candidate from the logits (length, V) of its tokens."""
+    wide = logits.astype(np.float64)
+    return [expected_token(row, uniform(request.seed, prompt, step, n), request) for step, row in enumerate(wide)]
 
 
 def _log_softmax(logits: Array) -> Array:
@@ -149,13 +153,20 @@ def _edge(error: float, request: Request) -> float:
     return 2 * error if request.temperature == 0 else error / request.temperature + _ROUNDING
 
 
-def _is_certain(checker: Checker, request: Request, exact: _Exact) -> bool:
+def _is_certain(checker: Checker, request: Request, draws: Sequence[tuple[int, float]]) -> bool:
     """Whether no draw is so close to an edge that rounding may give another token.
 
     With a large vocabulary and flat probabilities, as of a model that is not trained, many are.
     """
     edge = _edge(checker.bar.allowed("logits"), request)
-    return all(margin > edge for _, margin in exact.draws)
+    return all(margin > edge for _, margin in draws)
+
+
+def _is_far(checker: Checker, run: _Run, n: int, b: int) -> bool:
+    """The same of a candidate that has not been read."""
+    prompt, tokens = run.row(n, b)
+    logits = checker.exact.own_logits(np.concatenate([prompt, tokens]))[len(prompt) - 1 : -1]
+    return _is_certain(checker, run.request, _draws(logits, run.request, prompt, n))
 
 
 def _check_tokens(checker: Checker, run: _Run, n: int, b: int, draws: Sequence[tuple[int, float]], what: str) -> None:
@@ -264,8 +275,7 @@ def _record(checker: Checker) -> None:
         for _ in range(tries):
             prompts, mask, request = _case(checker, shape, temperature, 0, 1.0, 0)
             run = _run(checker, (prompts, mask, dataclasses.replace(request, stop_tokens=())))
-            (rows,) = _read(checker, [run])
-            if all(_is_certain(checker, run.request, exact) for exact in rows.values()):
+            if all(_is_far(checker, run, n, b) for n, b in np.ndindex(run.outputs["lengths"].shape)):
                 checker.record("generate/1", generate_feeds(*run[:3], None), run.outputs)
                 return
 
