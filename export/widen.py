@@ -23,16 +23,23 @@ def widened(graph: ir.Graph, dtype: ir.DataType) -> ir.Graph:
         assert inputs is not None
         narrow, (back,) = inputs.producer(), output.consumers()
         assert narrow is not None
-        assert narrow.op_type == back.op_type == "Cast"
-        cast = ir.node("Cast", [weight], {"to": ir.DataType.FLOAT})
-        graph.insert_before(node, cast)
-        node.replace_input_with(0, narrow.inputs[0])
-        node.replace_input_with(1, cast.outputs[0])
+        assert back.op_type == "Cast"
+        casts = [ir.node("Cast", [weight], {"to": ir.DataType.FLOAT})]
+        wide = narrow.inputs[0]
+        if narrow.op_type != "Cast":
+            # Rows of an embedding have the type already: the tracer drops a cast there and back.
+            casts.append(ir.node("Cast", [inputs], {"to": ir.DataType.FLOAT}))
+            wide = casts[1].outputs[0]
+        graph.insert_before(node, casts)
+        node.replace_input_with(0, wide)
+        node.replace_input_with(1, casts[0].outputs[0])
         if back.outputs[0].is_graph_output():
             # The name of an output is how programs ask for it.
             output.name, back.outputs[0].name = back.outputs[0].name, f"{output.name}.wide"
         back.outputs[0].replace_all_uses_with(output, replace_graph_outputs=True)
         # Not `dtype`, which would change the type of the values that this one was cloned from.
         output.type = ir.TensorType(ir.DataType.FLOAT)
-        graph.remove([part for part in (back, narrow) if not part.outputs[0].uses()], safe=True)
+        graph.remove(
+            [part for part in (back, narrow) if part.op_type == "Cast" and not part.outputs[0].uses()], safe=True
+        )
     return graph

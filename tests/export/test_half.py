@@ -30,7 +30,7 @@ WIDTH, MASSIVE = 64, 3
 OPTIONS = {"embed_dim": 24, "hidden_size": WIDTH, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2}
 OPTIONS |= {"scorer_hidden": 16, "final_norm": "rms"}
 # Of the scores' standard deviation, root mean square, on the networks of `massive`; without outliers they are the same.
-ERRORS = {"fp16": 0.003, "bf16": 0.03, "int8": 0.12, "int4": 0.6}
+ERRORS = {"fp32": 1e-4, "fp16": 0.003, "bf16": 0.03, "int8": 0.12, "int4": 0.6}
 
 
 @pytest.fixture
@@ -104,11 +104,11 @@ def test_without_their_own_products_outliers_would_leave_eight_bits_nothing(mass
     assert not any(map(len, find_outliers(plain).values()))
 
 
-@pytest.mark.parametrize(("precision", "opset"), [("fp16", 18), ("int8", 23)])
+@pytest.mark.parametrize(("precision", "opset"), [("fp32", 23), ("fp16", 18), ("int8", 23)])
 def test_the_graphs_of_such_a_network_pass_every_check(massive, tmp_path, precision, opset):
     # Among the checks is the reference evaluator, which computes with halves where the graph says so.
     manifest = export_model(massive, tmp_path / "artifact", name="massive", precision=precision, opset=opset)
-    assert manifest.agreement.share >= 0.85
+    assert manifest.agreement is None or manifest.agreement.share >= 0.85
     rng = np.random.default_rng(int(torch.randint(2**31, ())))
     prompt, candidates = rng.standard_normal((5, 24), np.float32), list(rng.standard_normal((8, 6, 24), np.float32))
     rows = torch.from_numpy(np.stack([np.concatenate([prompt, candidate]) for candidate in candidates]))

@@ -1,0 +1,68 @@
+"""The reference of the verification: whole rows in float64, and what an engine may differ from it by."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from bonnx.export.exact import FACTOR, Bar, Exact
+from bonnx.export.quantize import quantized
+from bonnx.export.trace import trace_graphs
+from bonnx.models import build
+from bonnx.runtime.manifest import PRECISIONS, Scoring
+
+
+def test_layer_by_layer_is_the_whole_model_in_double_precision(language_model, rng):
+    batches = [rng.integers(0, 130, shape) for shape in ((1, 1), (3, 7), (2, 19))]
+    exact = Exact(language_model, Scoring(activation="sigmoid"))
+    wide = copy.deepcopy(language_model).double()
+    # Angles are rounded to float32 by definition, in transformers too.
+    wide.network.inverse_frequencies = language_model.network.inverse_frequencies
+    for rows, (outputs, own) in zip(batches, exact.rows(batches, Bar()), strict=True):
+        with torch.no_grad():
+            backbone, scores, logits = wide(torch.from_numpy(rows))
+            near = language_model(torch.from_numpy(rows))
+        assert torch.allclose(outputs.backbone, backbone, rtol=1e-12, atol=1e-12)
+        assert torch.allclose(outputs.scores, scores[..., 0].sigmoid(), rtol=1e-12, atol=1e-12)
+        assert torch.equal(own.backbone, near[0])
+        assert np.allclose(exact.logits(outputs.backbone[0], own.backbone[0])[0], logits[0], rtol=1e-12, atol=1e-12)
+        assert np.allclose(exact.own_logits(rows[0]), near[2][0], rtol=1e-5, atol=1e-5)
+    assert {p.dtype for p in language_model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_error_of_a_precision_is_its_arithmetics(precision, rng):
+    torch.manual_seed(int(rng.integers(2**31)))
+    network = build(embed_dim=24, hidden_size=64, num_layers=3, num_heads=4, num_kv_heads=2, scorer_hidden=16).eval()
+    twin, bar = quantized(network, precision), Bar()
+    rows = rng.standard_normal((16, 9, 24), np.float32)
+    ((exact, _),) = Exact(twin, Scoring()).rows([rows], bar)
+    with torch.no_grad():
+        own = (twin(torch.from_numpy(rows))[1][..., 0] - exact.scores).abs().max().item()
+    if precision == "fp16":
+        # Products that round to float16 err by its 11 bits, and the weights' rounding is no error.
+        assert 1e-5 < bar.own["scores"] < 1e-2
+        assert own < 1e-5
+    else:
+        assert bar.own["scores"] == pytest.approx(own)
+        # An input on the border between two of the 8-bit steps falls on either side; that alone can be seen.
+        assert bar.own["scores"] < (1e-5 if precision in ("fp32", "bf16") else 0.3)
+
+
+def test_an_engine_may_err_a_few_times_as_pytorch_does():
+    bar = Bar()
+    bar.see("scores", np.array([1.0, -26000.0]), np.array([1.0 + 1e-3, -26000.0 + 4e-3]))
+    bar.see("scores", np.array([[2.0]]), np.array([[2.0]]))
+    assert bar.allowed("scores") == pytest.approx(FACTOR * max(4e-3, 26000 * 2.0**-23))
+    bar.see("backbone", np.array([8.0]), np.array([8.0]))
+    assert bar.allowed("backbone") == pytest.approx(8 * 8 * 2.0**-23)
+
+
+def test_outputs_have_the_same_names_at_every_precision(language_model):
+    names = {}
+    for precision in ("fp32", "bf16"):
+        for name, graph in trace_graphs(quantized(language_model, precision), Scoring()):
+            names.setdefault(name, set()).add(tuple(value.name for value in graph.graph.outputs))
+    assert {name: len(found) for name, found in names.items()} == dict.fromkeys(names, 1)
+    assert {"logits"} < {name for found in names["decode"] for name in found}
