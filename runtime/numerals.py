@@ -4,13 +4,13 @@ What is read, alone (`read`) or as the last in a text (`last`), in time that gro
 
 - signs: `-5`, a Unicode minus, `- 5` where something is expected; `12-3` subtracts;
 - thousands in threes, divided by a comma, a point (from two on), an apostrophe, `_`, a space of any width, `{,}`, `\,`;
-- decimals with a point, `.5`, `1e5`, `1.5 \times 10^{3}`, `10^6`, `10**6`, superscripts, `5 million`;
+- decimals with a point, `.5`, `1e5`, `1.5 \times 10^{3}`, `10^6`, `10 ^ (6)`, `10**6`, superscripts, `5 million`;
 - `3/4`, `\frac{3}{4}` (`\dfrac`, `\tfrac`, `\frac34`), `½`; mixed, `2 1/2`, `1½`, `2\frac{1}{2}`;
 - with `$`, `\$`, `€`, `£`, `¥` before or behind, `%` behind (`50%` is 50).
 
 An exponent or index (`cm^2`, `x_1`) is no number. Ratios, times, dates, versions and what commas divide otherwise
-(`3:2`, `2024-05-03`, `1.2.3`, `3,14`) are texts of their own, and not their last part. A unit is words of at least two
-letters, a degree sign or `\text{...}`: a single letter could be a variable.
+(`3:2`, `2024-05-03`, `1.2.3`, `3,14`, `1.234,56`) are texts of their own, and not their last part. A unit is words of at
+least two letters, a degree sign or `\text{...}`: a single letter could be a variable.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fractions import Fraction
 
 __all__ = ["last", "read"]
 
-_DECIMAL = r"(?:(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
+_DECIMAL = r"(?:(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<![\w.])\.[0-9]+)"
 _CURRENCY = r"(?:(?:US)?\\?\$[ ]?|[€£¥][ ]?)"
 # A minus after a word, a digit or a bracket subtracts; one with a space behind it is a sign behind `=` and the like.
 _SIGN = r"(?:(?<![\w)\]}])[-+]|(?<=[=(:,{])[-+][ ]|(?<=[=(:,{][ ])[-+][ ])"
@@ -30,7 +30,7 @@ _NUMBER = rf"""
     (?<![\^_0-9])(?<![\^_]\{{)(?<!\^[-+])(?<!\^\{{[-+])(?<![0-9]\.)
     {_CURRENCY}? (?P<sign>{_SIGN})? {_CURRENCY}?
     (?: (?P<compound>
-          (?!{_DECIMAL}(?!,?[0-9]))[0-9]+(?:,[0-9]+)+ | [0-9]+(?::[0-9]+)+ | [0-9]+(?:\.[0-9]+){{2,}}
+          (?!{_DECIMAL}(?![.,]?[0-9]))[0-9]+(?:[.,][0-9]+)+ | [0-9]+(?::[0-9]+)+
         | [0-9]{{4}}-[0-9]{{1,2}}-[0-9]{{1,2}} | [0-9]{{1,4}}(?:/[0-9]{{1,4}}){{2,}}
         ) (?![0-9])
       | (?: (?P<mixed>{_DECIMAL}) [ ]? )? \\[dtc]?frac [ ]?
@@ -84,6 +84,9 @@ _VULGAR = {entry[0]: entry[1:] for entry in _VULGAR_FRACTIONS.split()}
 _VULGARS = re.compile(f"([0-9]?)([{''.join(_VULGAR)}])")
 _THOUSANDS = re.compile(r"(?<=[0-9])(?:\{,\}|,?\\[,;:! ]|[ '\u2019_~])(?=[0-9]{3}(?![0-9]|[ ]?/))")
 _POINTS = re.compile(r"[1-9][0-9]{0,2}(?:\.[0-9]{3}){2,}")
+# Blanks and brackets that may stand around an exponent. Two asterisks beside a number may be bold text in Markdown.
+_RAISING = re.compile(r" ?\^ ?(?:\{ ?([-+]?[0-9]+) ?\}|\( ?([-+]?[0-9]+) ?\)|([-+]?[0-9]+))")
+_ASTERISKS = re.compile(r"(?<=[0-9]) \*\* (?=[-+]?[0-9])")
 # Longer ones are compared as text. Python refuses to read a few thousand digits, and no answer has so many.
 _LONGEST = 300
 # Enough for every quotient of two such numbers that ends.
@@ -110,6 +113,8 @@ def _plain(text: str) -> str:
     """With one character or command for what may be written in many ways."""
     text = text.translate(_CHARACTERS)
     text = _SUPERSCRIPTS.sub(lambda found: "^{" + found[0].translate(_LOWERED) + "}", text)
+    text = _RAISING.sub(lambda found: "^" + (found[3] or f"{{{found[1] or found[2]}}}"), text)
+    text = _ASTERISKS.sub("**", text)
     text = _VULGARS.sub(_written_out, text)
     return _THOUSANDS.sub(",", text)
 
@@ -120,8 +125,9 @@ def _written_out(found: re.Match[str]) -> str:
 
 def _form(found: re.Match[str], *, alone: bool) -> str | None:
     compound = found["compound"]
+    sign = "-" if (found["sign"] or "").startswith("-") else ""
     if compound is not None and not _POINTS.fullmatch(compound):
-        return compound
+        return sign + compound
     whole = found[0].replace(",", "").strip()
     if len(whole) > _LONGEST:
         return whole
@@ -129,7 +135,7 @@ def _form(found: re.Match[str], *, alone: bool) -> str | None:
     if value is None:
         return None if alone else whole
     value *= 10 ** _SCALES.get(found["scale"] or "", 0)
-    value = -value if (found["sign"] or "").startswith("-") else value
+    value = -value if sign else value
     try:
         quotient = _EXACT.divide(Decimal(value.numerator), Decimal(value.denominator))
     except Inexact:
