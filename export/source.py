@@ -185,6 +185,8 @@ def _scoring(scoring: Scoring, overrides: Overrides, text: TextRules, tokenizer:
     if overrides.activation is not None:
         changes["activation"] = overrides.activation
     if overrides.label is not None:
+        if overrides.label_tokens is not None or overrides.label_token_ids is not None:
+            raise InputError("--label: of label tokens the first is the score; leave it out, and put that token first")
         changes["label"] = _label(overrides.label, scoring.labels)
     elif overrides.label_tokens is None and overrides.label_token_ids is None and len(scoring.labels) > 2:
         raise InputError(

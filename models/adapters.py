@@ -23,6 +23,16 @@ _METHODS = (
     *("vblora", "vera_lambda", "waveft", "xlora"),
 )
 _PREFIXES = tuple(f"{method}_" for method in _METHODS)
+# Methods whose weights stand beside the model and not in it.
+_PROMPTS = {
+    "PROMPT_TUNING",
+    "MULTITASK_PROMPT_TUNING",
+    "P_TUNING",
+    "PREFIX_TUNING",
+    "CPT",
+    "ADAPTION_PROMPT",
+    "CARTRIDGE",
+}
 # Of adapter_config.json: which of peft's classes loads the model with its head.
 _TASKS = {"SEQ_CLS": "SequenceClassification", "TOKEN_CLS": "TokenClassification"}
 
@@ -39,6 +49,12 @@ def check_adapter_files(folder: Path) -> None:
     settings = _settings(folder)
     kind = settings.get("peft_type") or "peft"
     base = settings.get("base_model_name_or_path")
+    if kind in _PROMPTS:
+        raise ConfigError(
+            f"{folder / found[0]}: an adapter ({kind}{f' of {base}' if base else ''}) that puts trained vectors before "
+            "the text; they cannot be merged into weights, so it is not supported. To export the model without it, "
+            f"take {' and '.join(found)} out of the folder"
+        )
     raise ConfigError(
         f"{folder / found[0]}: an adapter ({kind}{f' of {base}' if base else ''}) that is not merged into its model; "
         f"expected the merged weights. Merge it once: {_merge(folder, settings)}; then pass MERGED. Where the weights "

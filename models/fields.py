@@ -6,6 +6,7 @@ every field that transformers' classes read with what transformers gives.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +21,8 @@ _BOTH_WAYS = (
     "for all candidates"
 )
 _OTHER = "the families that are supported compute without it"
+# Of the last part of a class's path: as LLM2Vec and others name them.
+_BIDIRECTIONAL = re.compile(r"([Bb]idirec|Bi(Model|For)|(?<!Cross)Encoder(Model|For))[^.]*$")
 # Field -> the values with which it changes nothing (None always), and why any other is refused.
 _NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
     "quantization_config": ((), _QUANTIZED),
@@ -65,8 +68,23 @@ def check_fields(config: Mapping[str, Any]) -> None:
     for name, (neutral, why) in _NEUTRAL.items():
         value = config.get(name)
         if value is not None and value not in neutral:
-            expected = " or ".join([*map(repr, neutral), "no such field"])
-            raise ConfigError(f"config.json, '{name}': expected {expected}; found {value!r:.80}: {why}")
+            expected = " or ".join([*map(_shown, neutral), "no such field"])
+            raise ConfigError(f"config.json, '{name}': expected {expected}; found {_shown(value):.80}: {why}")
+    _check_classes(config)
+
+
+def _shown(value: object) -> str:
+    """As the file has it: true, and not True."""
+    return str(value).lower() if isinstance(value, bool) else repr(value)
+
+
+def _check_classes(config: Mapping[str, Any]) -> None:
+    """Refuse classes of a checkpoint's own whose names say that tokens attend to later ones."""
+    code, named = config.get("auto_map"), config.get("architectures")
+    classes = [*(named if isinstance(named, list) else []), *(code.values() if isinstance(code, Mapping) else [])]
+    for name in classes:
+        if isinstance(name, str) and _BIDIRECTIONAL.search(name):
+            raise ConfigError(f"config.json: found the class {name}; by its name {_BOTH_WAYS}")
 
 
 def remarks(config: Mapping[str, Any]) -> list[str]:

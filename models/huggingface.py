@@ -107,7 +107,7 @@ def translate(
         names["head.weight"] = "lm_head.weight"
     if label_tokens is not None:
         names["network.scorer.dense2.weight"] = f"{prefix}embed_tokens.weight" if tied else "lm_head.weight"
-    _check_extra(shapes, set(names.values()), _further(shapes, prefix))
+    _check_extra(shapes, set(names.values()), _further(shapes, prefix), label_tokens is not None)
     pad = _token(config, "pad_token_id", vocabulary)
     scoring = head.scoring | {"pad_token": pad or 0, "stop_tokens": _stops(config, vocabulary)}
     # Where a text may end with its pad token (pad = eos), these read the token before: they were trained so.
@@ -325,7 +325,7 @@ def _block_names(config: NetworkConfig, prefix: str) -> dict[str, str]:
     return names
 
 
-def _check_extra(shapes: Shapes, used: set[str], further: list[str]) -> None:
+def _check_extra(shapes: Shapes, used: set[str], further: list[str], label_tokens: bool) -> None:
     """Refuse tensors that nothing reads: the config would describe another model."""
     # Old buffers, and a head that is tied or that a classifier was cut from.
     harmless = ("rotary_emb.inv_freq",)
@@ -333,10 +333,16 @@ def _check_extra(shapes: Shapes, used: set[str], further: list[str]) -> None:
     if extra:
         # Those of a head say more than those of the backbone.
         named = [name for name in further if name in extra] or sorted(extra)
+        shown = f"{', '.join(f'{name} {shapes[name]}' for name in named[:6])}{', ...' if len(extra) > 6 else ''}"
+        if label_tokens and further:
+            raise ConfigError(
+                f"label tokens were given, but the weights have a scorer too, which would not be read: {shown}; leave "
+                "out --label-tokens and --label-token-ids, or take these tensors out of the weights"
+            )
         raise ConfigError(
-            f"the weights have {len(extra)} tensors that a model of this config has no place for: "
-            f"{', '.join(f'{name} {shapes[name]}' for name in named[:6])}{', ...' if len(extra) > 6 else ''}; "
-            "the config is of another model, or the architecture is not one of those in docs/reward_models.md"
+            f"the weights have {len(extra)} tensor{'s' if len(extra) > 1 else ''} that a model of this config has no "
+            f"place for: {shown}; the config is of another model, or the architecture is not one of those in "
+            "docs/reward_models.md"
         )
 
 

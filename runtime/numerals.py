@@ -9,8 +9,8 @@ What is read, alone (`read`) or as the last in a text (`last`), in time that gro
 - with `$`, `\$`, `€`, `£`, `¥` before or behind, `%` behind (`50%` is 50).
 
 An exponent or index (`cm^2`, `x_1`) is no number. Ratios, times, dates, versions and what commas divide otherwise
-(`3:2`, `2024-05-03`, `1.2.3`, `3,14`, `1.234,56`) are texts of their own, and not their last part. A unit is words of at
-least two letters, a degree sign or `\text{...}`: a single letter could be a variable.
+(`3:2`, `2024-05-03`, `1.2.3`, `3,14`, `1.234,56`) are texts of their own, and not their last part. A unit is words of
+at least two letters, a degree sign or `\text{...}`: a single letter could be a variable.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from .errors import InputError
 from .generation import Candidate, GenerateOptions, Generation, make_request
 from .inputs import Item, aggregation_code, check_masks, check_some, check_stop, is_stepwise, none_readable
 from .ranking import Ranking, winner
+from .session import Array
 from .steps import clock
 from .text import NO_TOKENS
 from .vote import Answers, check_weight, make_ballot
@@ -101,7 +102,7 @@ class FakeModel:
             raise InputError(f"step_masks: aggregation '{name}' does not read them; pass aggregation='step_{name}'")
         empty = np.zeros(0, np.float32)
         scores = [
-            empty if i in unreadable else np.atleast_1d(np.asarray(self._score(prompt, c), np.float32))
+            empty if i in unreadable else _scores(self._score(prompt, c), f"the score of candidates[{i}]")
             for i, c in enumerate(candidates)
         ]
         if step_masks is not None:
@@ -132,7 +133,7 @@ class FakeModel:
         """As `Model.generate`, with the bytes of each text as its tokens; nothing is cut or pruned.
 
         Raises:
-            InputError: an option has no meaning, or the model was made without `complete`.
+            InputError: an option is invalid, the model was made without `complete`, or that gave no text.
             NoWinnerError: every score is NaN.
         """
         if self._complete is None:
@@ -145,6 +146,9 @@ class FakeModel:
             check_stop(options["stop"])
         request = make_request(options, (), self._aggregation, _LONGEST)
         texts = [self._complete(prompt, i) for i in range(request.n)]
+        for i, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise InputError(f"complete: expected a text for candidate {i}; it gave {shown(text)}")
         ranking = self._select(prompt, texts, request.aggregation, None, "score", None, {})
         candidates = []
         for text, scores, score in zip(texts, ranking.scores, ranking.candidate_scores, strict=True):
@@ -163,6 +167,22 @@ class FakeModel:
     ) -> Iterator[Generation]:
         """As `Model.stream`: gives the finished candidates, once."""
         return iter([self.generate(prompt, deadline=deadline, **options)])
+
+
+def _scores(given: object, what: str) -> Array:
+    """What a function gave for one candidate, (n,) float32.
+
+    Raises:
+        InputError: it is not a number, or a list of them with at least one.
+    """
+    try:
+        array = np.atleast_1d(np.asarray(given))
+    except ValueError:  # lists of unequal length
+        array = np.zeros(0)
+    if array.ndim != 1 or not array.size or array.dtype.kind not in "fiub":
+        raise InputError(f"{what}: expected a number, or a list with one for each token; got {shown(given)}")
+    with np.errstate(over="ignore"):
+        return array.astype(np.float32)
 
 
 def _check_item(item: Item, what: str) -> None:

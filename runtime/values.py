@@ -17,6 +17,7 @@ __all__ = [
     "begins_as_json",
     "name_of",
     "parse_json",
+    "reason",
     "to_candidate",
     "to_item",
     "to_prompt",
@@ -47,9 +48,18 @@ def parse_json(text: str) -> Any:
     try:
         return DECODER.decode(text)
     except json.JSONDecodeError as e:
-        raise InputError(f"not JSON: {e.msg} at column {e.colno}") from e
+        raise InputError(f"not JSON: {reason(e)}") from e
     except (ValueError, RecursionError) as e:
-        raise InputError(f"not JSON that can be read: {e}") from e
+        raise InputError(f"not JSON that can be read: {reason(e)}") from e
+
+
+def reason(error: Exception) -> str:
+    """What Python's decoder says, in plain words where it speaks of its own workings."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg.removesuffix(' at')} at column {error.colno}"
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    return "a number of thousands of digits" if "int_max_str_digits" in str(error) else str(error)
 
 
 def to_value(text: str, *, literal: bool = False) -> Any:

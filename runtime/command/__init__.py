@@ -8,6 +8,7 @@ import importlib
 import json
 import os
 import sys
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,6 +30,8 @@ _COMMANDS = {
     "batch": ("bonnx.runtime.command.batch", "rank every row of a file"),
     "serve": ("bonnx.runtime.command.serve", "put a model behind HTTP"),
 }
+# Marks that change the direction in which the rest of a line is shown.
+_TURNS = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
 # As a shell reports a program that wrote to a pipe whose reader had gone.
 _READER_LEFT = 141
 # What a command needs that is not installed with bonnx itself; `export` for those that are not here.
@@ -122,6 +125,14 @@ def print_json(value: dict[str, Any]) -> None:
 
 
 def print_text(line: str) -> None:
-    """A line on stdout; what stdout's encoding does not hold is escaped."""
+    """A line on stdout; what its encoding does not hold is escaped, and what would end the line or steer a terminal."""
     encoding = sys.stdout.encoding or "utf-8"
+    line = "".join(c if c == " " or c.isprintable() else _escaped(c) for c in line)
     print(line.encode(encoding, "backslashreplace").decode(encoding))
+
+
+def _escaped(character: str) -> str:
+    """As a program would write it. Spaces of other widths and invisible joiners belong to text."""
+    category = unicodedata.category(character)
+    steers = category in ("Cc", "Zl", "Zp") or unicodedata.bidirectional(character) in _TURNS
+    return character.encode("unicode_escape").decode() if steers else character

@@ -106,7 +106,7 @@ def _show(ranking: Ranking, candidates: Sequence[Item]) -> None:
         shown = str(candidates[i]) if isinstance(candidates[i], str | list) else f"candidate {i}"
         if i in ranking.unreadable:
             shown += f" (cannot be read: {ranking.unreadable[i]})"
-        print_text(f"{line}  {shown}".replace("\n", "\\n"))
+        print_text(f"{line}  {shown}")
 
 
 def _finite(values: Any) -> list[float | None]:

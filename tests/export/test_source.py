@@ -79,6 +79,7 @@ def test_label_tokens_are_texts_and_ids_have_an_option_of_their_own(causal, copy
         (Overrides(label_token_ids=[5]), "--label-token-ids: expected the token that means good"),
         (Overrides(label_tokens=["1", "0"], label_token_ids=[1, 0]), "expected one of the two"),
         (Overrides(label_token_ids=[7, 7]), "expected different tokens"),
+        (Overrides(label_tokens=["1", "0"], label="1"), "--label: of label tokens the first is the score"),
     ):
         with pytest.raises(InputError, match=message):
             read_source(folder, overrides)

@@ -192,6 +192,21 @@ def test_a_cache_of_links_is_read_and_its_root_names_the_snapshot(reward, tmp_pa
         read_source(tmp_path / "run", Overrides())
 
 
+def test_an_adapter_that_cannot_be_merged_gets_no_advice_to_merge_it(copy):
+    (copy / "adapter_config.json").write_text('{"peft_type": "PROMPT_TUNING", "task_type": "SEQ_CLS"}')
+    with pytest.raises(
+        ConfigError, match=r"\(PROMPT_TUNING\).*cannot be merged.*take adapter_config.json out of the folder"
+    ):
+        load_checkpoint(copy)
+
+
+def test_label_tokens_are_refused_beside_a_scorer(copy):
+    with pytest.raises(
+        ConfigError, match=r"label tokens were given, but the weights have a scorer too.*: score\.weight"
+    ):
+        load_checkpoint(copy, label_tokens=(1, 2))
+
+
 def test_a_head_in_a_file_of_its_own_is_named(copy):
     safetensors.torch.save_file({"v_head.summary.weight": torch.ones(1, 8)}, copy / "value_head.safetensors")
     with pytest.raises(ConfigError, match=r"value_head\.safetensors would not be read; expected all weights in model"):

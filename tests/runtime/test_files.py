@@ -203,6 +203,15 @@ def test_rank_reads_prompts_as_it_reads_lines(countdown, put, capsys):
     assert "not JSON" not in capsys.readouterr().err
 
 
+def test_rank_shows_a_candidate_in_one_line_that_steers_no_terminal(countdown, put, capsys):
+    path = str(put(r'["12-3=9;", "1\u001b[2J\r\n\u2028\u009b1m\u202e2", "1\u3000\u00e9"]'))
+    assert main(["rank", str(countdown), "--candidates", path, "--prompt", "3,7,12,25>98:"]) == 0
+    lines = capsys.readouterr().out.split("\n")
+    assert len(lines) == 4
+    assert r"1\x1b[2J\r\n\u2028\x9b1m\u202e2" in lines[1]
+    assert "1\u3000\u00e9" in lines[2]
+
+
 def test_a_bad_line_of_prompts_does_not_end_a_run(countdown, put, capsys, monkeypatch):
     path = put('3,7,12,25>98:\n\n{"prompt": "3,7,12,25>98:",}\nx\n"3,7,12,25>98:"\n')
     generate = ["generate", str(countdown), "-n", "2", "--max-new-tokens", "4", "--json"]
@@ -228,3 +237,19 @@ def test_a_bad_line_of_prompts_does_not_end_a_run(countdown, put, capsys, monkey
     assert "UTF-16" in capsys.readouterr().err
     assert main(["generate", str(countdown), "[1, 2"]) == 2
     assert "prompt: not JSON" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ('"open', "not JSON: Unterminated string starting at column 1;"),
+        ('["a\tb"]', "not JSON: Invalid control character at column 4;"),
+        ("[" * 100_000, "not JSON that can be read: it is nested too deeply"),
+        ("[" + "1" * 5000 + "]", "not JSON that can be read: a number of thousands of digits"),
+    ],
+)
+def test_broken_json_is_named_in_plain_words(tmp_path, text, reason):
+    path = tmp_path / "candidates"
+    path.write_text(text)
+    with pytest.raises(bonnx.InputError, match=f"line 1: {reason}"):
+        read_candidates(path)

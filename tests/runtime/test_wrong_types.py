@@ -191,3 +191,21 @@ def test_marks_that_would_not_be_read_are_refused(model):
     embeddings = np.zeros((2, 12), np.float32)
     with pytest.raises(InputError, match="step_masks: aggregation 'last' does not read them"):
         model.rank(embeddings, [embeddings], step_masks=[[0, 1]])
+
+
+@pytest.mark.parametrize("given", [None, "1", "x", [], [[1, 2]], [[1], [2, 3]], 1j, {"a": 1}, [1, None], object()])
+def test_a_fake_model_refuses_scores_that_are_no_numbers(given):
+    with pytest.raises(
+        InputError, match=r"score of candidates\[0\]: expected a number, or a list with one for each token"
+    ):
+        bonnx.FakeModel(lambda prompt, candidate: given).rank("p", ["a", "b"])
+
+
+@pytest.mark.parametrize("given", [True, 1, np.float16(1), np.array(1.0), np.array([2.0, 1.0]), (2, 1)])
+def test_a_fake_model_takes_numbers_of_any_kind(given):
+    assert bonnx.FakeModel(lambda prompt, candidate: given).rank("p", ["a"]).candidate_scores.tolist() == [1.0]
+
+
+def test_a_fake_model_refuses_what_completes_no_text():
+    with pytest.raises(InputError, match="complete: expected a text for candidate 1; it gave None"):
+        bonnx.FakeModel(lambda prompt, text: 1.0, lambda prompt, i: "a" if i == 0 else None).generate("p", n=2)
