@@ -193,7 +193,9 @@ def explain(errors: list[dict[str, Any]], request: type[BaseModel] | None) -> st
             said.append("expected a JSON object as the body")
         elif error["type"] != "missing" and described is not None and described.startswith("expected "):
             # A field of several kinds has an error for each of them.
-            said.append(f"{place[0]}: {described}")
+            inside = [part for part in error["loc"] if part != "body"][1:2]
+            which = f"; {place[0]}[{inside[0]}] is not one of these" if inside and isinstance(inside[0], int) else ""
+            said.append(f"{place[0]}: {described}{which}")
         else:
             said.append(f"{'.'.join(place)[:120]}: {error['msg'][:1].lower()}{error['msg'][1:200]}")
     return "; ".join([*dict.fromkeys(said)][:3])

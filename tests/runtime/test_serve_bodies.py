@@ -186,6 +186,15 @@ def test_other_paths(client, path):
     check(client.post(path, json={}), 404, 405)
 
 
+@pytest.mark.parametrize("wrong", [None, 5, [], {"txt": "a"}])
+def test_an_element_that_is_no_document_is_named(client, wrong):
+    answer = client.post("/v1/rerank", json={"query": "3,7,20,24>1:", "documents": ["1", wrong]})
+    assert answer.status_code == 400
+    assert "documents[1] is not one of these" in answer.json()["message"]
+    answer = client.post("/v1/rerank", json={"query": "3,7,20,24>1:", "documents": []})
+    assert answer.json()["message"].endswith("or objects with a text")
+
+
 def test_an_unknown_model_is_named(client):
     for path in ("/v1/best-of-n", "/v1/rerank", "/v1/score"):
         answer = client.post(path, json=PATHS[path] | {"model": "other"})
