@@ -53,6 +53,8 @@ def opened(name: str | Path) -> Iterator[IO[bytes]]:
     """
     try:
         if name == "-":
+            if sys.stdin is None:
+                raise InputError("cannot read -: standard input is closed")
             yield sys.stdin.buffer
         else:
             with Path(name).open("rb") as file:

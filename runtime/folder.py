@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 
 import msgspec
 
+from .decoding import decode_json
 from .errors import ArtifactError
 from .manifest import SCHEMA_VERSION, Manifest, seal_is_intact
 from .unfinished import unfinished
@@ -83,7 +84,7 @@ def read_manifest(folder: Path) -> Manifest:
     if not seal_is_intact(text):
         raise ArtifactError(f"{path}: its seal does not match its content; it was edited: export the artifact again")
     try:
-        manifest = msgspec.json.decode(text, type=Manifest)
+        manifest = decode_json(text, Manifest)
     except msgspec.MsgspecError as e:
         raise ArtifactError(f"{path}: {e}; export the artifact again") from e
     referred = [graph.file for graph in manifest.graphs.values()]

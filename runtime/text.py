@@ -144,7 +144,7 @@ class Text:
         if self._unknown is None or self._unknown not in encoding.ids:
             return None
         start, end = encoding.offsets[encoding.ids.index(self._unknown)]
-        return _Fault(start, end, f"the vocabulary has no token for {text[start:end]!r}")
+        return _Fault(start, end, f"the vocabulary has no token for {text[start:end]!r:.60}")
 
     def is_special(self, token: int) -> bool:
         """Whether a token is one of the tokenizer's special ones."""
@@ -158,7 +158,7 @@ class Text:
         """
         ids = self.encode(text, "stop")
         if len(ids) != 1:
-            raise InputError(f"stop: {text!r} is {len(ids)} tokens; expected a text of exactly one, or a token id")
+            raise InputError(f"stop: {text!r:.60} is {len(ids)} tokens; expected a text of exactly one, or a token id")
         return ids[0]
 
     def decode(self, ids: Sequence[int], before: Sequence[int], finish_reason: str | None) -> str:

@@ -44,28 +44,28 @@ def install(site, name, version, code, *lines):
         (module / "__init__.py").write_text(code)
 
 
-def run(site, *arguments):
-    """The command, with the packages of `site` only."""
+def run(site, *arguments, first=None):
+    """The command, with the packages of `site` only, and before them what is in the folder `first`."""
     files = site.parent / "files"
     if not files.exists():
         # Without what an editable install has put beside them.
         files.mkdir()
         (files / "bonnx").symlink_to(ROOT / "bonnx")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    environment["PYTHONPATH"] = f"{site}{os.pathsep}{files}"
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, [*([first] if first else []), site, files]))
     # -S: without the packages that are really installed.
     command = [sys.executable, "-S", "-m", "bonnx", *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=site.parent, check=False)
 
 
-def doctor(site, *options):
-    done = run(site, "doctor", *options)
+def doctor(site, *options, first=None):
+    done = run(site, "doctor", *options, first=first)
     assert done.stderr == ""
     return done
 
 
-def diagnosis(site):
-    done = doctor(site, "--json")
+def diagnosis(site, first=None):
+    done = doctor(site, "--json", first=first)
     found = json.loads(done.stdout)
     assert (found["ok"], done.returncode) in ((True, 0), (False, 1))
     return found
@@ -149,6 +149,31 @@ def test_other_packages_that_are_broken(site):
     assert "uvicorn is installed but cannot be imported: ModuleNotFoundError" in found
     assert "matplotlib: its folder holds no code" in found
     assert len(found.splitlines()) == 4
+
+
+@pytest.mark.parametrize("name", ["msgspec", "onnxruntime"])
+def test_a_module_that_hides_a_package(site, name):
+    """Installing the package again would not help."""
+    install(site, "onnxruntime", "1.32.0", RUNTIME)
+    install(site, "onnx", "99.0", f"import {name}")
+    folder = site.parent / "mine"
+    folder.mkdir()
+    hiding = folder / f"{name}.py"
+    hiding.write_text("raise ValueError('mine')")
+    (problem,) = diagnosis(site, first=folder)["problems"]
+    assert problem.startswith(f"{hiding} is imported in place of {name}; rename or remove it")
+
+
+def test_a_package_that_fails_under_a_command(site):
+    """One line, whatever it raises, and no advice to install what is there."""
+    module = site / "msgspec" / "__init__.py"
+    for code, reason in [
+        ("raise ValueError('broken')", "a package cannot be imported: ValueError: broken"),
+        ("import numpy.parts", "numpy.parts cannot be imported: No module named 'numpy.parts'"),
+    ]:
+        module.write_text(code)
+        done = run(site, "inspect", "x")
+        assert (done.returncode, done.stderr) == (1, f"bonnx inspect: {reason}; run `bonnx doctor`\n")
 
 
 def test_without_what_every_command_needs(site):

@@ -108,6 +108,17 @@ def test_a_reader_that_leaves(countdown, tmp_path, command):
     assert done.returncode in (141, {"generate": 1}.get(command, 0 if command.startswith("-") else 141))
 
 
+@pytest.mark.skipif(os.name != "posix", reason="needs a shell that closes streams")
+@pytest.mark.parametrize(
+    ("closed", "code", "said"),
+    [("<&-", 2, "bonnx rank: --candidates: cannot read -: standard input is closed\n"), ("2>&-", 2, "")],
+)
+def test_streams_that_are_closed(countdown, closed, code, said):
+    command = f'echo | "{sys.executable}" -m bonnx rank "{countdown}" --prompt 1 --candidates - {closed}'
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", said)
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
 def test_a_disk_that_is_full(countdown):
     with open("/dev/full", "w") as full:
@@ -115,3 +126,54 @@ def test_a_disk_that_is_full(countdown):
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr == "bonnx inspect: [Errno 28] No space left on device\n"
+
+
+# ONNX Runtime makes an ImportError of its own of a Ctrl-C while it is loaded.
+LOADING = """
+import os, signal, sys
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+    print("after")
+except KeyboardInterrupt:
+    raise ImportError("initialization failed")
+"""
+
+
+def test_an_import_that_is_interrupted_is_no_broken_installation(countdown, tmp_path):
+    (tmp_path / "onnxruntime.py").write_text(LOADING)
+    done = subprocess.run(
+        [sys.executable, "-m", "bonnx", "generate", countdown, PUZZLE, "--json"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "bonnx generate: stopped\n")
+
+
+# A type that msgspec looks up while the signal arrives.
+DECODING = """
+import os, signal, threading, time
+import msgspec
+from bonnx.runtime import decoding
+threads = []
+def hook(kind, value):
+    threads.append(threading.current_thread())
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(0.3)
+    return kind(value)
+class Number(int): pass
+class Row(msgspec.Struct):
+    number: Number
+decode = msgspec.json.decode
+msgspec.json.decode = lambda text, type: decode(text, type=type, dec_hook=hook)
+try:
+    decoding.decode_json(b'{"number": 1}', Row)
+except KeyboardInterrupt:
+    print("stopped", threads[0] is threading.main_thread())
+"""
+
+
+def test_decoding_is_not_interrupted():
+    done = subprocess.run([sys.executable, "-c", DECODING], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "stopped False\n", "")

@@ -13,6 +13,7 @@ from typing import IO, Any
 
 import msgspec
 
+from ..decoding import decode_json
 from ..errors import BonnxError, InputError
 from .tables import join
 from .work import Result
@@ -203,7 +204,7 @@ class Output:
     def _resume(self) -> None:
         identity = self.journal.identity
         try:
-            self.journal = msgspec.json.decode(self._progress.read_bytes(), type=Journal)
+            self.journal = decode_json(self._progress.read_bytes(), Journal)
         except msgspec.MsgspecError as e:
             raise InputError(f"{self._progress} cannot be read: {e}; pass --overwrite to begin anew") from e
         old = self.journal.identity

@@ -167,7 +167,10 @@ class Worker:
             InputError: the row is not one that can be.
         """
         task = self.task
-        for name, option in ((task.prompt, "--prompt-field"), (task.candidates, "--candidates-field")):
+        wanted = {"--prompt-field": task.prompt, "--candidates-field": task.candidates, "--answers-field": task.answers}
+        for option, name in wanted.items():
+            if name is None:
+                continue
             if name not in values:
                 fields = ", ".join(f"'{field:.40}'" for field in [*values][:8])
                 only = f"only {fields}; name the field with {option}" if fields else "nor any other field"
@@ -179,7 +182,7 @@ class Worker:
             raise InputError(f"it has a field '{clash[0]}' already; rename it")
         options = dict(task.options)
         if task.answers is not None:
-            options["answers"] = _listed(values.get(task.answers), task.answers)
+            options["answers"] = _listed(values[task.answers], task.answers)
         candidates = [
             _named(to_candidate, candidate, f"'{task.candidates}', element {i}")
             for i, candidate in enumerate(_listed(values[task.candidates], task.candidates))

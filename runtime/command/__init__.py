@@ -74,16 +74,19 @@ def _run(argv: list[str], chosen: str | None, prefix: str, interrupt: Interrupt)
         if name == chosen:
             try:
                 module = importlib.import_module(path)
-            except ImportError as e:
+            except Exception as e:  # whatever a broken package raises
                 if interrupt.noticed:
                     raise
-                return _not_installed(name, e)
+                return _not_imported(name, e)
             module.configure(subparser)
             subparser.add_argument("--json", action="store_true", help="print JSON, one object a line")
     arguments = parser.parse_args(argv)
     try:
         code: int = module.run(arguments)
     except BonnxError as e:
+        if interrupt.noticed:
+            # An import that was interrupted looks like a broken installation.
+            raise
         if arguments.json:
             print_json({"ok": False, "error": type(e).__name__, "reason": str(e)})
         _say(f"{prefix}: {e}")
@@ -97,21 +100,27 @@ def _run(argv: list[str], chosen: str | None, prefix: str, interrupt: Interrupt)
     return code
 
 
-def _not_installed(name: str, error: ImportError) -> int:
+def _not_imported(name: str, error: Exception) -> int:
     """Say which extra a command needs, or that what is installed is broken."""
-    if (error.name or "").startswith("bonnx"):
+    missing = (error.name or "") if isinstance(error, ImportError) else ""
+    if missing.startswith("bonnx"):
         raise error
-    if isinstance(error, ModuleNotFoundError):
+    if isinstance(error, ModuleNotFoundError) and "." not in missing:
         extra = _EXTRAS.get(name, "export" if name == "export" else None)
         command = f"pip install bonnx[{extra}]" if extra else "pip install bonnx"
-        _say(f"bonnx {name}: {error.name} is not installed; run `{command}`")
+        _say(f"bonnx {name}: {missing} is not installed; run `{command}`")
     else:
-        _say(f"bonnx {name}: {error.name or 'a package'} cannot be imported: {error}; run `bonnx doctor`")
+        # A part that a package lacks is not missing: what bears the package's name is broken, or another module.
+        reason = str(error) if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
+        _say(f"bonnx {name}: {missing or 'a package'} cannot be imported: {reason}; run `bonnx doctor`")
     return 1
 
 
 def _say(line: str) -> None:
     """A line on stderr, if anybody listens there."""
+    if sys.stderr is None:
+        # `print` would take stdout, which is for data.
+        return
     with contextlib.suppress(OSError):
         print(line, file=sys.stderr, flush=True)
 

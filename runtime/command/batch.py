@@ -10,10 +10,12 @@ from typing import Any
 
 import msgspec
 
+from ..answers import extractor
 from ..batch import Summary, Task, here, run_batch
 from ..batch.source import Chunk
 from ..batch.work import Result
 from ..errors import BonnxError, InputError
+from ..inputs import aggregation_code
 from ..manifest import VOTES
 from . import print_json
 
@@ -55,6 +57,13 @@ def run(arguments: argparse.Namespace) -> int:
             raise InputError(f"--{name.replace('_', '-')}: expected at least 1; got {getattr(arguments, name)}")
     if arguments.answers is not None and arguments.answers_field is not None:
         raise InputError("--answers and --answers-field: expected one of them; got both")
+    if arguments.vote != "score" and arguments.answers is None and arguments.answers_field is None:
+        raise InputError(f"--vote {arguments.vote}: needs --answers or --answers-field")
+    # What no row could mend is refused before the first one.
+    if arguments.aggregation is not None:
+        aggregation_code(arguments.aggregation)
+    if arguments.answers is not None:
+        extractor(arguments.answers)
     options: dict[str, Any] = {
         name: getattr(arguments, name) for name in ("aggregation", "vote", "partial", "truncate")
     }

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from importlib.machinery import PathFinder
 from typing import Any
 
 from ..installed import FLAVOURS, installed_flavours
@@ -56,11 +57,14 @@ def diagnose() -> dict[str, Any]:
     with ThreadPoolExecutor(4) as pool:
         runtime = pool.submit(_ask, _RUNTIME)
         installed = [p for p in packages if p.name not in FLAVOURS and (p.version is not None or p.extra is None)]
-        for package, reason in zip(installed, pool.map(_import, installed), strict=True):
-            package.problems += [reason] if reason else []
+        failures = [reason for reason in pool.map(_import, installed) if reason]
     told, failed = runtime.result()
     found = json.loads(told) if told else {"problem": f"ONNX Runtime cannot be loaded: {failed}; install it again"}
-    problems += [found["problem"]] if "problem" in found else []
+    # What else fails to be imported while a package is hidden tells nothing.
+    problems += [reason for package in packages if (reason := _hidden(package))] or [
+        *([found["problem"]] if "problem" in found else []),
+        *failures,
+    ]
     problems += [problem for package in packages for problem in package.problems]
     return {
         "ok": not problems,
@@ -143,6 +147,17 @@ def _import(package: _Package) -> str | None:
     if not told:
         return f"{package.name}: its folder holds no code; {again}"
     return None
+
+
+def _hidden(package: _Package) -> str | None:
+    """What else is imported in place of an installed package, because it comes first on Python's path."""
+    if package.version is None:
+        return None
+    place = str(importlib.metadata.distribution(package.name).locate_file(""))
+    first, own = (PathFinder.find_spec(package.module, path) for path in (sys.path, [place]))
+    if first is None or own is None or None in (first.origin, own.origin) or first.origin == own.origin:
+        return None
+    return f"{first.origin} is imported in place of {package.name}; rename or remove it, then run `bonnx doctor` again"
 
 
 def _ask(code: str, *arguments: str) -> tuple[str, str | None]:

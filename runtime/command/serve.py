@@ -46,7 +46,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     for name, kind, unit, what in bounds:
         value = getattr(default, name.replace("-", "_"))
-        parser.add_argument(f"--{name}", type=kind, metavar=unit, default=value, help=f"{what}; {value:g} if not given")
+        parser.add_argument(f"--{name}", type=kind, metavar=unit, default=value, help=f"{what}; {value} if not given")
     parser.add_argument(
         "--ray", action="store_true", help="serve on Ray: replicas, each with bounds and queues of its own"
     )

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..checks import check_path
+from ..decoding import decode_json
 from ..errors import InputError
 from ..folder import replace_file
 from ..generation import check_whole
@@ -80,7 +81,7 @@ def read_policy(policy: Policy | str | os.PathLike[str], manifest: Manifest) -> 
         path = check_path("policy", policy)
         where = f"policy {path}"
         try:
-            policy = msgspec.json.decode(path.read_bytes(), type=Policy)
+            policy = decode_json(path.read_bytes(), Policy)
         except OSError as e:
             raise InputError(f"{where}: cannot be read: {e.strerror or e}") from e
         except msgspec.MsgspecError as e:

@@ -125,6 +125,8 @@ async def _ranked(service: Service, request: Request, body: BestOfN) -> dict[str
             raise InputError(f"{field}: belongs to generation; leave it out with candidates")
     if body.stream:
         raise InputError("stream: given candidates are ranked in one step; leave it out")
+    if body.vote != "score" and body.answers is None:
+        raise InputError(f"vote: '{body.vote}' needs answers: a list with one for each candidate, 'boxed' or 'number'")
     assert body.candidates is not None
     items = [_item(candidate, f"candidates[{i}]") for i, candidate in enumerate(body.candidates)]
     found, ranking = await service.rank(
@@ -191,16 +193,16 @@ def _generated(service: Service, body: BestOfN, found: Generation) -> dict[str, 
 
 
 async def _events(states: Growth, service: Service, body: BestOfN) -> AsyncIterator[bytes]:
-    """`progress` while candidates grow, then `result`, or `error`."""
-    last = None
+    """`progress` while candidates grow, then `result`, or `error`: all of one answer, under its one id."""
+    last, head = None, _head(service)
     try:
         async for state in states:
             if last is not None:
-                yield _event("progress", _generated(service, body, last))
+                yield _event("progress", _generated(service, body, last) | head)
             last = state
         assert last is not None
         winner(last.best_index, "candidates")
-        yield _event("result", _generated(service, body, last))
+        yield _event("result", _generated(service, body, last) | head)
     except Exception as e:
         problem = as_problem(e)
         if problem is None:

@@ -42,6 +42,7 @@ class Asked:
         message = re.sub(r"((?:^|; |: |and )\d+) candidates\b", rf"\1 {candidates}", message)
         message = re.sub(r"\ba prompt of (?=\d)", f"a {prompt} of ", message)
         message = re.sub(r"\ba candidate of (?=\d)", f"a {candidate} of ", message)
+        message = message.replace("with the prompt, and a candidate", f"with the {prompt}, and a {candidate}")
         # Where a list of reasons is cut short, each begins with the name of its candidate.
         return re.sub(r"(^|; |: )candidates\[(\d+)\]", lambda found: found[1] + self.name(int(found[2])), message)
 

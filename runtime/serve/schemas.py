@@ -191,7 +191,7 @@ def explain(errors: list[dict[str, Any]], request: type[BaseModel] | None) -> st
             said.append("a name in the body is no Unicode text")
         elif not place:
             said.append("expected a JSON object as the body")
-        elif error["type"] != "missing" and described is not None and described.startswith("expected "):
+        elif (error["type"] != "missing" or place[1:]) and described is not None and described.startswith("expected "):
             # A field of several kinds has an error for each of them.
             inside = [part for part in error["loc"] if part != "body"][1:2]
             which = f"; {place[0]}[{inside[0]}] is not one of these" if inside and isinstance(inside[0], int) else ""

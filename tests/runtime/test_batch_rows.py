@@ -156,6 +156,14 @@ def test_what_is_wrong_with_a_row(batch, row, reason):
     assert reason in errors[2]
 
 
+def test_answers_that_a_row_lacks(batch):
+    lines = [dump(ROW), dump(ROW | {"what": None}), dump(ROW | {"what": [1, 2]})]
+    ranked, errors = batch(lines, answers="what")
+    assert len(ranked) == 1
+    assert "it has no 'what', only 'prompt', 'candidates'; name the field with --answers-field" in errors[1]
+    assert "its 'what' is null" in errors[2]
+
+
 def test_a_candidate_that_cannot_be_read_gets_null(batch, model):
     ranked, errors = batch([dump(ROW | {"candidates": [[], [3], {"text": []}]})], token_scores=True)
     found = json.loads(ranked[0])
@@ -255,6 +263,22 @@ def test_without_pyarrow(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     assert main(["batch", str(tiny), str(tmp_path / "rows.parquet"), "-o", str(tmp_path / "o.parquet")]) == 2
     assert "run `pip install bonnx[parquet]`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--aggregation", "first"], "aggregation: expected one of last"),
+        (["--vote", "weighted"], "--vote weighted: needs --answers or --answers-field"),
+        (["--answers", "regex:("], "is not a regular expression"),
+    ],
+)
+def test_options_that_no_row_could_mend(tiny, tmp_path, capsys, options, message):
+    source, output = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+    source.write_bytes(dump(ROW) + b"\n")
+    assert main(["batch", str(tiny), str(source), "-o", str(output), *options]) == 2
+    assert message in capsys.readouterr().err
+    assert [*tmp_path.iterdir()] == [source]
 
 
 def test_no_rows_are_no_success(tiny, tmp_path, capsys):

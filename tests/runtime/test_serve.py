@@ -222,6 +222,7 @@ def test_generation_is_watched(client, model):
     assert names[-1] == "result"
     assert set(names[:-1]) == {"progress"}
     assert events[-1][1]["best"] == expected.best.text
+    assert len({state["id"] for _, state in events}) == 1
     for _, state in events:
         for entry, candidate in zip(state["candidates"], expected.candidates, strict=True):
             assert candidate.text.startswith(entry["text"])
@@ -398,7 +399,8 @@ def test_a_key(model):
         ({"prompt": PUZZLE, "n": 1, "answers": "boxed"}, "belongs to given candidates"),
         ({"prompt": PUZZLE, "candidates": ["1+1=2;"], "seed": 1}, "seed: belongs to generation"),
         ({"prompt": PUZZLE, "candidates": []}, "candidates"),
-        ({"prompt": PUZZLE, "candidates": ["1+1=2;"], "vote": "weighted"}, "needs answers"),
+        ({"prompt": PUZZLE, "candidates": ["1+1=2;"], "vote": "weighted"}, "each candidate, 'boxed' or 'number'"),
+        ({"prompt": PUZZLE, "candidates": ["1;", None]}, "candidates[1] is not one of these"),
         ({"prompt": "what?", "n": 1}, "no token for"),
         ({"prompt": [{"role": "user", "content": "x"}], "n": 1}, "chat template"),
         ({"prompt": PUZZLE, "n": 1, "model": "other"}, "this server has 'countdown' only"),

@@ -43,6 +43,13 @@ def check(found, scores, alone, good, bad):
     assert set(found.order[len(good) :]) == set(bad)
 
 
+def test_reasons_are_short(puzzles):
+    """However long the piece is that has no token."""
+    found = puzzles.rank(PUZZLE, [GOOD[0], "1" * 100_000])
+    assert "the vocabulary has no token for '111" in found.unreadable[1]
+    assert len(found.unreadable[1]) < 150
+
+
 @pytest.mark.parametrize("aggregation", ["last", "min", "step_mean"])
 def test_texts(puzzles, rng, aggregation):
     alone = puzzles.rank(PUZZLE, GOOD, aggregation=aggregation)
