@@ -323,4 +323,9 @@ def expected_token(logits: Array, point: float, request: Request) -> tuple[int, 
     sums = np.cumsum(likely)
     target = point * sums[-1]
     place = min(int((sums <= target).sum()), len(order) - 1)
+    if request.top_k or request.top_p < 1:
+        # The shares lie in order: two that are nearly equal may change places, wherever the draw falls within them.
+        # A logit's error moves each of the two, hence the half.
+        gaps = np.abs(np.diff(scaled[order[max(0, place - 1) : place + 2]]))
+        edge = min(edge, float(gaps.min(initial=2.0)) / 2)
     return int(order[place]), min(edge, float(np.abs(sums - target).min()))

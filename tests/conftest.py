@@ -1,9 +1,11 @@
 """Artifacts that many tests share: exported once, never changed; a test that edits one copies it first."""
 
+import os
 import shutil
 
 import pytest
 import torch
+from filelock import FileLock
 
 import bonnx
 from bonnx.export.artifact import export_model
@@ -40,6 +42,18 @@ def pytest_addoption(parser):
     parser.addoption("--real-model", metavar="FOLDER", help="a trained language model, for the slow tests")
 
 
+def made_once(tmp_path_factory, name, make):
+    """The artifact's folder, made by whichever of pytest-xdist's processes is the first to need it."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    artifact = folder / name / "artifact"
+    with FileLock(folder / f"{name}.lock"):
+        # It is there as a whole or not at all.
+        if not artifact.exists():
+            make(artifact)
+    return artifact
+
+
 @pytest.fixture(scope="session")
 def network():
     torch.manual_seed(7)
@@ -49,19 +63,20 @@ def network():
 @pytest.fixture(scope="session")
 def small(network, tmp_path_factory):
     """Artifact of a small random network over embeddings, limits low enough to be met."""
-    folder = tmp_path_factory.mktemp("small") / "artifact"
-    export_model(network, folder, name="small", limits=Limits(max_tokens=40, max_candidates=30))
-    return folder
+    options = {"name": "small", "limits": Limits(max_tokens=40, max_candidates=30)}
+    return made_once(tmp_path_factory, "small", lambda folder: export_model(network, folder, **options))
 
 
 @pytest.fixture(scope="session")
 def countdown(tmp_path_factory):
     """Artifact of the model that ships."""
-    folder = tmp_path_factory.mktemp("countdown") / "artifact"
-    model, metadata = load_checkpoint(CHECKPOINT)
-    scoring, limits = Scoring(**metadata["scoring"]), Limits(**metadata["limits"])
-    export_model(model, folder, name="countdown", scoring=scoring, limits=limits, tokenizer=read_tokenizer(CHECKPOINT))
-    return folder
+
+    def make(folder):
+        model, metadata = load_checkpoint(CHECKPOINT)
+        rules = {"scoring": Scoring(**metadata["scoring"]), "limits": Limits(**metadata["limits"])}
+        export_model(model, folder, name="countdown", tokenizer=read_tokenizer(CHECKPOINT), **rules)
+
+    return made_once(tmp_path_factory, "countdown", make)
 
 
 @pytest.fixture(scope="session")
@@ -77,9 +92,8 @@ def language_model():
 @pytest.fixture(scope="session")
 def tiny(language_model, tmp_path_factory):
     """Artifact of the small language model: no tokenizer, no end token."""
-    folder = tmp_path_factory.mktemp("tiny") / "artifact"
-    export_model(language_model, folder, name="tiny", scoring=Scoring(step_token=3))
-    return folder
+    options = {"name": "tiny", "scoring": Scoring(step_token=3)}
+    return made_once(tmp_path_factory, "tiny", lambda folder: export_model(language_model, folder, **options))
 
 
 @pytest.fixture

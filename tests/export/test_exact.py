@@ -1,15 +1,19 @@
 """The reference of the verification: whole rows in float64, and what an engine may differ from it by."""
 
 import copy
+import dataclasses
 
 import numpy as np
 import pytest
 import torch
 
 from bonnx.export.exact import FACTOR, Bar, Exact
+from bonnx.export.parity_generate import expected_token
 from bonnx.export.quantize import quantized
 from bonnx.export.trace import trace_graphs
 from bonnx.models import build
+from bonnx.runtime.folder import read_manifest
+from bonnx.runtime.generation import Request
 from bonnx.runtime.manifest import PRECISIONS, Scoring
 
 
@@ -59,10 +63,26 @@ def test_an_engine_may_err_a_few_times_as_pytorch_does():
     assert bar.allowed("backbone") == pytest.approx(8 * 8 * 2.0**-23)
 
 
-def test_outputs_have_the_same_names_at_every_precision(language_model):
-    names = {}
-    for precision in ("fp32", "bf16"):
-        for name, graph in trace_graphs(quantized(language_model, precision), Scoring()):
-            names.setdefault(name, set()).add(tuple(value.name for value in graph.graph.outputs))
-    assert {name: len(found) for name, found in names.items()} == dict.fromkeys(names, 1)
-    assert {"logits"} < {name for found in names["decode"] for name in found}
+def test_outputs_have_the_same_names_at_every_precision(language_model, tiny):
+    names = {name: [value.name for value in graph.outputs] for name, graph in read_manifest(tiny).graphs.items()}
+    for name, graph in trace_graphs(quantized(language_model, "bf16"), Scoring()):
+        assert [value.name for value in graph.graph.outputs] == names.pop(name)
+    assert not names
+    assert {"logits"} < {value.name for value in graph.graph.outputs}
+
+
+def test_a_draw_between_two_tokens_as_likely_as_each_other_is_undecided():
+    """With top_k or top_p the shares lie in the order of the logits, and rounding may swap two of them."""
+    logits = np.array([0.0, 1.0, 1.0 + 1e-7, 3.0, -2.0])
+    plain = Request(1, 1, 1.0, 0, 1.0, 0, (), "last", 0, 0.5)
+    sorted_ = dataclasses.replace(plain, top_p=0.999)
+    likely = np.exp(logits - 3)
+    # The middle of the share of the second and third most likely token, in the order of the logits and of the tokens.
+    for request, order in ((plain, np.arange(5)), (sorted_, np.argsort(-logits))):
+        shares = likely[order] / likely.sum()
+        for place in np.flatnonzero(np.isin(order, (1, 2))):
+            token, margin = expected_token(logits, shares[:place].sum() + shares[place] / 2, request)
+            assert token == order[place]
+            assert (margin < 1e-6) == (request is sorted_)
+    _, margin = expected_token(logits, 0.3, sorted_)
+    assert margin > 1e-3

@@ -105,14 +105,17 @@ def test_the_graphs_are_those_of_a_full_trace(name, rng):
         assert _differences(model, whole[graph], rng) == []
 
 
-@pytest.mark.parametrize("precision", ["fp16", "int8"])
-def test_generation_and_its_cache_are_those_of_a_full_trace(precision, rng):
-    model = _language_model(num_layers=4, sliding_window=3, sliding_layers=[1])
-    model = quantized(model, precision)
+@pytest.mark.parametrize(
+    ("precision", "layers", "windows"),
+    [("fp16", 4, {"sliding_window": 3, "sliding_layers": [1]}), ("int8", 3, {})],
+    ids=["fp16", "int8"],
+)
+def test_generation_and_its_cache_are_those_of_a_full_trace(precision, layers, windows, rng):
+    model = quantized(_language_model(num_layers=layers, **windows), precision)
     whole = dict(trace_graphs(model, Scoring(), whole=True))
     found = dict(trace_graphs(model, Scoring()))
     assert [value.name for value in found["decode"].graph.inputs][-4:] == [
-        f"{name}.3" for name in ("prompt_key", "prompt_value", "key", "value")
+        f"{name}.{layers - 1}" for name in ("prompt_key", "prompt_value", "key", "value")
     ]
     for graph in whole:
         assert _surface(found[graph]) == _surface(whole[graph])
@@ -154,7 +157,7 @@ def test_what_the_nodes_depend_on_makes_a_kind():
 
 def test_every_layer_has_its_own_weights_and_they_are_no_copies():
     network = build(**SIZES, num_layers=4).eval()
-    weights = dict(trace_graphs(network, Scoring()))["rank"].graph.initializers
+    weights = next(trace_graphs(network, Scoring()))[1].graph.initializers
     for i, block in enumerate(network.layers()):
         expected = block.ffn.down.weight.detach().numpy()
         found = weights[f"trunk.layers.{i}.down.weight"].const_value.numpy()
@@ -166,7 +169,7 @@ def test_a_change_in_one_layer_changes_no_other():
     network = build(**SIZES, num_layers=4).eval().requires_grad_(False)
 
     def initializers():
-        graph = dict(trace_graphs(network, Scoring()))["rank"].graph
+        graph = next(trace_graphs(network, Scoring()))[1].graph
         return graph, {name: value.const_value.numpy().copy() for name, value in graph.initializers.items()}
 
     # All norms have weights of ones, which are one initializer before the change.

@@ -88,8 +88,10 @@ def test_a_trained_scorer_ranks_exports_and_generates(checkpoint, tmp_path, rng)
         assert torch.equal(value, before[name]) != name.startswith("network.scorer"), name
 
     save_checkpoint(model, tmp_path / "scorer", metadata=metadata, tokenizer_from=checkpoint)
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        assert main(["export", "--checkpoint", str(tmp_path / "scorer"), "-o", str(tmp_path / "onnx")]) == 0
+    said = io.StringIO()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
+        code = main(["export", "--checkpoint", str(tmp_path / "scorer"), "-o", str(tmp_path / "onnx")])
+    assert code == 0, said.getvalue()
     artifact = bonnx.load(tmp_path / "onnx")
     theirs = transformers.AutoTokenizer.from_pretrained(checkpoint)
     messages = [{"role": "user", "content": QUESTION}]

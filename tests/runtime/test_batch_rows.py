@@ -124,7 +124,7 @@ def test_fields_come_back_to_the_last_digit(batch):
         assert answer.startswith(line[:-2] + b', "best_index": ')
     numbers = b'{"prompt": [1], "candidates": [[1]], "x": ' + b"9" * 5000 + b"}"
     if hasattr(sys, "get_int_max_str_digits"):
-        assert "5000 digits" in batch([numbers])[1][1]
+        assert "a number of thousands of digits" in batch([numbers])[1][1]
 
 
 @pytest.mark.parametrize(
