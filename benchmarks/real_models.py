@@ -40,7 +40,7 @@ def make_scorer(model_folder: Path, folder: Path, questions: int, samples: int) 
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     answers: dict[tuple[int, ...], str] = {}
     for _ in range(questions):
-        a, b = rng.randrange(2, 30), rng.randrange(2, 30)
+        a, b = rng.randrange(2, 60), rng.randrange(2, 60)
         text = f"What is {a}+{b}? Answer with the number only."
         if tokenizer.chat_template is None:
             prompt = tokenizer(f"Question: {text}\nAnswer:")["input_ids"]
@@ -106,7 +106,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model", type=Path, metavar="FOLDER")
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
-    parser.add_argument("--questions", type=int, default=40, help="for the scorer's training")
+    parser.add_argument("--questions", type=int, default=24, help="for the scorer's training")
     parser.add_argument("--samples", type=int, default=8, help="answers to each of them")
     parser.add_argument("--text", action="store_true", help="compare text with transformers' on 50 chat prompts")
     arguments = parser.parse_args()
