@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from .errors import ArtifactError, BonnxError, InputError
-from .parts import Parts, TakesTextError, joined, was_read
+from .parts import Parts, TakesTextError, joined, lost_words, was_read
 
 __all__ = ["ChatTemplate", "Messages", "is_messages"]
 
@@ -98,12 +98,16 @@ class ChatTemplate:
         return text.rpartition(_MARK)[2] if _MARK in text else ""
 
     def _render(self, messages: list[dict[str, Any]], add_generation_prompt: bool, now: datetime) -> str:
-        """The text. Parts are joined where the template takes a text; a text is one part where it takes only parts."""
+        """The text. Parts are joined where the template takes a text; a text is one part where it takes only parts.
+
+        Where the template reads some of the parts, such as the first, it gets all words in one.
+        """
+        one = set[int]()
         whole = {i for i, m in enumerate(messages) if isinstance(m.get("content"), str)}
         if whole and self._takes_no_text:
             whole.clear()
         while True:
-            given, parts = _given(messages, whole)
+            given, parts = _given(messages, whole, one)
             try:
                 text = self._render_once(given, add_generation_prompt, now)
             except TakesTextError as e:
@@ -116,9 +120,10 @@ class ChatTemplate:
                 whole |= taken
             else:
                 unread = {i for i, content in parts.items() if not was_read(content)}
-                if not unread:
+                some = {i for i, content in parts.items() if lost_words(content)}
+                if not unread and not some:
                     return text
-                whole |= unread
+                whole, one = whole | unread, one | some
 
     def _render_once(self, messages: list[dict[str, Any]], add_generation_prompt: bool, now: datetime) -> str:
         from .sandbox import render
@@ -129,7 +134,7 @@ class ChatTemplate:
     @cached_property
     def _reads_parts(self) -> bool:
         """Whether the template writes content in parts."""
-        return self._writes(_given([_PROBE], set())[0])
+        return self._writes(_given([_PROBE], set(), set())[0])
 
     @cached_property
     def _takes_no_text(self) -> bool:
@@ -143,15 +148,21 @@ class ChatTemplate:
             return False
 
 
-def _given(messages: list[dict[str, Any]], whole: set[int]) -> tuple[list[dict[str, Any]], dict[int, Parts]]:
-    """Messages for a template, the content of those in `whole` as texts, of the others as parts; and these parts."""
+def _given(
+    messages: list[dict[str, Any]], whole: set[int], one: set[int]
+) -> tuple[list[dict[str, Any]], dict[int, Parts]]:
+    """Messages for a template, the content of those in `whole` as texts, of the others as parts; and these parts.
+
+    Of those in `one` all words are one part.
+    """
     given, parts = list(messages), {}
     for i, message in enumerate(messages):
         content = message.get("content")
         if i in whole and isinstance(content, list):
             given[i] = {**message, "content": joined(content)}
         elif i not in whole and content is not None:
-            listed = content if isinstance(content, list) else [{"type": "text", "text": content}]
+            words = joined(content) if i in one else content
+            listed = words if isinstance(words, list) else [{"type": "text", "text": words}]
             parts[i] = Parts(listed, message["role"])
             given[i] = {**message, "content": parts[i]}
     return given, parts

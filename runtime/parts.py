@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
-__all__ = ["Parts", "TakesTextError", "joined", "was_read"]
+__all__ = ["Parts", "TakesTextError", "joined", "lost_words", "was_read"]
 
 
 class TakesTextError(Exception):
@@ -38,7 +38,8 @@ class Parts(Sequence[Any]):
     """
 
     def __init__(self, parts: Sequence[Mapping[str, Any]], role: str) -> None:
-        self._parts, self._role, self._read = [_Part(part, role) for part in parts], role, False
+        self._parts, self._role = [_Part(part, role) for part in parts], role
+        self._unread, self._read = set(range(len(parts))), False
 
     def __len__(self) -> int:
         self._read |= not self._parts  # there is no more to read
@@ -46,11 +47,15 @@ class Parts(Sequence[Any]):
 
     def __iter__(self) -> Iterator[Any]:
         self._read = True
-        return iter(self._parts)
+        for place, part in enumerate(self._parts):
+            self._unread.discard(place)
+            yield part
 
     def __getitem__(self, place: Any) -> Any:
         found = self._parts[place]
         self._read = True
+        places = range(len(self._parts))[place]
+        self._unread -= set(places) if isinstance(places, range) else {places}
         return found
 
     def __contains__(self, value: object) -> bool:
@@ -73,3 +78,8 @@ def joined(parts: Sequence[Mapping[str, Any]]) -> str:
 def was_read(parts: Parts) -> bool:
     """Whether the template looked at a part."""
     return parts._read
+
+
+def lost_words(parts: Parts) -> bool:
+    """Whether it looked at some and passed over others."""
+    return parts._read and bool(parts._unread)

@@ -37,10 +37,14 @@ ITERATES = {
     "gemma 3": EACH.replace("PART", "{% if p['type'] == 'text' %}{{ p['text'] | trim }}{% endif %}"),
     "filters": "{{ m.content if m.content is string else m.content | selectattr('type', 'equalto', 'text') | "
     "map(attribute='text') | join('+') }}",
-    "first": "{{ m.content if m.content is string else m.content[0].text }}",
-    "last": "{{ m.content if m.content is string else (m.content | last).text }}",
     "json": "{{ m | tojson }}",
     "indented": "{{ m.content | tojson(indent=1) }}",
+}
+READS_ONE = {
+    "first": "{{ m.content if m.content is string else m.content[0].text }}",
+    "last": "{{ m.content if m.content is string else (m.content | last).text }}",
+    "first of a filter": "{{ m.content if m.content is string else (m.content | first).text }}",
+    "no text": "{{ m.content[0].text }}|{{ m.content[0]['type'] }}",
 }
 SPOKEN = [
     {"role": "system", "content": [{"type": "text", "text": " Think & "}, {"type": "text", "text": "answer."}]},
@@ -80,6 +84,15 @@ def test_parts_stay_where_a_template_reads_them(theirs, shape):
     source = "{% for m in messages %}" + ITERATES[shape] + "{% endfor %}"
     for conversation in (SPOKEN, as_text(SPOKEN)):
         assert ChatTemplate(source, TOKENS).render(conversation) == rendered(theirs, source, conversation)
+
+
+@pytest.mark.parametrize("shape", READS_ONE)
+def test_a_template_that_reads_one_part_gets_all_words_in_it(theirs, shape):
+    source = "{% for m in messages %}" + READS_ONE[shape] + "{% endfor %}"
+    one = [m | {"content": [{"type": "text", "text": m["content"]}]} for m in as_text(SPOKEN)]
+    # transformers loses the words of the other parts.
+    assert rendered(theirs, source, SPOKEN[:1]) != rendered(theirs, source, one[:1])
+    assert ChatTemplate(source, TOKENS).render(SPOKEN) == rendered(theirs, source, one)
 
 
 def test_a_template_may_take_a_text_from_one_role_and_parts_from_another(theirs):
