@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 
 import pytest
 import torch
@@ -35,6 +36,16 @@ __all__ = [
     "pytest_terminal_summary",
     "rng",
 ]
+
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # These processes share the cores, and threads of PyTorch in each of them would wait for one another.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
+
+# A shell starts what runs in the background with SIGINT ignored; every process that a test starts would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser):
