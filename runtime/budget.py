@@ -33,7 +33,7 @@ __all__ = [
 
 # Turns of all loops and calls of all macros; bytes made and read, and for each byte of the messages so many more.
 MAX_STEPS, MAX_BYTES, PER_BYTE = 200_000, 64_000_000, 100
-# Bits of an integer, and the greatest width, indent and the like: no text for a model needs more.
+# Bits of an integer, and the maximum width, indent and the like: no text for a model needs more.
 MAX_BITS = 10_000
 # What one operation costs, whatever it makes; a reference in a list; a short string of its own.
 OPERATION, REFERENCE, STRING = 200, 16, 64

@@ -2,7 +2,7 @@
 
 BonnxError
 |-- ArtifactError      the folder is not an artifact, or not as it was written
-|-- ProviderError      ONNX Runtime, or the provider that was asked for, is not to be had
+|-- ProviderError      ONNX Runtime, or the provider that was asked for, is unavailable
 |-- InputError         what was passed in cannot be ranked (also a ValueError)
 |-- ConfigError        of `bonnx.models`: a checkpoint or configuration that cannot be read (also a ValueError)
 |-- NoWinnerError      every candidate is empty or its score is NaN

@@ -27,6 +27,6 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     print(f"{len(model.manifest.files)} files are as written; {len(checks)} recorded cases on {model.provider}:")
     for check in checks:
-        print(f"  {check.case:<16} greatest difference {check.max_difference:.2e}, best {check.best_index}")
+        print(f"  {check.case:<16} maximum difference {check.max_difference:.2e}, best {check.best_index}")
     print("ok")
     return 0

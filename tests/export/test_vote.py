@@ -78,18 +78,24 @@ def expected(scores, ids, vote, weights=None):
 # Few distinct values, so that ties are common; quarters and halves, so that sums are exact.
 FINITE = [0.0, -0.0, 0.25, 0.5, 1.0, -1.0, 2.0]
 ODD = [*FINITE, math.nan, math.inf, -math.inf]
+RAW_SCORES = [-300.0, -5.5, -1.0, -0.0, 0.0, 0.25, 3.0, 300.0, math.nan, math.inf, -math.inf]
 IDS = [-(2**63), -1, 0, 1, 2**31, 2**62, 2**63 - 1]
+
+
+def draw_ballot(data, values):
+    """Scores and answer ids (count, batch), the answers few enough to be shared."""
+    count, batch = data.draw(st.integers(1, 7)), data.draw(st.integers(1, 3))
+    answers = st.sampled_from(data.draw(st.lists(st.sampled_from(IDS), min_size=1, max_size=4)))
+    size = {"min_size": count * batch, "max_size": count * batch}
+    scores = np.array(data.draw(st.lists(st.sampled_from(values), **size)), np.float32).reshape(count, batch)
+    return scores, np.array(data.draw(st.lists(answers, **size)), np.int64).reshape(count, batch)
 
 
 @settings(max_examples=400, deadline=None)
 @given(data=st.data(), engine=st.sampled_from(ENGINES), vote=st.sampled_from(VOTES))
 def test_votes_follow_the_rules(data, engine, vote):
-    count, batch = data.draw(st.integers(1, 7)), data.draw(st.integers(1, 3))
-    values = st.sampled_from(FINITE if data.draw(st.booleans()) else ODD)
-    answers = st.sampled_from(data.draw(st.lists(st.sampled_from(IDS), min_size=1, max_size=4)))
-    size = {"min_size": count * batch, "max_size": count * batch}
-    scores = np.array(data.draw(st.lists(values, **size)), np.float32).reshape(count, batch)
-    ids = np.array(data.draw(st.lists(answers, **size)), np.int64).reshape(count, batch)
+    scores, ids = draw_ballot(data, FINITE if data.draw(st.booleans()) else ODD)
+    batch = scores.shape[1]
     best, groups = run(engine, scores, ids, vote)
     for b in range(batch):
         wanted, wanted_groups = expected(scores[:, b].tolist(), ids[:, b].tolist(), vote)
@@ -112,12 +118,8 @@ def softmax(scores):
 @settings(max_examples=200, deadline=None)
 @given(data=st.data(), engine=st.sampled_from(RAW), vote=st.sampled_from(VOTES))
 def test_votes_of_raw_scores_follow_the_rules(data, engine, vote):
-    count, batch = data.draw(st.integers(1, 7)), data.draw(st.integers(1, 3))
-    values = st.sampled_from([-300.0, -5.5, -1.0, -0.0, 0.0, 0.25, 3.0, 300.0, math.nan, math.inf, -math.inf])
-    answers = st.sampled_from(data.draw(st.lists(st.sampled_from(IDS), min_size=1, max_size=4)))
-    size = {"min_size": count * batch, "max_size": count * batch}
-    scores = np.array(data.draw(st.lists(values, **size)), np.float32).reshape(count, batch)
-    ids = np.array(data.draw(st.lists(answers, **size)), np.int64).reshape(count, batch)
+    scores, ids = draw_ballot(data, RAW_SCORES)
+    count, batch = scores.shape
     best, groups = run(engine, scores, ids, vote)
     for b in range(batch):
         column, own = scores[:, b].tolist(), ids[:, b].tolist()
