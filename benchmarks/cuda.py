@@ -19,12 +19,12 @@ import torch
 
 import bonnx
 from bonnx.export.artifact import export_model
-from bonnx.export.tokenizer import read_tokenizer
+from bonnx.export.checkpoint.tokenizer import read_tokenizer
 from bonnx.models import build, load_checkpoint
 from bonnx.models.countdown import CHECKPOINT
 from bonnx.models.countdown.train import draw_puzzles
-from bonnx.runtime.installed import installed_flavours
-from bonnx.runtime.manifest import Scoring
+from bonnx.runtime.artifact.manifest import Scoring
+from bonnx.runtime.engine.providers import installed_flavours
 
 from .rank import LENGTH, PROMPT, SharedByHand, draw, network
 

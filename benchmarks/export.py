@@ -62,7 +62,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|")
     for precision in arguments.precisions:
         output = arguments.folder / precision
-        command = [sys.executable, "-m", "bonnx.runtime.command", "export", "--checkpoint", str(checkpoint)]
+        command = [sys.executable, "-m", "bonnx", "export", "--checkpoint", str(checkpoint)]
         command += ["-o", str(output), "--precision", precision, "--overwrite", "--min-agreement", "0", "--json"]
         start = time.perf_counter()
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)

@@ -37,7 +37,7 @@ def ask(port: int, body: dict[str, Any]) -> Any:
 
 
 def command(artifact: Path | str, port: int) -> list[str]:
-    return ["-m", "bonnx.runtime.command", "serve", str(artifact), "--port", str(port)]
+    return ["-m", "bonnx", "serve", str(artifact), "--port", str(port)]
 
 
 def killed(artifact: Path) -> str:

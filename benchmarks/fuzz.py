@@ -154,7 +154,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=10_000)
     arguments = parser.parse_args()
     port = free_port()
-    command = ["-m", "bonnx.runtime.command", "serve", arguments.artifact, "--port", str(port), "--body-timeout", "1"]
+    command = ["-m", "bonnx", "serve", arguments.artifact, "--port", str(port), "--body-timeout", "1"]
     with server(command, port, "/health") as process:
         found: Counter[int] = Counter()
         asyncio.run(raw(port, 500, found))

@@ -29,7 +29,7 @@ import bonnx
 from bonnx.export.artifact import export_model
 from bonnx.models.config import LanguageModelConfig, NetworkConfig
 from bonnx.models.network import LanguageModel
-from bonnx.runtime.steps import grow
+from bonnx.runtime.generate.decoding import grow
 
 from .peers import PEERS, start
 from .rank import interleave, matrix_rates

@@ -28,7 +28,7 @@ _LOG = Path(tempfile.gettempdir()) / f"bonnx-batch-{os.getpid()}.log"
 
 def start(arguments: Sequence[str]) -> subprocess.Popen[bytes]:
     """`bonnx batch` with these arguments."""
-    command = [sys.executable, "-m", "bonnx.runtime.command", "batch", *arguments]
+    command = [sys.executable, "-m", "bonnx", "batch", *arguments]
     with _LOG.open("wb") as log:
         return subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from bonnx.export.selection import plain_selection
-from bonnx.runtime.folder import read_verified
+from bonnx.export.graphs.selection import plain_selection
+from bonnx.runtime.artifact.folder import read_verified
 
 LEVELS = ["DISABLE_ALL", "ENABLE_BASIC", "ENABLE_EXTENDED", "ENABLE_ALL"]
 

@@ -28,11 +28,11 @@ from torch import Tensor, nn
 
 import bonnx
 from bonnx.export.artifact import export_model
-from bonnx.export.selection import plain_selection
-from bonnx.export.trace import trace_graphs
+from bonnx.export.graphs.selection import plain_selection
+from bonnx.export.graphs.trace import trace_graphs
 from bonnx.models import build
 from bonnx.models.network import TwoHeadedNetwork, rotate
-from bonnx.runtime.manifest import Scoring
+from bonnx.runtime.artifact.manifest import Scoring
 
 PROMPT, LENGTH, WIDTH = 512, 64, 768
 

@@ -25,8 +25,8 @@ import torch
 from transformers import AutoTokenizer
 
 from bonnx.models import draw_examples, load_checkpoint, save_checkpoint, train_scorer
-from bonnx.runtime.folder import read_verified
-from bonnx.runtime.manifest import PRECISIONS
+from bonnx.runtime.artifact.folder import read_verified
+from bonnx.runtime.artifact.manifest import PRECISIONS
 from tests.real_text import PROMPTS, compare_text
 
 ROOT = Path(__file__).resolve().parent.parent

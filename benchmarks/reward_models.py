@@ -22,9 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def command(*arguments: str) -> Any:
-    done = subprocess.run(
-        [sys.executable, "-m", "bonnx.runtime.command", *arguments], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-m", "bonnx", *arguments], capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"bonnx {' '.join(arguments)}: {done.stderr}")
     return json.loads(done.stdout)

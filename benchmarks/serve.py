@@ -59,7 +59,7 @@ def random_model(folder: Path) -> str:
 def measure(name: str, artifact: str, work: str, arguments: argparse.Namespace) -> Iterator[tuple[int, Load]]:
     """One server under each load."""
     port, requests = free_port(), bodies(work)
-    command = ["-m", "bonnx.runtime.command", "serve", artifact, "--port", str(port)]
+    command = ["-m", "bonnx", "serve", artifact, "--port", str(port)]
     command += ["--timeout", str(arguments.timeout)]
     if name == "plain":
         command = ["-m", "benchmarks.plain_server", artifact, str(port)]

@@ -81,9 +81,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=16)
     arguments = parser.parse_args()
     port, found = free_port(), Load(0.0)
-    with server(
-        ["-m", "bonnx.runtime.command", "serve", arguments.artifact, "--port", str(port)], port, "/health"
-    ) as process:
+    with server(["-m", "bonnx", "serve", arguments.artifact, "--port", str(port)], port, "/health") as process:
         print("| requests | seconds | resident memory, MB | threads | open files |\n|---|---|---|---|---|")
         start = time.perf_counter()
         for part in range(11):

@@ -11,8 +11,8 @@ __all__ = ["main"]
 def main() -> int:
     """Run one command; the exit code. After Ctrl-C the process ends without taking apart what it has loaded."""
     try:
-        from .runtime.command import STOPPED
-        from .runtime.command import main as run
+        from .command import STOPPED
+        from .command import main as run
 
         code = run()
     except KeyboardInterrupt:

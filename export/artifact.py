@@ -19,10 +19,10 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
+from ..errors import ExportError
 from ..models.network import LanguageModel, TwoHeadedNetwork
-from ..runtime.errors import ExportError
-from ..runtime.folder import CARD, MANIFEST, WEIGHTS, file_digest
-from ..runtime.manifest import (
+from ..runtime.artifact.folder import CARD, MANIFEST, WEIGHTS, file_digest
+from ..runtime.artifact.manifest import (
     PRECISIONS,
     SCHEMA_VERSION,
     File,
@@ -36,19 +36,19 @@ from ..runtime.manifest import (
     Value,
     seal,
 )
+from ..runtime.artifact.unfinished import unfinished
+from ..runtime.engine.session import Options
 from ..runtime.model import Model
-from ..runtime.session import Options
-from ..runtime.unfinished import unfinished
-from .agreement import HeldOut, measure, own_prompts
 from .card import model_card
-from .parity import Checker, check_structure
-from .parity_generate import check_generation
-from .parity_selection import selection_cases
-from .quantize import quantized
-from .source import check_scoring
-from .tokenizer import TextFiles
-from .trace import DEFAULT_OPSET, OPSETS, trace_graphs
-from .vote import weighed
+from .checkpoint.source import check_scoring
+from .checkpoint.tokenizer import TextFiles
+from .graphs.trace import DEFAULT_OPSET, OPSETS, trace_graphs
+from .graphs.vote import weighed
+from .precision.quantize import quantized
+from .verify.agreement import HeldOut, measure, own_prompts
+from .verify.generate import check_generation
+from .verify.parity import Checker, check_structure
+from .verify.selection import selection_cases
 
 __all__ = ["export_model", "staged"]
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from ..runtime.errors import BonnxError
+from ..errors import BonnxError
 
 __all__ = ["ConfigError", "LanguageModelConfig", "NetworkConfig", "RopeScaling", "ffn_inner_size"]
 

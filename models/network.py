@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..runtime.errors import InputError
+from ..errors import InputError
 from .config import LanguageModelConfig, NetworkConfig, RopeScaling
 
 __all__ = [

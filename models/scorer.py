@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..runtime.errors import InputError
+from ..errors import InputError
 from .config import ConfigError
 from .decoding import sample
 from .network import LanguageModel, Scorer, initialize

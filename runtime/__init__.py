@@ -9,30 +9,30 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .errors import ArtifactError, BonnxError, ExportError, InputError, NoWinnerError, ProviderError
-    from .generation import FINISH_REASONS, Candidate, Generation
-    from .manifest import AGGREGATIONS
+    from ..errors import ArtifactError, BonnxError, ExportError, InputError, NoWinnerError, ProviderError
+    from .artifact.manifest import AGGREGATIONS
+    from .generate.options import FINISH_REASONS, Candidate, Generation
     from .model import Model, load
-    from .ranking import Ranking, Scored
+    from .rank.result import Ranking, Scored
     from .testing import FakeModel
     from .verification import Check, verify
 
 _PLACES = {
-    "AGGREGATIONS": "manifest",
-    "FINISH_REASONS": "generation",
-    "ArtifactError": "errors",
-    "BonnxError": "errors",
-    "Candidate": "generation",
+    "AGGREGATIONS": "artifact.manifest",
+    "FINISH_REASONS": "generate.options",
+    "ArtifactError": ".errors",
+    "BonnxError": ".errors",
+    "Candidate": "generate.options",
     "Check": "verification",
-    "ExportError": "errors",
+    "ExportError": ".errors",
     "FakeModel": "testing",
-    "Generation": "generation",
-    "InputError": "errors",
+    "Generation": "generate.options",
+    "InputError": ".errors",
     "Model": "model",
-    "NoWinnerError": "errors",
-    "ProviderError": "errors",
-    "Ranking": "ranking",
-    "Scored": "ranking",
+    "NoWinnerError": ".errors",
+    "ProviderError": ".errors",
+    "Ranking": "rank.result",
+    "Scored": "rank.result",
     "load": "model",
     "verify": "verification",
 }

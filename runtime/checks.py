@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .errors import InputError
+from ..errors import InputError
 
 __all__ = ["check_flag", "check_function", "check_number", "check_path", "is_list", "shown"]
 

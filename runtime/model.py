@@ -10,22 +10,22 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .chat import ChatTemplate
+from ..errors import ArtifactError, InputError, NoWinnerError
+from .artifact.folder import locate, read_verified
+from .artifact.limits import check_size, estimate_memory
+from .artifact.manifest import Manifest
 from .checks import check_flag, check_function, check_number, check_path, is_list, shown
-from .drafts import Draft, make_candidate, run_drafts
-from .errors import ArtifactError, InputError, NoWinnerError
-from .folder import locate, read_verified
-from .generation import GenerateOptions, Generation, Request, check_whole, make_request
-from .inputs import Item, Reader, Rows, aggregation_code, check_some, is_stepwise, pad, step_mask
-from .jobs import Job, Shape, padded_tokens, plan, run_jobs
-from .limits import check_size, estimate_memory
-from .manifest import Manifest
-from .passages import Writer
-from .ranking import Ranking, Scored, winner
-from .session import Array, Options, Provider, Session, Stop
-from .steps import clock, grow
-from .text import Text
-from .vote import Answers, make_ballot
+from .engine.session import Array, Options, Provider, Session, Stop
+from .generate.decoding import clock, grow
+from .generate.options import GenerateOptions, Generation, Request, check_whole, make_request
+from .generate.run import Draft, make_candidate, run_drafts
+from .rank.result import Ranking, Scored, winner
+from .rank.run import Job, Shape, padded_tokens, plan, run_jobs
+from .selection.vote import Answers, make_ballot
+from .text.chat import ChatTemplate
+from .text.compose import Writer
+from .text.reader import Item, Reader, Rows, aggregation_code, check_some, is_stepwise, pad, step_mask
+from .text.tokenizer import Text
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -148,7 +148,8 @@ class Model:
                 candidates' weights sum to most: their probabilities, or the softmax of raw scores) or `majority` (the
                 answer of most candidates). If no candidate has an answer, the best candidate wins.
             answers: what each candidate votes for, anything hashable or None; or how to find it in a text: `boxed`,
-                `number` or `regex:PATTERN` (see `bonnx.runtime.answers`), or a function of a candidate. Needed to vote.
+                `number` or `regex:PATTERN` (see `bonnx.runtime.selection.answers`), or a function of a candidate.
+                Needed to vote.
 
         Raises:
             InputError: nothing to rank, or something that cannot be; or none of the candidates can be read.

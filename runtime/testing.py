@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .aggregate import aggregate, elect
+from ..errors import InputError
 from .checks import check_flag, check_function, is_list, shown
-from .errors import InputError
-from .generation import Candidate, GenerateOptions, Generation, make_request
-from .inputs import Item, aggregation_code, check_masks, check_some, check_stop, is_stepwise, none_readable
-from .ranking import Ranking, winner
-from .session import Array
-from .steps import clock
-from .text import NO_TOKENS
-from .vote import Answers, check_weight, make_ballot
+from .engine.session import Array
+from .generate.decoding import clock
+from .generate.options import Candidate, GenerateOptions, Generation, make_request
+from .rank.result import Ranking, winner
+from .selection.aggregate import aggregate, elect
+from .selection.vote import Answers, check_weight, make_ballot
+from .text.reader import Item, aggregation_code, check_masks, check_some, check_stop, is_stepwise, none_readable
+from .text.tokenizer import NO_TOKENS
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..errors import ArtifactError
+from .artifact.folder import locate
 from .checks import check_path
-from .difference import maximum_difference
-from .errors import ArtifactError
-from .folder import locate
+from .engine.compare import maximum_difference
+from .engine.session import Array, Provider
 from .model import Model, load
-from .session import Array, Provider
 
 __all__ = ["Check", "verify"]
 

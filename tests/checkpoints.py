@@ -12,7 +12,7 @@ import transformers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
 
-from bonnx.export.source import Overrides
+from bonnx.export.checkpoint.source import Overrides
 
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
 QUESTION = "What is 2+2? Think in steps.\n"

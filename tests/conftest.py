@@ -10,12 +10,12 @@ from filelock import FileLock
 
 import bonnx
 from bonnx.export.artifact import export_model
-from bonnx.export.tokenizer import read_tokenizer
+from bonnx.export.checkpoint.tokenizer import read_tokenizer
 from bonnx.models import build, load_checkpoint
 from bonnx.models.config import LanguageModelConfig, NetworkConfig
 from bonnx.models.countdown import CHECKPOINT
 from bonnx.models.network import LanguageModel
-from bonnx.runtime.manifest import Limits, Scoring
+from bonnx.runtime.artifact.manifest import Limits, Scoring
 from tests import seeds
 from tests.seeds import (
     dice,

@@ -11,8 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import bonnx
-from bonnx.export.parity_generate import expected_token, uniform
-from bonnx.runtime.generation import Request
+from bonnx.export.verify.generate import expected_token, uniform
+from bonnx.runtime.generate.options import Request
 
 PROMPTS = (
     "What is the capital of France?",

@@ -10,7 +10,7 @@ from benchmarks.miniature.__main__ import finished
 from benchmarks.miniature.figures import Run, by_vote, figures, interval, majority, table, weighted
 from benchmarks.miniature.work import BUDGETS, METHODS, POOL, PROBE, plan, puzzles
 from bonnx.models.countdown.puzzle import held_out
-from bonnx.runtime.aggregate import elect
+from bonnx.runtime.selection.aggregate import elect
 
 
 @pytest.mark.parametrize("repeat", range(20))

@@ -69,7 +69,7 @@ def test_rank_verify_and_configs_need_no_torch_and_no_onnx(countdown, tmp_path):
     (tmp_path / "candidates.txt").write_text("12-3=9;\n25-7=18;\n")
     code = f"""
 import bonnx, bonnx.models
-from bonnx.runtime.command import main
+from bonnx.command import main
 assert main(["verify", {str(countdown)!r}, "--json"]) == 0
 assert main(["rank", {str(countdown)!r}, "--prompt", "3,7,12,25>98:",
              "--candidates", {str(tmp_path / "candidates.txt")!r}, "--json"]) == 0

@@ -36,7 +36,7 @@ def export(folder: Path, models: Collection[str]) -> Path:
         checkpoint = _CHECKPOINTS[name]
         if not (folder / name / "manifest.json").is_file():
             print(f"exporting {name}", file=sys.stderr, flush=True)
-            command = [sys.executable, "-m", "bonnx.runtime.command", "export", "--checkpoint", str(checkpoint)]
+            command = [sys.executable, "-m", "bonnx", "export", "--checkpoint", str(checkpoint)]
             subprocess.run([*command, "-o", str(folder / name)], check=True, stdout=subprocess.DEVNULL)
     return folder
 

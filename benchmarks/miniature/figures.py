@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.figure import Figure as Canvas
 from numpy.typing import NDArray
 
-from bonnx.runtime.folder import read_verified
+from bonnx.runtime.artifact.folder import read_verified
 from bonnx.runtime.report import Figure
 from bonnx.runtime.report.curves import plot
 from bonnx.runtime.search import Choice, Policy, cross_validated, fit_policy, quantile_bins

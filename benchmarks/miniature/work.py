@@ -14,7 +14,7 @@ import bonnx
 from bonnx.models.countdown.puzzle import Puzzle, answer, check
 from bonnx.models.countdown.train import MAX_NEW_TOKENS, draw_puzzles
 from bonnx.models.countdown.vocabulary import STEP
-from bonnx.runtime.generation import make_request
+from bonnx.runtime.generate.options import make_request
 from bonnx.runtime.search.tree import Tree
 
 __all__ = ["BUDGETS", "CHAINS", "METHODS", "POOL", "PRUNED", "Task", "compute", "plan", "puzzles"]

@@ -13,10 +13,10 @@ from typing import IO, Any
 
 import msgspec
 
-from ..decoding import decode_json
-from ..errors import BonnxError, InputError
+from ...errors import BonnxError, InputError
+from ..artifact.decode_json import decode_json
 from .tables import join
-from .work import Result
+from .worker import Result
 
 __all__ = ["Journal", "Output"]
 

@@ -16,13 +16,13 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from ..errors import InputError
-from ..files import opened
-from ..folder import read_manifest
-from ..installed import installed_flavours
+from ...errors import InputError
+from ..artifact.folder import read_manifest
+from ..engine.providers import installed_flavours
+from ..files.lines import opened
 from .output import Output
 from .source import Chunk
-from .work import Result, Task, Worker
+from .worker import Result, Task, Worker
 
 __all__ = ["Summary", "here", "identify", "run_batch"]
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..errors import InputError
-from ..files import check_mark, decode, opened
-from ..values import name_of, parse_json
+from ...errors import InputError
+from ..files.lines import check_mark, decode, opened
+from ..files.values import name_of, parse_json
 
 __all__ = ["Chunk", "JsonLines", "Part", "Row", "Source"]
 

@@ -6,10 +6,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..errors import InputError
-from ..generation import check_whole
-from ..session import Array
-from ..steps import STOP
+from ...errors import InputError
+from ..engine.session import Array
+from ..generate.decoding import STOP
+from ..generate.options import check_whole
 from .count import Count, as_count, check_count
 from .tree import Branch, Tree
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..aggregate import elect
-from ..session import Array
+from ..engine.session import Array
+from ..selection.aggregate import elect
 
 __all__ = ["choose", "choose_in_chains"]
 

@@ -11,12 +11,12 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from ...errors import InputError
+from ..artifact.decode_json import decode_json
+from ..artifact.folder import replace_file
+from ..artifact.manifest import Manifest
 from ..checks import check_path
-from ..decoding import decode_json
-from ..errors import InputError
-from ..folder import replace_file
-from ..generation import check_whole
-from ..manifest import Manifest
+from ..generate.options import check_whole
 
 __all__ = ["Choice", "Policy", "cross_validated", "fit_policy", "quantile_bins", "read_policy"]
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..checks import check_number
-from ..generation import check_whole
-from ..steps import PRUNED, survivors
+from ..generate.decoding import PRUNED, survivors
+from ..generate.options import check_whole
 from .tree import Branch, Tree
 
 __all__ = ["Pruned"]

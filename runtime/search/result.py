@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..generation import Candidate
+from ..generate.options import Candidate
 
 __all__ = ["Cost", "Node", "SearchResult"]
 

@@ -10,10 +10,10 @@ from typing import Literal
 
 import numpy as np
 
+from ...errors import InputError
 from ..checks import check_number, shown
-from ..errors import InputError
-from ..generation import check_whole
-from ..session import Array
+from ..engine.session import Array
+from ..generate.options import check_whole
 from .tree import Branch, Tree
 
 __all__ = ["Adaptive", "Sampling", "SelfCertainty", "borda", "leader_is_safe", "worth_one_more"]

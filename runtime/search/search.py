@@ -11,16 +11,16 @@ from typing import Any
 
 import numpy as np
 
+from ...errors import InputError, near_miss
+from ..artifact.manifest import VOTES
 from ..checks import check_function, shown
-from ..errors import InputError, near_miss
-from ..generation import FINISH_REASONS, Candidate, check_whole
-from ..inputs import Item
-from ..manifest import VOTES
+from ..engine.session import Array
+from ..generate.decoding import PRUNED, clock
+from ..generate.options import FINISH_REASONS, Candidate, check_whole
 from ..model import Model, checked_request
-from ..ranking import winner
-from ..session import Array
-from ..steps import PRUNED, clock
-from ..vote import Answers, Ballot, make_ballot
+from ..rank.result import winner
+from ..selection.vote import Answers, Ballot, make_ballot
+from ..text.reader import Item
 from .beam import Beam, Lookahead, Trees
 from .choice import choose, choose_in_chains
 from .policy import Policy, read_policy

@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from ..aggregate import aggregate
-from ..errors import InputError
-from ..generation import Request
-from ..inputs import is_stepwise
-from ..session import Array, Session
-from ..steps import DEADLINE, LENGTH, PRUNED, STOP
-from ..vote import check_weight
+from ...errors import InputError
+from ..engine.session import Array, Session
+from ..generate.decoding import DEADLINE, LENGTH, PRUNED, STOP
+from ..generate.options import Request
+from ..selection.aggregate import aggregate
+from ..selection.vote import check_weight
+from ..text.reader import is_stepwise
 from .result import Cost, Node
 
 __all__ = ["Branch", "Scorer", "Tree", "certainty"]

@@ -12,14 +12,14 @@ import msgspec
 import numpy as np
 from starlette.requests import Request
 
-from ..errors import InputError
-from ..generation import Generation
-from ..ranking import Ranking, winner
+from ...errors import InputError
+from ..generate.options import Generation
+from ..rank.result import Ranking, winner
 from .asked import Asked, Found, Usage
-from .growth import Growth
-from .problems import as_problem, encode
+from .errors import as_problem, encode
 from .schemas import BestOfN, Document, Message, Rerank, Score
 from .service import Service, finite
+from .streaming import Growth
 
 __all__ = ["best_of_n_answer", "rerank_answer", "score_answer"]
 

@@ -17,15 +17,15 @@ from starlette.responses import Response, StreamingResponse
 
 import bonnx
 
-from ..errors import ArtifactError, InputError, NoWinnerError
+from ...errors import ArtifactError, InputError, NoWinnerError
 from ..model import Model
 from .answering import best_of_n_answer, rerank_answer, score_answer
+from .batcher import LateError, OverfullError
 from .bodies import JsonRoute
-from .guard import Guard
-from .lane import LateError, OverfullError
-from .meter import Meter
-from .problems import Problem, encode, respond
-from .protocol import protocol_routes
+from .errors import Problem, encode, respond
+from .metrics import Meter
+from .middleware import Guard
+from .open_inference import protocol_routes
 from .schemas import BestOfN, Rerank, Score, explain
 from .service import Service
 from .settings import Settings

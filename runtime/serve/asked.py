@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..inputs import Item
-from ..jobs import Job
-from ..ranking import Ranking
+from ..rank.result import Ranking
+from ..rank.run import Job
+from ..text.reader import Item
 
 __all__ = ["Asked", "Found", "Usage"]
 

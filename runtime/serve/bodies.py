@@ -11,7 +11,7 @@ from fastapi.routing import APIRoute
 from starlette.requests import Request
 from starlette.responses import Response
 
-from .problems import Problem
+from .errors import Problem
 
 __all__ = ["JsonRoute", "parse_json"]
 

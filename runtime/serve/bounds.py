@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..errors import InputError
-from ..inputs import Item
-from ..jobs import Shape, padded_tokens
+from ...errors import InputError
 from ..model import Model
+from ..rank.run import Shape, padded_tokens
+from ..text.reader import Item
 from .asked import Asked
 from .settings import Settings
 

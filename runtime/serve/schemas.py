@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 from pydantic import BaseModel, ConfigDict, FailFast, Field, PlainValidator, model_validator
 from pydantic_core import PydanticCustomError
 
-from ..errors import near_miss
+from ...errors import near_miss
 
 __all__ = ["BestOfN", "Message", "Rerank", "Score", "explain"]
 

@@ -14,9 +14,9 @@ import fastapi
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from ..errors import InputError
-from .guard import JsonFormatter
-from .problems import Problem
+from ...errors import InputError
+from .errors import Problem
+from .middleware import JsonFormatter
 
 __all__ = ["bind_to", "log_to_stderr", "make_server"]
 

@@ -12,21 +12,21 @@ from typing import Any, TypeVar
 import numpy as np
 from starlette.requests import Request
 
-from ..drafts import Draft
-from ..errors import ArtifactError, InputError, NoWinnerError
-from ..generation import Generation
-from ..inputs import Item, NoneReadableError
-from ..jobs import Job, Shape
+from ...errors import ArtifactError, InputError, NoWinnerError
+from ..engine.session import Stop
+from ..generate.options import Generation
+from ..generate.run import Draft
 from ..model import Model
-from ..ranking import Ranking, winner
-from ..session import Stop
+from ..rank.result import Ranking, winner
+from ..rank.run import Job, Shape
+from ..text.reader import Item, NoneReadableError
 from .asked import Asked, Found
+from .batcher import Lane, LateError, OverfullError
 from .bounds import check_size, check_texts
-from .growth import Growth
-from .lane import Lane, LateError, OverfullError
-from .meter import Meter
-from .problems import Problem
+from .errors import Problem
+from .metrics import Meter
 from .settings import Settings
+from .streaming import Growth
 
 __all__ = ["Call", "Service", "size"]
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..errors import InputError
-from ..jobs import Shape
-from ..limits import check_size
-from ..manifest import AGGREGATIONS, VOTES, Graph, Limits
+from ...errors import InputError
+from ..artifact.limits import check_size
+from ..artifact.manifest import AGGREGATIONS, VOTES, Graph, Limits
+from ..engine.session import Array
 from ..model import Model
-from ..session import Array
+from ..rank.run import Shape
 
 __all__ = ["MOST_STOPS", "check_feeds", "check_shapes"]
 

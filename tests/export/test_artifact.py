@@ -12,11 +12,12 @@ import torch
 
 import bonnx
 from bonnx import ExportError
-from bonnx.export import artifact, parity
+from bonnx.export import artifact
 from bonnx.export.artifact import export_model
+from bonnx.export.verify import parity
 from bonnx.models import ConfigError, build, load_checkpoint, save_checkpoint
-from bonnx.runtime.folder import read_verified
-from bonnx.runtime.manifest import Scoring
+from bonnx.runtime.artifact.folder import read_verified
+from bonnx.runtime.artifact.manifest import Scoring
 from tests.tolerance import RUNTIME, within
 
 OPTIONS = {
@@ -113,7 +114,7 @@ def limit_file_size():
 
 
 def test_no_room_in_the_middle_of_writing(tmp_path):
-    command = [sys.executable, "-m", "bonnx.runtime.command", "export", "-o", str(tmp_path / "deep" / "out")]
+    command = [sys.executable, "-m", "bonnx", "export", "-o", str(tmp_path / "deep" / "out")]
     done = subprocess.run(
         command, capture_output=True, text=True, preexec_fn=limit_file_size, cwd=tmp_path, check=False
     )

@@ -16,8 +16,8 @@ import pytest
 
 import bonnx
 from bonnx.models.countdown.vocabulary import END, PAD, STEP, encode
-from bonnx.runtime.manifest import Scoring, TextRules
-from tests.export.test_vote import vote_model
+from bonnx.runtime.artifact.manifest import Scoring, TextRules
+from tests.export.graphs.test_vote import vote_model
 from tests.tolerance import RUNTIME, within
 
 PAGE = Path(__file__).parents[2] / "docs/graphs.md"

@@ -15,7 +15,7 @@ import torch
 import transformers
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 
-from bonnx.export.source import Overrides, read_source
+from bonnx.export.checkpoint.source import Overrides, read_source
 from bonnx.models import ConfigError, load_checkpoint
 from bonnx.models.adapters import check_adapter_names
 from tests.checkpoints import make

@@ -13,10 +13,10 @@ import torch
 import transformers
 
 import bonnx
-from bonnx.export.source import Overrides, read_source
-from bonnx.export.tokenizer import read_tokenizer
+from bonnx.command import main
+from bonnx.export.checkpoint.source import Overrides, read_source
+from bonnx.export.checkpoint.tokenizer import read_tokenizer
 from bonnx.models import ConfigError, draw_examples, load_checkpoint, save_checkpoint, train_scorer
-from bonnx.runtime.command import main
 from tests.checkpoints import FAMILIES, QUESTION, make, make_tokenizer
 from tests.tolerance import RUNTIME, within
 

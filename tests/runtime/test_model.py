@@ -17,8 +17,8 @@ from bonnx import InputError, NoWinnerError, ProviderError
 from bonnx.models import load_checkpoint
 from bonnx.models.countdown import CHECKPOINT
 from bonnx.models.countdown.vocabulary import END, STEP, encode
-from bonnx.runtime import installed, session
-from bonnx.runtime.manifest import Manifest, seal
+from bonnx.runtime.artifact.manifest import Manifest, seal
+from bonnx.runtime.engine import providers, session
 from tests.tolerance import RUNTIME, within
 
 PUZZLE = "3,7,12,25>98:"
@@ -304,7 +304,7 @@ def test_cuda_that_is_not_there_is_an_error(small, monkeypatch):
 
 
 def test_both_flavours_installed(small, monkeypatch):
-    monkeypatch.setattr(installed, "installed_flavours", lambda: {"onnxruntime": "1", "onnxruntime-gpu": "1"})
+    monkeypatch.setattr(providers, "installed_flavours", lambda: {"onnxruntime": "1", "onnxruntime-gpu": "1"})
     with pytest.raises(ProviderError, match="pip uninstall -y onnxruntime onnxruntime-gpu"):
         bonnx.load(small)
 

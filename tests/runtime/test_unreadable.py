@@ -7,8 +7,8 @@ import pytest
 
 import bonnx
 from bonnx import InputError
+from bonnx.command import main
 from bonnx.models.countdown.vocabulary import END, encode
-from bonnx.runtime.command import main
 from tests.tolerance import RUNTIME, within
 
 PUZZLE = "3,7,12,25>98:"

@@ -1,0 +1,129 @@
+"""`bonnx batch`: rank every row of a file; kill it and start it again, and it goes on."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from ..errors import BonnxError, InputError
+from ..runtime.artifact.manifest import VOTES
+from ..runtime.batch import Summary, Task, here, run_batch
+from ..runtime.batch.source import Chunk
+from ..runtime.batch.worker import Result
+from ..runtime.selection.answers import extractor
+from ..runtime.text.reader import aggregation_code
+from . import print_json
+
+__all__ = ["configure", "run"]
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("artifact", help="folder that `bonnx export` wrote")
+    parser.add_argument("input", help="JSON lines (.jsonl, .ndjson) or Parquet (.parquet), one prompt a row")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="file of the same kind")
+    parser.add_argument("--overwrite", action="store_true", help="begin anew, and replace an output that is there")
+    parser.add_argument("--prompt-field", default="prompt", metavar="NAME")
+    parser.add_argument("--candidates-field", default="candidates", metavar="NAME")
+    parser.add_argument("--answers-field", metavar="NAME", help="with what each candidate votes for")
+    parser.add_argument("--answers", help="what candidates vote for: boxed, number or regex:PATTERN")
+    parser.add_argument("--vote", choices=VOTES, default="score", help="by the answers' scores, or by their number")
+    parser.add_argument("--aggregation", help="last, mean, min, max, prod, or step_ and one of these")
+    parser.add_argument("--partial", action="store_true", help="candidates are not finished: append no end token")
+    parser.add_argument("--truncate", action="store_true", help="leave out the beginning of a prompt that is too long")
+    parser.add_argument("--token-scores", action="store_true", help="also write the score of every token")
+    parser.add_argument("--strict", action="store_true", help="stop at the first bad row")
+    parser.add_argument("--chunk", type=int, default=256, metavar="ROWS", help="that are ranked and written together")
+    parser.add_argument("--max-line", type=int, default=16 * 2**20, metavar="BYTES", help="of a row of JSON")
+    parser.add_argument("--provider", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--threads", type=int, help="of one run; on Ray 1 if not given")
+    parser.add_argument("--ray", action="store_true", help="on Ray Data: workers rank, this process writes")
+    parser.add_argument(
+        "--ray-address", metavar="ADDRESS", help="of a running cluster; one is started here if not given"
+    )
+    parser.add_argument("--ray-workers", type=int, default=1, metavar="N", help="each with a model of its own")
+    parser.add_argument("--ray-gpus", type=float, default=0, help="of each worker")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Rank, and say what came of it."""
+    for name in ("chunk", "max_line", "ray_workers"):
+        if getattr(arguments, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')}: expected at least 1; got {getattr(arguments, name)}")
+    if arguments.answers is not None and arguments.answers_field is not None:
+        raise InputError("--answers and --answers-field: expected one of them; got both")
+    if arguments.vote != "score" and arguments.answers is None and arguments.answers_field is None:
+        raise InputError(f"--vote {arguments.vote}: needs --answers or --answers-field")
+    # What no row could mend is refused before the first one.
+    if arguments.aggregation is not None:
+        aggregation_code(arguments.aggregation)
+    if arguments.answers is not None:
+        extractor(arguments.answers)
+    options: dict[str, Any] = {
+        name: getattr(arguments, name) for name in ("aggregation", "vote", "partial", "truncate")
+    }
+    if arguments.answers is not None:
+        options["answers"] = arguments.answers
+    task = Task(
+        artifact=str(Path(arguments.artifact).resolve()),
+        source=str(Path(arguments.input).absolute()),
+        prompt=arguments.prompt_field,
+        candidates=arguments.candidates_field,
+        answers=arguments.answers_field,
+        token_scores=arguments.token_scores,
+        options=options,
+        max_line=arguments.max_line,
+        provider=arguments.provider,
+        threads=1 if arguments.ray and arguments.threads is None else arguments.threads,
+    )
+    work = _ray(arguments, task) if arguments.ray else here
+    told: list[int] = []
+
+    def stop(number: int, _: object) -> None:
+        told.append(number)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        found = run_batch(
+            task, arguments.output, work, rows=arguments.chunk, strict=arguments.strict, overwrite=arguments.overwrite
+        )
+    except BonnxError:
+        # A library that was stopped while it was loaded calls that a failure of its own.
+        if told:
+            raise KeyboardInterrupt from None
+        raise
+    if not found.rows:
+        raise BonnxError(_nothing(arguments.output, found))
+    if arguments.json:
+        print_json({"output": str(arguments.output), **msgspec.to_builtins(found)})
+    else:
+        errors = f", {found.bad:,} bad ones in {arguments.output}.errors.jsonl" if found.bad else ""
+        print(f"{arguments.output}: {found.rows:,} rows{errors}, {found.seconds:.1f} s")
+    return 0
+
+
+def _nothing(output: Path, found: Summary) -> str:
+    """Why no row was ranked, which is no success."""
+    if not found.bad:
+        return f"no row was ranked: the input has none; {output} is empty"
+    errors = output.with_name(output.name + ".errors.jsonl")
+    with errors.open("rb") as file:
+        first = file.readline().decode().strip()
+    return f"no row was ranked, {found.bad:,} are in {errors}, the first: {first:.500}"
+
+
+def _ray(arguments: argparse.Namespace, task: Task) -> Callable[[Task, Iterable[Chunk]], Iterator[Result]]:
+    try:
+        import ray
+
+        from ..runtime.batch.ray_data import on_ray
+    except ModuleNotFoundError as e:
+        raise InputError(f"--ray: {e.name} is not installed; run `pip install bonnx[ray]`") from e
+    ray.init(address=arguments.ray_address, include_dashboard=False, log_to_driver=False)
+    return on_ray(arguments.ray_workers, task.threads or 1, arguments.ray_gpus)

@@ -1,0 +1,194 @@
+"""`bonnx doctor`: say what is installed and what is wrong with it. Needs nothing but Python itself."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import platform
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from importlib.machinery import PathFinder
+from typing import Any
+
+from ..runtime.engine.providers import FLAVOURS, installed_flavours
+from . import print_json
+
+__all__ = ["configure", "diagnose", "run"]
+
+# Modules whose names are not their packages'.
+_MODULES = {"onnxruntime-gpu": "onnxruntime"}
+# Each in a process of its own: an import may end it, and a module once imported may hide what is wrong with another.
+_PATH = "import sys, json; sys.path[:] = json.loads(sys.argv[1]);"
+_IMPORT = f"{_PATH} import importlib; print(importlib.import_module(sys.argv[2]).__file__ or '')"
+_RUNTIME = (
+    f"{_PATH} from bonnx.runtime.engine.providers import runtime_module; from bonnx.errors import ProviderError\n"
+    "try: print(json.dumps({'providers': runtime_module().get_available_providers()}))\n"
+    "except ProviderError as e: print(json.dumps({'problem': str(e)}))"
+)
+_SECONDS = 120
+
+
+@dataclass
+class _Package:
+    """What bonnx needs of a package, and what there is."""
+
+    name: str
+    bounds: str
+    extra: str | None
+    version: str | None = None
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def module(self) -> str:
+        return _MODULES.get(self.name, self.name.replace("-", "_"))
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments: none."""
+
+
+def diagnose() -> dict[str, Any]:
+    """Versions, providers, what each extra lacks, and problems with what to do about each."""
+    packages, problems = _required()
+    with ThreadPoolExecutor(4) as pool:
+        runtime = pool.submit(_ask, _RUNTIME)
+        installed = [p for p in packages if p.name not in FLAVOURS and (p.version is not None or p.extra is None)]
+        failures = [reason for reason in pool.map(_import, installed) if reason]
+    told, failed = runtime.result()
+    found = json.loads(told) if told else {"problem": f"ONNX Runtime cannot be loaded: {failed}; install it again"}
+    # What else fails to be imported while a package is hidden tells nothing.
+    problems += [reason for package in packages if (reason := _hidden(package))] or [
+        *([found["problem"]] if "problem" in found else []),
+        *failures,
+    ]
+    problems += [problem for package in packages for problem in package.problems]
+    return {
+        "ok": not problems,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {package.name: package.version for package in packages} | installed_flavours(),
+        "providers": found.get("providers", []),
+        "extras": _extras(packages),
+        "problems": list(dict.fromkeys(problems)),
+    }
+
+
+def _required() -> tuple[list[_Package], list[str]]:
+    """The packages that bonnx and its extras name, bonnx first, with their versions; and what is wrong with these."""
+    bonnx = _Package("bonnx", "", None)
+    try:
+        bonnx.version = importlib.metadata.version("bonnx")
+        lines = importlib.metadata.requires("bonnx") or []
+    except importlib.metadata.PackageNotFoundError:
+        return [bonnx], ["bonnx is not installed, only its files are here; run `pip install .` in its folder"]
+    packages = [bonnx]
+    problems: list[str] = []
+    for line in lines:
+        match = re.match(r"([\w.-]+)\s*(?:\[[^\]]*\])?\s*\(?([^;)]*)\)?(?:;.*extra\s*==\s*[\"'](\w+)[\"'])?", line)
+        if match is None or match[1] == "bonnx" or match[3] == "test":
+            continue
+        package = _Package(match[1], match[2].strip(), match[3])
+        try:
+            package.version = importlib.metadata.version(package.name)
+        except importlib.metadata.PackageNotFoundError:
+            if package.extra is None:
+                package.problems.append(f"{package.name} is not installed; run `pip install {package.name}`")
+        if package.version is not None and not _within(package.version, package.bounds):
+            package.problems.append(
+                f"{package.name} {package.version} is installed, {package.bounds} is needed; "
+                f"run `pip install '{package.name}{package.bounds}'`"
+            )
+        packages.append(package)
+    return packages, problems
+
+
+def _within(version: str, bounds: str) -> bool:
+    """Whether a version's numbers lie within bounds such as `>=2.9,<2.14`."""
+    for operator, bound in re.findall(r"(>=|<=|==|!=|<|>)\s*([\w.]+)", bounds):
+        here, there = _numbers(version), _numbers(bound)
+        width = max(len(here), len(there))
+        own, other = (numbers + (0,) * (width - len(numbers)) for numbers in (here, there))
+        fits = {">=": own >= other, "<=": own <= other, "==": own == other, "!=": own != other, "<": own < other}
+        if not fits.get(operator, own > other):
+            return False
+    return True
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    match = re.match(r"\d+(?:\.\d+)*", version)
+    return tuple(map(int, match[0].split("."))) if match else ()
+
+
+def _extras(packages: list[_Package]) -> dict[str, dict[str, Any]]:
+    """For each extra the packages that are missing, and how to install them."""
+    found: dict[str, dict[str, Any]] = {}
+    have = {package.name for package in packages if package.version is not None}
+    for package in packages:
+        if package.extra is None or (package.name in FLAVOURS and package.name not in have and have & set(FLAVOURS)):
+            # Of the two flavours of ONNX Runtime one is enough.
+            continue
+        entry = found.setdefault(package.extra, {"missing": [], "install": f"pip install 'bonnx[{package.extra}]'"})
+        entry["missing"] += [package.name] if package.version is None else []
+    return found
+
+
+def _import(package: _Package) -> str | None:
+    """What is wrong with importing an installed package."""
+    if package.name == "bonnx" or package.version is None:
+        return None
+    told, failed = _ask(_IMPORT, package.module)
+    again = f"run `pip install --force-reinstall {package.name}`"
+    if failed:
+        return f"{package.name} is installed but cannot be imported: {failed}; {again}"
+    if not told:
+        return f"{package.name}: its folder holds no code; {again}"
+    return None
+
+
+def _hidden(package: _Package) -> str | None:
+    """What else is imported in place of an installed package, because it comes first on Python's path."""
+    if package.version is None:
+        return None
+    place = str(importlib.metadata.distribution(package.name).locate_file(""))
+    first, own = (PathFinder.find_spec(package.module, path) for path in (sys.path, [place]))
+    if first is None or own is None or None in (first.origin, own.origin) or first.origin == own.origin:
+        return None
+    return f"{first.origin} is imported in place of {package.name}; rename or remove it, then run `bonnx doctor` again"
+
+
+def _ask(code: str, *arguments: str) -> tuple[str, str | None]:
+    """What a Python process with this one's path prints, and what it says when it fails."""
+    command = [sys.executable, "-c", code, json.dumps(sys.path), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        return "", f"it takes more than {_SECONDS} s"
+    if done.returncode:
+        said = done.stderr.strip().splitlines()
+        return "", said[-1] if said else f"the process ended with {done.returncode}"
+    return done.stdout.strip().splitlines()[-1] if done.stdout.strip() else "", None
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the diagnosis; exit 1 if something is wrong."""
+    found = diagnose()
+    if arguments.json:
+        print_json(found)
+        return 0 if found["ok"] else 1
+    print(f"Python {found['python']} on {found['platform']}")
+    for name, version in found["packages"].items():
+        if version is not None:
+            print(f"  {name:<20} {version}")
+    print(f"  {'providers':<20} {', '.join(found['providers']) or 'none'}")
+    print("extras")
+    for name, entry in found["extras"].items():
+        said = f"missing {', '.join(entry['missing'])}: {entry['install']}" if entry["missing"] else "installed"
+        print(f"  {name:<20} {said}")
+    for problem in found["problems"]:
+        print(f"problem: {problem}")
+    print("ok" if found["ok"] else "not ok")
+    return 0 if found["ok"] else 1

@@ -1,0 +1,168 @@
+"""`bonnx export`: a checkpoint becomes an artifact. Without a checkpoint: the model that ships, and a demonstration."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any, get_args
+
+import msgspec
+
+from ..errors import InputError
+from ..export.artifact import check_output, export_model
+from ..export.checkpoint.source import Overrides, read_source
+from ..export.demo import demonstrate, draw_prompts, show
+from ..export.graphs.trace import DEFAULT_OPSET, OPSETS
+from ..export.triton.repository import check_repository, write_repository
+from ..export.verify.agreement import HeldOut, read_held_out
+from ..models.countdown import CHECKPOINT
+from ..models.hub import download, parse_source
+from ..runtime.artifact.manifest import PRECISIONS, Aggregation, Manifest
+from . import print_json
+
+__all__ = ["configure", "run"]
+
+DEFAULT_OUTPUT = Path("artifacts/countdown")
+HELD_OUT_PUZZLES = 200
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument(
+        "--checkpoint",
+        metavar="DIR",
+        help="folder with config.json and safetensors files, or the id of one on a hub (org/name or "
+        "org/name@revision); Countdown if not given",
+    )
+    parser.add_argument("-o", "--output", type=Path, help=f"folder to write; {DEFAULT_OUTPUT} for Countdown")
+    parser.add_argument("--overwrite", action="store_true", help="replace an artifact that is there")
+    parser.add_argument("--name", help="of the model, for people; the checkpoint folder's name if not given")
+    parser.add_argument("--opset", type=int, choices=OPSETS, default=DEFAULT_OPSET)
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default="fp32",
+        help="fp16, bf16: weights of half the size; int8: 8-bit products, the fastest on a CPU with VNNI; "
+        "int4: 4-bit weights, the smallest",
+    )
+    parser.add_argument(
+        "--held-out",
+        "--calibration",
+        type=Path,
+        metavar="FILE",
+        help="prompts on which fewer bits must select as float32 does: one a line, or a JSON object with 'prompt' "
+        "and 'candidates' a line, or for embeddings an .npz file with 'prompts' and 'candidates'; random if not given",
+    )
+    parser.add_argument(
+        "--min-agreement", type=float, default=0.85, help="share of these prompts, 0 to 1, below which export refuses"
+    )
+    parser.add_argument("--aggregation", choices=get_args(Aggregation), help="how positions become one score")
+    parser.add_argument("--activation", choices=["none", "sigmoid", "softmax"], help="applied to every score")
+    parser.add_argument("--label", help="which of several labels is the score: its name, or its number from 0")
+    parser.add_argument(
+        "--label-tokens",
+        nargs="+",
+        metavar="TEXT",
+        help="for a language model that answers with a token: the text of the token that means good, then the others; "
+        "read at the last token, or at the ends of steps with --step-text",
+    )
+    parser.add_argument("--label-token-ids", nargs="+", type=int, metavar="ID", help="the same tokens by their ids")
+    parser.add_argument("--step-text", help="the text that ends each step of a candidate")
+    parser.add_argument("--step-split", help="where a candidate without it is split into steps")
+    parser.add_argument("--max-tokens", type=int, help="maximum prompt + candidate length that the runtime accepts")
+    parser.add_argument("--max-candidates", type=int, help="maximum number of candidates that the runtime accepts")
+    parser.add_argument("--seed", type=int, default=0, help="of the verification's random inputs")
+    parser.add_argument("--triton", type=Path, metavar="DIR", help="also write a model repository for Triton here")
+    parser.add_argument("--dry-run", action="store_true", help="check everything that can be, write nothing")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Export, verify, print the parity table; for Countdown also let the artifact solve puzzles."""
+    shipped = arguments.checkpoint is None
+    if arguments.output is None and not shipped:
+        raise InputError("--checkpoint needs -o/--output: the folder to write")
+    default = DEFAULT_OUTPUT if arguments.precision == "fp32" else Path(f"{DEFAULT_OUTPUT}_{arguments.precision}")
+    output: Path = arguments.output or default
+    # The demonstration may be run again and again; any other folder is replaced only when asked.
+    overwrite = arguments.overwrite or arguments.output is None
+    check_output(output, overwrite=overwrite)
+    if arguments.triton is not None:
+        check_repository(arguments.triton, output, overwrite=arguments.overwrite)
+    checkpoint, name, revision = (CHECKPOINT, "countdown", None) if shipped else _fetch(arguments.checkpoint)
+    source = read_source(
+        checkpoint, Overrides(**{name: getattr(arguments, name) for name in Overrides.__annotations__})
+    )
+    held_out = _held_out(arguments, shipped)
+    parameters = sum(p.numel() for p in source.model.parameters())
+    print(f"{revision or checkpoint}: {parameters:,} parameters", file=sys.stderr)
+    for remark in source.remarks:
+        print(f"note: {remark}", file=sys.stderr)
+    if arguments.dry_run:
+        print(f"would write {output}{f' and {arguments.triton}' if arguments.triton else ''}", file=sys.stderr)
+        return 0
+    start = time.perf_counter()
+    manifest = export_model(
+        source.model,
+        output,
+        name=arguments.name or name,
+        source=revision,
+        scoring=source.scoring,
+        limits=source.limits,
+        tokenizer=source.tokenizer,
+        text=source.text,
+        opset=arguments.opset,
+        precision=arguments.precision,
+        held_out=held_out,
+        min_agreement=arguments.min_agreement,
+        overwrite=overwrite,
+        seed=arguments.seed,
+        reload=source.reload,
+    )
+    print(f"wrote {output} and verified it in {time.perf_counter() - start:.0f} s", file=sys.stderr)
+    models = None
+    if arguments.triton is not None:
+        models = write_repository(output, arguments.triton, overwrite=arguments.overwrite)
+        print(f"wrote {arguments.triton} for Triton: {', '.join(models)}", file=sys.stderr)
+    demonstration = demonstrate(output) if shipped else None
+    if arguments.json:
+        summary: dict[str, Any] = {"output": str(output), "parity": msgspec.to_builtins(manifest.parity)}
+        summary["agreement"] = msgspec.to_builtins(manifest.agreement)
+        summary["remarks"] = source.remarks
+        summary |= {} if models is None else {"triton": models}
+        print_json(summary | ({"demonstration": demonstration} if demonstration else {}))
+        return 0
+    _print_parity(manifest)
+    if demonstration:
+        show(demonstration)
+    return 0
+
+
+def _fetch(checkpoint: str) -> tuple[Path, str, str | None]:
+    """The folder, a name for people, and for a checkpoint from a hub its id with the commit."""
+    source = parse_source(checkpoint)
+    if isinstance(source, Path):
+        return source, source.resolve().name, None
+    folder, commit = download(source)
+    return folder, source.repo.split("/")[-1], f"{source.repo}@{commit}"
+
+
+def _held_out(arguments: argparse.Namespace, shipped: bool) -> tuple[list[HeldOut], str] | None:
+    if arguments.held_out is not None:
+        return read_held_out(arguments.held_out), arguments.held_out.name
+    if shipped and arguments.precision != "fp32":
+        prompts = draw_prompts("agreement", HELD_OUT_PUZZLES)
+        return [HeldOut(prompt) for prompt in prompts], "held-out puzzles"
+    return None
+
+
+def _print_parity(manifest: Manifest) -> None:
+    at = "" if manifest.precision == "fp32" else f" of the {manifest.precision} weights"
+    print(f"\nMaximum error against PyTorch in float64{at}; selected candidates equal in every case:\n")
+    print(f"  {'check':<30} {'cases':>5}  {'ONNX Runtime':>12}  {'PyTorch':>8}  allowed")
+    for p in manifest.parity:
+        allowed = "as NumPy" if p.allowed is None else f"{p.allowed:.1e}"
+        print(f"  {p.check:<30} {p.cases:>5}  {p.max_difference:>12.1e}  {p.pytorch_error:>8.1e}  {allowed}")
+    if manifest.agreement is not None:
+        print(f"\n{manifest.agreement}")

@@ -1,0 +1,242 @@
+"""`bonnx generate`: sample N completions of a prompt, score them, choose the best."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import msgspec
+import numpy as np
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from ..errors import BonnxError, InputError, NoWinnerError
+from ..runtime.files.lines import read_prompts
+from ..runtime.generate.options import Candidate, GenerateOptions, Generation
+from ..runtime.model import Model, checked_request, load
+from ..runtime.report import Search, show
+from ..runtime.text.reader import Item
+from . import print_json
+from .rank import parse_prompt
+
+__all__ = ["configure", "run"]
+
+_OPTIONS = ["n", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop", "aggregation"]
+_OPTIONS += ["prune_every", "prune_keep"]
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("artifact", help="folder that `bonnx export` wrote")
+    parser.add_argument("prompt", nargs="?", help="text, or as JSON a list of token ids or of messages")
+    parser.add_argument("--prompts", metavar="FILE", help="many prompts, one a line, text or JSON; '-' reads stdin")
+    parser.add_argument("--text", action="store_true", help="prompts are text, also where they begin as JSON")
+    parser.add_argument("-n", type=int, default=1, help="candidates of each prompt")
+    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same tokens everywhere")
+    parser.add_argument("--max-new-tokens", type=int, help="longest completion; what the limit leaves if not given")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the most likely token")
+    parser.add_argument("--top-k", type=int, default=0, help="draw from the k most likely tokens; 0 from all")
+    parser.add_argument("--top-p", type=float, default=1.0, help="draw from the smallest set with this probability")
+    parser.add_argument("--stop", action="append", help="text of one token that ends a completion; may be repeated")
+    parser.add_argument("--aggregation", help="last, mean, min, max, prod, or step_ and one of these")
+    parser.add_argument("--prune-every", type=int, default=0, metavar="TOKENS", help="drop the weakest so often")
+    parser.add_argument("--prune-keep", type=float, default=0.5, metavar="SHARE", help="how many go on")
+    parser.add_argument("--deadline", type=float, metavar="SECONDS", help="cut what still grows then")
+    parser.add_argument("--method", help="another way to spend n completions: beam, lookahead, dvts, weighted, ...")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the method, such as width=4"
+    )
+    parser.add_argument("--policy", metavar="FILE", help="choose the method by the prompt's difficulty")
+    parser.add_argument("--answers", help="what candidates vote for: boxed, number or regex:PATTERN")
+    parser.add_argument("--vote", help="score, weighted or majority, if not the method's own")
+    parser.add_argument("--save", metavar="RUN", help="also append the search to this folder, for `bonnx report`")
+    parser.add_argument("--provider", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--threads", type=int)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Generate and print."""
+    prompts = _prompts(arguments)
+    options: dict[str, Any] = {name: getattr(arguments, name) for name in _OPTIONS}
+    model = load(arguments.artifact, provider=arguments.provider, threads=arguments.threads)
+    answer = _answerer(model, options, arguments)
+    bad = 0
+    for line, prompt in prompts:
+        try:
+            if isinstance(prompt, InputError):
+                raise prompt
+            answer(prompt)
+        except (InputError, NoWinnerError) as e:
+            if line is None:
+                raise
+            bad += 1
+            _tell(line, e, arguments)
+    if bad:
+        print(f"bonnx generate: {bad} of the prompts could not be answered", file=sys.stderr)
+    return 1 if bad else 0
+
+
+def _answerer(model: Model, options: dict[str, Any], arguments: argparse.Namespace) -> Callable[[Item], None]:
+    """What answers a prompt and prints the answer; options that no prompt could do with are refused here."""
+    if arguments.method is not None or arguments.policy is not None:
+        what = _search_options(arguments, options)
+        return lambda prompt: _search(model, prompt, what, arguments)
+    for name in ("set", "answers", "vote", "save"):
+        if getattr(arguments, name):
+            raise InputError(f"--{name} belongs to --method or --policy")
+    given = cast("GenerateOptions", options)
+    checked_request(model, np.zeros(1, np.int64), given, model.manifest.limits.max_tokens - 1)
+
+    def answer(prompt: Item) -> None:
+        if arguments.json:
+            print_json(_as_json(prompt, model.generate(prompt, deadline=arguments.deadline, **given)))
+        else:
+            _show(model, prompt, options, arguments.deadline)
+
+    return answer
+
+
+def _tell(line: int, error: BonnxError, arguments: argparse.Namespace) -> None:
+    """Why a line of `--prompts` has no answer, in its place among the answers."""
+    if arguments.json:
+        print_json({"ok": False, "line": line, "error": type(error).__name__, "reason": str(error)})
+    where = f"{arguments.prompts}, line {line}: "
+    print(f"bonnx generate: {where}{str(error).removeprefix(where)}", file=sys.stderr)
+
+
+def _prompts(arguments: argparse.Namespace) -> Iterator[tuple[int | None, Item | InputError]]:
+    """The prompts, those of a file with their lines, read as they are needed."""
+    if (arguments.prompt is None) == (arguments.prompts is None):
+        raise InputError("expected a prompt, or --prompts FILE; got " + ("both" if arguments.prompt else "neither"))
+    if arguments.prompt is not None:
+        return iter([(None, parse_prompt(arguments.prompt, "prompt", literal=arguments.text))])
+    return iter(read_prompts(arguments.prompts, literal=arguments.text))
+
+
+def _search_options(arguments: argparse.Namespace, options: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `Model.search`."""
+    if arguments.prune_every:
+        raise InputError("--prune-every: with a method, pruning is one of its own: --method pruned --set every=12")
+    found: dict[str, Any] = {name: options[name] for name in options if name not in ("n", "prune_every", "prune_keep")}
+    found = {name: value for name, value in found.items() if value is not None}
+    for setting in arguments.set:
+        name, equals, value = setting.partition("=")
+        if not equals:
+            raise InputError(f"--set: expected NAME=VALUE, such as width=4; got {setting!r}")
+        found[name] = _value(value)
+    if arguments.method is not None and arguments.policy is None:
+        found["method"] = arguments.method
+    elif arguments.method is not None:
+        raise InputError("--method: a policy chooses the method; leave one of them out")
+    found |= {"budget": arguments.n, "policy": arguments.policy, "deadline": arguments.deadline}
+    return found | {"answers": arguments.answers, "vote": arguments.vote}
+
+
+def _value(text: str) -> Any:
+    """A number or truth if it is one, else the text."""
+    if text in ("true", "false"):
+        return text == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _search(model: Model, prompt: Item, what: dict[str, Any], arguments: argparse.Namespace) -> None:
+    """Search, print, and keep it if that is asked for."""
+    result = model.search(prompt, **what)
+    found = result.as_json(prompt, model.pieces)
+    if arguments.save:
+        folder = Path(arguments.save)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with (folder / "searches.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(found, ensure_ascii=False, allow_nan=False) + "\n")
+        except OSError as e:
+            raise InputError(f"--save: cannot write to {folder}: {e.strerror or e}") from e
+    if arguments.json:
+        print_json({"best": _what(result.best), **found})
+        return
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=10_000)
+    show(console, msgspec.convert(found, Search))
+
+
+def _as_json(prompt: Item, result: Generation) -> dict[str, Any]:
+    return {
+        "prompt": prompt,
+        "best_index": result.best_index,
+        "best": _what(result.best),
+        "candidates": [
+            {
+                "text": candidate.text,
+                "tokens": candidate.tokens.tolist(),
+                "score": candidate.score if math.isfinite(candidate.score) else None,
+                "finish_reason": candidate.finish_reason,
+            }
+            for candidate in result.candidates
+        ],
+        "prompt_tokens": result.prompt_tokens,
+        "computed_tokens": result.computed_tokens,
+    }
+
+
+def _what(candidate: Candidate) -> Any:
+    return candidate.tokens.tolist() if candidate.text is None else candidate.text
+
+
+def _show(model: Model, prompt: Item, options: dict[str, Any], deadline: float | None) -> None:
+    """The candidates as they grow, where there is a terminal to show it; then a table."""
+    console = Console(highlight=False)
+    title = Text(str(prompt).replace("\n", "\\n"))
+    if console.is_terminal:
+        with Live(console=console, refresh_per_second=12) as live:
+            result = model.generate(
+                prompt,
+                deadline=deadline,
+                on_progress=lambda grown: live.update(_table(title, grown, sort=False)),
+                **options,
+            )
+            live.update(_table(title, result, sort=True))
+    else:
+        result = model.generate(prompt, deadline=deadline, **options)
+        # A file or a pipe has no width: nothing is folded or cut there.
+        Console(highlight=False, width=10_000).print(_table(title, result, sort=True))
+    tokens = f"{result.prompt_tokens} prompt tokens computed once, {result.computed_tokens} of the candidates"
+    print(f"{tokens}, {model.provider}", file=sys.stderr)
+
+
+def _table(title: Text, result: Generation, *, sort: bool) -> Table:
+    """One line a candidate, the best first at the end, so that a long list is read from the top."""
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    table.add_column("")
+    table.add_column("#", justify="right")
+    table.add_column("score", justify="right")
+    table.add_column("tokens", justify="right")
+    table.add_column("end")
+    table.add_column("candidate", overflow="fold")
+    numbers = list(range(len(result.candidates)))
+    if sort:
+        numbers.sort(key=lambda i: -_rankable(result.candidates[i].score))
+    for i in numbers:
+        candidate = result.candidates[i]
+        best = i == result.best_index
+        score = "-" if math.isnan(candidate.score) else f"{candidate.score:.5f}"
+        text = Text(str(_what(candidate)).replace("\n", "\\n"))
+        row = ("*" if best else "", str(i), score, str(len(candidate.tokens)), candidate.finish_reason or "...", text)
+        table.add_row(*row, style="bold green" if best else None)
+    return table
+
+
+def _rankable(score: float) -> float:
+    return -math.inf if math.isnan(score) else score

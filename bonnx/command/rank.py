@@ -1,0 +1,145 @@
+"""`bonnx rank`: score candidates after a prompt and choose the best."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import InputError
+from ..runtime.artifact.manifest import VOTES
+from ..runtime.files.lines import load_arrays, read_candidates
+from ..runtime.files.values import to_prompt, to_value
+from ..runtime.model import load
+from ..runtime.rank.result import Ranking
+from ..runtime.text.reader import Item
+from . import print_json, print_text
+
+__all__ = ["configure", "parse_prompt", "run"]
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("artifact", help="folder that `bonnx export` wrote")
+    parser.add_argument(
+        "--prompt",
+        required=True,
+        help="text; or as JSON a list of messages or of token ids; or an .npy file of embeddings",
+    )
+    parser.add_argument(
+        "--candidates",
+        required=True,
+        metavar="FILE",
+        help="one candidate a line, text or JSON, or one JSON list of texts, of lists of steps or of lists of token "
+        "ids; '-' reads stdin; for embeddings an .npy file (candidates, length, embed_dim) or an .npz file with one "
+        "array each",
+    )
+    parser.add_argument(
+        "--text", action="store_true", help="prompt and candidates are text, also where they begin as JSON"
+    )
+    parser.add_argument("--aggregation", help="last, mean, min, max, prod, or step_ and one of these")
+    parser.add_argument("--vote", choices=VOTES, default="score", help="by the answers' scores, or by their number")
+    parser.add_argument("--answers", help="what candidates vote for: boxed, number or regex:PATTERN")
+    parser.add_argument("--partial", action="store_true", help="candidates are not finished: append no end token")
+    parser.add_argument("--truncate", action="store_true", help="leave out the beginning of a prompt that is too long")
+    parser.add_argument("--provider", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--threads", type=int)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Rank and print."""
+    prompt, candidates = _prompt(arguments), _candidates(arguments)
+    model = load(arguments.artifact, provider=arguments.provider, threads=arguments.threads)
+    ranking = model.rank(
+        prompt,
+        candidates,
+        aggregation=arguments.aggregation,
+        partial=arguments.partial,
+        truncate=arguments.truncate,
+        vote=arguments.vote,
+        answers=arguments.answers,
+    )
+    if arguments.json:
+        print_json(_as_json(ranking) | {"provider": model.provider})
+    else:
+        _show(ranking, candidates)
+    return 0
+
+
+def _as_json(ranking: Ranking) -> dict[str, Any]:
+    found = {
+        "best_index": ranking.best_index,
+        "best": ranking.best.tolist() if isinstance(ranking.best, np.ndarray) else ranking.best,
+        "candidate_scores": _finite(ranking.candidate_scores),
+        "scores": [_finite(scores) for scores in ranking.scores],
+        "aggregation": ranking.aggregation,
+        "order": ranking.order,
+        "margin": None if ranking.margin is None else _finite([ranking.margin])[0],
+    }
+    if ranking.step_scores is not None:
+        found["step_scores"] = [_finite(scores) for scores in ranking.step_scores]
+    if ranking.cut:
+        found["cut"] = ranking.cut
+    if ranking.unreadable:
+        found["unreadable"] = {str(i): reason for i, reason in ranking.unreadable.items()}
+    if ranking.answers is not None:
+        found["answers"] = ranking.answers
+    if ranking.group_scores is not None:
+        found["group_scores"] = _finite(ranking.group_scores)
+    return found
+
+
+def _show(ranking: Ranking, candidates: Sequence[Item]) -> None:
+    """A line for each candidate; with a vote its answer's score and its answer too."""
+    answers = ["" if answer is None else str(answer) for answer in ranking.answers or ()]
+    width = max(map(len, answers), default=0)
+    for i, score in enumerate(ranking.candidate_scores):
+        line = f"{'*' if i == ranking.best_index else ' '} {score:9.5f}"
+        if ranking.group_scores is not None:
+            line += f"  {ranking.group_scores[i]:9.5f}"
+        if answers:
+            line += f"  {answers[i]:<{width}}"
+        shown = str(candidates[i]) if isinstance(candidates[i], str | list) else f"candidate {i}"
+        if i in ranking.unreadable:
+            shown += f" (cannot be read: {ranking.unreadable[i]})"
+        print_text(f"{line}  {shown}")
+
+
+def _finite(values: Any) -> list[float | None]:
+    """JSON has no NaN and no infinity: null."""
+    return [float(value) if math.isfinite(value) else None for value in values]
+
+
+def parse_prompt(text: str, option: str, *, literal: bool) -> Item:
+    """A prompt of the command line, read as a line of a file is.
+
+    Raises:
+        InputError: it begins as JSON does and is no prompt.
+    """
+    try:
+        return to_prompt(to_value(text, literal=literal))
+    except InputError as e:
+        raise InputError(f"{option}: {e}") from e
+
+
+def _prompt(arguments: argparse.Namespace) -> Item:
+    text: str = arguments.prompt
+    if text.endswith(".npy") and not arguments.text:
+        prompt: Item = load_arrays(Path(text))
+        return prompt
+    return parse_prompt(text, "--prompt", literal=arguments.text)
+
+
+def _candidates(arguments: argparse.Namespace) -> list[Item]:
+    name: str = arguments.candidates
+    try:
+        if name.endswith((".npy", ".npz")):
+            arrays = load_arrays(Path(name))
+            return list(arrays.values() if isinstance(arrays, dict) else arrays)
+        return read_candidates(name, literal=arguments.text)
+    except InputError as e:
+        raise InputError(f"--candidates: {e}") from e

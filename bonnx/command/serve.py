@@ -1,0 +1,131 @@
+"""`bonnx serve`: a model behind HTTP."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import signal
+import sys
+from pathlib import Path
+
+from ..errors import InputError
+from ..runtime.artifact.folder import read_verified
+from ..runtime.model import load
+from ..runtime.serve import Settings, create_app
+from ..runtime.serve.server import bind_to, log_to_stderr, make_server
+
+__all__ = ["configure", "run", "settings_of"]
+
+_KEY = "BONNX_API_KEY"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    default = Settings()
+    parser.add_argument("artifact", help="folder that `bonnx export` wrote")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at; this machine only if not given")
+    parser.add_argument("--port", type=int, default=8000, help="0 takes a free one; the log says which")
+    parser.add_argument(
+        "--api-key-file", type=Path, help=f"file with the key that clients must send; or set {_KEY} in the environment"
+    )
+    parser.add_argument("--provider", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--threads", type=int, help="CPU threads of one run")
+    parser.add_argument("--memory-limit", type=int, metavar="BYTES", help="that one request's run may take")
+    bounds = (
+        ("timeout", float, "SECONDS", "that a request may take"),
+        ("body-timeout", float, "SECONDS", "that a body may take to arrive"),
+        ("max-body", int, "BYTES", "of one request"),
+        ("max-tokens", int, "TOKENS", "of one request, padding and all that it may generate included"),
+        ("max-queue", int, "REQUESTS", "that may wait; beyond them the answer is 429"),
+        ("max-streams", int, "STREAMS", "generations that may be watched at once"),
+        ("batch-tokens", int, "TOKENS", "of rankings that run together"),
+        ("batch-candidates", int, "CANDIDATES", "that are generated together"),
+        ("batch-waste", float, "SHARE", "of them that may be padding"),
+        ("batch-wait", float, "SECONDS", "to wait for company while the model is idle"),
+    )
+    for name, kind, unit, what in bounds:
+        value = getattr(default, name.replace("-", "_"))
+        parser.add_argument(f"--{name}", type=kind, metavar=unit, default=value, help=f"{what}; {value} if not given")
+    parser.add_argument(
+        "--ray", action="store_true", help="serve on Ray: replicas, each with bounds and queues of its own"
+    )
+    parser.add_argument(
+        "--ray-address", metavar="ADDRESS", help="of a running cluster; one is started here if not given"
+    )
+    parser.add_argument("--replicas", type=int, default=1, help="on Ray, at the least")
+    parser.add_argument(
+        "--max-replicas", type=int, help="on Ray, at the most, by load; as many as --replicas if not given"
+    )
+    parser.add_argument("--replica-gpus", type=float, default=0, help="of each; above 0 on CUDA")
+    parser.add_argument("--max-connections", type=int, default=1024, help="beyond them the answer is 503")
+    parser.add_argument("--grace", type=int, default=30, metavar="SECONDS", help="to finish in when told to stop")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Serve until told to stop."""
+    settings = settings_of(arguments)
+    if arguments.host not in ("127.0.0.1", "localhost", "::1") and settings.api_key is None:
+        print(f"bonnx serve: anyone who reaches {arguments.host} may use this; see --api-key-file", file=sys.stderr)
+    return _on_ray(arguments, settings) if arguments.ray else _here(arguments, settings)
+
+
+def _here(arguments: argparse.Namespace, settings: Settings) -> int:
+    for name, least in (("max_connections", 1), ("grace", 0)):
+        if getattr(arguments, name) < least:
+            option = name.replace("_", "-")
+            raise InputError(f"--{option}: expected at least {least}; got {getattr(arguments, name)}")
+    # Until the server runs there is nothing to finish: Ctrl-C ends the process at once, whatever is being loaded.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    sockets = bind_to(arguments.host, arguments.port)
+    model = load(
+        arguments.artifact,
+        provider=arguments.provider,
+        threads=arguments.threads,
+        memory_limit=arguments.memory_limit,
+    )
+    server = make_server(create_app(model, settings), most_connections=arguments.max_connections, grace=arguments.grace)
+    log_to_stderr()
+
+    def leave(number: int, frame: object) -> None:
+        server.should_exit = True
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        # For a signal that comes before uvicorn listens to it; when it has stopped, it raises what it got once more.
+        signal.signal(number, leave)
+    server.run(sockets)
+    return 0 if server.started else 1
+
+
+def _on_ray(arguments: argparse.Namespace, settings: Settings) -> int:
+    try:
+        from ..runtime.serve.ray_serve import Scale, deploy, run_until_told
+    except ModuleNotFoundError as e:
+        if (e.name or "").split(".")[0] != "ray":
+            raise
+        raise InputError("--ray: Ray is not installed; run `pip install bonnx[ray]`") from e
+    most = arguments.replicas if arguments.max_replicas is None else arguments.max_replicas
+    scale = Scale(
+        replicas=arguments.replicas, most_replicas=most, cpus=arguments.threads or 1, gpus=arguments.replica_gpus
+    )
+    read_verified(Path(arguments.artifact))
+    artifact = str(Path(arguments.artifact).resolve())
+    application = deploy(artifact, settings, scale, memory_limit=arguments.memory_limit)
+    run_until_told(application, arguments.host, arguments.port, arguments.ray_address)
+    return 0
+
+
+def settings_of(arguments: argparse.Namespace) -> Settings:
+    """The bounds that were asked for.
+
+    Raises:
+        InputError: one is invalid, or the key cannot be read.
+    """
+    key = os.environ.get(_KEY)
+    if arguments.api_key_file is not None:
+        try:
+            key = arguments.api_key_file.read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as e:
+            raise InputError(f"--api-key-file: cannot read {arguments.api_key_file}: {e}") from e
+    names = [field.name for field in dataclasses.fields(Settings) if hasattr(arguments, field.name)]
+    return Settings(api_key=key, **{name: getattr(arguments, name) for name in names})

@@ -1,0 +1,1 @@
+"""What a checkpoint says: network, scoring rule, tokenizer, text."""

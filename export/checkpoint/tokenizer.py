@@ -1,0 +1,141 @@
+"""The tokenizer of a Hugging Face checkpoint, as one `tokenizer.json` that alone gives transformers' tokens."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import tokenizers
+
+from ...models.config import ConfigError
+from ...models.files import check_present
+from ...models.tokenizer_files import class_fields
+from .tokenizer_class import build_tokenizer
+
+__all__ = ["TextFiles", "check_vocabulary", "read_tokenizer"]
+
+TOKENIZER, SETTINGS, CONFIG = "tokenizer.json", "tokenizer_config.json", "config.json"
+TEMPLATE, TEMPLATES = "chat_template.jinja", "additional_chat_templates"
+# What a folder may hold instead of tokenizer.json; transformers can convert it.
+OTHER_FORMATS = (
+    "tokenizer.model",
+    "spm.model",
+    "tekken.json",
+    "tiktoken.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+)
+
+
+class TextFiles(msgspec.Struct, frozen=True, kw_only=True):
+    """What an artifact needs to read text as the checkpoint's model does."""
+
+    folder: Path
+    json: bytes  # a tokenizer.json that neither truncates nor pads
+    chat_template: str | None
+    special_tokens: dict[str, str]  # texts by the names that chat templates use, such as bos_token
+    adds_special_tokens: bool  # plain text is given special tokens; text of a chat template never is
+
+
+def read_tokenizer(folder: str | os.PathLike[str], *, template: str | None = None) -> TextFiles | None:
+    """The tokenizer and chat template of a checkpoint folder; None if it has no tokenizer at all.
+
+    transformers does not use every tokenizer.json as it stands (see `tokenizer_class`): the one that is returned gives
+    the ids of `AutoTokenizer.from_pretrained(folder)`, for plain text with its post-processor, for the text of a chat
+    template without.
+
+    Args:
+        folder: the checkpoint.
+        template: name of one of several chat templates; `default` if not given.
+
+    Raises:
+        ConfigError: a file is missing or unreadable, or the tokenizer is of a kind that needs transformers to run.
+    """
+    folder = Path(folder)
+    check_present(folder)
+    path = folder / TOKENIZER
+    if not path.is_file():
+        found = [name for name in (*OTHER_FORMATS, SETTINGS) if (folder / name).is_file()]
+        if not found:
+            return None
+        call = f"AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
+        raise ConfigError(
+            f"{path} is missing; found {', '.join(found)}. Convert it once with transformers: "
+            f'python -c "from transformers import AutoTokenizer as A; {call.replace("AutoTokenizer", "A")}"'
+        )
+    settings = _read_json(folder / SETTINGS)
+    special, family = _read_json(folder / "special_tokens_map.json"), class_fields(_read_json(folder / CONFIG))
+    tokenizer, special_tokens = build_tokenizer(path, _read_json(path), settings, special, family)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return TextFiles(
+        folder=folder,
+        json=tokenizer.to_str().encode(),
+        chat_template=_choose(_templates(folder, settings), template, folder),
+        special_tokens=special_tokens,
+        adds_special_tokens=tokenizer.num_special_tokens_to_add(False) > 0,
+    )
+
+
+def check_vocabulary(files: TextFiles, vocab_size: int) -> None:
+    """Refuse a tokenizer that has tokens without a row in the embedding.
+
+    Raises:
+        ConfigError: names the token, its id and the file that it comes from.
+    """
+    vocabulary = tokenizers.Tokenizer.from_str(files.json.decode()).get_vocab(with_added_tokens=True)
+    token, greatest = max(vocabulary.items(), key=lambda item: item[1], default=("", -1))
+    if greatest < vocab_size:
+        return
+    data = _read_json(files.folder / TOKENIZER)
+    own = token in data["model"]["vocab"] or any(added["content"] == token for added in data.get("added_tokens", ()))
+    raise ConfigError(
+        f"{files.folder / (TOKENIZER if own else SETTINGS)}: token {token!r} has the id {greatest}, but "
+        f"{files.folder / CONFIG} says vocab_size {vocab_size}; resize the model's embeddings, or remove the token"
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a file; empty if there is no such file."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as e:
+        raise ConfigError(f"{path}: cannot be read as JSON: {e}") from e
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected a JSON object; found {type(data).__name__}")
+    return data
+
+
+def _templates(folder: Path, settings: dict[str, Any]) -> dict[str, str]:
+    """Chat templates by name. Files of their own replace those of tokenizer_config.json, all of them."""
+    paths = {path.stem: path for path in sorted((folder / TEMPLATES).glob("*.jinja"))}
+    if (folder / TEMPLATE).is_file():
+        paths.setdefault("default", folder / TEMPLATE)
+    try:
+        files = {name: path.read_text(encoding="utf-8") for name, path in paths.items()}
+    except (OSError, ValueError) as e:
+        raise ConfigError(f"{folder}: a chat template cannot be read: {e}") from e
+    named = files or settings.get("chat_template") or {}
+    if isinstance(named, str):
+        named = {"default": named}
+    elif isinstance(named, list) and all(isinstance(item, dict) for item in named):
+        named = {item.get("name"): item.get("template") for item in named}
+    if not isinstance(named, dict) or not all(isinstance(x, str) for item in named.items() for x in item):
+        raise ConfigError(f"{folder / SETTINGS}: chat_template: expected a text or a list of names and templates")
+    return named
+
+
+def _choose(templates: dict[str, str], name: str | None, folder: Path) -> str | None:
+    if not templates and name is None:
+        return None
+    chosen = templates.get(name or "default")
+    if chosen is None:
+        found = ", ".join(sorted(templates)) or "none"
+        raise ConfigError(f"{folder}: there is no chat template named '{name or 'default'}'; found: {found}")
+    return chosen

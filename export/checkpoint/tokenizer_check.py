@@ -1,0 +1,148 @@
+"""The tokenizer and chat template of an artifact against transformers' own, where transformers is installed."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import tokenizers
+
+from ...errors import BonnxError, ExportError
+from ...runtime.text.chat import ChatTemplate
+from .tokenizer import TextFiles
+
+__all__ = ["check_against_transformers"]
+
+TEXTS = (
+    "",
+    "x",
+    "The answer is 42.",
+    "  two spaces, a tab\tand both ends  ",
+    "\n\nline\r\n\n  indented\n",
+    "12345 + 67,890 = 80235; don't we'll I'M",
+    "naïve café e\u0301 Å ½ ﬁ Straße",
+    "数学の答えは42です。 Ответ: четыре. الجواب هو",
+    "\U0001f9ee \U0001f468\u200d\U0001f469\u200d\U0001f467 ∑∫√ → \u200b\ufeff\u00a0|",
+    "def f(x):\n    return x**2  # {{ template }}\n",
+    "\\boxed{7} <b>&amp;</b> [INST] <<SYS>>",
+    "▁ Ġ <0x0A> \x00\x7f",
+)
+USER, ASSISTANT = {"role": "user", "content": "What is 6 * 7?"}, {"role": "assistant", "content": "It is 42."}
+SYSTEM = {"role": "system", "content": "Think & answer <briefly>."}
+THOUGHT = {"role": "assistant", "content": "<think>\n6 * 7\n</think>\n\n  42 \n"}
+AGAIN = {"role": "user", "content": " And\n7 * 8? "}
+CONVERSATIONS: tuple[list[dict[str, Any]], ...] = (
+    [USER],
+    [SYSTEM, USER],
+    [USER, ASSISTANT],
+    [SYSTEM, USER, ASSISTANT],
+    [USER, THOUGHT, AGAIN],
+    [SYSTEM, USER, THOUGHT, AGAIN, ASSISTANT],
+    [ASSISTANT, USER, USER],
+    [{"role": "user", "content": [{"type": "text", "text": "What is 6 * 7?"}]}],
+)
+
+
+def check_against_transformers(files: TextFiles) -> str | None:
+    """Compare token ids and rendered conversations with `AutoTokenizer` of the same folder.
+
+    Returns:
+        transformers' version, or None if it is not installed or older than 5, whose tokenizers differ.
+
+    Raises:
+        ExportError: names the first text or conversation that comes out differently.
+    """
+    try:
+        import transformers
+    except ImportError:
+        return None
+    version: str = transformers.__version__
+    if int(version.split(".")[0]) < 5:
+        return None
+    with _quiet(transformers):
+        try:
+            theirs = transformers.AutoTokenizer.from_pretrained(str(files.folder), local_files_only=True)
+        except Exception as e:  # anything that a tokenizer's class may raise
+            raise ExportError(f"{files.folder}: transformers {version} cannot read the tokenizer: {e}") from e
+        _check_ids(files, theirs, version)
+        if files.chat_template is not None:
+            _check_chats(files, files.chat_template, theirs, version)
+    return version
+
+
+@contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """Without transformers' remarks on the tokenizer."""
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers.logging.set_verbosity(before)
+
+
+def _check_ids(files: TextFiles, theirs: Any, version: str) -> None:
+    ours = tokenizers.Tokenizer.from_str(files.json.decode())
+    known = list(dict.fromkeys(token.content for token in ours.get_added_tokens_decoder().values()))
+    marked = [f"{piece}{token}{piece}" for token in known[:20] for piece in ("", "a", " b ", "\n")]
+    for text in (*TEXTS, *marked, "".join(known[:20]), " ".join(TEXTS)):
+        for special in (True, False):
+            found = ours.encode(text, add_special_tokens=special).ids
+            expected = theirs(text, add_special_tokens=special)["input_ids"]
+            if found != expected:
+                raise ExportError(
+                    f"{files.folder}: the tokenizer gives {found} for {text!r} (add_special_tokens={special}); "
+                    f"transformers {version} gives {expected}"
+                )
+
+
+def _check_chats(files: TextFiles, source: str, theirs: Any, version: str) -> None:
+    template = ChatTemplate(source, files.special_tokens)
+    for conversation in CONVERSATIONS:
+        for prompted in (False, True):
+            for attempt in range(3):  # the time of day may be part of the text
+                found = _ours(template, conversation, prompted)
+                expected = _expected(theirs, source, conversation, prompted)
+                if found == expected:
+                    break
+                if attempt == 2:
+                    raise ExportError(
+                        f"{files.folder}: the chat template gives {found!r} for {conversation} (add_generation_prompt="
+                        f"{prompted}); transformers {version} gives {expected!r} (None: refused)"
+                    )
+
+
+def _ours(template: ChatTemplate, conversation: list[dict[str, Any]], prompted: bool) -> str | None:
+    try:
+        return template.render(conversation, add_generation_prompt=prompted)
+    except BonnxError:
+        return None
+
+
+def _expected(theirs: Any, source: str, conversation: list[dict[str, Any]], prompted: bool) -> str | None:
+    """transformers' text for the kind of content that the template takes.
+
+    Of the other kind transformers writes nothing, or the list as Python shows it.
+    """
+    content = conversation[-1]["content"]
+    words: str = content if isinstance(content, str) else content[0]["text"]
+    given = _theirs(theirs, source, conversation, prompted)
+    if given is not None and words.strip() in given and "'text'" not in given:
+        return given
+    other = words if isinstance(content, list) else [{"type": "text", "text": words}]
+    instead = _theirs(theirs, source, [*conversation[:-1], {**conversation[-1], "content": other}], prompted)
+    return instead if instead is not None and words.strip() in instead and "'text'" not in instead else given
+
+
+def _theirs(theirs: Any, source: str, conversation: list[dict[str, Any]], prompted: bool) -> str | None:
+    try:
+        text: str = theirs.apply_chat_template(
+            conversation, chat_template=source, tokenize=False, add_generation_prompt=prompted
+        )
+    except Exception:  # whatever a template raises is a refusal
+        return None
+    return text

@@ -1,0 +1,1 @@
+"""What is traced and appended: one graph for each question that the runtime asks."""

@@ -1,0 +1,347 @@
+"""`generate`: prompt pass, a loop that samples and scores a token of every candidate, and the selection, in one graph.
+
+The prompts' keys and values are read from the outer scope, so they are never copied and never repeated. A candidate
+that has ended, or that pruning dropped, leaves the loop's rows at the next step and costs nothing more. There is one
+loop and not two: ONNX Runtime packs weights for a loop's body, but not for a loop inside a loop, which takes twice as
+long.
+
+Shapes: N candidates, n of them running, B prompts, T tokens so far; the others as in `layers.py`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import onnx_ir as ir
+
+from ...models.config import NetworkConfig
+from .builder import Builder, name_value
+from .sampling import draw_token, prompt_stream, random_uniform
+from .selection import aggregate
+from .vote import best_of_n
+
+__all__ = ["generate_graph"]
+
+INT, FLOAT, BOOL = ir.DataType.INT64, ir.DataType.FLOAT, ir.DataType.BOOL
+ROWS, TABLE = ["running", "batch"], ["num_candidates", "batch", "length"]
+RESULTS: dict[str, list[str]] = {
+    "sequences": TABLE,
+    "lengths": TABLE[:2],
+    "scores": TABLE,
+    "log_probs": TABLE,
+    "finish_reasons": TABLE[:2],
+    "candidate_scores": TABLE[:2],
+    "best_index": ["batch"],
+    "best_sequence": ["batch", "length"],
+    "computed_tokens": [],
+}
+
+
+class Options(NamedTuple):
+    """What steers generation, all graph inputs: scalars, and the list of stop tokens."""
+
+    num_candidates: ir.Value
+    max_new_tokens: ir.Value
+    temperature: ir.Value
+    top_k: ir.Value
+    top_p: ir.Value
+    seed: ir.Value
+    stop_tokens: ir.Value
+    aggregation: ir.Value
+    step_token: ir.Value
+    prune_every: ir.Value
+    prune_keep: ir.Value
+
+
+class Rows(NamedTuple):
+    """Of the candidates that still run, each (n, B)."""
+
+    tokens: ir.Value
+    """int64: drawn, not yet read by the network."""
+    log_probs: ir.Value
+    running: ir.Value
+    """bool: False for a row that only fills up the rectangle."""
+    numbers: ir.Value
+    """int64: which candidate this is, 0..N-1."""
+
+
+class Tables(NamedTuple):
+    """Of all candidates."""
+
+    sequences: ir.Value
+    """(N, B, T) int64."""
+    scores: ir.Value
+    """(N, B, T) float32."""
+    log_probs: ir.Value
+    """(N, B, T) float32."""
+    lengths: ir.Value
+    """(N, B) int64."""
+    kept: ir.Value
+    """(N, B) bool: not fallen behind at any pruning."""
+    pruned: ir.Value
+    """(N, B) bool: stopped for that before its end."""
+    computed: ir.Value
+    """int64 scalar: tokens that the network has read, without the prompts'."""
+
+
+def generate_graph(prompt: ir.Graph, step: ir.Graph, config: NetworkConfig, pad_token: int) -> ir.Graph:
+    """Join the traced passes of `generate_graph.py`, which are used up, into one graph that is yet to be finished."""
+    kinds: dict[str, tuple[ir.DataType, list[str]]] = {name: (INT, []) for name in Options._fields}
+    kinds |= {name: (FLOAT, []) for name in ("temperature", "top_p", "prune_keep")}
+    kinds["stop_tokens"] = (INT, ["stops"])
+    given = Options(*(ir.val(name, dtype, shape) for name, (dtype, shape) in kinds.items()))
+    ids, mask = prompt.inputs
+    logits, *cache = prompt.outputs
+    b = Builder("generate")
+    for part in (prompt, step):
+        b.hoist(part)
+    b.adopt(prompt)
+    count = b.Unsqueeze(given.num_candidates, b.ints(0))
+    grid = b.Concat(count, b.Shape(ids, start=0, end=1), axis=0)
+    numbers = b.Expand(b.Unsqueeze(b.Range(b.int(0), given.num_candidates, b.int(1)), b.ints(1)), grid)
+    stream = b.call(prompt_stream, ids, mask, given.seed)
+    uniform = b.call(random_uniform, stream, b.int(0), numbers)
+    wide = b.Expand(logits, b.Concat(count, b.Shape(logits), axis=0))
+    tokens, log_probs = b.call(draw_token, wide, uniform, given.temperature, given.top_k, given.top_p)
+    no, yes = (b.Expand(b.constant(np.array(value)), grid) for value in (False, True))
+    nothing = b.Concat(grid, b.ints(0), axis=0)
+    no_ids, no_values = (b.Expand(zero, nothing) for zero in (b.int(0), b.float(0)))
+    head = b.ints(config.num_kv_heads, 0, config.size_of_head)
+    own = b.Expand(b.float(0), b.Concat(grid, head, axis=0))
+    rows = Rows(tokens, log_probs, yes, numbers)
+    tables = Tables(no_ids, no_values, no_values, b.Expand(b.int(0), grid), yes, no, b.int(0))
+    carried = [*rows, *tables, *[own] * (2 * config.num_layers)]
+    some = b.Greater(given.max_new_tokens, b.int(0))
+    body = _body(given, step, mask, stream, cache, config, pad_token)
+    outputs = b.loop(given.max_new_tokens, some, carried, body)
+    results = _results(b, given, Tables(*outputs[len(rows) :][: len(tables)]))
+    for name, value in results.items():
+        name_value(value, name, FLOAT if name in ("scores", "log_probs", "candidate_scores") else INT, RESULTS[name])
+    return ir.Graph(
+        [ids, mask, *given], list(results.values()), nodes=b.nodes, initializers=b.initializers, name="generate"
+    )
+
+
+def _body(
+    given: Options,
+    step: ir.Graph,
+    mask: ir.Value,
+    stream: ir.Value,
+    prompt_cache: list[ir.Value],
+    config: NetworkConfig,
+    pad_token: int,
+) -> ir.Graph:
+    """Each running candidate's token is read and rated, and the next one is drawn; the weakest may be dropped."""
+    b = Builder("step")
+    iteration, go = ir.val("step", INT, []), ir.val("step/go", BOOL, [])
+    rows, tables, own = _rows(), _tables(), _own(config)
+    inputs = [iteration, go, *rows, *tables, *own]
+
+    compacted, fewer, index = _compact(b, rows)
+    scores, logits, *grown = _network(b, step, compacted.tokens, mask, prompt_cache, own, (fewer, index))
+    tokens, log_probs, running, numbers = compacted
+    done = b.Add(iteration, b.int(1))
+    uniform = b.call(random_uniform, stream, done, numbers)
+    drawn, drawn_log_probs = b.call(draw_token, logits, uniform, given.temperature, given.top_k, given.top_p)
+    # A token that was drawn from no distribution makes a candidate that cannot win.
+    scores = b.Where(b.IsNaN(log_probs), b.float(np.nan), scores)
+    pad = b.int(pad_token)
+    lengths = b.ScatterElements(tables.lengths, numbers, b.Cast(running, to=INT), axis=0, reduction="add")
+    written = (b.Where(running, tokens, pad), *(b.Where(running, x, b.float(0)) for x in (scores, log_probs)))
+    fills = (pad, b.float(0), b.float(0))
+    grown_tables = [
+        _append(b, table, new, numbers, fill) for table, new, fill in zip(tables[:3], written, fills, strict=True)
+    ]
+    computed = b.Add(tables.computed, b.ReduceProd(b.Shape(tokens), keepdims=0))
+    sequences, all_scores, all_log_probs = grown_tables
+    tables = Tables(sequences, all_scores, all_log_probs, lengths, tables.kept, tables.pruned, computed)
+    running = b.And(running, b.Not(_stops(b, given, tokens)))
+    kept = _prune(b, given, done, tables)
+    stays = b.Greater(b.GatherElements(b.Cast(kept, to=INT), numbers, axis=0), b.int(0))
+    nobody = b.Expand(b.int(0), b.Shape(kept))
+    dropped = b.ScatterElements(nobody, numbers, b.Cast(b.And(running, b.Not(stays)), to=INT), axis=0)
+    pruned = b.Or(tables.pruned, b.Greater(dropped, b.int(0)))
+    running = b.And(running, stays)
+    tables = tables._replace(kept=kept, pruned=pruned)
+    rows = Rows(b.Where(running, drawn, pad), drawn_log_probs, running, b.Identity(numbers))
+    return b.body(inputs, [_any(b, running), *rows, *tables, *grown])
+
+
+def _compact(b: Builder, rows: Rows) -> tuple[Rows, ir.Value, ir.Value]:
+    """Only as many rows as the prompt with the most running candidates needs, their order kept.
+
+    Also whether that is fewer than there were, and which rows of (n, B) flattened these are.
+    """
+    running, batch = b.Cast(rows.running, to=FLOAT), b.Shape(rows.tokens, start=1)
+    count = b.Shape(rows.tokens, start=0, end=1)
+    most = b.Cast(b.ReduceMax(b.ReduceSum(running, b.ints(0), keepdims=1), keepdims=0), to=INT)
+    fewer = b.Less(most, b.Squeeze(count, b.ints(0)))
+    # Of equal values `TopK` takes the first: without a change every row stays in its place.
+    _, index = b.TopK(b.Where(fewer, running, b.float(1)), b.Min(most, count), axis=0, _outputs=2)
+    tokens, log_probs, numbers = (
+        b.GatherElements(value, index, axis=0) for value in (rows.tokens, rows.log_probs, rows.numbers)
+    )
+    runs = b.Greater(b.GatherElements(running, index, axis=0), b.float(0))
+    columns = b.Range(b.int(0), b.Squeeze(batch, b.ints(0)), b.int(1))
+    flat = b.Add(b.Mul(index, batch), columns)
+    return Rows(tokens, log_probs, runs, numbers), fewer, flat
+
+
+def _network(
+    b: Builder,
+    step: ir.Graph,
+    tokens: ir.Value,
+    mask: ir.Value,
+    prompt_cache: list[ir.Value],
+    own: list[ir.Value],
+    kept_rows: tuple[ir.Value, ir.Value],
+) -> list[ir.Value]:
+    """The traced step; where it appends to the candidates' cache, it first takes the rows that are left."""
+    cache = [x for i in range(0, len(own), 2) for x in (*prompt_cache[i : i + 2], *own[i : i + 2])]
+    for parameter, value in zip(list(step.inputs), (tokens, mask, *cache), strict=True):
+        parameter.replace_all_uses_with(value)
+    outputs = list(step.outputs)
+    b.adopt(step)
+    for i, node in enumerate(b.nodes):
+        if node.op_type == "Concat" and node.inputs[0] in own:
+            b.nodes[i] = _joined(node, kept_rows)
+            outputs[outputs.index(node.outputs[0])] = b.nodes[i].outputs[0]
+        elif node.op_type == "Shape" and node.inputs[0] in own and node.attributes["end"].as_int() <= len(ROWS):
+            # The tracer may read the number of rows from the cache, which is about to lose some.
+            node.replace_input_with(0, tokens)
+    return outputs
+
+
+def _joined(node: ir.Node, kept_rows: tuple[ir.Value, ir.Value]) -> ir.Node:
+    """`Concat(cache, new)` as an `If`: each branch copies the cache once, and only one of them gathers rows."""
+    cache, new = node.inputs
+    assert cache is not None
+    assert new is not None
+    fewer, index = kept_rows
+    axis = node.attributes["axis"].as_int()
+    branches = {}
+    for name in ("then_branch", "else_branch"):
+        b, source = Builder(f"{node.name}/{name}"), cache
+        if name == "then_branch":
+            rows = b.Reshape(cache, b.Concat(b.ints(-1), b.Shape(cache, start=2), axis=0))
+            source = b.Gather(rows, index, axis=0)
+        output = b.Concat(source, new, axis=axis)
+        output.dtype = FLOAT
+        branches[name] = ir.Graph([], [output], nodes=b.nodes, initializers=b.initializers, name=b.name)
+    chosen = ir.node("If", [fewer], branches)
+    node.outputs[0].replace_all_uses_with(chosen.outputs[0])
+    return chosen
+
+
+def _append(b: Builder, table: ir.Value, new: ir.Value, numbers: ir.Value, fill: ir.Value) -> ir.Value:
+    """One step's entries (n, B) to the end of a table (N, B, T)."""
+    blank = b.Expand(fill, b.Shape(table, start=0, end=2))
+    entries = b.ScatterElements(blank, numbers, new, axis=0)
+    joined: ir.Value = b.Concat(table, b.Unsqueeze(entries, b.ints(2)), axis=2)
+    return joined
+
+
+def _prune(b: Builder, given: Options, done: ir.Value, tables: Tables) -> ir.Value:
+    """Which candidates (N, B) stay in the race after `done` steps, ended ones included.
+
+    Speculative rejection (Sun et al., 2024), with the scorer's own running score.
+    """
+    every = b.Max(given.prune_every, b.int(1))
+    due = b.And(b.Greater(given.prune_every, b.int(0)), b.Equal(b.Mod(done, every), b.int(0)))
+    then, otherwise = Builder("prune"), Builder("keep")
+    branches = {}
+    for builder, kept in ((then, _keep_best(then, given, tables)), (otherwise, otherwise.Identity(tables.kept))):
+        kept.dtype = BOOL
+        branches[builder] = ir.Graph(
+            [], [kept], nodes=builder.nodes, initializers=builder.initializers, name=builder.name
+        )
+    chosen: ir.Value = b.If(due, then_branch=branches[then], else_branch=branches[otherwise])
+    return chosen
+
+
+def _keep_best(b: Builder, given: Options, tables: Tables) -> ir.Value:
+    """(N, B) bool: the best `prune_keep` of those in the race, rounded up."""
+    found = _aggregate(b, given, tables, _mask(b, tables))
+    low = b.float(-np.inf)
+    found = b.Where(b.And(tables.kept, b.Not(b.IsNaN(found))), found, low)
+    _, order = b.TopK(found, b.Shape(found, start=0, end=1), axis=0, _outputs=2)
+    ranks = b.Unsqueeze(b.Range(b.int(0), given.num_candidates, b.int(1)), b.ints(1))
+    place = b.ScatterElements(order, order, b.Expand(ranks, b.Shape(found)), axis=0)
+    in_race = b.ReduceSum(b.Cast(tables.kept, to=FLOAT), b.ints(0), keepdims=1)
+    # The fraction of a whole number may come out a little above it.
+    limit = b.Ceil(b.Sub(b.Mul(in_race, given.prune_keep), b.float(1e-4)))
+    kept: ir.Value = b.And(tables.kept, b.Less(place, b.Max(b.Cast(limit, to=INT), b.int(1))))
+    return kept
+
+
+def _mask(b: Builder, tables: Tables) -> ir.Value:
+    """(N, B, T) int64, 1 where a token was written."""
+    places = b.Range(b.int(0), b.Squeeze(b.Shape(tables.sequences, start=2), b.ints(0)), b.int(1))
+    mask: ir.Value = b.Cast(b.Less(places, b.Unsqueeze(tables.lengths, b.ints(2))), to=INT)
+    return mask
+
+
+def _aggregate(b: Builder, given: Options, tables: Tables, mask: ir.Value) -> ir.Value:
+    """Candidate scores (N, B) of the tables."""
+    at_step = b.Or(b.Equal(tables.sequences, given.step_token), b.Less(given.step_token, b.int(0)))
+    found: ir.Value = b.call(aggregate, tables.scores, mask, b.Cast(at_step, to=INT), given.aggregation)
+    return found
+
+
+def _stops(b: Builder, given: Options, tokens: ir.Value) -> ir.Value:
+    """Whether each token (...) ends its candidate."""
+    # -1 is no token: the list is never empty.
+    stops = b.Concat(given.stop_tokens, b.ints(-1), axis=0)
+    equal = b.Cast(b.Equal(b.Unsqueeze(tokens, b.ints(-1)), stops), to=FLOAT)
+    found: ir.Value = b.Greater(b.ReduceMax(equal, b.ints(-1), keepdims=0), b.float(0))
+    return found
+
+
+def _results(b: Builder, given: Options, tables: Tables) -> dict[str, ir.Value]:
+    """The graph's outputs."""
+    mask = _mask(b, tables)
+    ended = b.Mul(b.Cast(_stops(b, given, tables.sequences), to=INT), mask)
+    # The order of `FINISH_REASONS`.
+    reasons = b.Where(tables.pruned, b.int(2), b.Max(b.ReduceMax(ended, b.ints(2), keepdims=0), b.int(0)))
+    whole = b.Mul(mask, b.Cast(b.Not(b.Unsqueeze(tables.pruned, b.ints(2))), to=INT))
+    candidate_scores = _aggregate(b, given, tables, whole)
+    best = b.call(best_of_n, candidate_scores)
+    index = b.Unsqueeze(b.Max(best, b.int(0)), b.ints(0, 2))
+    shape = b.Concat(b.ints(1), b.Shape(tables.sequences, start=1), axis=0)
+    best_sequence = b.GatherElements(tables.sequences, b.Expand(index, shape), axis=0)
+    return {
+        "sequences": tables.sequences,
+        "lengths": tables.lengths,
+        "scores": tables.scores,
+        "log_probs": tables.log_probs,
+        "finish_reasons": reasons,
+        "candidate_scores": candidate_scores,
+        "best_index": best,
+        "best_sequence": b.Squeeze(best_sequence, b.ints(0)),
+        "computed_tokens": tables.computed,
+    }
+
+
+def _any(b: Builder, values: ir.Value) -> ir.Value:
+    """Whether any of them is true: a bool scalar."""
+    found: ir.Value = b.Greater(b.ReduceMax(b.Cast(values, to=FLOAT), keepdims=0), b.float(0))
+    return found
+
+
+def _rows() -> Rows:
+    kinds = {"log_probs": FLOAT, "running": BOOL}
+    return Rows(*(ir.val(f"rows/{name}", kinds.get(name, INT), ROWS) for name in Rows._fields))
+
+
+def _tables() -> Tables:
+    kinds = {"scores": FLOAT, "log_probs": FLOAT, "kept": BOOL, "pruned": BOOL}
+    shapes: dict[str, list[str]] = dict.fromkeys(("lengths", "kept", "pruned"), TABLE[:2]) | {"computed": []}
+    return Tables(*(ir.val(f"table/{n}", kinds.get(n, INT), shapes.get(n, TABLE)) for n in Tables._fields))
+
+
+def _own(config: NetworkConfig) -> list[ir.Value]:
+    """The candidates' keys and values, layer by layer."""
+    shape: list[int | str | None] = [*ROWS, config.num_kv_heads, "own_length", config.size_of_head]
+    names = (f"own/{kind}.{i}" for i in range(config.num_layers) for kind in ("key", "value"))
+    return [ir.val(name, FLOAT, shape) for name in names]

@@ -1,0 +1,123 @@
+"""The two passes of generation: the prompt once, then one token of every candidate at a time.
+
+Shapes: N candidates, B prompts, P prompt length, T own tokens so far, V vocab_size; the others as in `layers.py`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..precision.products import VocabularyHead
+from .attention import allowed, attend, attend_own, attend_prompt, shared_keys, shared_values
+from .layers import Layer, Trunk, additive
+
+__all__ = ["PromptGraph", "StepGraph"]
+
+
+class PromptGraph(nn.Module):
+    """Prompts -> logits of the first token, and the keys and values that every candidate will read."""
+
+    def __init__(self, trunk: Trunk, head: VocabularyHead) -> None:
+        super().__init__()
+        self.trunk, self.head = trunk, head
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
+        """Ids and mask (B, P) int64, padding on either side -> logits (B, V), then keys and values, layer by layer.
+
+        These are (B, G, K + 2, P + 1) and (B, G, P + 1, K), see `attention.py`.
+        """
+        trunk = self.trunk
+        batch, length = attention_mask.shape
+        real = attention_mask > 0
+        positions = (real.to(torch.int64).cumsum(1) - 1).clamp(min=0)
+        cos, sin = trunk.rotation(positions)
+        masks = trunk.for_each_window(lambda window: additive(allowed(real, positions, window)))
+        x = trunk.embed(input_ids)
+        x = trunk.project(x.reshape(batch * length, x.shape[-1]))
+        cache: list[Tensor] = []
+        for layer, mask in zip(trunk.layers[:-1], masks[:-1], strict=True):
+            assert isinstance(layer, Layer)
+            x = trunk.enter(x)
+            y = layer.attention_norm(x)
+            q, k, v = layer.queries(y, cos, sin), layer.keys(y, cos, sin), layer.values(y, batch)
+            cache += [shared_keys(k, real), shared_values(v)]
+            x = layer.finish(x, attend(q, k, v, mask).reshape(batch * length, layer.heads * layer.size))
+        # In the last layer only each prompt's last token is read further.
+        layer = trunk.layers[-1]
+        assert isinstance(layer, Layer)
+        x = trunk.enter(x)
+        y = layer.attention_norm(x)
+        k, v = layer.keys(y, cos, sin), layer.values(y, batch)
+        cache += [shared_keys(k, real), shared_values(v)]
+        last = (real.to(torch.int64) * (torch.arange(length) + 1)).amax(1).clamp(min=1) - 1
+        rows = torch.arange(batch) * length + last
+        x, y = x.index_select(0, rows), y.index_select(0, rows)
+        cos, sin, mask = (t.flatten(0, 1).index_select(0, rows)[:, None] for t in (cos, sin, masks[-1]))
+        q = layer.queries(y, cos, sin)
+        x = layer.finish(x, attend(q, k, v, mask).reshape(batch, layer.heads * layer.size))
+        return self.head(trunk.final_norm(x)), *cache
+
+
+class StepGraph(nn.Module):
+    """The newest token of every candidate -> its score, the logits of the next one, and the grown cache."""
+
+    def __init__(self, trunk: Trunk, head: VocabularyHead) -> None:
+        super().__init__()
+        self.trunk, self.head = trunk, head
+
+    def forward(self, tokens: Tensor, attention_mask: Tensor, *cache: Tensor) -> tuple[Tensor, ...]:
+        """One step.
+
+        Args:
+            tokens: (N, B) int64.
+            attention_mask: of the prompts, (B, P) int64.
+            cache: for each layer keys and values of the prompts, as `PromptGraph` gave them, and then of the
+                candidates, (N, B, G, T, K) each; T may be 0.
+
+        Returns:
+            scores (N, B), logits (N, B, V), then for each layer the candidates' keys and values (N, B, G, T + 1, K).
+        """
+        trunk, (count, batch) = self.trunk, tokens.shape
+        rows = count * batch
+        done = cache[2].shape[3]
+        lengths = (attention_mask > 0).to(torch.int64).sum(1)
+        positions = (lengths + done)[None].expand(count, batch)
+        cos, sin = trunk.rotation(positions.reshape(rows, 1))
+        windows = trunk.for_each_window(lambda window: _window(window, attention_mask, lengths + done, done))
+        x = trunk.project(trunk.embed(tokens.reshape(rows)))
+        grown: list[Tensor] = []
+        for i, layer in enumerate(trunk.layers):
+            assert isinstance(layer, Layer)
+            kv_heads, size, group = layer.kv_heads, layer.size, layer.heads // layer.kv_heads
+            keys, values, own_k, own_v = cache[4 * i : 4 * i + 4]
+            near, reach = windows[i]
+            x = trunk.enter(x)
+            y = layer.attention_norm(x)
+            q, k = layer.queries(y, cos, sin), layer.keys(y, cos, sin)
+            own_k = torch.cat([own_k, k.reshape(count, batch, kv_heads, 1, size)], 3)
+            own_v = torch.cat([own_v, layer.values(y, rows).reshape(count, batch, kv_heads, 1, size)], 3)
+            grown += [own_k, own_v]
+            q = q.reshape(count, batch, kv_heads, group, size)
+            own, own_logit = attend_own(q, own_k.transpose(3, 4), own_v, near)
+            q, own, own_logit = (
+                t.permute(1, 2, 0, 3, 4).reshape(batch, kv_heads, count * group, -1) for t in (q, own, own_logit)
+            )
+            out = attend_prompt(q, own, own_logit, keys, values, reach)
+            out = out.reshape(batch, kv_heads, count, group, size).permute(2, 0, 1, 3, 4)
+            x = layer.finish(x, out.reshape(rows, layer.heads * size))
+        normed = trunk.final_norm(x)
+        scores = trunk.score(normed).reshape(count, batch)
+        return scores, self.head(normed).reshape(count, batch, -1), *grown
+
+
+def _window(
+    window: int | None, attention_mask: Tensor, position: Tensor, done: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """What a sliding window lets the step read: of the own tokens (1, 1, T + 1), of the prompts (B, 1, 1, 1, P)."""
+    if window is None:
+        return None, None
+    near = additive(torch.arange(done, -1, -1) < window)
+    prompt_positions = (attention_mask > 0).to(torch.int64).cumsum(1) - 1
+    reach = additive(position[:, None] - prompt_positions < window)
+    return near[None, None], reach[:, None, None, None]

@@ -1,0 +1,150 @@
+"""The network's layers in the form that the graphs are traced from.
+
+Same numbers as `bonnx.models.network`, arranged for ONNX Runtime: activations stay 2-D between the matrix products, so
+that each product and its bias are one kernel; weights lie as (in, out); the attention scale is folded into the queries'
+weights.
+
+Shapes: B rows, T positions, D hidden_size, H heads, G kv heads, R = H / G, K size of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...models.config import NetworkConfig
+from ...models.network import Block, LanguageModel, TwoHeadedNetwork, rotation
+from ..precision.products import QuantizedNorm, product
+from ..precision.quantize import Linear8
+from .builder import DOMAIN
+
+__all__ = ["MARK", "MASKED", "Layer", "Trunk", "additive"]
+
+T = TypeVar("T")
+
+# Far below any attention logit, far above the float32 minimum: two of them can be added.
+MASKED = -1e30
+# The operator that stands where a layer begins, until `repeat.py` takes it out.
+MARK = "Layer"
+
+
+def additive(allowed: Tensor) -> Tensor:
+    """Bool -> 0 where allowed, MASKED elsewhere, float32."""
+    return torch.where(allowed, 0.0, MASKED)
+
+
+class Layer(nn.Module):
+    """One block without its attention, which each graph does in its own way."""
+
+    def __init__(self, block: Block, *, fused: bool) -> None:
+        super().__init__()
+        attention, config = block.attention, block.attention.config
+        self.heads, self.kv_heads, self.size = config.num_heads, config.num_kv_heads, config.size_of_head
+        self.fused = fused
+        scale = self.size**-0.5
+        self.attention_norm, self.ffn_norm = (
+            QuantizedNorm(norm) if isinstance(reader, Linear8) else norm
+            for norm, reader in ((block.attention_norm, attention.q_proj), (block.ffn_norm, block.ffn.gate))
+        )
+        self.q = product(attention.q_proj, 1.0 if config.qk_norm else scale)
+        self.k, self.v, self.out = map(product, (attention.k_proj, attention.v_proj, attention.out_proj))
+        self.gate, self.up, self.down = map(product, (block.ffn.gate, block.ffn.up, block.ffn.down))
+        self.q_norm = self.k_norm = None
+        if config.qk_norm:
+            self.q_norm = nn.RMSNorm(self.size, eps=config.norm_epsilon)
+            self.q_norm.weight.data = attention.q_norm.weight.detach() * scale
+            self.k_norm = attention.k_norm
+
+    def queries(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Normed x (B * T, D), cos and sin (B, T, K/2) -> rotated and scaled queries (B, T, H, K)."""
+        return self._rotated(self.q(x), self.heads, self.q_norm, cos, sin)
+
+    def keys(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Normed x (B * T, D), cos and sin (B, T, K/2) -> rotated keys (B, T, G, K)."""
+        return self._rotated(self.k(x), self.kv_heads, self.k_norm, cos, sin)
+
+    def values(self, x: Tensor, rows: int) -> Tensor:
+        """Normed x (B * T, D) and B -> values (B, T, G, K)."""
+        v: Tensor = self.v(x)
+        return v.reshape(rows, -1, self.kv_heads, self.size)
+
+    def _rotated(self, x: Tensor, heads: int, norm: nn.Module | None, cos: Tensor, sin: Tensor) -> Tensor:
+        rows, length = cos.shape[0], cos.shape[1]
+        x = x.reshape(rows, length, heads, self.size)
+        if norm is not None:
+            x = norm(x)
+        if self.fused:
+            flat: Tensor = torch.onnx.ops.rotary_embedding(x.flatten(2), cos, sin, num_heads=heads)
+            return flat.reshape(rows, length, heads, self.size)
+        cos, sin = cos[:, :, None], sin[:, :, None]
+        first, second = x.chunk(2, -1)
+        return torch.cat([first * cos - second * sin, first * sin + second * cos], -1)
+
+    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        """Residual x (M, D), attention's output (M, H * K) -> (M, D) after the feed-forward network."""
+        x = x + self.out(attended)
+        y = self.ffn_norm(x)
+        out: Tensor = x + self.down(F.silu(self.gate(y)) * self.up(y))
+        return out
+
+
+class Trunk(nn.Module):
+    """What both graphs share: the way in, the layers, the final norm and the scorer."""
+
+    def __init__(self, model: LanguageModel | TwoHeadedNetwork, *, activation: str, label: int, fused: bool) -> None:
+        super().__init__()
+        network = model.network if isinstance(model, LanguageModel) else model
+        self.config: NetworkConfig = network.config
+        self.embedding = model.embedding if isinstance(model, LanguageModel) else None
+        projection = network.input_projection
+        self.projection = None if isinstance(projection, nn.Identity) else product(projection)
+        self.layers = nn.ModuleList(Layer(block, fused=fused) for block in network.layers())
+        self.windows = self.config.windows
+        self.marked = False
+        final = network.final_norm
+        # `rotate.py` puts a product before the norm.
+        self.final_norm = nn.Sequential(product(final[0]), final[1]) if isinstance(final, nn.Sequential) else final
+        scorer = network.scorer
+        self.dense1 = product(scorer.dense1) if self.config.scorer_kind == "mlp" else None
+        self.dense2 = product(scorer.dense2)
+        self.activation, self.label = activation, label
+        self.inverse_frequencies = nn.Parameter(network.inverse_frequencies.clone(), requires_grad=False)
+
+    def embed(self, inputs: Tensor) -> Tensor:
+        """Ids (...) or embeddings (..., E) -> (..., D or E)."""
+        return inputs if self.embedding is None else self.embedding(inputs)
+
+    def project(self, x: Tensor) -> Tensor:
+        """(M, E) -> (M, D)."""
+        return x if self.projection is None else self.projection(x)
+
+    def rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Positions (B, T) int64 -> cos and sin (B, T, K/2)."""
+        return rotation(positions, self.inverse_frequencies, self.config.rope_scaling)
+
+    def for_each_window(self, make: Callable[[int | None], T]) -> list[T]:
+        """What is made of each layer's sliding window, equal ones once."""
+        made = {window: make(window) for window in dict.fromkeys(self.windows)}
+        return [made[window] for window in self.windows]
+
+    def enter(self, x: Tensor) -> Tensor:
+        """The residual stream (M, D) on its way into a layer, unchanged."""
+        if not self.marked:
+            return x
+        marked: Tensor = torch.onnx.ops.symbolic(f"{DOMAIN}::{MARK}", (x,), {}, dtype=x.dtype, shape=x.shape)
+        return marked
+
+    def score(self, normed: Tensor) -> Tensor:
+        """Normed backbone (M, D) -> one score each (M,), the activation applied."""
+        if self.dense1 is not None:
+            activation = F.silu if self.config.scorer_activation == "silu" else F.relu
+            normed = activation(self.dense1(normed))
+        labels: Tensor = self.dense2(normed)
+        if self.activation == "softmax":
+            labels = labels.softmax(-1)
+        scores = labels[:, self.label]
+        return scores.sigmoid() if self.activation == "sigmoid" else scores

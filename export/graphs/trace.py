@@ -1,0 +1,238 @@
+"""PyTorch modules become ONNX graphs with named dynamic axes; selection and sampling are written around them."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from ...models.network import LanguageModel, TwoHeadedNetwork
+from ...runtime.artifact.manifest import Scoring
+from ..precision.products import VocabularyHead
+from ..precision.widen import widened
+from . import sampling, selection
+from .builder import Builder, finish, name_value
+from .generate_loop import generate_graph
+from .generate_passes import PromptGraph, StepGraph
+from .layers import Trunk
+from .prefill_decode import decode_graph, prefill_graph
+from .rank import RankGraph
+from .repeat_layers import Opened, Repetition
+from .score import ScoreGraph
+from .selection import append_selection
+
+__all__ = ["DEFAULT_OPSET", "OPSETS", "trace_graphs"]
+
+DEFAULT_OPSET = 23
+# From 23 on, ONNX has RMSNormalization and RotaryEmbedding; at 18 both are decomposed.
+OPSETS = (18, 23)
+
+
+class _Source(NamedTuple):
+    """What is traced, and how."""
+
+    trunk: Trunk
+    opset: int
+    repetition: Repetition | None
+    """None: the trunk has all of its layers."""
+
+    @property
+    def layers(self) -> Sequence[int]:
+        """The layers that are traced."""
+        return range(self.trunk.config.num_layers) if self.repetition is None else self.repetition.traced
+
+
+def trace_graphs(
+    model: LanguageModel | TwoHeadedNetwork, scoring: Scoring, *, opset: int = DEFAULT_OPSET, whole: bool = False
+) -> Iterator[tuple[str, ir.Model]]:
+    """The graphs of a model in inference mode by their names, weights inside: `score` and `rank`.
+
+    Of a model with a vocabulary head also `generate`, `prefill` and `decode`. One after the other, so that what is
+    written need not stay in memory.
+
+    With `whole` every layer is traced, though most are like another one: for tests.
+    """
+    functions = [*sampling.FUNCTIONS, *selection.FUNCTIONS]
+    for name, graph in _graphs(model, scoring, opset, whole):
+        yield name, finish(graph, functions, opset)
+        del graph
+
+
+def _graphs(
+    model: LanguageModel | TwoHeadedNetwork, scoring: Scoring, opset: int, whole: bool
+) -> Iterator[tuple[str, ir.Graph]]:
+    trunk = Trunk(model, activation=scoring.activation, label=scoring.label, fused=opset >= 23).eval()
+    width = None if isinstance(model, LanguageModel) else trunk.config.embed_dim
+    source = _Source(trunk, opset, None if whole else Repetition(trunk))
+    yield "score", _trace_score(source, width, scoring)
+    yield "rank", _trace_rank(source, width, scoring)
+    if isinstance(model, LanguageModel) and model.config.vocabulary_head:
+        head = VocabularyHead(model)
+        prompt, step = _trace_prompt(source, head), _trace_step(source, head)
+        ours = widened(prompt.clone(), ir.DataType.FLOAT16), widened(step.clone(), ir.DataType.FLOAT16)
+        yield "generate", generate_graph(*ours, trunk.config, scoring.pad_token)
+        yield "prefill", prefill_graph(prompt)
+        yield "decode", decode_graph(step)
+
+
+def _example(*shape: int, width: int | None = None) -> Tensor:
+    return torch.zeros(shape, dtype=torch.int64) if width is None else torch.zeros((*shape, width))
+
+
+def _trace_score(source: _Source, width: int | None, scoring: Scoring) -> ir.Graph:
+    # Sizes that no other axis has: equal ones would be taken for the same axis, and 1 for a constant.
+    examples = {"input_ids" if width is None else "inputs_embeds": _example(6, 5, width=width)}
+    examples["attention_mask"] = torch.ones(6, 5, dtype=torch.int64)
+    rows = ["rows", "sequence"]
+    graph = _trace(source, ScoreGraph(source.trunk), examples, [rows, rows], {"backbone": rows, "scores": rows})
+    count = ir.val("num_candidates", ir.DataType.INT64, [])
+    graph.inputs.append(count)
+    b = Builder("selection")
+    mask, scores = graph.inputs[1], graph.outputs[1]
+    shape = b.Concat(b.Unsqueeze(count, b.ints(0)), b.ints(-1), b.Shape(mask, start=1), axis=0)
+    append_selection(graph, b, b.Reshape(scores, shape), b.Reshape(mask, shape), scoring.vote_weight)
+    return graph
+
+
+def _trace_rank(source: _Source, width: int | None, scoring: Scoring) -> ir.Graph:
+    suffix = "ids" if width is None else "embeds"
+    examples = {
+        f"prompt_{suffix}": _example(2, 5, width=width),
+        "prompt_mask": torch.ones(2, 5, dtype=torch.int64),
+        f"candidate_{suffix}": _example(3, 2, 4, width=width),
+        "candidate_mask": torch.ones(3, 2, 4, dtype=torch.int64),
+    }
+    prompt, candidate = ["batch", "prompt_length"], ["num_candidates", "batch", "length"]
+    axes = [prompt, prompt, candidate, candidate]
+    graph = _trace(source, RankGraph(source.trunk), examples, axes, {"scores": candidate})
+    append_selection(graph, Builder("selection"), graph.outputs[0], graph.inputs[3], scoring.vote_weight)
+    return graph
+
+
+def _trace_prompt(source: _Source, head: VocabularyHead) -> ir.Graph:
+    examples = {"input_ids": _example(2, 5), "attention_mask": torch.ones(2, 5, dtype=torch.int64)}
+    prompt = ["batch", "prompt_length"]
+    outputs: dict[str, Sequence[str | None]] = {"logits": ["batch"]}
+    outputs |= dict(_cache_axes(source.layers, own=False))
+    return _trace(source, PromptGraph(source.trunk, head), examples, [prompt, prompt], outputs)
+
+
+def _trace_step(source: _Source, head: VocabularyHead) -> ir.Graph:
+    config = source.trunk.config
+    heads, size = config.num_kv_heads, config.size_of_head
+    rows = ["num_candidates", "batch"]
+    examples = {"tokens": _example(3, 2), "attention_mask": torch.ones(2, 5, dtype=torch.int64)}
+    axes: list[list[str | None]] = [[*rows], ["batch", "prompt_length"]]
+    shapes: dict[str, tuple[int, ...]] = {"prompt_key": (2, heads, size + 2, 6), "prompt_value": (2, heads, 6, size)}
+    shapes |= dict.fromkeys(("key", "value"), (3, 2, heads, 4, size))
+    for name, names in _cache_axes(source.layers, own=True):
+        examples[name] = torch.zeros(shapes[name.split(".")[0]])
+        axes.append(names)
+    outputs: dict[str, Sequence[str | None]] = {"scores": rows, "logits": rows}
+    outputs |= {
+        f"grown_{name}": [*rows, None, "grown_length"]
+        for name, _ in _cache_axes(source.layers, own=True)
+        if not name.startswith("prompt")
+    }
+    return _trace(source, StepGraph(source.trunk, head), examples, axes, outputs)
+
+
+def _cache_axes(layers: Iterable[int], *, own: bool) -> Iterator[tuple[str, list[str | None]]]:
+    """Names of the cache's tensors, layer by layer, and their dynamic axes; None is a fixed one."""
+    for i in layers:
+        yield f"prompt_key.{i}", ["batch", None, None, "prompt_length + 1"]
+        yield f"prompt_value.{i}", ["batch", None, "prompt_length + 1"]
+        if own:
+            yield f"key.{i}", ["num_candidates", "batch", None, "own_length"]
+            yield f"value.{i}", ["num_candidates", "batch", None, "own_length"]
+
+
+def _trace(
+    source: _Source,
+    module: nn.Module,
+    examples: dict[str, Tensor],
+    axes: Sequence[Sequence[str | None]],
+    outputs: dict[str, Sequence[str | None]],
+) -> ir.Graph:
+    """Trace with the named axes dynamic; an axis without a name, or beyond `axes`, is of fixed size."""
+    shapes = tuple({i: torch.export.Dim.DYNAMIC for i, name in enumerate(names) if name} for names in axes)
+    weights = {} if source.repetition is None else source.repetition.weights()
+    with _quiet(), torch.no_grad():
+        program = torch.onnx.export(
+            Opened(module, weights).eval(),
+            (tuple(weights.values()), *examples.values()),
+            input_names=[*weights, *examples],
+            output_names=list(outputs),
+            dynamic_shapes=(({},) * len(weights), shapes),
+            opset_version=source.opset,
+            dynamo=True,
+            verbose=False,
+        )
+    assert program is not None
+    graph = program.model.graph
+    for values, names in ((graph.inputs[len(weights) :], axes), (graph.outputs, outputs.values())):
+        for value, dimensions in zip(values, names, strict=True):
+            assert value.shape is not None
+            assert value.dtype is not None
+            assert value.name is not None
+            found: list[int | str | ir.SymbolicDim] = [*value.shape]
+            found[: len(dimensions)] = [name or size for name, size in zip(dimensions, found, strict=False)]
+            name_value(value, value.name, value.dtype, found)
+    for value in [*graph.initializers.values()]:
+        value.name = str(value.name).removeprefix("inner.")
+    if source.repetition is not None:
+        source.repetition.repeat(graph)
+    widened(graph, ir.DataType.BFLOAT16)
+    _keep_fusable(graph)
+    # What the tracer noted about inner values and their places in the source is of no use to a runtime.
+    graph.metadata_props.clear()
+    for node in graph:
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+            if not value.is_graph_output():
+                value.shape = None
+    for value in (*graph.inputs, *graph.initializers.values()):
+        value.metadata_props.clear()
+    return graph
+
+
+def _keep_fusable(graph: ir.Graph) -> None:
+    """Multiply the scales of 8-bit products by a one that is not a constant.
+
+    ONNX Runtime makes one kernel of a product, its scale and its bias only where the scale is computed in the graph.
+    """
+    products = [node for node in graph if node.op_type == "MatMulInteger"]
+    if not products:
+        return
+    b = Builder("one")
+    one = b.Cast(b.Greater(b.Shape(graph.inputs[0], start=0, end=1), b.ints(-1)), to=ir.DataType.FLOAT)
+    for product in products:
+        (cast,) = product.outputs[0].consumers()
+        (scaled,) = cast.outputs[0].consumers()
+        assert scaled.op_type == "Mul"
+        scaled.replace_input_with(1, b.Mul(one, scaled.inputs[1]))
+    for value in b.initializers:
+        graph.register_initializer(value)
+    graph.insert_before(graph[0], b.nodes)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter reports operators of packages that are not installed; nothing there concerns our users."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,1 @@
+"""Weights and products of fewer bits."""

@@ -1,0 +1,205 @@
+"""Matrix products as the graphs compute them: float32, 16-bit, 8-bit and 4-bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...models.network import LanguageModel
+from .outliers import SplitLinear
+from .quantize import BLOCK, LEAST, NORMED_STEP, Linear4, Linear8, Linear16
+
+__all__ = [
+    "Product4",
+    "Product8",
+    "Product16",
+    "Product32",
+    "QuantizedNorm",
+    "SplitProduct",
+    "VocabularyHead",
+    "product",
+]
+
+
+def product(linear: nn.Module, scale: float = 1.0) -> nn.Module:
+    """What computes `scale` times a layer."""
+    if isinstance(linear, SplitLinear):
+        return SplitProduct(linear, scale)
+    if isinstance(linear, Linear16):
+        return Product16(linear, scale)
+    if isinstance(linear, Linear8):
+        return Product8(linear, scale)
+    if isinstance(linear, Linear4):
+        return Product4(linear, scale)
+    assert isinstance(linear, nn.Linear)
+    return Product32(linear, scale)
+
+
+def _fixed(value: Tensor) -> nn.Parameter:
+    return nn.Parameter(value.detach(), requires_grad=False)
+
+
+class _Biased(nn.Module):
+    def __init__(self, bias: Tensor | None, scale: float) -> None:
+        super().__init__()
+        self.bias = None if bias is None else _fixed(bias * scale)
+
+    def add(self, y: Tensor) -> Tensor:
+        return y if self.bias is None else y + self.bias
+
+
+class Product32(_Biased):
+    """`x @ weight + bias` with the weight as (in, out)."""
+
+    def __init__(self, linear: nn.Linear, scale: float = 1.0) -> None:
+        super().__init__(linear.bias, scale)
+        # A view, where it can be: what is written is laid out tensor by tensor.
+        self.weight = _fixed((linear.weight if scale == 1.0 else linear.weight * scale).T)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(M, in) -> (M, out)."""
+        return self.add(x @ self.weight)
+
+
+class Product16(_Biased):
+    """`Linear16`: products of 16 bits; `widen.py` turns them into products of float32 where those are not to be had.
+
+    Rows without a bound are divided by their greatest value. Their products with any weights then sum up to no more
+    than these weights do, and `Linear16` has seen to it that float16 holds that.
+
+    Weights that an embedding reads too are `shared`: left as (out, in) in the file.
+    """
+
+    def __init__(self, linear: Linear16, scale: float = 1.0, *, shared: bool = False) -> None:
+        super().__init__(linear.bias, scale)
+        self.shared = shared
+        self.weight = linear.weight if shared else _fixed(linear.weight.T)
+        # Not multiplied into the weights, which would be rounded once more.
+        self.scale, self.bounded = linear.scale * scale, linear.bounded
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(M, in) -> (M, out) float32."""
+        if self.bounded:
+            y = self._product(x)
+            return self.add(y if self.scale == 1 else y * self.scale)
+        rows = x.abs().amax(-1, keepdim=True).clamp(min=LEAST)
+        return self.add(self._product(x / rows) * (rows if self.scale == 1 else rows * self.scale))
+
+    def _product(self, x: Tensor) -> Tensor:
+        x = x.to(self.weight.dtype)
+        y = _transposed(x, self.weight) if self.shared else x @ self.weight
+        return y.to(torch.float32)
+
+
+class Product8(_Biased):
+    """`Linear8`, on rows that are float32, or already uint8 from `QuantizedNorm`.
+
+    Weights that an embedding reads too are `shared`: left as (out, in) in the file, and transposed once at loading.
+    """
+
+    def __init__(self, linear: Linear8, scale: float = 1.0, *, shared: bool = False) -> None:
+        super().__init__(linear.bias, scale)
+        self.shared = shared
+        self.weight = linear.weight if shared else _fixed(linear.weight.T)
+        # Rows without a fixed range are divided by their greatest value, so a step is 1/127 of it.
+        step = NORMED_STEP if linear.normed else 1 / 127
+        self.scale = _fixed(linear.scale * (scale * step))
+        self.step, self.zero = _fixed(torch.tensor(step)), _fixed(torch.tensor(128, dtype=torch.uint8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(M, in) -> (M, out)."""
+        rows = None
+        if x.dtype != torch.uint8:
+            rows = x.abs().amax(-1, keepdim=True).clamp(min=LEAST)
+            x = _node("QuantizeLinear", (x / rows, self.step, self.zero), torch.uint8, x.shape)
+        weight = self.weight.T if self.shared else self.weight
+        integers = _node("MatMulInteger", (x, weight, self.zero), torch.int32, (x.shape[0], weight.shape[1]))
+        y = integers.to(torch.float32) * self.scale
+        return self.add(y if rows is None else y * rows)
+
+
+class Product4(_Biased):
+    """`Linear4`, by ONNX Runtime's own operator: the standard has none that computes on 4 bits."""
+
+    def __init__(self, linear: Linear4, scale: float = 1.0) -> None:
+        super().__init__(linear.bias, scale)
+        self.packed, self.scale = _fixed(linear.packed), _fixed(linear.scale * scale)
+        self.width = linear.width
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(M, in) -> (M, out)."""
+        out = self.packed.shape[0]
+        # Level 4 allows 8-bit inputs.
+        attributes = {"K": self.width, "N": out, "bits": 4, "block_size": BLOCK, "accuracy_level": 4}
+        inputs = (x, self.packed, self.scale, *([] if self.bias is None else [None, None, self.bias]))
+        return _node("com.microsoft::MatMulNBits", inputs, torch.float32, (x.shape[0], out), attributes)
+
+
+class SplitProduct(nn.Module):
+    """`SplitLinear`."""
+
+    def __init__(self, split: SplitLinear, scale: float = 1.0) -> None:
+        super().__init__()
+        self.outliers, self.kept = split.outliers, split.kept
+        self.others, self.wide = product(split.others, scale), Product32(split.wide, scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(M, in) -> (M, out)."""
+        out: Tensor = self.others(x * self.kept) + self.wide(x.index_select(1, self.outliers))
+        return out
+
+
+class QuantizedNorm(nn.Module):
+    """A norm whose output feeds `Product8`s: (M, D) -> (M, D) uint8, 128 means 0."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+        self.step, self.zero = _fixed(torch.tensor(NORMED_STEP)), _fixed(torch.tensor(128, dtype=torch.uint8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(M, D) -> (M, D) uint8."""
+        return _node("QuantizeLinear", (self.norm(x), self.step, self.zero), torch.uint8, x.shape)
+
+
+class VocabularyHead(nn.Module):
+    """Backbone (M, D) -> logits (M, V).
+
+    `Gemm` reads the weight as (V, D), so that a tied embedding is stored once and nothing is transposed at every step.
+    """
+
+    def __init__(self, model: LanguageModel) -> None:
+        super().__init__()
+        if not model.config.tie_embeddings and isinstance(model.head, Linear8):
+            shared = model.head.weight is model.embedding.weight
+            self.product: nn.Module | None = Product8(model.head, shared=shared)
+        elif not model.config.tie_embeddings and isinstance(model.head, Linear16):
+            self.product = Product16(model.head, shared=True)
+        else:
+            self.product = None
+            self.weight = model.embedding.weight if model.config.tie_embeddings else model.head.weight
+
+    def forward(self, backbone: Tensor) -> Tensor:
+        """(M, D) -> (M, V)."""
+        if self.product is not None:
+            logits: Tensor = self.product(backbone)
+            return logits
+        return _transposed(backbone, self.weight)
+
+
+def _transposed(x: Tensor, weight: Tensor) -> Tensor:
+    """x (M, in) and weight (out, in) -> (M, out)."""
+    return _node("Gemm", (x, weight), x.dtype, (x.shape[0], weight.shape[0]), {"transB": 1})
+
+
+def _node(
+    operator: str,
+    inputs: tuple[Tensor | None, ...],
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    attributes: dict[str, Any] | None = None,
+) -> Tensor:
+    output: Tensor = torch.onnx.ops.symbolic(operator, inputs, attributes or {}, dtype=dtype, shape=shape)
+    return output

@@ -1,0 +1,314 @@
+"""Fewer bits: a network whose weights have 16, 8 or 4 of them, in PyTorch, as the graphs compute it.
+
+fp16 and bf16: the weights of the products are rounded, nothing else is.
+
+int8: weights have a scale for each output. The inputs of the products after a norm have one fixed range, since
+`rotate.py` has made them alike; those of the other products a range of their own for each row. So no row's numbers
+depend on the other rows, and a candidate's score is the same in any batch.
+
+int4: weights have a scale for each 32 inputs of each output, and rows one for each 32 inputs. The products that lose
+the most by it, of keys and values and at the end of each feed-forward, have 8 bits, with a range for each row.
+
+In both, inputs that `outliers.py` finds too large for 8 bits stay float32, and so do their weights.
+
+The embedding and the vocabulary head have the weights of the other products, at int4 those of int8, stored once if they
+are tied. The norms, the attention and the scorer stay float32.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import msgspec
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...models.network import LanguageModel, TwoHeadedNetwork
+from ...runtime.artifact.manifest import Precision
+from .outliers import SplitLinear, find_outliers
+from .rotate import rotate
+
+__all__ = [
+    "BLOCK",
+    "LEAST",
+    "NORMED_STEP",
+    "Embedding8",
+    "Embedding16",
+    "Linear4",
+    "Linear8",
+    "Linear16",
+    "quantized",
+    "table",
+]
+
+# 127 steps reach 4.5 standard deviations: of a normal distribution 7 values in a million lie beyond and are cut.
+NORMED_STEP = 4.5 / 127
+BLOCK = 32
+# In place of a range of nothing, which nothing can be divided by.
+LEAST = 1e-30
+# Rows that are rounded at a time; and weights from which a layer keeps no float32 copy of them.
+_ROWS, _LARGE = 4096, 2**21
+# At int4 these have 8 bits, as they lose the most: on SmolLM2 that halves the divergence from float32.
+_EIGHT_OF_FOUR = ("k_proj", "v_proj", "down")
+_HALVES: dict[str, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16}
+# Half of the largest number of float16; a greatest weight below which the others may be too small for it; and what an
+# output's weights then sum up to.
+_HALF_RANGE, _HALF_SMALL, _HALF_SUM = 2.0**15, 2.0**-8, 2.0**8
+
+
+class Linear16(nn.Module):
+    """A linear layer with 16-bit weights.
+
+    Args:
+        linear: the layer.
+        dtype: float16 or bfloat16.
+        norm: what gives its inputs, if that is a norm.
+    """
+
+    def __init__(self, linear: nn.Linear, dtype: torch.dtype, norm: nn.Module | None = None) -> None:
+        super().__init__()
+        weight = linear.weight.detach()
+        largest, total = float(weight.abs().max()), float(weight.abs().sum(1).max())
+        self.scale = 1.0
+        """A power of two, by which the weights are to be multiplied; 1 unless float16 cannot hold them."""
+        if dtype == torch.float16 and (total > _HALF_RANGE or 0 < largest < _HALF_SMALL):
+            aim = _HALF_RANGE if total > _HALF_RANGE else _HALF_SUM
+            self.scale = 2.0 ** math.ceil(math.log2(total / aim))
+        weight = weight / self.scale
+        self.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+        """(out, in)."""
+        self.bias = linear.bias
+        self.bounded = dtype == torch.bfloat16 or (norm is not None and _greatest(weight, norm) < _HALF_RANGE)
+        """Whether neither an input nor a sum of products can exceed the type."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out), computed in the type of x."""
+        return F.linear(x, self.weight.to(x.dtype) * self.scale, self.bias)
+
+    def in_halves(self, x: Tensor) -> Tensor:
+        """The same with inputs and outputs rounded to float16, as a graph's products are: (..., in) -> (..., out)."""
+        rows = torch.ones(()) if self.bounded else x.abs().amax(-1, keepdim=True).clamp(min=LEAST)
+        halves = (x / rows).to(torch.float16).to(torch.float32)
+        y = F.linear(halves, self.weight.to(torch.float32)).to(torch.float16).to(torch.float32) * (rows * self.scale)
+        return y if self.bias is None else y + self.bias
+
+
+class Embedding16(nn.Module):
+    """A token embedding that reads the 16-bit weights of a vocabulary head, the same table (V, E)."""
+
+    def __init__(self, head: Linear16) -> None:
+        super().__init__()
+        self.weight, self.scale = head.weight, head.scale
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """(...) int64 -> (..., E) float32."""
+        rows = F.embedding(ids, self.weight).to(torch.float32)
+        return rows if self.scale == 1 else rows * self.scale
+
+
+class Linear8(nn.Module):
+    """A linear layer with 8-bit weights and inputs."""
+
+    def __init__(self, linear: nn.Linear, *, normed: bool) -> None:
+        super().__init__()
+        weight = linear.weight.detach()
+        scale = torch.cat([(rows.abs().amax(1) / 127).clamp(min=LEAST) for rows in torch.split(weight, _ROWS)])
+        levels = zip(torch.split(weight, _ROWS), torch.split(scale, _ROWS), strict=True)
+        rounded = torch.cat([(rows / step[:, None]).round().to(torch.int8) for rows, step in levels])
+        self.weight = nn.Parameter(rounded, requires_grad=False)
+        """(out, in) int8."""
+        self.scale = nn.Parameter(scale, requires_grad=False)
+        """(out,): what one step of the weights means."""
+        self.bias = linear.bias
+        self.normed = normed
+        """Whether the inputs come from a norm and have the fixed range."""
+        self._levels: Tensor | None = None
+        # Kept, as a verification runs the layer thousands of times, but where it takes a large model's memory.
+        if self.weight.numel() < _LARGE:
+            self.keep(torch.float32)
+
+    def keep(self, dtype: torch.dtype) -> None:
+        """Keep the weights in a floating point type too, in which they need not be converted at each call."""
+        self._levels = self.weight.to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        step: Tensor | float = NORMED_STEP
+        if not self.normed:
+            step = (x.abs().amax(-1, keepdim=True) * (1 / 127)).clamp(min=LEAST)
+        levels = self.weight if self._levels is None else self._levels
+        integers = F.linear((x / step).round().clamp(-128, 127), levels.to(x.dtype))
+        y = integers * self.scale * step
+        return y if self.bias is None else y + self.bias
+
+
+class Linear4(nn.Module):
+    """A linear layer with 4-bit weights and 8-bit inputs, both in blocks."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        weight = linear.weight.detach()
+        out, width = weight.shape
+        blocks = F.pad(weight, (0, -width % BLOCK)).reshape(out, -1, BLOCK)
+        levels, scale = _four_bits(blocks)
+        self.packed = nn.Parameter((levels[..., ::2] | levels[..., 1::2] << 4).to(torch.uint8), requires_grad=False)
+        """(out, in / 32, 16) uint8: two weights a byte, the first in the low half, 8 means 0."""
+        self.scale = nn.Parameter(scale, requires_grad=False)
+        """(out, in / 32)."""
+        self.bias = linear.bias
+        self.width = width
+        self._weight: Tensor | None = None
+        if weight.numel() < _LARGE:
+            self.keep(torch.float32)
+
+    def keep(self, dtype: torch.dtype) -> None:
+        """Keep the weights in a floating point type too, in which they need not be unpacked at each call."""
+        self._weight = self._widened(dtype)
+
+    def _widened(self, dtype: torch.dtype) -> Tensor:
+        levels = torch.stack([self.packed & 15, self.packed >> 4], -1).flatten(-2).to(dtype) - 8
+        return (levels * self.scale[..., None]).flatten(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        padded = F.pad(x, (0, -self.width % BLOCK))
+        blocks = padded.reshape(*padded.shape[:-1], -1, BLOCK)
+        step = (blocks.abs().amax(-1, keepdim=True) / 127).clamp(min=LEAST)
+        weight = self._widened(x.dtype) if self._weight is None else self._weight.to(x.dtype)
+        return F.linear(((blocks / step).round() * step).flatten(-2), weight, self.bias)
+
+
+class Embedding8(nn.Module):
+    """A token embedding that reads the 8-bit weights of a vocabulary head, the same table (V, E)."""
+
+    def __init__(self, head: Linear8) -> None:
+        super().__init__()
+        self.weight, self.scale = head.weight, head.scale
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """(...) int64 -> (..., E) float32."""
+        return F.embedding(ids, self.weight).to(torch.float32) * F.embedding(ids, self.scale[:, None])
+
+
+def quantized(
+    model: LanguageModel | TwoHeadedNetwork, precision: Precision, *, consume: bool = False
+) -> LanguageModel | TwoHeadedNetwork:
+    """A copy of a model at a precision; the model itself at fp32.
+
+    With `consume` the model's layers are replaced one by one, so that there is never a second model in memory.
+    """
+    if precision == "fp32":
+        return model
+    outliers = {} if precision in _HALVES else find_outliers(model)
+    if not isinstance(model, LanguageModel):
+        return _network(model, precision, outliers, consume)
+    twin = LanguageModel.__new__(LanguageModel)
+    nn.Module.__init__(twin)
+    # The head is a layer of its own there, also where it shares the embedding's weights.
+    twin.config = msgspec.structs.replace(model.config, tie_embeddings=False)
+    final_norm = model.network.final_norm
+    twin.network = _network(model.network, precision, outliers, consume)
+    tied, headless = model.config.tie_embeddings, not model.config.vocabulary_head
+    if headless:
+        embedding = table(model.embedding)
+        is_half = precision in _HALVES
+        rows = (
+            Embedding16(Linear16(embedding, _HALVES[precision]))
+            if is_half
+            else Embedding8(Linear8(embedding, normed=False))
+        )
+        _replace(twin, "embedding", rows)
+        return twin.eval()
+    tables = [table(model.embedding)] if tied else [model.head, table(model.embedding)]
+    if precision in _HALVES:
+        # At these precisions the network keeps its basis, so its final norm is the model's own.
+        head = Linear16(tables[0], _HALVES[precision], final_norm)
+        _replace(twin, "head", head)
+        _replace(twin, "embedding", Embedding16(head if tied else Linear16(tables[1], _HALVES[precision])))
+    else:
+        eights = [Linear8(linear, normed=False) for linear in tables]
+        _replace(twin, "head", eights[0])
+        _replace(twin, "embedding", Embedding8(eights[-1]))
+    return twin.eval()
+
+
+def _network(
+    original: TwoHeadedNetwork, precision: Precision, outliers: dict[nn.Module, Tensor], consume: bool
+) -> TwoHeadedNetwork:
+    network = original if consume else copy.deepcopy(original)
+    nothing = stream = torch.empty(0, dtype=torch.int64)
+    if precision == "int8":
+        norms = [norm for block in original.layers() for norm in (block.attention_norm, block.ffn_norm)]
+        stream = torch.unique(torch.cat([outliers[norm] for norm in norms]))
+        rotate(network, stream)
+    # At int4 blocks of 32 weights with a scale each need no turn: it takes from them what they could adapt to.
+    network.requires_grad_(False)
+    if precision != "int4" and isinstance(network.input_projection, nn.Linear):
+        _replace(network, "input_projection", _layer(network.input_projection, precision, None, nothing))
+    for before, block in zip(original.layers(), network.layers(), strict=True):
+        for part, names, norm in (
+            ("attention", ("q_proj", "k_proj", "v_proj"), block.attention_norm),
+            ("ffn", ("gate", "up"), block.ffn_norm),
+            ("attention", ("out_proj",), None),
+            ("ffn", ("down",), None),
+        ):
+            parent = getattr(block, part)
+            for name in names:
+                far = outliers.get(getattr(getattr(before, part), name), nothing)
+                if precision == "int8" and norm is not None:
+                    far = stream
+                bits: Precision = "int8" if precision == "int4" and name in _EIGHT_OF_FOUR else precision
+                _replace(parent, name, _layer(getattr(parent, name), bits, norm if bits == precision else None, far))
+    return network.eval()
+
+
+def _layer(linear: nn.Linear, precision: Precision, norm: nn.Module | None, outliers: Tensor) -> nn.Module:
+    """A layer at a precision, given the norm that its inputs come from, if one does, and its outliers."""
+    if precision in _HALVES:
+        return Linear16(linear, _HALVES[precision], norm)
+    if len(outliers):
+        # Without them the others have no fixed range.
+        return SplitLinear(linear, outliers, lambda others: _layer(others, precision, None, outliers[:0]))
+    return Linear8(linear, normed=norm is not None) if precision == "int8" else Linear4(linear)
+
+
+def _greatest(weight: Tensor, norm: nn.Module) -> float:
+    """What no input from a norm, and no sum of its products with weights (out, in), can exceed.
+
+    Before its own weights a norm gives vectors of length sqrt(in) at most: Cauchy-Schwarz.
+    """
+    parameters = {name: value.detach() for name, value in norm.named_parameters()}
+    gain = parameters["weight"]
+    shift = parameters.get("bias", torch.zeros_like(gain))
+    length = math.sqrt(len(gain))
+    inputs = length * gain.abs() + shift.abs()
+    sums = length * (weight * gain).norm(dim=1) + weight.abs() @ shift.abs()
+    return float(torch.maximum(inputs.max(), sums.max()))
+
+
+def _replace(parent: nn.Module, name: str, module: nn.Module) -> None:
+    """Another kind of module under a name, with the same inputs and outputs."""
+    setattr(parent, name, module)
+
+
+def table(embedding: nn.Embedding) -> nn.Linear:
+    """An embedding (V, E) as the linear layer E -> V that has its weights."""
+    linear = nn.Linear(1, 1, bias=False)
+    linear.weight = embedding.weight
+    return linear
+
+
+def _four_bits(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Blocks (..., 32) -> levels 0..15 (int64) and scales (...), with the least squared error of a few scales."""
+    extreme = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))
+    best = torch.full_like(extreme, torch.inf)
+    scale = torch.ones_like(extreme)
+    for share in torch.linspace(0.7, 1.05, 15).tolist():
+        # The largest weight, of either sign, becomes -8: there is one more step on that side.
+        tried = extreme * (share / -8)
+        tried = torch.where(tried == 0, 1.0, tried)
+        error = ((blocks / tried).round().clamp(-8, 7) * tried - blocks).square().sum(-1, keepdim=True)
+        scale, best = torch.where(error < best, tried, scale), torch.minimum(error, best)
+    return (blocks / scale).round().clamp(-8, 7).to(torch.int64) + 8, scale[..., 0]

@@ -1,0 +1,121 @@
+"""`bonnx export --triton DIR`: a model repository for Triton Inference Server, made of an artifact. All or nothing."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import onnx_ir as ir
+
+from ...errors import ExportError
+from ...runtime.artifact.folder import WEIGHTS, read_verified
+from ..artifact import staged
+from ..verify.parity import check_structure
+from .graphs import batched, triton_graphs
+
+__all__ = ["check_repository", "write_repository"]
+
+CONFIG, GRAPH = "config.pbtxt", "model.onnx"
+# The first line of a config: what begins so may be replaced.
+_MARK = "# Written by bonnx export --triton."
+_MAX_BATCH_SIZE, _MAX_QUEUE_DELAY = 32, 2000
+_TYPES = {ir.DataType.INT64: "TYPE_INT64", ir.DataType.FLOAT: "TYPE_FP32"}
+
+
+def write_repository(artifact: Path, repository: Path, *, overwrite: bool = False) -> list[str]:
+    """Write `rank`, `score` and, for a language model, `generate` of an artifact as Triton models.
+
+    Args:
+        artifact: the folder that export wrote; every file's hash is checked.
+        repository: the folder to write; it must not exist, unless `overwrite`.
+        overwrite: replace a repository that this function wrote.
+
+    Returns:
+        The models' names, each a folder of the repository.
+
+    Raises:
+        ArtifactError: the artifact is not as it was written.
+        ExportError: the folder exists, there is no room, or a graph is not valid ONNX; nothing is left behind.
+    """
+    manifest = read_verified(artifact)
+    check_repository(repository, artifact, overwrite=overwrite)
+    names: list[str] = []
+    with staged(repository.absolute()) as folder:
+        weights = folder / WEIGHTS
+        shutil.copyfile(artifact / "onnx" / WEIGHTS, weights)
+        for graph, model in triton_graphs(artifact, manifest):
+            name = f"{manifest.slug}_{graph}"
+            version = folder / name / "1"
+            version.mkdir(parents=True)
+            # It wanders from one to the next: `onnx.checker` refuses a file of several names.
+            weights = weights.rename(version / WEIGHTS)
+            (version / GRAPH).write_bytes(ir.to_proto(model).SerializeToString())
+            check_structure(version / GRAPH)
+            config = _config(name, model.graph, _MAX_BATCH_SIZE if batched(graph) else 0)
+            (folder / name / CONFIG).write_text(config, encoding="utf-8")
+            names.append(name)
+        for name in names[:-1]:
+            _link(weights, folder / name / "1" / WEIGHTS)
+    return names
+
+
+def check_repository(repository: Path, artifact: Path, *, overwrite: bool) -> None:
+    """Refuse a repository's folder before any work is done.
+
+    Raises:
+        ExportError: it and the artifact's folder lie in each other, it exists and may not be replaced, or replacing it
+            would delete what export did not write.
+    """
+    ours, theirs = repository.resolve(), artifact.resolve()
+    if ours.is_relative_to(theirs) or theirs.is_relative_to(ours):
+        raise ExportError(f"{repository} and the artifact's folder {artifact} lie in each other; choose another folder")
+    if not repository.exists():
+        return
+    if not overwrite:
+        raise ExportError(f"{repository} exists; choose another folder, or pass --overwrite to replace it")
+    foreign = [repository] if not repository.is_dir() else [p for p in repository.iterdir() if not _is_ours(p)]
+    if foreign:
+        raise ExportError(
+            f"{foreign[0]} was not written by `bonnx export --triton`, so --overwrite does not delete it; "
+            "choose another folder"
+        )
+
+
+def _is_ours(model: Path) -> bool:
+    config = model / CONFIG
+    return config.is_file() and config.read_bytes().startswith(_MARK.encode())
+
+
+def _link(source: Path, target: Path) -> None:
+    """The same file under another name, or a copy where the file system cannot do that."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _config(name: str, graph: ir.Graph, max_batch_size: int) -> str:
+    """`config.pbtxt`; its schema is `ModelConfig` of Triton's model_config.proto."""
+    lines = [
+        f"{_MARK} To tune it, see docs/triton.md.",
+        f'name: "{name}"',
+        'backend: "onnxruntime"',
+        f'default_model_filename: "{GRAPH}"',
+        f"max_batch_size: {max_batch_size}",
+        *(_tensor("input", value, max_batch_size > 0) for value in graph.inputs),
+        *(_tensor("output", value, max_batch_size > 0) for value in graph.outputs),
+        "instance_group [ { kind: KIND_AUTO, count: 1 } ]",
+    ]
+    if max_batch_size:
+        lines.append(f"dynamic_batching {{ max_queue_delay_microseconds: {_MAX_QUEUE_DELAY} }}")
+    return "\n".join(lines) + "\n"
+
+
+def _tensor(kind: str, value: ir.Value, is_batched: bool) -> str:
+    """An entry; the axis of requests goes without saying."""
+    assert value.shape is not None
+    assert value.dtype is not None
+    sizes = [axis if isinstance(axis, int) else -1 for axis in value.shape][1 if is_batched else 0 :]
+    dims = ", ".join(map(str, sizes))
+    return f'{kind} [ {{ name: "{value.name}", data_type: {_TYPES[value.dtype]}, dims: [ {dims} ] }} ]'

@@ -1,0 +1,199 @@
+"""The bar that fewer bits must pass: how often the artifact selects the candidate that the float32 model would.
+
+Errors of single scores say little about a ranking, so the selection itself is counted, on prompts that the model was
+not trained on. Where several candidates are equally good, which of them is taken is no matter: one that float32 rates
+lower by at most 1% of the spread of the candidates' scores counts as its choice too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ...errors import ExportError, InputError
+from ...models.config import LanguageModelConfig, NetworkConfig
+from ...models.network import LanguageModel, TwoHeadedNetwork
+from ...runtime.artifact.manifest import Agreement, Scoring, TextRules
+from ...runtime.files.lines import in_line, load_arrays, read_values
+from ...runtime.files.values import name_of, to_candidate, to_prompt
+from ...runtime.model import Model
+from ...runtime.selection.aggregate import aggregate, best_of_n
+from ...runtime.text.reader import Item, pad
+from .exact import score_rows
+from .questions import draw_questions
+
+__all__ = ["HeldOut", "measure", "own_prompts", "read_held_out"]
+
+CANDIDATES, NEW_TOKENS, PROMPTS = 16, 64, 50
+_AS_GOOD = 0.01
+# Tokens that the longest question and answer may need, whatever the tokenizer.
+_ROOM = 512
+
+
+class HeldOut(NamedTuple):
+    """A prompt, and its candidates; a language model's artifact samples them itself if there are none."""
+
+    prompt: Item
+    candidates: Sequence[Item] | None = None
+
+
+def read_held_out(path: Path) -> list[HeldOut]:
+    """A file of one prompt a line, of one JSON object with `prompt` and `candidates` a line, or an .npz file.
+
+    The .npz file is for embeddings: `prompts` (prompts, length, embed_dim) and `candidates` (prompts, num_candidates,
+    length, embed_dim), float32.
+
+    Raises:
+        InputError: it cannot be read, or is empty.
+    """
+    try:
+        found = _arrays(load_arrays(path)) if path.suffix == ".npz" else _lines(path)
+    except InputError as e:
+        raise InputError(f"held-out prompts: {e}; see `bonnx export --help`") from e
+    if not found:
+        raise InputError(f"{path} has no prompts; expected one a line")
+    return found
+
+
+def _arrays(arrays: dict[str, Any]) -> list[HeldOut]:
+    missing = [name for name in ("prompts", "candidates") if name not in arrays]
+    if missing:
+        raise InputError(f"it has no array '{missing[0]}', only {', '.join(arrays) or 'none'}")
+    prompts, candidates = arrays["prompts"], arrays["candidates"]
+    if len(prompts) != len(candidates):
+        raise InputError(f"expected as many 'prompts' as 'candidates'; got {len(prompts)} and {len(candidates)}")
+    return [HeldOut(prompt, list(own)) for prompt, own in zip(prompts, candidates, strict=True)]
+
+
+def _lines(path: Path) -> list[HeldOut]:
+    found = []
+    for number, value in read_values(path):
+        with in_line(path, number):
+            if isinstance(value, InputError):
+                raise value
+            candidates = value.get("candidates") if isinstance(value, dict) else None
+            if not isinstance(candidates, list | None):
+                raise InputError(f"'candidates': expected a list; got {name_of(candidates)}")
+            own = None if candidates is None else [to_candidate(candidate) for candidate in candidates]
+            found.append(HeldOut(to_prompt(value), own))
+    return found
+
+
+def own_prompts(
+    config: LanguageModelConfig | NetworkConfig, text: TextRules | None, longest: int, seed: int
+) -> tuple[list[HeldOut], str]:
+    """What there is without a file, and what to call it: questions where text is read, else noise, which tells little.
+
+    A model that generates draws the candidates itself.
+    """
+    generates = isinstance(config, LanguageModelConfig) and config.vocabulary_head
+    if text is None or text.unknown == "refuse" or longest < _ROOM:
+        return _noise(config, longest, seed), "random tokens"
+    questions = draw_questions(PROMPTS, CANDIDATES, seed)
+    if generates:
+        return [HeldOut(question) for question, _ in questions], "built-in questions"
+    if text.chat_template is None:
+        return [HeldOut(f"{question}\n", answers) for question, answers in questions], "built-in questions"
+    chats = [([{"role": "user", "content": question}], answers) for question, answers in questions]
+    return [HeldOut(*chat) for chat in chats], "built-in questions"
+
+
+def _noise(config: LanguageModelConfig | NetworkConfig, longest: int, seed: int) -> list[HeldOut]:
+    rng, found = np.random.default_rng(seed), []
+    for _ in range(PROMPTS):
+        length = int(rng.integers(1, max(1, min(24, longest // 2)) + 1))
+        if isinstance(config, LanguageModelConfig):
+            ids = rng.integers(0, config.vocab_size, (CANDIDATES + 1, length))
+            found.append(HeldOut(ids[0], None if config.vocabulary_head else list(ids[1:])))
+            continue
+        rows = rng.standard_normal((CANDIDATES + 1, length, config.embed_dim), np.float32)
+        found.append(HeldOut(rows[0], list(rows[1:])))
+    return found
+
+
+def measure(
+    load: Callable[[], LanguageModel | TwoHeadedNetwork],
+    artifact: Model,
+    cases: Sequence[HeldOut],
+    *,
+    source: str,
+    least: float,
+) -> Agreement:
+    """Let the artifact select, and then the float32 model from the same candidates.
+
+    Args:
+        load: gives the model, float32, in inference mode; called when the artifact is done.
+        artifact: of fewer bits.
+        cases: prompts.
+        source: where they come from.
+        least: the share of selections as good as float32's that the artifact must reach, 0 to 1.
+
+    Raises:
+        ExportError: it does not reach it.
+        InputError: a prompt or candidate cannot be read.
+    """
+    without = next((i for i, case in enumerate(cases) if case.candidates is None), None)
+    if without is not None and "generate" not in artifact.manifest.graphs:
+        raise InputError(
+            f"held-out prompt {without}: this model samples no candidates; give each prompt its own: on each line an "
+            "object with 'prompt' and 'candidates'"
+        )
+    selected = [_select(artifact, case, number) for number, case in enumerate(cases)]
+    artifact.close()
+    model, scoring = load(), artifact.manifest.scoring
+    same = as_good = 0
+    errors: list[Any] = []
+    for prompt, candidates, chosen, found in selected:
+        scores = _scores(model, artifact, prompt, candidates, scoring)
+        expected = int(best_of_n(scores[:, None])[0])
+        # Two equal candidates are the same choice.
+        is_same = np.array_equal(candidates[chosen], candidates[expected])
+        same += int(is_same)
+        spread = np.nanmax(scores) - np.nanmin(scores)
+        as_good += int(is_same or scores[expected] - scores[chosen] <= _AS_GOOD * spread)
+        errors.append(np.abs(found - scores))
+    share, error = as_good / len(cases), np.concatenate(errors)
+    if share < least:
+        raise ExportError(
+            f"{artifact.manifest.precision} selects a candidate as good as float32's for {as_good} of {len(cases)} "
+            f"prompts ({source}), {100 * share:.1f}%; at least {100 * least:g}% were asked for: use a higher "
+            "precision, or a lower --min-agreement"
+        )
+    return Agreement(
+        prompts=len(cases),
+        share=share,
+        same=same / len(cases),
+        mean_error=float(np.nanmean(error)),
+        max_error=float(np.nanmax(error)),
+        least=least,
+        source=source,
+    )
+
+
+def _select(artifact: Model, case: HeldOut, number: int) -> tuple[Item, list[Any], int, Any]:
+    """The prompt, its candidates, which of them the artifact selects, and the scores (num_candidates,) it gives."""
+    try:
+        if case.candidates is not None:
+            ranking = artifact.rank(case.prompt, case.candidates)
+            return case.prompt, list(case.candidates), ranking.best_index, ranking.candidate_scores
+        prompt = artifact.reader.prompt(case.prompt)
+        room = artifact.manifest.limits.max_tokens - len(prompt)
+        drawn = artifact.generate(prompt, n=CANDIDATES, max_new_tokens=min(NEW_TOKENS, room), seed=number)
+    except InputError as e:
+        raise InputError(f"held-out prompt {number}: {e}") from e
+    scores = np.array([candidate.score for candidate in drawn.candidates], np.float32)
+    return prompt, [candidate.tokens for candidate in drawn.candidates], drawn.best_index, scores
+
+
+def _scores(
+    model: LanguageModel | TwoHeadedNetwork, artifact: Model, prompt: Item, candidates: list[Any], scoring: Scoring
+) -> Any:
+    """The float32 model's candidate scores (num_candidates,), from whole rows."""
+    job = artifact.job(prompt, candidates)
+    values, mask = pad([np.concatenate([job.prompt, item]) for item in job.rows.items], scoring.pad_token)
+    _, scores = score_rows(model, values, scoring, mask)
+    own = scores[:, None, len(job.prompt) :], job.mask[:, None], job.steps[:, None]
+    return aggregate(*own, scoring.aggregation.removeprefix("step_"))[0][:, 0]

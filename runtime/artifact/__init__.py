@@ -1,0 +1,1 @@
+"""The folder that export writes: its manifest, its files, its limits."""

@@ -1,0 +1,49 @@
+"""Sizes are checked before anything is allocated."""
+
+from __future__ import annotations
+
+from ...errors import InputError
+from .manifest import Manifest
+
+__all__ = ["check_size", "estimate_memory"]
+
+
+def check_size(manifest: Manifest, rows: int, prompt: int, length: int, memory_limit: int | None) -> None:
+    """Refuse work beyond the artifact's limits or the caller's.
+
+    Args:
+        manifest: holds the limits.
+        rows: number of candidates.
+        prompt: tokens of the prompt.
+        length: tokens of the longest candidate.
+        memory_limit: bytes, or None.
+
+    Raises:
+        InputError: says which limit, and how much was asked.
+    """
+    limits = manifest.limits
+    if rows > limits.max_candidates:
+        raise InputError(f"{rows} candidates: this artifact takes at most {limits.max_candidates} at once; split them")
+    if prompt + length > limits.max_tokens:
+        raise InputError(
+            f"a prompt of {prompt} tokens and a candidate of {length}: this artifact takes at most "
+            f"{limits.max_tokens} together; shorten them, or export again with --max-tokens"
+        )
+    if memory_limit is not None:
+        needed = estimate_memory(manifest, rows, prompt, length)
+        if needed > memory_limit:
+            raise InputError(
+                f"{rows} candidates of {length} tokens after a prompt of {prompt} need about {needed} bytes, more than "
+                f"memory_limit={memory_limit}; rank fewer at once, or raise the limit"
+            )
+
+
+def estimate_memory(manifest: Manifest, rows: int, prompt: int, length: int) -> int:
+    """Bytes of activations that one call needs at its widest, without the weights: an upper estimate."""
+    network = manifest.network
+    heads, hidden, width = (int(network[key]) for key in ("num_heads", "hidden_size", "embed_dim"))
+    inner = int(network.get("ffn_inner") or 4 * hidden)
+    tokens = prompt + rows * length
+    # Logits and weights of the attention, both float32, and the widest linear layers.
+    attention = 2 * heads * max(prompt * prompt, rows * length * (prompt + 1)) + heads * rows * length * length
+    return 4 * (attention + tokens * (3 * inner + 6 * hidden + width))

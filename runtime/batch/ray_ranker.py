@@ -1,0 +1,75 @@
+"""For `map_batches` of Ray Data over datasets of your own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ...errors import BonnxError
+from ..model import load
+from ..rank.result import Ranking
+from ..rank.run import Job
+from .worker import ADDED, added
+
+__all__ = ["Ranker"]
+
+
+class Ranker:
+    """Ranks the candidates of each row; the model is loaded once for each actor.
+
+    Args:
+        artifact: its folder, which every node must reach by this path.
+        prompt: name of the column with the prompt.
+        candidates: of the column with the candidates.
+        provider: see `bonnx.load`.
+        threads: of one run; give the actor as many cores.
+        **options: of `Model.rank`: `aggregation`, `partial`, `truncate`.
+
+    Example:
+        >>> dataset.map_batches(Ranker, fn_constructor_args=("artifacts/countdown",), concurrency=4)  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        artifact: str,
+        prompt: str = "prompt",
+        candidates: str = "candidates",
+        *,
+        provider: str = "auto",
+        threads: int | None = 1,
+        **options: Any,
+    ) -> None:
+        self._prompt, self._candidates, self._options = prompt, candidates, options
+        self._model = load(artifact, provider=provider, threads=threads)  # type: ignore[arg-type]
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The batch with `best_index`, `best`, `candidate_scores`, `margin` and `reason`.
+
+        A row that cannot be ranked gets a `reason`, and null for the others: it does not end the dataset.
+        """
+        candidates = [[] if own is None else [_plain(item) for item in own] for own in batch[self._candidates]]
+        jobs: list[Job | Exception] = []
+        for prompt, own in zip(batch[self._prompt], candidates, strict=True):
+            try:
+                jobs.append(self._model.job(_plain(prompt), own, **self._options))
+            except (BonnxError, TypeError, ValueError, OverflowError) as e:
+                jobs.append(e)
+        rankings = iter(self._model.rank_all([job for job in jobs if isinstance(job, Job)]))
+        columns: dict[str, Any] = {name: [] for name in (*ADDED, "reason")}
+        for own, job in zip(candidates, jobs, strict=True):
+            found = next(rankings) if isinstance(job, Job) else job
+            row: dict[str, Any] = {"reason": str(found)}
+            if isinstance(found, Ranking):
+                best = own[found.best_index]
+                row = added(found, best.tolist() if isinstance(best, np.ndarray) else best, ADDED)
+            for name, column in columns.items():
+                column.append(row.get(name))
+        return batch | columns
+
+
+def _plain(value: Any) -> Any:
+    """Arrow gives lists as arrays, and lists of lists as arrays of arrays."""
+    if isinstance(value, np.ndarray) and value.dtype == object:
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, np.str_) else value

@@ -1,0 +1,1 @@
+"""ONNX Runtime: which is installed, and sessions of an artifact's graphs."""

@@ -1,0 +1,1 @@
+"""Scoring candidates after a prompt."""

@@ -1,0 +1,88 @@
+"""What ranking and scoring found."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...errors import NoWinnerError
+from ..text.reader import Item
+
+__all__ = ["Ranking", "Scored", "winner"]
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """What `rank` found.
+
+    Attributes:
+        best_index: index of the winner; ties go to the lowest.
+        best: the winner, as it was passed.
+        candidate_scores: (num_candidates,) float32; NaN for a candidate that cannot win.
+        scores: for each candidate (its length,) float32, one score for each of its tokens.
+        aggregation: how a candidate's scores became one.
+        order: indices, best first: by the score of the answer that a candidate votes for, then by its own; without
+            a vote by its own only. Those that cannot win come last.
+        margin: how far the winner is ahead: its score minus the next candidate's, or with a vote its answer's score
+            minus the next answer's; None if there is no other.
+        answers: for each candidate what it votes for, None for none; None if no answers were given.
+        group_scores: (num_candidates,) float32, with a vote: the sum of weights or count of each candidate's answer,
+            NaN for one that cannot win; each candidate's own score if none that counts has an answer.
+        step_scores: for each candidate its scores where a step ends, (steps,) float32; None unless the aggregation
+            reads steps.
+        cut: tokens of the prompt that were left out, if that was allowed.
+        unreadable: for each candidate that could not be read (it is empty, or the tokenizer cannot encode it) its index
+            and why; its score is NaN, and it has no `scores`.
+    """
+
+    best_index: int
+    best: Item
+    candidate_scores: NDArray[np.float32]
+    scores: list[NDArray[np.float32]]
+    aggregation: str
+    order: tuple[int, ...]
+    margin: float | None
+    answers: tuple[Hashable | None, ...] | None
+    group_scores: NDArray[np.float32] | None
+    step_scores: list[NDArray[np.float32]] | None = None
+    cut: int = 0
+    unreadable: Mapping[int, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What `score` found.
+
+    Attributes:
+        best_index: index of the best row.
+        row_scores: (rows,) float32.
+        scores: for each row (its length,) float32.
+        backbone: for each row (its length, hidden_size) float32, or None if it was not asked for.
+        aggregation: how a row's scores became one.
+        order: as in `Ranking`, as are the following.
+    """
+
+    best_index: int
+    row_scores: NDArray[np.float32]
+    scores: list[NDArray[np.float32]]
+    backbone: list[NDArray[np.float32]] | None
+    aggregation: str
+    order: tuple[int, ...]
+    margin: float | None
+    answers: tuple[Hashable | None, ...] | None
+    group_scores: NDArray[np.float32] | None
+    unreadable: Mapping[int, str] = field(default_factory=dict)
+
+
+def winner(index: int, what: str) -> int:
+    """The index that a graph chose.
+
+    Raises:
+        NoWinnerError: it chose none.
+    """
+    if index < 0:
+        raise NoWinnerError(f"none of the {what} can win: every score is NaN; look for NaN or infinity in the inputs")
+    return index

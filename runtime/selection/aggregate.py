@@ -1,0 +1,91 @@
+"""The selection in NumPy: what the graphs do, written a second time for test doubles and checks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from ..engine.session import Array
+
+__all__ = ["aggregate", "best_of_n", "elect"]
+
+_READ: dict[str, Callable[[Array], float]] = {
+    "last": lambda x: float(x[-1]),
+    "mean": lambda x: float(x.mean(dtype=np.float64)),
+    "min": lambda x: float(x.min()),
+    "max": lambda x: float(x.max()),
+    "prod": lambda x: float(x.prod(dtype=np.float64)),
+}
+
+
+def aggregate(scores: Array, mask: Array, step_mask: Array, name: str) -> tuple[Array, Array]:
+    """Candidate scores and the winners.
+
+    Args:
+        scores: (N, B, T) float32.
+        mask: (N, B, T) int64, above 0 where a token is real.
+        step_mask: broadcastable to (N, B, T), above 0 where a step ends.
+        name: one of `AGGREGATIONS`.
+
+    Returns:
+        candidate_scores (N, B) float32, NaN for a candidate with no tokens; best_index (B) int64, -1 for no winner.
+    """
+    real = mask > 0
+    ends = real & (np.broadcast_to(step_mask, mask.shape) > 0)
+    found = np.full(mask.shape[:2], np.nan, np.float32)
+    for n, b in np.ndindex(found.shape):
+        if real[n, b].any():
+            # Without an end of a step the last token is all that is read.
+            places = np.flatnonzero(ends[n, b]) if ends[n, b].any() else np.flatnonzero(real[n, b])[-1:]
+            found[n, b] = _READ[name](scores[n, b, places])
+    return found, best_of_n(found)
+
+
+def best_of_n(candidate_scores: Array) -> Array:
+    """(N, B) -> (B) int64: the greatest, ties to the lowest index, NaN never, -1 when nothing can win."""
+    usable = ~np.isnan(candidate_scores)
+    best = np.where(usable, candidate_scores, -np.inf)
+    winners = usable & (best == best.max(axis=0))
+    return np.where(usable.any(axis=0), winners.argmax(axis=0), -1).astype(np.int64)
+
+
+def elect(candidate_scores: Array, answer_ids: Array, vote: str, vote_weight: str = "score") -> tuple[Array, Array]:
+    """The winners of a vote.
+
+    Args:
+        candidate_scores: (N, B) float32.
+        answer_ids: broadcastable to (N, B), int64, equal for equal answers; below 0 where no answer was found.
+        vote: one of `VOTES`.
+        vote_weight: of `Scoring`: what a candidate adds to its answer in a weighted vote.
+
+    Returns:
+        best_index (B) int64, -1 for no winner; group_scores (N, B) float32: the sum of weights or the count of each
+        candidate's answer, NaN for one that cannot win; where there is no vote or no voter, each candidate's own score.
+    """
+    best, groups = best_of_n(candidate_scores), candidate_scores.copy()
+    ids = np.broadcast_to(answer_ids, candidate_scores.shape)
+    for b, (column, answers) in enumerate(zip(candidate_scores.T, ids.T, strict=True)):
+        voters = [n for n, score in enumerate(column) if answers[n] >= 0 and not np.isnan(score)]
+        if vote == "score" or not voters:
+            continue
+        groups[:, b] = np.nan
+        weights = np.ones(len(column))
+        if vote == "weighted":
+            weights = column.astype(float)
+            if vote_weight == "softmax":
+                weights[voters] = _softmax(column[voters])
+        for n in voters:
+            groups[n, b] = sum(weights[m] for m in voters if answers[m] == answers[n])
+        leader = int(best_of_n(groups[:, b : b + 1])[0])
+        together = (answers == answers[leader]) & ~np.isnan(groups[:, b])
+        best[b] = best_of_n(np.where(together, column, np.nan)[:, None])[0]
+    return best, groups
+
+
+def _softmax(scores: Array) -> Array:
+    """Shares (n,) float32 of scores (n,) float32; those that are the greatest share all of it if it is infinite."""
+    behind = np.where(scores == scores.max(), np.float32(0), scores - scores.max())
+    weights = np.exp(behind.astype(np.float64))
+    shares: Array = (weights / weights.sum()).astype(np.float32)
+    return shares

@@ -1,0 +1,156 @@
+"""Candidates that vote: their answers become the numbers that a graph takes, what it found becomes an order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...errors import InputError
+from ..artifact.manifest import VOTES, Scoring
+from ..checks import is_list, shown
+from ..engine.session import Array
+from .answers import extractor
+
+__all__ = ["Answers", "Ballot", "Standing", "check_weight", "make_ballot"]
+
+# One for each candidate, None for none; the name of an extractor; or a function of a candidate.
+Answers: TypeAlias = Sequence[Hashable | None] | str | Callable[[Any], Hashable | None]
+
+
+class Standing(NamedTuple):
+    """The order of the candidates: see `Ranking`."""
+
+    order: tuple[int, ...]
+    margin: float | None
+    answers: tuple[Hashable | None, ...] | None
+    group_scores: NDArray[np.float32] | None
+
+
+@dataclass(frozen=True)
+class Ballot:
+    """How candidates vote.
+
+    Attributes:
+        vote: one of `VOTES`.
+        answers: one for each candidate, None for none; None if none were given.
+        ids: (N, 1) int64, equal for equal answers, -1 for none.
+        vote_weight: of `Scoring`.
+    """
+
+    vote: str
+    answers: tuple[Hashable | None, ...] | None
+    ids: Array
+    vote_weight: str = "score"
+
+    def feeds(self) -> dict[str, Array]:
+        """The graph's inputs."""
+        return {"answer_ids": self.ids, "vote": np.array(VOTES.index(self.vote), np.int64)}
+
+    def count(self, candidate_scores: Array, group_scores: Array) -> Standing:
+        """The order that the graph's choice is the first of.
+
+        Args:
+            candidate_scores: (N,) float32.
+            group_scores: (N,) float32.
+        """
+        voted = self.vote != "score"
+        excluded = np.isnan(group_scores)
+        # The first of those that stand together: of an answer's candidates, or each by itself.
+        leaders = np.where(excluded, len(excluded), np.arange(len(excluded)))
+        if voted and not excluded[self.ids[:, 0] >= 0].all():
+            first: dict[int, int] = {}
+            for i in np.flatnonzero(~excluded):
+                leaders[i] = first.setdefault(int(self.ids[i, 0]), int(i))
+        # The last key is the first to be compared.
+        keys = [-candidate_scores, np.isnan(candidate_scores), leaders, -group_scores, excluded]
+        order = np.lexsort(keys)
+        others = [i for i in order if leaders[i] != leaders[order[0]] and not excluded[i]]
+        margin = None
+        if others:
+            best, second = float(group_scores[order[0]]), float(group_scores[others[0]])
+            margin = 0.0 if best == second else best - second
+        return Standing(tuple(order.tolist()), margin, self.answers, group_scores if voted else None)
+
+
+def check_weight(score: float, what: str) -> float:
+    """A score of the caller's own that is a weight of a vote; NaN does not count, so it may be one.
+
+    Raises:
+        InputError: it is below 0, and would count against the answer that it is given for.
+    """
+    if score < 0:
+        raise InputError(
+            f"{what}: in a weighted vote a score is its candidate's weight; expected 0 or more, got {score:g}; give a "
+            "probability, such as 1 / (1 + exp(-score)), or exp(score), or vote by 'score' or 'majority'"
+        )
+    return score
+
+
+def make_ballot(
+    vote: str,
+    answers: Answers | None,
+    candidates: Sequence[Any],
+    what: str,
+    unreadable: Collection[int] = (),
+    scoring: Scoring | None = None,
+) -> Ballot:
+    """Read the answers of candidates.
+
+    Args:
+        vote: one of `VOTES`.
+        answers: see `Model.rank`.
+        candidates: what an extractor reads.
+        what: what they are called in messages.
+        unreadable: indices of those that cannot be read; an extractor does not see them.
+        scoring: of the artifact that scores; None for scores that are weights as they are.
+
+    Raises:
+        InputError: no such vote or extractor, a vote without answers, answers that do not fit the candidates, or a
+            weighted vote of an older artifact's raw scores.
+    """
+    if not isinstance(vote, str) or vote not in VOTES:
+        raise InputError(f"vote: expected one of {', '.join(VOTES)}; got {shown(vote)}")
+    if answers is None:
+        if vote != "score":
+            raise InputError(
+                f"vote='{vote}' needs answers: pass a list with one for each of the {what}, 'boxed', 'number', "
+                "'regex:PATTERN', or a function that takes one of them"
+            )
+        return Ballot(vote, None, np.full((len(candidates), 1), -1, np.int64))
+    if vote == "weighted" and scoring is not None and scoring.activation == "none" and scoring.vote_weight == "score":
+        raise InputError(
+            "vote='weighted': this artifact's graphs add up raw scores, and one below 0 counts against its own answer; "
+            "export the model again, or vote by 'score' or 'majority'"
+        )
+    found = _read(answers, candidates, what, unreadable)
+    ids = np.full((len(candidates), 1), -1, np.int64)
+    numbers: dict[Hashable, int] = {}
+    for i, answer in enumerate(found):
+        try:
+            ids[i] = -1 if answer is None else numbers.setdefault(answer, len(numbers))
+        except TypeError as e:
+            raise InputError(f"answers[{i}]: expected something hashable or None; got {type(answer).__name__}") from e
+    return Ballot(vote, found, ids, "score" if scoring is None else scoring.vote_weight)
+
+
+def _read(
+    answers: Answers, candidates: Sequence[Any], what: str, unreadable: Collection[int]
+) -> tuple[Hashable | None, ...]:
+    if isinstance(answers, str) or callable(answers):
+        read = extractor(answers) if isinstance(answers, str) else answers
+        readable = {i: candidate for i, candidate in enumerate(candidates) if i not in unreadable}
+        for i, candidate in readable.items():
+            if isinstance(answers, str) and not isinstance(candidate, str):
+                raise InputError(
+                    f"answers='{answers:.60}' reads text, and {what}[{i}] is none; pass the answers, or a function"
+                )
+        return tuple(read(readable[i]) if i in readable else None for i in range(len(candidates)))
+    if not is_list(answers):
+        raise InputError(f"answers: expected a list, a function or the name of an extractor; got {shown(answers)}")
+    if len(answers) != len(candidates):
+        raise InputError(f"answers: expected one for each of {len(candidates)} {what}; got {len(answers)}")
+    return tuple(answers)

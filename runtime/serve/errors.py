@@ -1,0 +1,93 @@
+"""What went wrong, in the shape that the API's clients expect, without paths or traces."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from ...errors import ArtifactError, InputError, NoWinnerError
+from .batcher import LateError, OverfullError
+
+__all__ = ["Problem", "as_problem", "encode", "respond"]
+
+_TYPES = {
+    400: "invalid_request",
+    401: "unauthorized",
+    404: "not_found",
+    405: "method_not_allowed",
+    408: "timeout",
+    413: "too_large",
+    415: "unsupported_media_type",
+    422: "no_winner",
+    429: "overloaded",
+    500: "internal_error",
+    503: "unavailable",
+    504: "deadline_exceeded",
+}
+
+
+class Problem(Exception):  # noqa: N818 - it is an answer before it is an error
+    """An answer that is an error.
+
+    Attributes:
+        status: of HTTP.
+        message: for the client: what was expected, what was found.
+        headers: more of them.
+    """
+
+    def __init__(self, status: int, message: str, headers: dict[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.status, self.message, self.headers = status, message, headers or {}
+
+    def response(self, path: str) -> Response:
+        """The answer: the Open Inference Protocol has `error` as a text, Cohere `message`, OpenAI an object."""
+        body: dict[str, Any]
+        if path.startswith("/v2/") and not path.endswith("/rerank"):
+            body = {"error": self.message}
+        else:
+            error = {"message": self.message, "type": _TYPES.get(self.status, "error"), "code": self.status}
+            body = {"message": self.message, "error": error}
+        return Response(encode(body), self.status, self.headers, "application/json")
+
+
+def encode(value: Any) -> bytes:
+    """JSON; what is not finite becomes null, half of a surrogate pair the sign for what is no character."""
+    try:
+        return msgspec.json.encode(value)
+    except UnicodeEncodeError:
+        return msgspec.json.encode(_mended(value))
+
+
+def _mended(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(value, dict):
+        return {_mended(key): _mended(item) for key, item in value.items()}
+    return [_mended(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def as_problem(error: Exception) -> Problem | None:
+    """The answer to an error that a client can do something about; None for one that it cannot."""
+    if isinstance(error, Problem):
+        return error
+    if isinstance(error, InputError):
+        return Problem(400, str(error))
+    if isinstance(error, ArtifactError):
+        return Problem(503, "the model's files were changed while it was served; this server must be started again")
+    if isinstance(error, NoWinnerError):
+        return Problem(422, str(error))
+    if isinstance(error, OverfullError):
+        return Problem(429, str(error), {"Retry-After": str(error.retry_after)})
+    if isinstance(error, LateError):
+        return Problem(504, "the request's time was over before its answer was there; try again, or allow more time")
+    return None
+
+
+async def respond(request: Request, error: Exception) -> Response:
+    """An exception handler."""
+    problem = as_problem(error)
+    assert problem is not None
+    return problem.response(request.url.path)

@@ -1,0 +1,284 @@
+"""The Open Inference Protocol (KServe v2) over the graphs: their tensors in, their tensors out.
+
+Each graph is a model of its own, `NAME_rank`, `NAME_score` and so on, with the inputs and outputs of docs/graphs.md.
+Tensors come as JSON lists or, as Triton's clients send them, as raw bytes behind the JSON header.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import fastapi
+import msgspec
+import numpy as np
+from starlette.requests import Request
+from starlette.responses import Response
+
+import bonnx
+
+from ...errors import ArtifactError
+from ..artifact.manifest import Value
+from ..engine.session import Array, Stop
+from ..model import Model
+from .bodies import parse_json
+from .errors import Problem, encode
+from .service import Service
+from .tensors import check_feeds, check_shapes
+
+__all__ = ["protocol_routes"]
+
+_DATATYPES = {"int64": "INT64", "float32": "FP32"}
+_KINDS: dict[str, np.dtype[Any]] = {"INT64": np.dtype("<i8"), "FP32": np.dtype("<f4")}
+_HEADER = "inference-header-content-length"
+
+
+class _Parameters(msgspec.Struct, forbid_unknown_fields=True):
+    binary_data: bool = False
+    binary_data_size: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    binary_data_output: bool = False
+
+
+class _Tensor(msgspec.Struct, forbid_unknown_fields=True):
+    name: str
+    shape: list[Annotated[int, msgspec.Meta(ge=0, lt=2**31)]]
+    datatype: str
+    data: list[Any] | None = None
+    parameters: _Parameters = msgspec.field(default_factory=_Parameters)
+
+
+class _Wanted(msgspec.Struct, forbid_unknown_fields=True):
+    name: str
+    parameters: _Parameters = msgspec.field(default_factory=_Parameters)
+
+
+class _Inference(msgspec.Struct, forbid_unknown_fields=True):
+    inputs: list[_Tensor]
+    id: str | None = None
+    outputs: list[_Wanted] | None = None
+    parameters: _Parameters = msgspec.field(default_factory=_Parameters)
+
+
+def protocol_routes(service: Service) -> fastapi.APIRouter:
+    """The routes below `/v2`."""
+    routes = fastapi.APIRouter(prefix="/v2")
+    artifact = service.model.manifest
+    models = {f"{artifact.slug}_{name}": name for name in ("rank", "score", "generate") if name in artifact.graphs}
+
+    def graph_of(model: str, version: str | None) -> str:
+        if model not in models or version not in (None, "1"):
+            raise Problem(404, f"no model '{model:.80}' here, or no such version of it; there are {', '.join(models)}")
+        return models[model]
+
+    @routes.get("")
+    async def server() -> dict[str, Any]:
+        """What this server is."""
+        return {"name": "bonnx", "version": bonnx.__version__, "extensions": ["binary_tensor_data"]}
+
+    @routes.get("/health/live")
+    async def live() -> dict[str, bool]:
+        """Whether the server runs."""
+        return {"live": True}
+
+    @routes.get("/health/ready")
+    async def ready() -> dict[str, bool]:
+        """Whether its models can be used: they are loaded before the server listens."""
+        service.check_whole()
+        return {"ready": True}
+
+    @routes.get("/models/{model}/versions/{version}/ready", include_in_schema=False)
+    @routes.get("/models/{model}/ready")
+    async def model_ready(model: str, version: str | None = None) -> dict[str, Any]:
+        """Whether a model can be used."""
+        graph_of(model, version)
+        service.check_whole()
+        return {"name": model, "ready": True}
+
+    @routes.get("/models/{model}/versions/{version}", include_in_schema=False)
+    @routes.get("/models/{model}")
+    async def metadata(model: str, version: str | None = None) -> dict[str, Any]:
+        """A model's inputs and outputs; -1 is an axis of any length, [] a scalar."""
+        graph = artifact.graphs[graph_of(model, version)]
+        return {
+            "name": model,
+            "versions": ["1"],
+            "platform": "onnxruntime_onnx",
+            "inputs": [_described(value) for value in graph.inputs],
+            "outputs": [_described(value) for value in graph.outputs],
+        }
+
+    @routes.post("/models/{model}/versions/{version}/infer", include_in_schema=False)
+    @routes.post("/models/{model}/infer", openapi_extra={"requestBody": _BODY})
+    async def infer(request: Request, model: str, version: str | None = None) -> Response:
+        """Run a graph."""
+        name = graph_of(model, version)
+        graph, body = artifact.graphs[name], await request.body()
+        read = lambda: _read(body, request.headers.get(_HEADER), name, service.model)  # noqa: E731
+        asked, feeds = await service.aside(read, request, len(body))
+        known = [value.name for value in graph.outputs]
+        wanted = asked.outputs if asked.outputs else [_Wanted(output, asked.parameters) for output in known]
+        for output in wanted:
+            if output.name not in known:
+                raise Problem(400, f"outputs: there is no '{output.name:.80}', only {', '.join(known)}")
+        if len({output.name for output in wanted}) < len(wanted):
+            raise Problem(400, "outputs: one is there twice; expected each once")
+        shape = check_feeds(name, feeds, service.model)
+        names = [output.name for output in wanted]
+        found = await service.call(request, name, lambda stop: _run(service, name, feeds, names, stop), shape)
+        write = lambda: _written(model, asked, wanted, found)  # noqa: E731
+        return await service.aside(write, request, sum(array.size for array in found))
+
+    return routes
+
+
+def _run(service: Service, name: str, feeds: dict[str, Array], outputs: list[str], stop: Stop) -> Sequence[Array]:
+    try:
+        return service.model.session(name).run(feeds, outputs, stop)
+    except ArtifactError:
+        raise
+    except Exception as e:  # ONNX Runtime raises bare subclasses of Exception of its own
+        if stop.terminate:
+            raise
+        raise Problem(400, f"the graph cannot run on these inputs: {_plain(str(e))}") from e
+
+
+def _plain(message: str) -> str:
+    """ONNX Runtime's words without its source files."""
+    return re.sub(r"/\S+", "...", message.partition("\n")[0])[:300]
+
+
+def _described(value: Value) -> dict[str, Any]:
+    shape = [axis if isinstance(axis, int) else -1 for axis in value.shape]
+    return {"name": value.name, "datatype": _DATATYPES[value.dtype], "shape": shape}
+
+
+def _read(body: bytes, length: str | None, name: str, model: Model) -> tuple[_Inference, dict[str, Array]]:
+    """The request and the graph's inputs."""
+    header, rest = body, memoryview(b"")
+    if length is not None:
+        if not re.fullmatch("[0-9]{1,12}", length) or int(length) > len(body):
+            raise Problem(400, f"Inference-Header-Content-Length: expected at most the body's {len(body)} bytes")
+        header, rest = body[: int(length)], memoryview(body)[int(length) :]
+    try:
+        asked = msgspec.convert(parse_json(header), _Inference)
+    except (msgspec.ValidationError, UnicodeEncodeError) as e:
+        # The latter for half of a surrogate pair, which JSON may hold.
+        raise Problem(400, f"the request is not one of the Open Inference Protocol: {str(e)[:300]}") from e
+    graph = model.manifest.graphs[name]
+    declared = {value.name: value for value in graph.inputs}
+    shapes: dict[str, list[int]] = {}
+    for tensor in asked.inputs:
+        if tensor.name not in declared:
+            raise Problem(400, f"inputs: '{tensor.name:.80}' is not wanted; expected {', '.join(declared)}")
+        if tensor.name in shapes:
+            raise Problem(400, f"inputs: '{tensor.name}' is there twice; expected it once")
+        shapes[tensor.name] = _shape(tensor, declared[tensor.name])
+    missing = [other for other in declared if other not in shapes]
+    if missing:
+        raise Problem(400, f"inputs: {', '.join(missing)} not given")
+    check_shapes(name, graph, shapes, model.manifest.limits)
+    feeds: dict[str, Array] = {}
+    for tensor in asked.inputs:
+        feeds[tensor.name], rest = _tensor(tensor, shapes[tensor.name], rest)
+    if rest:
+        raise Problem(400, f"{len(rest)} bytes behind the last input belong to none; see binary_data_size")
+    return asked, feeds
+
+
+def _shape(tensor: _Tensor, value: Value) -> list[int]:
+    """An input's shape, checked against the graph's."""
+    what, wanted = f"input '{tensor.name}'", _DATATYPES[value.dtype]
+    if tensor.datatype != wanted:
+        raise Problem(400, f"{what}: expected datatype {wanted}; got {tensor.datatype:.40}")
+    # Clients whose tensors have at least one axis send a scalar as a list of one.
+    shape = [] if not value.shape and tensor.shape == [1] else tensor.shape
+    fits = len(shape) == len(value.shape) and all(
+        not isinstance(axis, int) or axis == size for axis, size in zip(value.shape, shape, strict=True)
+    )
+    if not fits:
+        raise Problem(400, f"{what}: expected the shape {value.shape}; got {tensor.shape!s:.100}")
+    return shape
+
+
+def _tensor(tensor: _Tensor, shape: list[int], rest: memoryview) -> tuple[Array, memoryview]:
+    """An input's array, and the bytes behind it."""
+    what, kind = f"input '{tensor.name}'", _KINDS[tensor.datatype]
+    count, size = math.prod(shape), tensor.parameters.binary_data_size
+    if size is not None:
+        if tensor.data is not None:
+            raise Problem(400, f"{what}: expected 'data' or 'binary_data_size'; got both")
+        if size != count * kind.itemsize or size > len(rest):
+            raise Problem(400, f"{what}: {count} values are {count * kind.itemsize} bytes; got {min(size, len(rest))}")
+        return np.frombuffer(rest[:size], kind).reshape(shape), rest[size:]
+    try:
+        return _flat(tensor.data, kind).reshape(shape), rest
+    except (TypeError, ValueError, ArithmeticError) as e:
+        raise Problem(
+            400, f"{what}: its data are not {tensor.datatype} values of the shape {tensor.shape}: {str(e)[:200]}"
+        ) from e
+
+
+def _flat(data: Any, kind: np.dtype[Any]) -> Array:
+    """JSON lists, nested or not, as one; a number with a fraction is no whole one."""
+    array = np.asarray(data, object).ravel()
+    allowed = (int,) if kind.kind == "i" else (int, float)
+    if not all(type(item) in allowed for item in array):
+        raise TypeError(f"expected {'whole numbers' if kind.kind == 'i' else 'numbers'}")
+    with np.errstate(over="raise"):
+        return array.astype(kind)
+
+
+def _written(model: str, asked: _Inference, wanted: Sequence[_Wanted], found: Sequence[Array]) -> Response:
+    outputs, blobs = [], []
+    for output, array in zip(wanted, found, strict=True):
+        entry: dict[str, Any] = {"name": output.name, "datatype": _DATATYPES[str(array.dtype)], "shape": [*array.shape]}
+        if output.parameters.binary_data or output.parameters.binary_data_output:
+            blobs.append(np.ascontiguousarray(array).tobytes())
+            entry["parameters"] = {"binary_data_size": len(blobs[-1])}
+        else:
+            entry["data"] = array.ravel().tolist()
+        outputs.append(entry)
+    header = {"model_name": model, "model_version": "1", "outputs": outputs}
+    head = encode(header | ({"id": asked.id} if asked.id is not None else {}))
+    if not blobs:
+        return Response(head, media_type="application/json")
+    return Response(head + b"".join(blobs), headers={_HEADER: str(len(head))}, media_type="application/octet-stream")
+
+
+_BODY: dict[str, Any] = {
+    "required": True,
+    "content": {
+        "application/json": {
+            "schema": {
+                "type": "object",
+                "required": ["inputs"],
+                "properties": {
+                    "id": {"type": "string"},
+                    "inputs": {
+                        "type": "array",
+                        "items": {
+                            "type": "object",
+                            "required": ["name", "shape", "datatype", "data"],
+                            "properties": {
+                                "name": {"type": "string"},
+                                "shape": {"type": "array", "items": {"type": "integer", "minimum": 0}},
+                                "datatype": {"type": "string", "enum": ["INT64", "FP32"]},
+                                "data": {"type": "array"},
+                            },
+                        },
+                    },
+                    "outputs": {
+                        "type": "array",
+                        "items": {
+                            "type": "object",
+                            "required": ["name"],
+                            "properties": {"name": {"type": "string"}},
+                        },
+                    },
+                },
+            }
+        }
+    },
+}

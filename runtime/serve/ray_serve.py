@@ -1,0 +1,107 @@
+"""The same server on Ray Serve: the application as ingress of replicas, each with a model and queues of its own."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray import serve
+
+from ...errors import InputError
+from ..model import load
+from .app import create_app
+from .server import log_to_stderr
+from .settings import Settings
+
+if TYPE_CHECKING:
+    import fastapi
+
+__all__ = ["Scale", "deploy", "run_until_told"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """How many replicas, and what each takes.
+
+    Attributes:
+        replicas: at the least.
+        most_replicas: at the most; Ray adds and removes them by load.
+        cpus: cores of each, and threads of its runs.
+        gpus: of each; above 0 the model runs on CUDA.
+
+    Raises:
+        InputError: a number is invalid.
+    """
+
+    replicas: int = 1
+    most_replicas: int = 1
+    cpus: int = 1
+    gpus: float = 0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.replicas <= self.most_replicas:
+            raise InputError(
+                f"replicas: expected at least 1 and at most {self.most_replicas}, the most allowed; got {self.replicas}"
+            )
+        if self.cpus < 1 or self.gpus < 0:
+            raise InputError(f"cpus and gpus of a replica: expected at least 1 and 0; got {self.cpus} and {self.gpus}")
+
+
+def deploy(artifact: str, settings: Settings, scale: Scale, *, memory_limit: int | None = None) -> Any:
+    """The Ray Serve application, for `ray.serve.run`.
+
+    Args:
+        artifact: its folder, which every node must reach by this path.
+        settings: bounds of each replica; above all `max_queue` requests wait at each.
+        scale: how many.
+        memory_limit: see `bonnx.load`.
+    """
+
+    def build() -> fastapi.FastAPI:
+        # In the replica: Ray keeps what it says with the replica's own log.
+        log_to_stderr()
+        provider: Any = "cuda" if scale.gpus else "cpu"
+        return create_app(load(artifact, provider=provider, threads=scale.cpus, memory_limit=memory_limit), settings)
+
+    count: dict[str, Any] = {"num_replicas": scale.replicas}
+    if scale.most_replicas > scale.replicas:
+        # Joint runs need company: a replica that has a few requests at once is not overloaded yet.
+        bounds = {"min_replicas": scale.replicas, "max_replicas": scale.most_replicas, "target_ongoing_requests": 16}
+        count = {"autoscaling_config": bounds}
+    deployment: Any = serve.deployment(
+        serve.ingress(build)(),
+        name="bonnx",
+        ray_actor_options={"num_cpus": scale.cpus, "num_gpus": scale.gpus},
+        # The queue that answers 429 is bonnx's own; Ray's stands before it for what no replica has taken.
+        max_ongoing_requests=settings.max_queue + 64,
+        max_queued_requests=settings.max_queue,
+        graceful_shutdown_timeout_s=settings.timeout,
+        **count,
+    )
+    return deployment.bind()
+
+
+def run_until_told(application: Any, host: str, port: int, address: str | None) -> None:
+    """Serve until SIGTERM or SIGINT.
+
+    Args:
+        application: what `deploy` made.
+        host: address to listen at.
+        port: of HTTP.
+        address: of a running cluster; one is started here if not given.
+    """
+    told = threading.Event()
+    ray.init(address=address, include_dashboard=False, log_to_driver=False)
+    try:
+        # Only now: Ray has set handlers of its own, which end the process with a trace.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: told.set())
+        serve.start(http_options={"host": host, "port": port})
+        serve.run(application, name="bonnx", route_prefix="/")
+        told.wait()
+    finally:
+        serve.shutdown()  # type: ignore[no-untyped-call]
+        ray.shutdown()

@@ -1,0 +1,82 @@
+"""A generation that is watched while it grows in a thread of its own."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import Executor
+
+from ..generate.options import Generation
+
+__all__ = ["Growth"]
+
+
+class Growth:
+    """Begins at once. Iterate to see the newest state whenever you are ready for it, the result last.
+
+    A slow reader misses states and holds nothing up. To end it early, close the iteration, or call `stop`.
+
+    Args:
+        states: what grows.
+        executor: where it grows.
+        done: called in the event loop when it has ended.
+    """
+
+    def __init__(self, states: Iterator[Generation], executor: Executor, done: Callable[[], None]) -> None:
+        self._loop, self._news = asyncio.get_running_loop(), asyncio.Event()
+        self._newest: Generation | None = None
+        self._error: Exception | None = None
+        self._ended = self._stopped = False
+        future = self._loop.run_in_executor(executor, self._grow, states)
+        future.add_done_callback(lambda _: done())
+
+    def stop(self) -> None:
+        """Nothing more is computed after the token that is being computed now."""
+        self._stopped = True
+
+    async def result(self) -> Generation:
+        """The last state.
+
+        Raises:
+            Exception: what the generation raised.
+        """
+        last: Generation | None = None
+        async for state in self:
+            last = state
+        assert last is not None
+        return last
+
+    async def __aiter__(self) -> AsyncIterator[Generation]:
+        try:
+            while True:
+                await self._news.wait()
+                self._news.clear()
+                ended, newest = self._ended, self._newest
+                self._newest = None
+                if newest is not None:
+                    yield newest
+                if ended:
+                    if self._error is not None:
+                        raise self._error
+                    return
+        finally:
+            self.stop()
+
+    def _grow(self, states: Iterator[Generation]) -> None:
+        try:
+            for state in states:
+                if self._stopped:
+                    break
+                self._newest = state
+                self._tell()
+        except Exception as e:
+            self._error = e
+        self._ended = True
+        self._tell()
+
+    def _tell(self) -> None:
+        try:
+            self._loop.call_soon_threadsafe(self._news.set)
+        except RuntimeError:
+            # The loop is closed: nobody watches any more.
+            self._stopped = True

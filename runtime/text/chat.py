@@ -1,0 +1,237 @@
+"""Messages to text: a model's chat template, rendered in a sandbox, exactly as transformers renders it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from functools import cached_property
+from typing import Any
+
+from ...errors import ArtifactError, BonnxError, InputError
+from .parts import Parts, TakesTextError, joined, lost_words, was_read
+
+__all__ = ["ChatTemplate", "Messages", "is_messages"]
+
+Messages = Sequence[Mapping[str, Any]]
+# Stands for any words: a character that no template has a use for.
+_MARK = "\ue000"
+_PROBE = {"role": "user", "content": _MARK}
+
+
+class ChatTemplate:
+    """A compiled chat template. Safe to share between threads.
+
+    Templates come with checkpoints and are code of strangers: they run in Jinja2's immutable sandbox, which keeps them
+    away from Python's inside, the file system and the messages' own objects; loops and output are bounded.
+
+    Args:
+        source: the template.
+        tokens: the special tokens' texts by the names that templates use: `bos_token`, `eos_token` and so on.
+
+    Raises:
+        ArtifactError: jinja2 is missing, or `source` is no template.
+    """
+
+    def __init__(self, source: str, tokens: Mapping[str, str]) -> None:
+        try:
+            from .sandbox import compile_template  # needs jinja2, which only chat templates use
+        except ImportError as e:
+            raise ArtifactError("chat templates need jinja2, which is not installed; run `pip install jinja2`") from e
+
+        self._tokens = dict(tokens)
+        self._template = compile_template(source)
+
+    def render(self, messages: Messages, *, add_generation_prompt: bool = False) -> str:
+        """The text of a conversation, with the special tokens that the template writes: encode it without others.
+
+        Args:
+            messages: `{"role": ..., "content": ...}` in order; `content` is text or a list of parts
+                `{"type": "text", "text": ...}`, joined where the template takes a text. Other keys are handed to the
+                template as they are.
+            add_generation_prompt: end with what comes before the assistant's next words.
+
+        Raises:
+            InputError: the messages are malformed, or the template refuses them, in its own words.
+            ArtifactError: the template reached for what it must not have, or does not come to an end.
+        """
+        return self._render(_plain_messages(messages), add_generation_prompt, datetime.now())
+
+    def split(
+        self, prompt: Messages, candidates: Sequence[str | Messages], names: Sequence[str]
+    ) -> list[tuple[str, int, int]]:
+        """Whole conversations, and where in each text the candidate's own part begins and its last words end.
+
+        Args:
+            prompt: the messages that all candidates follow.
+            candidates: the assistant's words, or the messages that follow the prompt's.
+            names: what an error calls each of them.
+
+        Returns:
+            For each candidate the text of prompt and candidate together, and the character where the prompt's rendering
+            with its generation prompt ends. Some templates write earlier messages differently once later ones follow;
+            then it is the character where the two texts part. Last the character behind which the template closes the
+            turn: what it writes there is the same whatever was said.
+
+        Raises:
+            InputError: as `render`.
+            ArtifactError: as `render`.
+        """
+        now, first = datetime.now(), _plain_messages(prompt)  # one time of day for all renderings
+        head = self._render(first, True, now)
+        result, closing = [], None
+        for candidate, name in zip(candidates, names, strict=True):
+            own = [{"role": "assistant", "content": candidate}] if isinstance(candidate, str) else candidate
+            said = [*first, *_plain_messages(own, name)]
+            whole = self._render(said, False, now)
+            start = _common(head, whole)
+            if closing is None or not isinstance(candidate, str):
+                closing = self._closing(said, now)
+            stop = len(whole) - len(closing) if whole.endswith(closing) else len(whole)
+            result.append((whole, start, max(start, stop)))
+        return result
+
+    def _closing(self, messages: list[dict[str, Any]], now: datetime) -> str:
+        """What the template writes behind the last message's words."""
+        if messages[-1].get("content") is None:
+            return ""
+        text = self._render([*messages[:-1], {**messages[-1], "content": _MARK}], False, now)
+        return text.rpartition(_MARK)[2] if _MARK in text else ""
+
+    def _render(self, messages: list[dict[str, Any]], add_generation_prompt: bool, now: datetime) -> str:
+        """The text. Parts are joined where the template takes a text; a text is one part where it takes only parts.
+
+        Where the template reads some of the parts, such as the first, it gets all words in one.
+        """
+        one = set[int]()
+        whole = {i for i, m in enumerate(messages) if isinstance(m.get("content"), str)}
+        if whole and self._takes_no_text:
+            whole.clear()
+        while True:
+            given, parts = _given(messages, whole, one)
+            try:
+                text = self._render_once(given, add_generation_prompt, now)
+            except TakesTextError as e:
+                whole |= {i for i in parts if messages[i]["role"] == e.role}
+            except InputError:
+                # It may have taken parts for a text. Of a template that reads a user's parts these are not the reason.
+                taken = {i for i in parts if messages[i]["role"] != "user" or not self._reads_parts}
+                if not taken:
+                    raise
+                whole |= taken
+            else:
+                unread = {i for i, content in parts.items() if not was_read(content)}
+                some = {i for i, content in parts.items() if lost_words(content)}
+                if not unread and not some:
+                    return text
+                whole, one = whole | unread, one | some
+
+    def _render_once(self, messages: list[dict[str, Any]], add_generation_prompt: bool, now: datetime) -> str:
+        from .sandbox import render
+
+        given = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
+        return render(self._template, {**self._tokens, **given}, now)
+
+    @cached_property
+    def _reads_parts(self) -> bool:
+        """Whether the template writes content in parts."""
+        return self._writes(_given([_PROBE], set(), set())[0])
+
+    @cached_property
+    def _takes_no_text(self) -> bool:
+        """Whether the template loses content that is a text, and writes it if it is a part."""
+        return not self._writes([_PROBE]) and self._reads_parts
+
+    def _writes(self, messages: list[dict[str, Any]]) -> bool:
+        try:
+            return _MARK in self._render_once(messages, False, datetime.now())
+        except (BonnxError, TakesTextError):
+            return False
+
+
+def _given(
+    messages: list[dict[str, Any]], whole: set[int], one: set[int]
+) -> tuple[list[dict[str, Any]], dict[int, Parts]]:
+    """Messages for a template, the content of those in `whole` as texts, of the others as parts; and these parts.
+
+    Of those in `one` all words are one part.
+    """
+    given, parts = list(messages), {}
+    for i, message in enumerate(messages):
+        content = message.get("content")
+        if i in whole and isinstance(content, list):
+            given[i] = {**message, "content": joined(content)}
+        elif i not in whole and content is not None:
+            words = joined(content) if i in one else content
+            listed = words if isinstance(words, list) else [{"type": "text", "text": words}]
+            parts[i] = Parts(listed, message["role"])
+            given[i] = {**message, "content": parts[i]}
+    return given, parts
+
+
+def is_messages(value: object) -> bool:
+    """Whether a prompt or candidate is meant as messages: a list whose first element is a mapping."""
+    return isinstance(value, (list, tuple)) and bool(value) and isinstance(value[0], Mapping)
+
+
+def _common(a: str, b: str) -> int:
+    """Characters that both texts begin with."""
+    if b.startswith(a):
+        return len(a)
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _shown(value: object) -> str:
+    return repr(value)[:80]
+
+
+def _plain_messages(messages: Messages, what: str = "messages") -> list[dict[str, Any]]:
+    """Copies of plain JSON values, which a template can neither change nor climb out of.
+
+    Keys whose value is None are dropped and other names of `reasoning_content` understood, as transformers does.
+    """
+    if not isinstance(messages, (list, tuple)) or not messages:
+        raise InputError(
+            f'{what}: expected a list of {{"role": ..., "content": ...}}, not empty; found {_shown(messages)}'
+        )
+    return [_plain_message(message, f"{what}[{i}]") for i, message in enumerate(messages)]
+
+
+def _plain_message(message: object, what: str) -> dict[str, Any]:
+    if not isinstance(message, Mapping):
+        raise InputError(f'{what}: expected {{"role": ..., "content": ...}}; found {_shown(message)}')
+    plain = {key: value for key, value in _plain(message, what, 0).items() if value is not None}
+    if not isinstance(plain.get("role"), str):
+        raise InputError(f"{what}: 'role' must be a text such as 'user'; found {_shown(plain.get('role'))}")
+    content = plain.get("content")
+    if content is None and "tool_calls" not in plain:
+        raise InputError(f"{what}: there is no 'content'; found the keys {', '.join(map(repr, plain))}")
+    if isinstance(content, list):
+        for i, part in enumerate(content):
+            if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):
+                raise InputError(
+                    f"{what}['content'][{i}]: expected {{'type': 'text', 'text': ...}}: only text can be ranked; "
+                    f"found {_shown(part)}"
+                )
+    elif content is not None and not isinstance(content, str):
+        raise InputError(f"{what}: 'content' must be a text or a list of text parts; found {_shown(content)}")
+    names = ("reasoning_content", "thinking", "reasoning")
+    reasoning = next((plain[name] for name in names if name in plain), None)
+    return plain if reasoning is None else {"thinking": reasoning, **plain, "reasoning_content": reasoning}
+
+
+def _plain(value: Any, what: str, depth: int) -> Any:
+    if depth > 50:
+        raise InputError(f"{what}: nested more than 50 deep")
+    if value is None or isinstance(value, bool):
+        return value
+    for kind in (str, int, float):
+        if isinstance(value, kind):
+            return kind(value) if type(value) is not kind else value
+    if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, str):
+                raise InputError(f"{what}: keys must be texts; found {_shown(key)}")
+        return {str(key): _plain(item, what, depth + 1) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item, what, depth + 1) for item in value]
+    raise InputError(f"{what}: expected plain JSON values; found {_shown(value)} ({type(value).__name__})")

@@ -1,0 +1,152 @@
+"""Prompts and candidates as whole texts: plain strings, messages that a chat template joins, candidates in steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ...errors import InputError
+from ..artifact.manifest import TextRules
+from .chat import ChatTemplate, is_messages
+from .tokenizer import NO_TOKENS, Passage
+
+__all__ = ["Writer", "is_text"]
+
+
+def is_text(item: Any) -> bool:
+    """Whether an item is to be tokenized: text, messages, or a candidate as a list of steps."""
+    if isinstance(item, str):
+        return True
+    return isinstance(item, Sequence) and len(item) > 0 and isinstance(item[0], str | Mapping)
+
+
+class Writer:
+    """Makes the texts of one artifact."""
+
+    def __init__(self, rules: TextRules, chat: ChatTemplate | None) -> None:
+        self._rules, self._chat = rules, chat
+
+    def prompt(self, item: Any, what: str) -> tuple[str, bool]:
+        """A prompt that the model is to continue, and whether the tokenizer puts its special tokens around it.
+
+        Raises:
+            InputError: messages without a chat template, or what is no text at all.
+        """
+        if is_messages(item):
+            return self._template(what).render(item, add_generation_prompt=True), False
+        return self._plain(item, what), self._rules.special_tokens
+
+    def blank(self, item: Any) -> str | None:
+        """Why there is nothing to read in a text, in messages or in steps, or in one of the steps; None if there is."""
+        if isinstance(item, str):
+            split = self._rules.step_split
+            if self._divides(item) and not any(step.strip() for step in item.split(split)):
+                return f"it has no steps; expected at least one, divided by {split!r}"
+            return None if item else NO_TOKENS
+        if is_messages(item):
+            return NO_TOKENS if all(map(_says_nothing, item)) else None
+        return next(
+            (f"its step {i} is empty" for i, step in enumerate(item) if isinstance(step, str) and not step), None
+        )
+
+    def rows(self, items: Sequence[Any], names: Sequence[str], what: str) -> tuple[list[Passage], bool]:
+        """Whole texts or conversations, each its own; and whether the tokenizer puts its special tokens around them.
+
+        Raises:
+            InputError: an item is no text, or some are conversations and others are not.
+        """
+        chats = _all_alike(items, names, what)
+        if chats:
+            texts = [
+                self._template(n).render(item, add_generation_prompt=False)
+                for n, item in zip(names, items, strict=True)
+            ]
+        else:
+            texts = [self._steps(item, name) for item, name in zip(items, names, strict=True)]
+        passages = [Passage(text, 0, len(text), name) for text, name in zip(texts, names, strict=True)]
+        return passages, self._rules.special_tokens and not chats
+
+    def alone(self, candidate: Any, what: str) -> Passage:
+        """A candidate whose prompt is no text.
+
+        Raises:
+            InputError: it is no text.
+        """
+        text = self._steps(candidate, what)
+        return Passage(text, 0, len(text), what)
+
+    def pairs(
+        self, prompt: Any, candidates: Sequence[Any], names: Sequence[str], *, partial: bool
+    ) -> tuple[list[Passage], bool]:
+        """Each candidate after its prompt; and whether the tokenizer puts its special tokens around them.
+
+        Raises:
+            InputError: something is no text, or there is no chat template for messages.
+        """
+        if is_messages(prompt):
+            return self._chats(prompt, candidates, names, partial), False
+        before = self._plain(prompt, "prompt")
+        texts = [self._steps(c, name) for c, name in zip(candidates, names, strict=True)]
+        passages = [
+            Passage(before + text, len(before), len(before) + len(text), name)
+            for text, name in zip(texts, names, strict=True)
+        ]
+        return passages, self._rules.special_tokens
+
+    def _chats(self, prompt: Any, candidates: Sequence[Any], names: Sequence[str], partial: bool) -> list[Passage]:
+        template = self._template("prompt")
+        own = [c if is_messages(c) else self._steps(c, name) for c, name in zip(candidates, names, strict=True)]
+        if partial:
+            opening = template.render(prompt, add_generation_prompt=True)
+            texts = [opening + self._plain(answer, name) for answer, name in zip(own, names, strict=True)]
+            return [Passage(text, len(opening), len(text), name) for text, name in zip(texts, names, strict=True)]
+        return [Passage(*whole, name) for whole, name in zip(template.split(prompt, own, names), names, strict=True)]
+
+    def _template(self, what: str) -> ChatTemplate:
+        if self._chat is None:
+            raise InputError(f"{what}: messages need a chat template, and this artifact has none; pass text")
+        return self._chat
+
+    def _plain(self, item: Any, what: str) -> str:
+        if not isinstance(item, str):
+            raise InputError(f"{what}: expected text; got {item!r:.60}")
+        if not item:
+            raise InputError(f"{what}: {NO_TOKENS}")
+        return item
+
+    def _steps(self, item: Any, what: str) -> str:
+        """A candidate's text, each of its steps ended as the model expects it."""
+        ending, split = self._rules.step_text, self._rules.step_split
+        if isinstance(item, str):
+            text = self._plain(item, what)
+            return (
+                "".join(f"{step}{ending}" for step in text.split(split) if step.strip())
+                if self._divides(text)
+                else text
+            )
+        if not isinstance(item, Sequence) or not item or not all(isinstance(step, str) and step for step in item):
+            raise InputError(f"{what}: expected text, or a list of steps that are texts; got {item!r:.60}")
+        if ending is None:
+            raise InputError(f"{what}: this artifact's rule does not say how a step ends; pass one text")
+        return "".join(step if step.endswith(ending) else step + ending for step in item)
+
+    def _divides(self, text: str) -> bool:
+        """Whether a candidate's steps are to be found in its text."""
+        ending = self._rules.step_text
+        return ending is not None and self._rules.step_split is not None and ending not in text
+
+
+def _says_nothing(message: Any) -> bool:
+    """Whether a message has a role, empty content and nothing else."""
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or message.get("content") is None:
+        return False
+    return not any(value for key, value in message.items() if key != "role")
+
+
+def _all_alike(items: Sequence[Any], names: Sequence[str], what: str) -> bool:
+    chats = [is_messages(item) for item in items]
+    if any(chats) and not all(chats):
+        raise InputError(
+            f"{what}: expected conversations or texts, not both: {names[chats.index(not chats[0])]} differs"
+        )
+    return all(chats)

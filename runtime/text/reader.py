@@ -1,0 +1,409 @@
+"""What a caller passes becomes the arrays that a graph takes; whatever cannot be ranked is refused by name."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from numbers import Real
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...errors import InputError
+from ..artifact.manifest import AGGREGATIONS, Manifest, Scoring
+from ..checks import is_list, shown
+from ..engine.session import Array
+from .compose import Writer, is_text
+from .tokenizer import NO_TOKENS, Row, Text
+
+__all__ = [
+    "Item",
+    "NoneReadableError",
+    "Reader",
+    "Rows",
+    "aggregation_code",
+    "check_masks",
+    "check_some",
+    "check_stop",
+    "is_stepwise",
+    "none_readable",
+    "pad",
+    "step_mask",
+]
+
+# A text, messages ({"role": ..., "content": ...} each), a candidate's steps as texts, token ids, or embeddings
+# (length, embed_dim) float32.
+Item: TypeAlias = (
+    str | Sequence[Mapping[str, object]] | Sequence[str] | Sequence[int] | NDArray[np.integer] | NDArray[np.float32]
+)
+
+
+def is_stepwise(name: str) -> bool:
+    """Whether an aggregation reads only the positions where a step ends."""
+    return name.startswith("step_")
+
+
+def aggregation_code(name: str) -> int:
+    """The graph's number for an aggregation.
+
+    Raises:
+        InputError: no such aggregation.
+    """
+    plain = name.removeprefix("step_") if isinstance(name, str) else ""
+    if plain not in AGGREGATIONS:
+        choices = ", ".join([*AGGREGATIONS, *(f"step_{n}" for n in AGGREGATIONS)])
+        raise InputError(f"aggregation: expected one of {choices}; got {shown(name)}")
+    return AGGREGATIONS.index(plain)
+
+
+def check_some(items: Sequence[Item], what: str) -> None:
+    """Refuse what is no list, or an empty one.
+
+    Raises:
+        InputError: names `what`.
+    """
+    if not is_list(items) or not len(items):
+        raise InputError(f"{what}: expected a list of at least one {what.removesuffix('s')}; got {shown(items)}")
+
+
+def check_stop(stop: object) -> None:
+    """Refuse what is no list of token ids and texts.
+
+    Raises:
+        InputError: says what was found.
+    """
+    entries = stop if is_list(stop) else [None]
+    if any(isinstance(entry, bool) or not isinstance(entry, int | np.integer | str) for entry in entries):  # type: ignore[attr-defined]
+        raise InputError(f"stop: expected a list of token ids or of texts; got {shown(stop)}")
+
+
+class NoneReadableError(InputError):
+    """None of several items can be read.
+
+    Attributes:
+        reasons: why, for each.
+    """
+
+    def __init__(self, what: str, reasons: Mapping[int, str]) -> None:
+        super().__init__(none_readable(what, reasons))
+        self.reasons = reasons
+
+
+def none_readable(what: str, reasons: Mapping[int, str]) -> str:
+    """What to say where all of several items cannot be read."""
+    shown = [f"{what}[{i}]: {reason}" for i, reason in sorted(reasons.items())[:3]]
+    rest = f"; and {len(reasons) - len(shown)} more" if len(reasons) > len(shown) else ""
+    return "; ".join(shown) + rest if len(reasons) == 1 else f"{what}: none can be read: {'; '.join(shown)}{rest}"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a graph is to score.
+
+    Attributes:
+        prompt: (P,) int64 or (P, embed_dim) float32, read once for all rows; None for rows that stand alone.
+        items: the rows after the prompt, of the same kinds.
+        skip: how many tokens at the beginning of each row are the prompt's still: its end, in another tokenization.
+        ends: for each row (its length,) bool, where a step ends; None if the rows do not tell.
+        unreadable: for each row that could not be read, why; it has no tokens here.
+        cut: tokens of the prompt that were left out.
+    """
+
+    prompt: Array | None
+    items: list[Array]
+    skip: list[int]
+    ends: list[NDArray[np.bool_]] | None
+    unreadable: dict[int, str]
+    cut: int = 0
+
+
+@dataclass
+class _Given:
+    """Items on their way to rows, by their index: texts become rows, and what cannot be read moves to `unreadable`."""
+
+    what: str
+    count: int
+    blank: Array
+    texts: dict[int, Item] = field(default_factory=dict)
+    arrays: dict[int, Array] = field(default_factory=dict)
+    read: dict[int, Row] = field(default_factory=dict)
+    unreadable: dict[int, str] = field(default_factory=dict)
+
+    def names(self) -> list[str]:
+        """What an error calls each of the texts."""
+        return [f"{self.what}[{i}]" for i in self.texts]
+
+    def refuse(self, i: int, reason: str) -> None:
+        """Say that an item cannot be read."""
+        self.texts.pop(i, None)
+        self.arrays.pop(i, None)
+        self.unreadable[i] = reason
+
+    def take(self, read: Sequence[Row | str]) -> None:
+        """The rows of the texts, or why one cannot be read."""
+        for i, row in zip([*self.texts], read, strict=True):
+            if isinstance(row, str):
+                self.refuse(i, row)
+            else:
+                self.read[i] = row
+        self.check()
+
+    def check(self) -> None:
+        """Raises InputError if nothing is left."""
+        if len(self.unreadable) == self.count:
+            raise NoneReadableError(self.what, self.unreadable)
+
+    def rows_behind_prompt(self) -> Rows:
+        """Of texts that begin with the same prompt."""
+        rows = [*self.read.values()]
+        shared = min(min(row.first, len(row.ids) - 1) for row in rows)
+        first = np.array(rows[0].ids[:shared], np.int64)
+        for row in rows[1:]:
+            differs = np.flatnonzero(np.array(row.ids[:shared]) != first[:shared])
+            shared = int(differs[0]) if len(differs) else shared
+        return self.rows(first[:shared], shared)
+
+    def rows(self, prompt: Array | None, shared: int = 0) -> Rows:
+        """All items; the first `shared` tokens of each text are the prompt's."""
+        ids = {i: np.array(row.ids[shared:], np.int64) for i, row in self.read.items()}
+        items = [ids[i] if i in ids else self.arrays.get(i, self.blank) for i in range(self.count)]
+        skip = [max(0, self.read[i].first - shared) if i in ids else 0 for i in range(self.count)]
+        ends = None
+        if not self.arrays and all(row.ends is not None for row in self.read.values()):
+            places = [self.read[i].ends or [] if i in ids else [] for i in range(self.count)]
+            ends = [np.isin(np.arange(len(item)) + shared, own) for item, own in zip(items, places, strict=True)]
+        return Rows(prompt, items, skip, ends, self.unreadable)
+
+
+class Reader:
+    """Checks items against the manifest and turns them into arrays (length,) int64 or (length, embed_dim) float32."""
+
+    def __init__(self, manifest: Manifest, text: Text | None, writer: Writer) -> None:
+        self.text, self._writer = text, writer
+        self._limit = manifest.limits.max_tokens
+        self.vocabulary = manifest.model.get("vocab_size")
+        self.width = None if manifest.kind == "language_model" else manifest.network["embed_dim"]
+        self._blank: Array = np.zeros(0, np.int64) if self.width is None else np.zeros((0, self.width), np.float32)
+
+    def prompt(self, item: Item) -> Array:
+        """What the model is to continue.
+
+        Raises:
+            InputError: it cannot be read; the message says why.
+        """
+        if not is_text(item):
+            array = self._array(item, "prompt")
+            if not len(array):
+                raise InputError(f"prompt: {NO_TOKENS}")
+            return array
+        tokenizer = self._tokenizer("prompt")
+        text, special = self._writer.prompt(item, "prompt")
+        return np.array(tokenizer.encode(text, "prompt", special=special), np.int64)
+
+    @property
+    def most_characters(self) -> int | None:
+        """A text with more cannot fit into the limit of tokens; None without a tokenizer."""
+        return None if self.text is None else self._limit * self.text.longest_token
+
+    def rows(self, items: Sequence[Item], what: str, *, partial: bool) -> Rows:
+        """Rows that stand alone.
+
+        Raises:
+            InputError: an item is not of a kind that this artifact takes (it is named), or none can be read.
+        """
+        given = self._sorted(items, what)
+        if given.texts:
+            passages, special = self._writer.rows([*given.texts.values()], given.names(), what)
+            given.take(self._tokenizer(what).rows(passages, special=special, partial=partial))
+        return given.rows(None)
+
+    def pairs(self, prompt: Item, candidates: Sequence[Item], *, partial: bool, truncate: bool) -> Rows:
+        """A prompt and its candidates.
+
+        Args:
+            prompt: text, messages, token ids or embeddings.
+            candidates: at least one.
+            partial: text candidates are not finished.
+            truncate: leave out the beginning of a prompt that is too long.
+
+        Raises:
+            InputError: the prompt cannot be read, a candidate is not of a kind that this artifact takes (it is named),
+                or none can be read.
+        """
+        given = self._sorted(candidates, "candidates")
+        texts, names = [*given.texts.values()], given.names()
+        if is_text(prompt) and not given.arrays:
+            passages, special = self._writer.pairs(prompt, texts, names, partial=partial)
+            given.take(self._tokenizer("prompt").rows(passages, special=special, partial=partial))
+            found = given.rows_behind_prompt()
+        else:
+            first = self.prompt(prompt)
+            if texts:
+                # After a prompt that is no text, or beside candidates that are none.
+                passages = [self._writer.alone(text, name) for text, name in zip(texts, names, strict=True)]
+                given.take(self._tokenizer(names[0]).rows(passages, special=False, partial=partial))
+            found = given.rows(first)
+        return self._truncated(found) if truncate else found
+
+    def _sorted(self, items: Sequence[Item], what: str) -> _Given:
+        given = _Given(what, len(items), self._blank)
+        for i, item in enumerate(items):
+            name = f"{what}[{i}]"
+            if is_text(item):
+                self._tokenizer(name)
+                reason = self._writer.blank(item)
+                given.texts[i] = item
+            else:
+                given.arrays[i] = self._array(item, name)
+                reason = None if len(given.arrays[i]) else NO_TOKENS
+            if reason is not None:
+                given.refuse(i, reason)
+        given.check()
+        return given
+
+    def _truncated(self, rows: Rows) -> Rows:
+        """Without the oldest tokens of the prompt, if that is too long; a special token that begins it stays."""
+        prompt, longest = rows.prompt, max(map(len, rows.items))
+        assert prompt is not None
+        excess = len(prompt) + longest - self._limit
+        if excess <= 0:
+            return rows
+        begins = prompt.ndim == 1 and len(prompt) and self.text is not None and self.text.is_special(int(prompt[0]))
+        keep = 1 if begins else 0
+        if excess > len(prompt) - keep - 1:
+            raise InputError(
+                f"a candidate of {longest} tokens: this artifact takes at most {self._limit} together with the prompt, "
+                "and a candidate is never cut; shorten it, or export again with --max-tokens"
+            )
+        kept = np.concatenate([prompt[:keep], prompt[keep + excess :]])
+        return dataclasses.replace(rows, prompt=kept, cut=excess)
+
+    def completion(self, tokens: Sequence[int]) -> list[int]:
+        """Token ids, which may be none.
+
+        Raises:
+            InputError: they are not.
+        """
+        if self.width is not None:
+            raise InputError("tokens: this artifact takes embeddings; it has no vocabulary")
+        ids: list[int] = self._array(tokens, "tokens").tolist()
+        return ids
+
+    def stops(self, stop: Sequence[int | str] | None, scoring: Scoring) -> tuple[int, ...]:
+        """The tokens that end a completion: those given, or the artifact's own.
+
+        Raises:
+            InputError: a text that is not one token, or an id outside the vocabulary.
+        """
+        if stop is None:
+            own = [] if scoring.end_token is None else [scoring.end_token]
+            return tuple(dict.fromkeys([*own, *scoring.stop_tokens]))
+        check_stop(stop)
+        found = []
+        for entry in stop:
+            if isinstance(entry, str):
+                if self.text is None:
+                    raise InputError(f"stop: this artifact has no tokenizer; pass token ids instead of {entry!r}")
+                found.append(self.text.encode_stop(entry))
+            else:
+                found.append(int(self._ids(np.array([entry]), "stop")[0]))
+        return tuple(found)
+
+    def _tokenizer(self, what: str) -> Text:
+        if self.text is None:
+            raise InputError(f"{what}: this artifact has no tokenizer; pass {self._takes} instead of text")
+        return self.text
+
+    @property
+    def _takes(self) -> str:
+        if self.width is not None:
+            return f"embeddings (length, {self.width}) float32"
+        return "token ids" if self.text is None else "text or a 1-D list of token ids"
+
+    def _array(self, item: Item, what: str) -> Array:
+        if isinstance(item, bytes | bytearray | memoryview):
+            # numpy would read them as token ids.
+            raise InputError(f"{what}: expected {self._takes}; got {shown(item)}")
+        try:
+            array = np.asarray(item)
+        except (TypeError, ValueError, OverflowError, RuntimeError) as e:
+            raise InputError(f"{what}: expected {self._takes}; got {shown(item)}: {e}") from e
+        if array.shape == (0,):
+            # An empty list, whatever it is empty of.
+            return self._blank
+        if array.dtype == object or not array.ndim:
+            raise InputError(f"{what}: expected {self._takes}; got {shown(item)}")
+        return self._ids(array, what) if self.width is None else self._embeddings(array, what)
+
+    def _embeddings(self, array: Array, what: str) -> Array:
+        if array.ndim != 2 or array.shape[1] != self.width:
+            raise InputError(
+                f"{what}: expected embeddings of shape (length, {self.width}); got {array.shape}, {array.dtype}"
+            )
+        if array.dtype != np.float32:
+            raise InputError(f"{what}: expected float32 embeddings; got {array.dtype}; convert with .astype('float32')")
+        return array
+
+    def _ids(self, array: Array, what: str) -> Array:
+        if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
+            raise InputError(f"{what}: expected {self._takes}; got {array.dtype} {array.shape}")
+        assert self.vocabulary is not None
+        outside = array[(array < 0) | (array >= self.vocabulary)]
+        if outside.size:
+            raise InputError(f"{what}: token id {outside[0]} is outside the vocabulary (0 to {self.vocabulary - 1})")
+        return array.astype(np.int64)
+
+
+def pad(items: Sequence[Array], fill: int, length: int | None = None) -> tuple[Array, Array]:
+    """Stack items of one kind, padded on the right: values (rows, T[, E]) and mask (rows, T) int64."""
+    length = max((len(item) for item in items), default=0) if length is None else length
+    first = items[0]
+    values = np.full((len(items), length, *first.shape[1:]), fill if first.ndim == 1 else 0, first.dtype)
+    mask = np.zeros((len(items), length), np.int64)
+    for row, item in enumerate(items):
+        values[row, : len(item)] = item
+        mask[row, : len(item)] = 1
+    return values, mask
+
+
+def step_mask(
+    values: Array, given: Sequence[Sequence[int]] | None, skip: Sequence[int], step_token: int | None
+) -> Array:
+    """Where steps end in padded rows (rows, T[, E]): int64 (rows, T), from the step token or as the caller marks them.
+
+    The caller's marks begin behind the tokens to be skipped.
+
+    Raises:
+        InputError: no step token and nothing given, or marks that do not fit the rows.
+    """
+    rows, length = values.shape[:2]
+    if given is None:
+        if step_token is None or values.ndim != 2:
+            raise InputError("a step aggregation needs step_masks here: the artifact's scoring rule has no step token")
+        found: Array = (values == step_token).astype(np.int64)
+        return found
+    check_masks(given, [length - taken for taken in skip])
+    mask = np.zeros((rows, length), np.int64)
+    for row, marks in enumerate(given):
+        mask[row, skip[row] : skip[row] + len(marks)] = marks
+    return mask
+
+
+def check_masks(given: Sequence[Sequence[int]], lengths: Sequence[int]) -> None:
+    """Refuse what is not, for each row, 0 or 1 for each of at most so many tokens.
+
+    Raises:
+        InputError: names the row.
+    """
+    if not is_list(given) or len(given) != len(lengths):
+        found = len(given) if is_list(given) else shown(given)
+        raise InputError(f"step_masks: expected a list with one for each of {len(lengths)} rows; got {found}")
+    for row, (marks, length) in enumerate(zip(given, lengths, strict=True)):
+        if not is_list(marks) or not all(isinstance(mark, Real | np.bool_) and mark in (0, 1) for mark in marks):
+            raise InputError(f"step_masks[{row}]: expected a list of 0 or 1 for each token; got {shown(marks)}")
+        if len(marks) > length:
+            raise InputError(
+                f"step_masks[{row}]: expected 0 or 1 for each of at most {length} tokens; got {len(marks)} of them"
+            )

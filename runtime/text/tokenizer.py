@@ -1,0 +1,206 @@
+"""Text to token ids and back, with the artifact's own tokenizer. Imported for language models only.
+
+A prompt and a candidate are tokenized as one text, as the model saw them in training: a token may begin in the prompt
+and end in the candidate. What belongs to whom is told by the characters that a token covers.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import tokenizers
+
+from ...errors import ArtifactError, InputError
+from ..artifact.manifest import Scoring, TextRules
+from .detokenizer import Detokenizer
+
+__all__ = ["NO_TOKENS", "Passage", "Row", "Text"]
+
+NO_TOKENS = "it has no tokens; expected at least one"
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A whole text to score.
+
+    Attributes:
+        text: prompt and candidate.
+        start: character at which the candidate's own part begins.
+        stop: character at which it ends; behind it a template may have put something.
+        what: names the candidate in an error.
+    """
+
+    text: str
+    start: int
+    stop: int
+    what: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """Its tokens.
+
+    Attributes:
+        ids: all of them.
+        first: index of the first that reaches into the candidate's own part.
+        ends: indices of those at which a step ends, if the artifact's steps end with a text; else None.
+    """
+
+    ids: list[int]
+    first: int
+    ends: list[int] | None
+
+
+class _Fault(NamedTuple):
+    """The characters of a text that cannot be encoded, and why."""
+
+    start: int
+    end: int
+    reason: str
+
+    def said(self, border: int) -> str:
+        """The reason, and where, counted from `border`."""
+        if self.start < border:
+            return f"{self.reason} (it begins in the prompt)"
+        return f"{self.reason} (at character {self.start - border})"
+
+
+class Text:
+    """The tokenizer of an artifact. Safe to share between threads."""
+
+    def __init__(self, path: Path, scoring: Scoring, rules: TextRules) -> None:
+        self._scoring, self._rules = scoring, rules
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as e:  # the library raises bare Exception
+            raise ArtifactError(f"{path}: cannot be read as a tokenizer: {e}; export the model again") from e
+        unknown = getattr(self._tokenizer.model, "unk_token", None)
+        refused = unknown is not None and rules.unknown == "refuse"
+        self._unknown = self._tokenizer.token_to_id(str(unknown)) if refused else None
+        self.longest_token = max(map(len, self._tokenizer.get_vocab()), default=1)
+        """Characters of the longest token."""
+        self._special = {i for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
+        self._detokenizer = Detokenizer(self._tokenizer, self._special)
+
+    def encode(self, text: str, what: str, *, special: bool = False) -> list[int]:
+        """Token ids, with the tokenizer's own special tokens around them if `special`; `what` names the text.
+
+        Raises:
+            InputError: a piece of the text has no token.
+        """
+        fault = _no_unicode(text)
+        if fault is None:
+            encoding = self._tokenizer.encode(text, add_special_tokens=special)
+            fault = self._no_token(encoding, text)
+        if fault is not None:
+            raise InputError(f"{what}: {fault.said(0)}")
+        ids: list[int] = encoding.ids
+        return ids
+
+    def rows(self, passages: Sequence[Passage], *, special: bool, partial: bool) -> list[Row | str]:
+        """Token ids of whole texts, each finished with the end token as the scoring rule says, unless partial.
+
+        Returns:
+            for each text its row, or why its candidate cannot be read.
+
+        Raises:
+            InputError: a piece of the prompt has no token.
+        """
+        found: list[Row | str | None] = [_blame(p, _no_unicode(p.text)) for p in passages]
+        known = [p for p, reason in zip(passages, found, strict=True) if reason is None]
+        encodings = self._tokenizer.encode_batch([p.text for p in known], add_special_tokens=special)
+        rows = (self._row(p, encoding, partial) for p, encoding in zip(known, encodings, strict=True))
+        return [next(rows) if reason is None else reason for reason in found]
+
+    def _row(self, passage: Passage, encoding: Any, partial: bool) -> Row | str:
+        reason = _blame(passage, self._no_token(encoding, passage.text))
+        if reason is not None:
+            return reason
+        ids, spans = list(encoding.ids), encoding.offsets
+        first = next((i for i, (_, end) in enumerate(spans) if end > passage.start), None)
+        if first is None or passage.stop <= passage.start:
+            return NO_TOKENS
+        # A text that stands alone has the tokens that begin it, too.
+        first = first if passage.start else 0
+        end_token = self._scoring.end_token
+        if not partial and end_token is not None and ids[-1:] != [end_token]:
+            ids.append(end_token)
+        if self._rules.step_text is None:
+            return Row(ids, first, None)
+        # Tokens that a tokenizer adds cover no character; their span would be out of order.
+        order = [i for i, (start, end) in enumerate(spans) if end > start]
+        starts, ends = [spans[i][0] for i in order], set()
+        for last in _occurrences(passage, self._rules.step_text):
+            place = bisect_right(starts, last) - 1
+            if place >= 0 and spans[order[place]][1] > last:
+                ends.add(order[place])
+        return Row(ids, first, sorted(ends))
+
+    def _no_token(self, encoding: Any, text: str) -> _Fault | None:
+        if self._unknown is None or self._unknown not in encoding.ids:
+            return None
+        start, end = encoding.offsets[encoding.ids.index(self._unknown)]
+        return _Fault(start, end, f"the vocabulary has no token for {text[start:end]!r:.60}")
+
+    def is_special(self, token: int) -> bool:
+        """Whether a token is one of the tokenizer's special ones."""
+        return token in self._special
+
+    def encode_stop(self, text: str) -> int:
+        """The one token that a stop text is.
+
+        Raises:
+            InputError: it is none, or several.
+        """
+        ids = self.encode(text, "stop")
+        if len(ids) != 1:
+            raise InputError(f"stop: {text!r:.60} is {len(ids)} tokens; expected a text of exactly one, or a token id")
+        return ids[0]
+
+    def decode(self, ids: Sequence[int], before: Sequence[int], finish_reason: str | None) -> str:
+        """What a completion adds to the text of its prompt: the two together are what was generated.
+
+        It has no special tokens, not the artifact's end or stop token if that ended it, and while it grows
+        (`finish_reason` is None) no bytes of a character that has not ended.
+        """
+        ends = {self._scoring.end_token, *self._scoring.stop_tokens}
+        said = ids[:-1] if finish_reason == "stop" and ids[-1] in ends else ids
+        return self._detokenizer.text(said, before, growing=finish_reason is None)
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """What each token adds to a text; bytes of a character that has not ended yet come with its last token."""
+        return self._detokenizer.pieces(ids)
+
+
+def _no_unicode(text: str) -> _Fault | None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        return _Fault(e.start, e.end, f"expected Unicode text; {text[e.start]!r} is half of a surrogate pair")
+    return None
+
+
+def _blame(passage: Passage, fault: _Fault | None) -> str | None:
+    """Why a candidate cannot be read.
+
+    Raises:
+        InputError: the fault lies in the prompt.
+    """
+    if fault is None:
+        return None
+    if fault.end <= passage.start:
+        raise InputError(f"prompt: {fault.said(0)}")
+    return fault.said(passage.start)
+
+
+def _occurrences(passage: Passage, step_text: str) -> list[int]:
+    """The last character of each step's end within the candidate's own part."""
+    found, place = [], passage.text.find(step_text, passage.start, passage.stop)
+    while place >= 0:
+        found.append(place + len(step_text) - 1)
+        place = passage.text.find(step_text, place + len(step_text), passage.stop)
+    return found

@@ -1,0 +1,195 @@
+"""Fewer bits: the same network in another basis, integer products, and the bar that a selection must pass."""
+
+import copy
+import json
+
+import numpy as np
+import onnx
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import bonnx
+from bonnx import ExportError, InputError
+from bonnx.export.artifact import export_model
+from bonnx.export.precision.quantize import Linear4, Linear8, quantized
+from bonnx.export.precision.rotate import rotate
+from bonnx.export.verify.agreement import HeldOut, measure, read_held_out
+from bonnx.models import build
+from bonnx.runtime.artifact.folder import read_verified
+from bonnx.runtime.artifact.manifest import Scoring
+from bonnx.runtime.generate.decoding import grow
+from bonnx.runtime.verification import verify
+
+
+@pytest.fixture(scope="module")
+def int8(language_model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("int8") / "artifact"
+    export_model(language_model, folder, name="tiny", scoring=Scoring(step_token=3), precision="int8", min_agreement=0)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"embed_dim": 96},
+        {"embed_dim": 16, "final_norm": "rms", "attention_bias": False},
+        {"embed_dim": 96, "qk_norm": True},
+    ],
+)
+def test_a_rotated_network_computes_the_same_and_its_norms_look_normal(options, rng):
+    torch.manual_seed(int(rng.integers(2**31)))
+    network = build(hidden_size=96, num_layers=2, num_heads=4, scorer_hidden=8, **options).eval()
+    for parameter in network.parameters():
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    # One feature a thousand times larger than the others, as trained networks have them.
+    next(network.layers()).ffn.down.weight.data[3] *= 1000
+    turned, x = copy.deepcopy(network), torch.randn(3, 7, options["embed_dim"])
+    rotate(turned)
+    greatest = {}
+    for name, net in (("before", network), ("after", turned)):
+        norm = list(net.layers())[1].ffn_norm
+        norm.register_forward_pre_hook(
+            lambda _, args, name=name: greatest.update({name: F.rms_norm(args[0], args[0].shape[-1:]).abs().max()})
+        )
+    with torch.no_grad():
+        for found, expected in zip(turned(x), network(x), strict=True):
+            assert torch.allclose(found, expected, rtol=1e-3, atol=1e-3)
+    assert greatest["before"] > 9
+    assert greatest["after"] < 6
+
+
+def test_four_bits_are_packed_as_the_operator_reads_them(rng):
+    torch.manual_seed(int(rng.integers(2**31)))
+    linear = nn.Linear(75, 5)
+    packed = Linear4(linear)
+    weight = np.zeros((5, 96), np.float32)
+    for out, block, place in np.ndindex(5, 3, 16):
+        byte, scale = int(packed.packed[out, block, place]), float(packed.scale[out, block])
+        weight[out, 32 * block + 2 * place] = scale * ((byte & 15) - 8)
+        weight[out, 32 * block + 2 * place + 1] = scale * ((byte >> 4) - 8)
+    error = np.abs(weight[:, :75] - linear.weight.detach().numpy())
+    # At most half a step of the largest weight's sixteen, or what an outer weight loses where the scale is smaller.
+    assert error.max() < 0.35 * linear.weight.abs().max()
+    assert error.mean() < np.abs(linear.weight.detach().numpy()).mean() / 8
+    x = torch.randn(3, 75)
+    assert np.abs(packed(x).detach().numpy() - x.numpy() @ weight[:, :75].T - linear.bias.detach().numpy()).max() < 0.05
+    empty = Linear4(nn.Linear(40, 2, bias=False).requires_grad_(False).apply(lambda m: m.weight.data.zero_()))
+    assert not empty(torch.randn(2, 40)).any()
+
+
+def test_eight_bits_lose_little_and_a_row_of_zeros_is_no_nan(rng):
+    torch.manual_seed(int(rng.integers(2**31)))
+    linear, x = nn.Linear(64, 32), torch.randn(9, 64) * torch.logspace(-3, 3, 9)[:, None]
+    layer = Linear8(linear, normed=False)
+    exact = linear(x) - linear.bias
+    assert ((layer(x) - linear.bias - exact).norm(dim=1) < 0.02 * exact.norm(dim=1)).all()
+    assert torch.equal(layer(torch.zeros(2, 64)), linear.bias.expand(2, 32))
+    # A row alone gives the same digits as among others.
+    assert torch.allclose(layer(x)[4], layer(x[4:5])[0], atol=1e-7)
+
+
+def test_an_int8_artifact_says_so_and_verifies(int8, tiny):
+    manifest, plain = read_verified(int8), read_verified(tiny)
+    assert manifest.precision == "int8"
+    assert manifest.agreement is not None
+    assert 0 <= manifest.agreement.same <= manifest.agreement.share <= 1
+    assert {graph.file for graph in manifest.graphs.values()} == {f"onnx/{name}_int8.onnx" for name in plain.graphs}
+    assert "int8" in (int8 / "README.md").read_text()
+    for graph in manifest.graphs.values():
+        model = onnx.load(int8 / graph.file)
+        operators = {n.op_type for n in model.graph.node} | {
+            n.op_type for m in model.graph.node for a in m.attribute for n in a.g.node
+        }
+        assert "MatMulInteger" in operators
+        assert {entry.domain for entry in model.opset_import} <= {"", "ai.onnx"}
+    _, checks = verify(int8)
+    assert len(checks) >= 8
+
+
+def test_integer_products_rank_as_pytorch_computes_them(int8, language_model, rng):
+    model, twin = bonnx.load(int8), quantized(language_model, "int8")
+    prompt, candidates = rng.integers(0, 130, 6), [rng.integers(0, 130, n) for n in (4, 9, 1)]
+    ranking = model.rank(prompt, candidates)
+    for candidate, found in zip(candidates, ranking.scores, strict=True):
+        row = torch.from_numpy(np.concatenate([prompt, candidate]))[None]
+        with torch.no_grad():
+            exact, float32 = twin(row)[1][0, 6:, 0].numpy(), language_model(row)[1][0, 6:, 0].numpy()
+        # A rounding that falls the other way is rare in so small a network.
+        assert np.median(np.abs(found - exact)) < 0.1 * max(np.abs(found - float32).max(), 1e-4)
+
+
+def test_with_integers_too_a_candidate_is_the_same_in_any_company(int8, rng):
+    model, prompt = bonnx.load(int8), rng.integers(0, 130, 5)
+    options = {"max_new_tokens": 12, "seed": int(rng.integers(2**40))}
+    many, few = model.generate(prompt, n=9, **options), model.generate(prompt, n=4, **options)
+    same = [np.array_equal(a.tokens, b.tokens) for a, b in zip(few.candidates, many.candidates, strict=False)]
+    assert sum(same) >= 3
+    draft = model.draft(prompt, n=9, **options)
+    request, ids = draft.request, draft.prompt
+    *_, last = grow(model.session, ids, request, None, None)
+    same = [
+        np.array_equal(last.tokens[i, : last.lengths[i]], candidate.tokens)
+        for i, candidate in enumerate(many.candidates)
+    ]
+    assert sum(same) >= 8
+
+
+def test_four_bits_and_the_decomposed_opset(network, tmp_path):
+    for precision, opset in (("int4", 23), ("int8", 18)):
+        folder = tmp_path / precision
+        options = {"precision": precision, "opset": opset, "min_agreement": 0}
+        manifest = export_model(network, folder, name="small", **options)
+        assert manifest.precision == precision
+        assert all(graph.file.endswith(("_int8.onnx", "_q4.onnx")) for graph in manifest.graphs.values())
+        prompt, candidates = np.ones((3, 12), np.float32), [np.eye(12, dtype=np.float32)[:5]] * 2
+        with torch.no_grad():
+            row = torch.from_numpy(np.concatenate([prompt, candidates[0]]))[None]
+            expected = quantized(network, precision)(row)[1][0, 3:, 0].numpy()
+        found = bonnx.load(folder).rank(prompt, candidates).scores
+        assert np.abs(found[0] - expected).max() < 0.05
+        assert np.allclose(found[0], found[1], atol=1e-5)
+
+
+def test_a_selection_below_the_bar_is_refused_and_nothing_is_left(network, tmp_path, rng):
+    wrong = build(embed_dim=12, hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2, scorer_hidden=8).eval()
+    artifact = bonnx.load(_export(network, tmp_path / "right"))
+    cases = [
+        HeldOut(rng.standard_normal((3, 12), np.float32), list(rng.standard_normal((6, 4, 12), np.float32)))
+        for _ in range(20)
+    ]
+    with pytest.raises(ExportError, match=r"of 20 prompts \(here\), .* at least 90% were asked for"):
+        measure(lambda: wrong, artifact, cases, source="here", least=0.9)
+    found = measure(lambda: network, artifact, cases, source="here", least=0.9)
+    assert found.share == found.same == 1
+    with pytest.raises(ExportError, match="between 0 and 1; got 2"):
+        export_model(network, tmp_path / "never", name="x", precision="int8", min_agreement=2)
+    with pytest.raises(ExportError, match="fp32, fp16, bf16, int8, int4; got 'int2'"):
+        export_model(network, tmp_path / "never", name="x", precision="int2")
+    assert not (tmp_path / "never").exists()
+
+
+def _export(network, folder):
+    export_model(network, folder, name="small")
+    return folder
+
+
+def test_held_out_files(tmp_path, rng):
+    path = tmp_path / "prompts.txt"
+    path.write_text('1,2>3:\n\n{"prompt": "2,2>4:", "candidates": ["2+2=4;"]}\n{"prompt": [1, 2]}\n')
+    assert read_held_out(path) == [HeldOut("1,2>3:"), HeldOut("2,2>4:", ["2+2=4;"]), HeldOut([1, 2])]
+    arrays = {
+        "prompts": rng.standard_normal((2, 3, 4), np.float32),
+        "candidates": rng.standard_normal((2, 5, 6, 4), np.float32),
+    }
+    np.savez(tmp_path / "a.npz", **arrays)
+    found = read_held_out(tmp_path / "a.npz")
+    assert len(found) == 2
+    assert np.array_equal(found[1].candidates[4], arrays["candidates"][1, 4])
+    for text, message in (("", "no prompts"), (json.dumps({"candidates": []}), "line 1: .*'prompt'"), ("{", "line 1")):
+        path.write_text(text)
+        with pytest.raises(InputError, match=message):
+            read_held_out(path)
+    with pytest.raises(InputError, match="held-out prompts: cannot read"):
+        read_held_out(tmp_path / "missing.txt")

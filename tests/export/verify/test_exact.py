@@ -1,0 +1,88 @@
+"""The reference of the verification: whole rows in float64, and what an engine may differ from it by."""
+
+import copy
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from bonnx.export.graphs.trace import trace_graphs
+from bonnx.export.precision.quantize import quantized
+from bonnx.export.verify.exact import FACTOR, Bar, Exact
+from bonnx.export.verify.generate import expected_token
+from bonnx.models import build
+from bonnx.runtime.artifact.folder import read_manifest
+from bonnx.runtime.artifact.manifest import PRECISIONS, Scoring
+from bonnx.runtime.generate.options import Request
+
+
+def test_layer_by_layer_is_the_whole_model_in_double_precision(language_model, rng):
+    batches = [rng.integers(0, 130, shape) for shape in ((1, 1), (3, 7), (2, 19))]
+    exact = Exact(language_model, Scoring(activation="sigmoid"))
+    wide = copy.deepcopy(language_model).double()
+    # Angles are rounded to float32 by definition, in transformers too.
+    wide.network.inverse_frequencies = language_model.network.inverse_frequencies
+    for rows, (outputs, own) in zip(batches, exact.rows(batches, Bar()), strict=True):
+        with torch.no_grad():
+            backbone, scores, logits = wide(torch.from_numpy(rows))
+            near = language_model(torch.from_numpy(rows))
+        assert torch.allclose(outputs.backbone, backbone, rtol=1e-12, atol=1e-12)
+        assert torch.allclose(outputs.scores, scores[..., 0].sigmoid(), rtol=1e-12, atol=1e-12)
+        assert torch.equal(own.backbone, near[0])
+        assert np.allclose(exact.logits(outputs.backbone[0], own.backbone[0])[0], logits[0], rtol=1e-12, atol=1e-12)
+        assert np.allclose(exact.own_logits(rows[0]), near[2][0], rtol=1e-5, atol=1e-5)
+    assert {p.dtype for p in language_model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_error_of_a_precision_is_its_arithmetics(precision, rng):
+    torch.manual_seed(int(rng.integers(2**31)))
+    network = build(embed_dim=24, hidden_size=64, num_layers=3, num_heads=4, num_kv_heads=2, scorer_hidden=16).eval()
+    twin, bar = quantized(network, precision), Bar()
+    rows = rng.standard_normal((16, 9, 24), np.float32)
+    ((exact, _),) = Exact(twin, Scoring()).rows([rows], bar)
+    with torch.no_grad():
+        own = (twin(torch.from_numpy(rows))[1][..., 0] - exact.scores).abs().max().item()
+    if precision == "fp16":
+        # Products that round to float16 err by its 11 bits, and the weights' rounding is no error.
+        assert 1e-5 < bar.own["scores"] < 1e-2
+        assert own < 1e-5
+    else:
+        assert bar.own["scores"] == pytest.approx(own)
+        # An input on the border between two of the 8-bit steps falls on either side; that alone can be seen.
+        assert bar.own["scores"] < (1e-5 if precision in ("fp32", "bf16") else 0.3)
+
+
+def test_an_engine_may_err_a_few_times_as_pytorch_does():
+    bar = Bar()
+    bar.see("scores", np.array([1.0, -26000.0]), np.array([1.0 + 1e-3, -26000.0 + 4e-3]))
+    bar.see("scores", np.array([[2.0]]), np.array([[2.0]]))
+    assert bar.allowed("scores") == pytest.approx(FACTOR * max(4e-3, 26000 * 2.0**-23))
+    bar.see("backbone", np.array([8.0]), np.array([8.0]))
+    assert bar.allowed("backbone") == pytest.approx(8 * 8 * 2.0**-23)
+
+
+def test_outputs_have_the_same_names_at_every_precision(language_model, tiny):
+    names = {name: [value.name for value in graph.outputs] for name, graph in read_manifest(tiny).graphs.items()}
+    for name, graph in trace_graphs(quantized(language_model, "bf16"), Scoring()):
+        assert [value.name for value in graph.graph.outputs] == names.pop(name)
+    assert not names
+    assert {"logits"} < {value.name for value in graph.graph.outputs}
+
+
+def test_a_draw_between_two_tokens_as_likely_as_each_other_is_undecided():
+    """With top_k or top_p the shares lie in the order of the logits, and rounding may swap two of them."""
+    logits = np.array([0.0, 1.0, 1.0 + 1e-7, 3.0, -2.0])
+    plain = Request(1, 1, 1.0, 0, 1.0, 0, (), "last", 0, 0.5)
+    sorted_ = dataclasses.replace(plain, top_p=0.999)
+    likely = np.exp(logits - 3)
+    # The middle of the share of the second and third most likely token, in the order of the logits and of the tokens.
+    for request, order in ((plain, np.arange(5)), (sorted_, np.argsort(-logits))):
+        shares = likely[order] / likely.sum()
+        for place in np.flatnonzero(np.isin(order, (1, 2))):
+            token, margin = expected_token(logits, shares[:place].sum() + shares[place] / 2, request)
+            assert token == order[place]
+            assert (margin < 1e-6) == (request is sorted_)
+    _, margin = expected_token(logits, 0.3, sorted_)
+    assert margin > 1e-3

@@ -1,0 +1,473 @@
+"""The server, over real HTTP, with the clients that people have."""
+
+import asyncio
+import json
+import signal
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import numpy as np
+import pytest
+from cohere import Client, ClientV2
+from tritonclient import http as triton
+
+import bonnx
+from bonnx.runtime.rank.run import Job
+from bonnx.runtime.serve import Settings
+from tests.runtime.serve.servers import Process, served
+from tests.tolerance import RUNTIME, within
+
+PUZZLE = "3,7,20,24>1:"
+NAME = "countdown"
+
+
+@pytest.fixture(scope="module")
+def model(countdown):
+    return bonnx.load(countdown)
+
+
+@pytest.fixture(scope="module")
+def url(model):
+    with served(model) as url:
+        yield url
+
+
+@pytest.fixture
+def client(url):
+    with httpx.Client(base_url=url, timeout=60) as client:
+        yield client
+
+
+@pytest.fixture
+def tritons(url):
+    client = triton.InferenceServerClient(url.removeprefix("http://"))
+    yield client
+    client.close()
+
+
+def draw_candidates(rng, count):
+    return ["".join(f"{a}+{b}={c};" for a, b, c in rng.integers(1, 60, (rng.integers(1, 4), 3))) for _ in range(count)]
+
+
+# ---- the clients that people have
+
+
+@pytest.mark.parametrize("kind", [Client, ClientV2])
+def test_coheres_client_reranks(url, model, rng, kind):
+    documents = draw_candidates(rng, 6)
+    expected = model.rank(PUZZLE, documents)
+    with httpx.Client() as http:
+        client = kind("key", base_url=url, httpx_client=http)
+        found = client.rerank(model=NAME, query=PUZZLE, documents=documents, top_n=4)
+    assert [result.index for result in found.results] == list(expected.order[:4])
+    scores = expected.candidate_scores[list(expected.order[:4])]
+    assert within([result.relevance_score for result in found.results], scores, RUNTIME)
+
+
+def infer(client, graph, feeds, outputs=None, *, binary=True):
+    inputs = []
+    for name, array in feeds.items():
+        kind = {"int64": "INT64", "float32": "FP32"}[str(array.dtype)]
+        tensor = triton.InferInput(name, [*array.shape], kind)
+        tensor.set_data_from_numpy(array, binary_data=binary)
+        inputs.append(tensor)
+    wanted = outputs and [triton.InferRequestedOutput(name, binary_data=binary) for name in outputs]
+    return client.infer(f"{NAME}_{graph}", inputs, outputs=wanted)
+
+
+@pytest.mark.parametrize("binary", [True, False])
+def test_tritons_client_runs_the_graphs(tritons, model, rng, binary):
+    client = tritons
+    assert client.is_server_live()
+    assert client.is_server_ready()
+    assert client.is_model_ready(f"{NAME}_rank")
+    assert client.get_server_metadata()["name"] == "bonnx"
+    described = client.get_model_metadata(f"{NAME}_rank")
+    graph = model.manifest.graphs["rank"]
+    assert [tensor["name"] for tensor in described["inputs"]] == [value.name for value in graph.inputs]
+    prompts = rng.integers(1, 99, (2, 7))
+    candidates = rng.integers(1, 99, (3, 2, 9))
+    feeds = {
+        "prompt_ids": prompts,
+        "prompt_mask": np.ones_like(prompts),
+        "candidate_ids": candidates,
+        "candidate_mask": np.ones_like(candidates),
+        "step_mask": np.ones((1, 1, 1), np.int64),
+        "aggregation": np.array([1]),
+        "answer_ids": np.full((1, 1), -1),
+        "vote": np.array([0]),
+    }
+    found = infer(client, "rank", feeds, ["candidate_scores", "best_index"], binary=binary)
+    for b in range(2):
+        expected = model.rank(prompts[b], list(candidates[:, b]), aggregation="mean")
+        assert within(found.as_numpy("candidate_scores")[:, b], expected.candidate_scores, RUNTIME)
+        assert found.as_numpy("best_index")[b] == expected.best_index
+    assert found.as_numpy("scores") is None
+
+
+def test_tritons_client_generates_and_scores(tritons, model, rng):
+    client = tritons
+    ids = np.array([model.reader.prompt(PUZZLE)])
+    whole = {"num_candidates": 3, "max_new_tokens": 20, "top_k": 0, "seed": 5, "aggregation": 0}
+    feeds = {
+        "input_ids": ids,
+        "attention_mask": np.ones_like(ids),
+        "stop_tokens": np.array([model.manifest.scoring.end_token]),
+        **{name: np.array([value]) for name, value in (whole | {"step_token": -1, "prune_every": 0}).items()},
+        **{name: np.array([1], np.float32) for name in ("temperature", "top_p", "prune_keep")},
+    }
+    found = infer(client, "generate", feeds)
+    expected = model.generate(PUZZLE, n=3, max_new_tokens=20, seed=5)
+    assert found.as_numpy("best_index")[0] == expected.best_index
+    own = expected.candidates[1].tokens
+    assert found.as_numpy("sequences")[1, 0, : len(own)].tolist() == own.tolist()
+    rows = rng.integers(1, 99, (4, 6))
+    selection = {"aggregation": np.array([0]), "vote": np.array([0]), "num_candidates": np.array([4])}
+    selection |= {"step_mask": np.ones((1, 1, 1), np.int64), "answer_ids": np.full((1, 1), -1)}
+    scored = infer(client, "score", {"input_ids": rows, "attention_mask": np.ones_like(rows), **selection})
+    expected = model.score(list(rows))
+    assert within(scored.as_numpy("candidate_scores")[:, 0], expected.row_scores, RUNTIME)
+
+
+def test_tritons_client_is_told_what_is_wrong(tritons):
+    client = tritons
+    for feeds, message in (
+        ({"input_ids": np.array([[5000], [6]])}, "outside the vocabulary"),
+        ({"num_candidates": np.array([3])}, "do not divide"),
+        ({"input_ids": np.array([[5], [6], [7]])}, "its axis 'rows' is 2, that of input_ids 3"),
+        ({"aggregation": np.array([9])}, "aggregation: expected 0 to 4"),
+        ({"vote": np.array([1, 2])}, "expected the shape"),
+        ({"vote": np.array([1], np.float32)}, "expected datatype INT64"),
+        ({"mask": np.array([1])}, "'mask' is not wanted"),
+    ):
+        good = {
+            "input_ids": np.array([[5], [6]]),
+            "attention_mask": np.ones((2, 1), np.int64),
+            "num_candidates": np.array([2]),
+            "step_mask": np.ones((1, 1, 1), np.int64),
+            "aggregation": np.array([0]),
+            "answer_ids": np.full((1, 1), -1),
+            "vote": np.array([0]),
+        }
+        with pytest.raises(triton.InferenceServerException, match=message) as e:
+            infer(client, "score", good | feeds)
+        assert "/" not in str(e.value.message())
+    with pytest.raises(triton.InferenceServerException, match="no model 'other'"):
+        client.get_model_metadata("other")
+
+
+# ---- the project's own endpoints
+
+
+def test_score_takes_one_text_against_many_and_pairs(client, model, rng):
+    texts = draw_candidates(rng, 4)
+    prompts = [PUZZLE, "13,14,2,6>26:", PUZZLE, "5,6,7>42:"]
+    one = client.post("/v1/score", json={"model": NAME, "text_1": PUZZLE, "text_2": texts}).json()
+    expected = model.rank(PUZZLE, texts).candidate_scores
+    assert within([entry["score"] for entry in one["data"]], expected, RUNTIME)
+    pairs = client.post("/v1/score", json={"text_1": prompts, "text_2": texts, "aggregation": "min"}).json()
+    expected = [
+        model.rank(prompt, [text], aggregation="min").candidate_scores[0]
+        for prompt, text in zip(prompts, texts, strict=True)
+    ]
+    assert within([entry["score"] for entry in pairs["data"]], expected, RUNTIME)
+    assert [entry["index"] for entry in pairs["data"]] == [0, 1, 2, 3]
+
+
+def test_best_of_given_candidates(client, model, rng):
+    candidates = draw_candidates(rng, 5)
+    answers = ["a", "b", "a", None, "b"]
+    body = {"prompt": PUZZLE, "candidates": candidates, "answers": answers, "vote": "weighted", "token_scores": True}
+    found = client.post("/v1/best-of-n", json=body).json()
+    expected = model.rank(PUZZLE, candidates, answers=answers, vote="weighted")
+    assert (found["best_index"], found["best"]) == (expected.best_index, expected.best)
+    assert found["order"] == list(expected.order)
+    assert within(found["margin"], expected.margin, RUNTIME)
+    for entry, scores, score in zip(found["candidates"], expected.scores, expected.candidate_scores, strict=True):
+        assert within(entry["token_scores"], scores, RUNTIME)
+        assert within(entry["score"], score, RUNTIME)
+    assert found["candidates"][3]["group_score"] is None
+    ids = [model.reader.prompt(PUZZLE).tolist(), [[5, 6], [7]]]
+    found = client.post("/v1/best-of-n", json={"prompt": ids[0], "candidates": ids[1]}).json()
+    assert found["best_index"] == model.rank(*ids).best_index
+
+
+def test_best_of_n_generated(client, model):
+    body = {"prompt": PUZZLE, "n": 6, "seed": 11, "temperature": 1.2}
+    expected = model.generate(PUZZLE, n=6, seed=11, temperature=1.2)
+    for more in ({}, {"deadline": 30}):
+        found = client.post("/v1/best-of-n", json=body | more).json()
+        assert found["best"] == expected.best.text
+        assert [c["text"] for c in found["candidates"]] == [c.text for c in expected.candidates]
+        usage = {"prompt_tokens": 10, "completion_tokens": expected.computed_tokens, "cut_tokens": 0}
+        assert found["usage"] == usage | {"total_tokens": 10 + expected.computed_tokens}
+
+
+def test_generation_is_watched(client, model):
+    body = {"prompt": PUZZLE, "n": 3, "seed": 4, "stream": True}
+    events = []
+    with client.stream("POST", "/v1/best-of-n", json=body) as response:
+        assert response.headers["content-type"].startswith("text/event-stream")
+        for line in response.iter_lines():
+            kind, _, value = line.partition(": ")
+            if kind == "event":
+                events.append((value, None))
+            elif kind == "data":
+                events[-1] = (events[-1][0], json.loads(value))
+    expected = model.generate(PUZZLE, n=3, seed=4)
+    names = [name for name, _ in events]
+    assert names[-1] == "result"
+    assert set(names[:-1]) == {"progress"}
+    assert events[-1][1]["best"] == expected.best.text
+    assert len({state["id"] for _, state in events}) == 1
+    for _, state in events:
+        for entry, candidate in zip(state["candidates"], expected.candidates, strict=True):
+            assert candidate.text.startswith(entry["text"])
+
+
+def test_embeddings(small, rng):
+    model = bonnx.load(small)
+    prompt, candidates = rng.standard_normal((4, 12)), rng.standard_normal((3, 5, 12))
+    body = {"prompt": prompt.tolist(), "candidates": candidates.tolist(), "aggregation": "mean"}
+    expected = model.rank(prompt.astype(np.float32), list(candidates.astype(np.float32)), aggregation="mean")
+    with served(model) as url:
+        found = httpx.post(f"{url}/v1/best-of-n", json=body).json()
+        assert within([entry["score"] for entry in found["candidates"]], expected.candidate_scores, RUNTIME)
+        refused = httpx.post(f"{url}/v1/best-of-n", json={"prompt": prompt.tolist(), "n": 2})
+        assert refused.status_code == 400
+        assert "no language model" in refused.json()["message"]
+        ragged = httpx.post(f"{url}/v1/best-of-n", json=body | {"prompt": [[1.0], [1.0, 2.0]]})
+        assert "rows of one length" in ragged.json()["message"]
+
+
+def test_many_at_once_get_what_each_gets_alone(url, model, rng):
+    prompts = [PUZZLE, "13,14,2,6>26:", "5,6,7>42:", "3,7,12,25>98:"]
+    bodies = []
+    for i in range(200):
+        prompt = prompts[rng.integers(4)]
+        if i % 10:
+            bodies.append({"prompt": prompt, "candidates": draw_candidates(rng, int(rng.integers(1, 6)))})
+        else:
+            bodies.append({"prompt": prompt, "n": 3, "seed": int(rng.integers(3))})
+    with httpx.Client(base_url=url, timeout=120) as client, ThreadPoolExecutor(64) as pool:
+        answers = [*pool.map(lambda body: client.post("/v1/best-of-n", json=body), bodies)]
+    for body, answer in zip(bodies, answers, strict=True):
+        assert answer.status_code == 200, answer.text
+        found = answer.json()
+        if "n" in body:
+            expected = model.generate(body["prompt"], n=3, seed=body["seed"])
+            assert [c["text"] for c in found["candidates"]] == [c.text for c in expected.candidates]
+        else:
+            expected = model.rank(body["prompt"], body["candidates"])
+            assert within([c["score"] for c in found["candidates"]], expected.candidate_scores, RUNTIME)
+    metrics = httpx.get(f"{url}/metrics").text
+    runs = float(
+        next(line for line in metrics.splitlines() if line.startswith('bonnx_run_requests_count{lane="rank"}')).split()[
+            1
+        ]
+    )
+    assert runs < 180
+
+
+# ---- bounds
+
+
+class Gate:
+    """Holds a model's rankings until it is opened."""
+
+    def __init__(self, model, monkeypatch):
+        self.open, self.entered, self.stopped = threading.Event(), threading.Event(), threading.Event()
+        run = type(model).run_together
+
+        def held(model, jobs, stop=None):
+            self.entered.set()
+            while not self.open.wait(0.005):
+                if stop.terminate:
+                    self.stopped.set()
+                    raise RuntimeError("terminated")
+            return run(model, jobs, stop)
+
+        monkeypatch.setattr(type(model), "run_together", held)
+
+
+BODY = {"prompt": PUZZLE, "candidates": ["24-20=4;", "20-7=13;"]}
+
+
+def test_a_full_queue_answers_429(model, monkeypatch):
+    gate = Gate(model, monkeypatch)
+    with served(model, Settings(max_queue=2)) as url, ThreadPoolExecutor(3) as pool:
+        post = lambda: httpx.post(f"{url}/v1/best-of-n", json=BODY, timeout=60)  # noqa: E731
+        first = pool.submit(post)
+        assert gate.entered.wait(20)
+        waiting = [pool.submit(post) for _ in range(2)]
+        until = time.monotonic() + 20
+        while 'bonnx_waiting_requests{lane="rank"} 2.0' not in httpx.get(f"{url}/metrics").text:
+            assert time.monotonic() < until
+        refused = post()
+        assert refused.status_code == 429
+        assert int(refused.headers["retry-after"]) >= 1
+        assert refused.json()["error"]["type"] == "overloaded"
+        gate.open.set()
+        assert [future.result().status_code for future in (first, *waiting)] == [200] * 3
+
+
+def test_a_request_has_its_time(model, monkeypatch):
+    gate = Gate(model, monkeypatch)
+    with served(model) as url:
+        late = httpx.post(f"{url}/v1/best-of-n", json=BODY, headers={"X-Request-Timeout": "0.2"}, timeout=60)
+        assert late.status_code == 504
+        assert late.json()["error"]["type"] == "deadline_exceeded"
+        # Nobody waits for this run any more, so it was ended.
+        assert gate.stopped.wait(20)
+        gate.open.set()
+        assert httpx.post(f"{url}/v1/best-of-n", json=BODY).status_code == 200
+        for wrong in ("-1", "soon", "nan"):
+            refused = httpx.post(f"{url}/v1/best-of-n", json=BODY, headers={"X-Request-Timeout": wrong})
+            assert refused.status_code == 400
+
+
+def test_a_client_that_goes_is_not_worked_for(model, monkeypatch):
+    gate = Gate(model, monkeypatch)
+    with served(model) as url:
+
+        async def leave():
+            async with httpx.AsyncClient(timeout=60) as client:
+                task = asyncio.ensure_future(client.post(f"{url}/v1/best-of-n", json=BODY))
+                while not gate.entered.is_set():
+                    await asyncio.sleep(0.01)
+                task.cancel()
+
+        asyncio.run(leave())
+        assert gate.stopped.wait(20)
+        gate.open.set()
+        assert httpx.post(f"{url}/v1/best-of-n", json=BODY).status_code == 200
+
+
+def raw(url, data, wait=20.0):
+    """What the server answers to bytes, until it closes the connection."""
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=wait) as connection:
+        connection.sendall(data)
+        parts = []
+        while part := connection.recv(65536):
+            parts.append(part)
+    return b"".join(parts)
+
+
+def test_bodies_are_bounded(model):
+    with served(model, Settings(max_body=2000, body_timeout=0.5, max_tokens=400)) as url:
+        head = b"POST /v1/score HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        # Refused by the announced size: not a byte of the body was sent.
+        assert b" 413 " in raw(url, head + b"Content-Length: 2001\r\n\r\n").split(b"\r\n")[0]
+        chunks = b"".join(b"400\r\n" + b" " * 0x400 + b"\r\n" for _ in range(3))
+        assert b" 413 " in raw(url, head + b"Transfer-Encoding: chunked\r\n\r\n" + chunks).split(b"\r\n")[0]
+        assert b" 408 " in raw(url, head + b"Content-Length: 100\r\n\r\n{").split(b"\r\n")[0]
+        large = httpx.post(f"{url}/v1/best-of-n", json={"prompt": PUZZLE, "n": 200})
+        assert large.status_code == 400
+        assert "takes at most 400 at once" in large.json()["message"]
+        long = httpx.post(f"{url}/v1/best-of-n", json={"prompt": "1" * 1500, "n": 2})
+        assert "characters are more than 64 tokens can hold" in long.json()["message"]
+
+
+def test_a_key(model):
+    with served(model, Settings(api_key="secret")) as url:
+        for headers in ({}, {"Authorization": "Bearer other"}, {"Authorization": "secret"}):
+            refused = httpx.post(f"{url}/v1/best-of-n", json=BODY, headers=headers)
+            assert refused.status_code == 401
+            assert "secret" not in refused.text
+        assert httpx.get(f"{url}/metrics").status_code == 401
+        assert httpx.get(f"{url}/health").status_code == 200
+        with httpx.Client() as http:
+            client = ClientV2("secret", base_url=url, httpx_client=http)
+            assert client.rerank(model=NAME, query=PUZZLE, documents=["1+2=3;"]).results
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b"{", "not JSON"),
+        (b"[]", "expected a JSON object"),
+        (b"\xff\xfe", ""),
+        (b"[" * 100000, ""),
+        ({"prompt": 1, "n": 2}, "prompt: expected text, messages, token ids"),
+        ({"prompt": PUZZLE}, "got neither"),
+        ({"prompt": PUZZLE, "n": 1, "candidates": ["1"]}, "got both"),
+        ({"prompt": PUZZLE, "n": 1, "tempratur": 1}, "did you mean 'temperature'"),
+        ({"prompt": PUZZLE, "n": 1, "answers": "boxed"}, "belongs to given candidates"),
+        ({"prompt": PUZZLE, "candidates": ["1+1=2;"], "seed": 1}, "seed: belongs to generation"),
+        ({"prompt": PUZZLE, "candidates": []}, "candidates"),
+        ({"prompt": PUZZLE, "candidates": ["1+1=2;"], "vote": "weighted"}, "each candidate, 'boxed' or 'number'"),
+        ({"prompt": PUZZLE, "candidates": ["1;", None]}, "candidates[1] is not one of these"),
+        ({"prompt": "what?", "n": 1}, "no token for"),
+        ({"prompt": [{"role": "user", "content": "x"}], "n": 1}, "chat template"),
+        ({"prompt": PUZZLE, "n": 1, "model": "other"}, "this server has 'countdown' only"),
+        ({"prompt": [99999], "n": 1}, "outside the vocabulary"),
+        ({"prompt": PUZZLE, "candidates": ["1;" * 60]}, "takes at most 64 together"),
+    ],
+)
+def test_bad_input_is_explained(client, body, message):
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    answer = client.post("/v1/best-of-n", content=data, headers={"Content-Type": "application/json"})
+    assert answer.status_code in (400, 404)
+    assert message in answer.json()["message"]
+    assert not any(word in answer.text for word in ("Traceback", "/tmp", ".py"))
+
+
+def test_what_goes_wrong_inside_is_not_told(model, monkeypatch, caplog):
+    def fail(model, jobs, stop=None):
+        raise RuntimeError("/secret/place failed")
+
+    monkeypatch.setattr(type(model), "run_together", fail)
+    with served(model) as url:
+        answer = httpx.post(f"{url}/v1/best-of-n", json=BODY)
+    assert answer.status_code == 500
+    assert "secret" not in answer.text
+    number = answer.headers["x-request-id"]
+    assert number in answer.json()["message"]
+    assert "/secret/place failed" in caplog.text
+
+
+def test_no_winner_is_said(model, monkeypatch):
+    lost = bonnx.NoWinnerError("none of the candidates can win")
+    monkeypatch.setattr(type(model), "run_together", lambda model, jobs, stop=None: [lost] * len(jobs))
+    with served(model) as url:
+        answer = httpx.post(f"{url}/v1/best-of-n", json=BODY)
+    assert answer.status_code == 422
+    assert answer.json()["error"] == {"message": str(lost), "type": "no_winner", "code": 422}
+
+
+# ---- the command
+
+
+def test_the_command_serves_logs_and_stops(countdown, tmp_path, monkeypatch):
+    monkeypatch.setenv("BONNX_API_KEY", "k")
+    with Process(countdown, cwd=tmp_path) as server:
+        headers = {"Authorization": "Bearer k", "X-Request-ID": "my-number"}
+        answer = httpx.post(f"{server.url}/v1/best-of-n", json={"prompt": PUZZLE, "n": 2}, headers=headers)
+        assert answer.status_code == 200
+        assert answer.headers["x-request-id"] == "my-number"
+        document = httpx.get(f"{server.url}/openapi.json", headers=headers).json()
+        assert {"/v1/rerank", "/v1/score", "/v1/best-of-n", "/v2/models/{model}/infer"} <= set(document["paths"])
+        # What was taken before the signal is finished after it.
+        with ThreadPoolExecutor(8) as pool:
+            body = {"prompt": PUZZLE, "n": 64}
+            post = lambda: httpx.post(f"{server.url}/v1/best-of-n", json=body, headers=headers, timeout=60)  # noqa: E731
+            futures = [pool.submit(post) for _ in range(8)]
+            until = time.monotonic() + 20
+            while sum("candidates" in line for line in server.lines) < 2:
+                assert time.monotonic() < until
+            assert server.stop(signal.SIGTERM) == 0
+            assert all(future.result().status_code == 200 for future in futures)
+    line = next(line for line in server.lines if line.get("request_id") == "my-number")
+    assert (line["event"], line["status"], line["path"], line["tokens"]) == ("request", 200, "/v1/best-of-n", 10)
+    assert "prompt" not in line
+
+
+def test_jobs_are_told_apart(model):
+    job = model.job(PUZZLE, ["1+1=2;"])
+    assert isinstance(job, Job)
+    assert job.key == model.job("5,6,7>42:", ["1+1=2;"]).key
+    assert job.key != model.job(PUZZLE, ["1+1=2;"], aggregation="mean").key

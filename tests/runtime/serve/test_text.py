@@ -1,0 +1,359 @@
+"""Texts and messages over HTTP: what is counted, what cannot be read, and where it is read."""
+
+import json
+import threading
+
+import httpx
+import msgspec
+import pytest
+import tokenizers
+from cohere import ClientV2
+
+import bonnx
+from bonnx.runtime.artifact.manifest import Limits, Scoring, TextRules
+from bonnx.runtime.serve import Settings
+from bonnx.runtime.text.chat import ChatTemplate
+from bonnx.runtime.text.compose import Writer
+from bonnx.runtime.text.reader import Reader
+from bonnx.runtime.text.tokenizer import Text
+from tests.runtime.serve.servers import served
+from tests.tolerance import RUNTIME, within
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content or m.tool_calls[0].name }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+LETTERS = "abcdefghijklmnopqrstuvwxyz <>\n"
+CHAT = [{"role": "user", "content": "which of them"}]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """Letters, and pairs of them: "ab" is one token even where a prompt ends with "a"."""
+    vocabulary = {letter: i for i, letter in enumerate(LETTERS)}
+    merges = [("a", "b"), ("t", "h"), ("e", "r")]
+    vocabulary |= {a + b: len(LETTERS) + i for i, (a, b) in enumerate(merges)}
+    vocabulary["?"] = len(vocabulary)
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, merges, unk_token="?"))
+    made.add_special_tokens([tokenizers.AddedToken("[end]")])
+    return made
+
+
+@pytest.fixture(scope="module")
+def model(tiny, tokenizer, tmp_path_factory):
+    """The small language model, which reads text and messages; at most 60 tokens."""
+    model = bonnx.load(tiny)
+    place = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    tokenizer.save(str(place))
+    scoring = Scoring(end_token=tokenizer.token_to_id("[end]"))
+    model.manifest = msgspec.structs.replace(model.manifest, scoring=scoring, limits=Limits(max_tokens=60))
+    text = Text(place, scoring, TextRules())
+    model.reader = Reader(model.manifest, text, Writer(TextRules(), ChatTemplate(TEMPLATE, {})))
+    return model
+
+
+@pytest.fixture(scope="module")
+def url(model):
+    with served(model) as url:
+        yield url
+
+
+@pytest.fixture
+def post(url):
+    with httpx.Client(base_url=url, timeout=60) as client:
+        # Not by `json=`, which can send no half of a surrogate pair.
+        headers = {"Content-Type": "application/json"}
+        yield lambda path, body: client.post(path, content=json.dumps(body), headers=headers)
+
+
+def draw(rng, least=1):
+    """A text; every other one begins so that its first letter joins a prompt's last one."""
+    return str(rng.choice(["b", ""])) + "".join(rng.choice([*LETTERS[:26]], rng.integers(least, 9)))
+
+
+def count(tokenizer, prompt, candidates, *, behind="", end=1):
+    """Tokens of the prompt, once, and of candidates: a token that reaches into both is the candidate's."""
+    prompts, own = [], 0
+    for candidate in candidates:
+        encoding = tokenizer.encode(prompt + candidate + behind)
+        before = sum(stop <= len(prompt) for _, stop in encoding.offsets)
+        prompts.append(before)
+        own += len(encoding.ids) - before + end
+    return max(prompts) + own
+
+
+def usage(read, generated=0, cut=0):
+    total = read + generated
+    return {"prompt_tokens": read, "completion_tokens": generated, "total_tokens": total, "cut_tokens": cut}
+
+
+# ---- what is counted
+
+
+@pytest.mark.parametrize("number", [1, 2, 7])
+def test_usage_counts_the_prompt_once_and_every_candidate(post, tokenizer, rng, number):
+    for prompt in (draw(rng) + "a", draw(rng) + "t", draw(rng) + "c"):
+        texts = [draw(rng) for _ in range(number)]
+        expected = usage(count(tokenizer, prompt, texts))
+        assert post("/v1/best-of-n", {"prompt": prompt, "candidates": texts}).json()["usage"] == expected
+        found = post("/v1/rerank", {"query": prompt, "documents": texts, "top_n": 1}).json()
+        assert found["usage"] == expected
+        assert found["meta"]["tokens"] == {"input_tokens": expected["prompt_tokens"], "output_tokens": 0}
+        assert post("/v1/score", {"text_1": prompt, "text_2": texts}).json()["usage"] == expected
+
+
+def test_usage_of_pairs_counts_each_text_as_often_as_it_was_sent(post, tokenizer, rng):
+    prompts, texts = [draw(rng), draw(rng)] * 2, [draw(rng) for _ in range(4)]
+    expected = sum(count(tokenizer, prompt, [text]) for prompt, text in zip(prompts, texts, strict=True))
+    assert post("/v1/score", {"text_1": prompts, "text_2": texts}).json()["usage"] == usage(expected)
+
+
+def test_usage_of_messages_counts_what_the_template_writes(post, tokenizer, rng):
+    texts = [draw(rng) for _ in range(3)]
+    expected = usage(count(tokenizer, "<user>which of them\n<assistant>", texts, behind="\n"))
+    assert post("/v1/best-of-n", {"prompt": CHAT, "candidates": texts}).json()["usage"] == expected
+    assert post("/v1/rerank", {"query": CHAT, "documents": texts}).json()["usage"] == expected
+
+
+def test_usage_of_ids_and_of_what_is_not_finished(post, tokenizer, rng):
+    ids = [rng.integers(0, 30, rng.integers(1, 9)).tolist() for _ in range(4)]
+    found = post("/v1/best-of-n", {"prompt": ids[0], "candidates": ids[1:]}).json()
+    assert found["usage"] == usage(sum(map(len, ids)))
+    assert [entry["tokens"] for entry in found["candidates"]] == [len(own) for own in ids[1:]]
+    body = {"prompt": "which", "candidates": ["one", "other"], "partial": True}
+    assert post("/v1/best-of-n", body).json()["usage"] == usage(count(tokenizer, "which", ["one", "other"], end=0))
+
+
+def test_usage_of_a_prompt_that_was_cut(post, model, tokenizer, rng):
+    prompt, texts = "".join(draw(rng, 8) for _ in range(12)) + "c", ["one", "other one"]
+    whole = count(tokenizer, prompt, texts)
+    longest = max(len(tokenizer.encode(text).ids) + 1 for text in texts)
+    cut = len(tokenizer.encode(prompt).ids) + longest - 60
+    assert cut > 0
+    for path, body in (
+        ("/v1/best-of-n", {"prompt": prompt, "candidates": texts}),
+        ("/v1/rerank", {"query": prompt, "documents": texts}),
+        ("/v1/score", {"text_1": prompt, "text_2": texts}),
+    ):
+        assert post(path, body | {"truncate": True}).json()["usage"] == usage(whole - cut, cut=cut)
+        assert "takes at most 60" in post(path, body).json()["message"]
+
+
+@pytest.mark.parametrize("more", [{}, {"deadline": 60}, {"stream": True}])
+@pytest.mark.parametrize("prompt", ["which", CHAT, [1, 2, 3]])
+def test_usage_of_what_is_generated(post, model, tokenizer, prompt, more):
+    texts = {5: "which", 1: "<user>which of them\n<assistant>"}
+    length = 3 if prompt == [1, 2, 3] else len(tokenizer.encode(texts[1] if prompt is CHAT else texts[5]).ids)
+    body = {"prompt": prompt, "n": 3, "max_new_tokens": 8, "seed": 2}
+    answer = post("/v1/best-of-n", body | more)
+    states = [answer.json()] if not more.get("stream") else []
+    for line in answer.text.splitlines() if more.get("stream") else []:
+        states += [json.loads(line.removeprefix("data: "))] if line.startswith("data: ") else []
+    for state in states:
+        assert state["usage"] == usage(length, sum(entry["tokens"] for entry in state["candidates"]))
+    own = [len(candidate.tokens) for candidate in model.generate(prompt, n=3, max_new_tokens=8, seed=2).candidates]
+    assert states[-1]["usage"]["completion_tokens"] == sum(own)
+
+
+# ---- candidates that cannot be read
+
+BAD = {"": "it has no tokens", "x=y": "the vocabulary has no token for '='", "a\ud800": "half of a surrogate pair"}
+
+
+def holes(rng):
+    """Texts among which some cannot be read, and where those are."""
+    texts = [*(draw(rng) for _ in range(3)), *BAD]
+    texts = [texts[i] for i in rng.permutation(len(texts))]
+    return texts, [i for i, text in enumerate(texts) if text in BAD]
+
+
+def check_warnings(warnings, name, texts, bad):
+    assert len(warnings) == len(bad)
+    for warning, i in zip(warnings, bad, strict=True):
+        assert warning.startswith(f"{name}[{i}]: ")
+        assert BAD[texts[i]] in warning
+
+
+def test_coheres_client_gets_numbers_and_warnings(url, model, rng):
+    texts, bad = holes(rng)
+    good = [i for i in range(len(texts)) if i not in bad]
+    expected = model.rank("which", [texts[i] for i in good]).candidate_scores
+    with httpx.Client() as http:
+        client = ClientV2("key", base_url=url, httpx_client=http)
+        # Half of a surrogate pair is nothing that this client can send.
+        texts = ["" if text == "a\ud800" else text for text in texts]
+        found = client.rerank(model="tiny", query="which", documents=texts)
+    scores = {result.index: result.relevance_score for result in found.results}
+    assert sorted(scores) == good
+    assert within([scores[i] for i in good], expected, RUNTIME)
+    check_warnings(found.meta.warnings, "documents", texts, bad)
+
+
+def test_one_bad_candidate_has_null_and_cannot_win(post, rng):
+    texts, bad = holes(rng)
+    found = post("/v1/best-of-n", {"prompt": "which", "candidates": texts, "token_scores": True}).json()
+    assert [i for i, entry in enumerate(found["candidates"]) if entry["score"] is None] == bad
+    assert found["best_index"] not in bad
+    assert set(found["order"][-len(bad) :]) == set(bad)
+    assert [found["candidates"][i]["token_scores"] for i in bad] == [[]] * len(bad)
+    check_warnings(found["warnings"], "candidates", texts, bad)
+    found = post("/v1/score", {"text_1": "which", "text_2": texts}).json()
+    assert [i for i, entry in enumerate(found["data"]) if entry["score"] is None] == bad
+    check_warnings(found["warnings"], "text_2", texts, bad)
+    found = post("/v1/rerank", {"query": "which", "documents": texts, "return_documents": True}).json()
+    assert sorted(result["index"] for result in found["results"]) == [i for i in range(len(texts)) if i not in bad]
+
+
+def test_a_bad_pair_does_not_fail_the_others(post, rng):
+    texts, bad = holes(rng)
+    found = post("/v1/score", {"text_1": ["which"] * len(texts), "text_2": texts}).json()
+    alone = post("/v1/score", {"text_1": "which", "text_2": texts}).json()
+    for entry, other in zip(found["data"], alone["data"], strict=True):
+        assert (entry["score"] is None) == (other["score"] is None)
+        assert entry["score"] is None or within(entry["score"], other["score"], RUNTIME)
+    check_warnings(found["warnings"], "text_2", texts, bad)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "message"),
+    [
+        ("/v1/rerank", {"query": "which", "documents": ["", "x=y"]}, "documents: none can be read: documents[0]: it"),
+        ("/v1/rerank", {"query": "x=y", "documents": ["a"]}, "query: the vocabulary has no token for '='"),
+        ("/v1/rerank", {"query": "", "documents": ["a"]}, "query: "),
+        ("/v1/rerank", {"query": [{"role": "user"}], "documents": ["a"]}, "query[0]: there is no 'content'"),
+        ("/v1/rerank", {"query": "which", "documents": ["a" * 500]}, "documents[0]: 500 characters are more than 60"),
+        ("/v1/rerank", {"query": "which", "documents": ["c" * 70]}, "a query of 5 tokens and a document of 71"),
+        ("/v1/rerank", {"query": "which", "documents": ["a"] * 4097}, "4097 documents: this model takes at most 4096"),
+        ("/v1/score", {"text_1": "which", "text_2": ""}, "text_2: it has no tokens"),
+        ("/v1/score", {"text_1": "which", "text_2": [""]}, "text_2[0]: it has no tokens"),
+        ("/v1/score", {"text_1": ["which", "x=y"], "text_2": ["a", "b"]}, "text_1[1]: the vocabulary has no token"),
+        ("/v1/score", {"text_1": ["which"] * 2, "text_2": ["", "x=y"]}, "text_2[0]: it has no tokens"),
+        ("/v1/score", {"text_1": ["c" * 400] * 2, "text_2": ["a", "b"]}, "text_1[0]: 400 characters are more than"),
+        ("/v1/score", {"text_1": ["which"] * 2, "text_2": ["a", "c" * 400]}, "text_2[1]: 400 characters are more than"),
+        ("/v1/best-of-n", {"prompt": "which", "candidates": ["", []]}, "candidates: none can be read: candidates[0]"),
+        ("/v1/best-of-n", {"prompt": [{"role": "user"}], "n": 1}, "prompt[0]: there is no 'content'"),
+        ("/v1/best-of-n", {"prompt": CHAT, "candidates": [[{"role": "a"}]]}, "candidates[0][0]: there is no 'content'"),
+        ("/v1/best-of-n", {"prompt": "x\ud800", "n": 1}, "prompt: expected Unicode text"),
+    ],
+)
+def test_errors_use_the_clients_words(post, path, body, message):
+    answer = post(path, body)
+    assert answer.status_code == 400, answer.text
+    assert message in answer.json()["message"]
+
+
+# ---- what clients of other servers send
+
+
+@pytest.mark.parametrize(
+    ("path", "more", "message"),
+    [
+        ("/v1/rerank", {"max_tokens_per_doc": 4096}, "max_tokens_per_doc: documents are never cut here"),
+        ("/v1/rerank", {"max_chunks_per_doc": 10}, "max_chunks_per_doc: documents are never cut here"),
+        ("/v1/rerank", {"truncate_prompt_tokens": 5}, 'truncate_prompt_tokens: send "truncate": true'),
+        ("/v1/rerank", {"rank_fields": ["title"]}, "rank_fields: a document is ranked by its 'text' alone"),
+        ("/v1/rerank", {"priority": 1}, "priority: requests run in the order"),
+        ("/v1/rerank", {"texts": ["a"]}, "texts: send them as 'documents'"),
+        ("/v1/rerank", {"raw_scores": True}, "raw_scores: scores are always as the model gives them"),
+        ("/v1/rerank", {"return_text": True}, 'return_text: send "return_documents": true'),
+        ("/v1/rerank", {"topn": 1}, "unknown field 'topn'; did you mean 'top_n'?"),
+        ("/v1/rerank", {"\ud800": 1}, "a name in the body is no Unicode text"),
+        ("/v1/score", {"truncate_prompt_tokens": -1}, 'truncate_prompt_tokens: send "truncate": true'),
+        ("/v1/score", {"queries": "a"}, "queries: send them as 'text_1'"),
+        ("/v1/best-of-n", {"messages": CHAT}, "messages: send them as 'prompt'"),
+        ("/v1/best-of-n", {"max_tokens": 5}, "max_tokens: send it as 'max_new_tokens'"),
+        ("/v1/best-of-n", {"stop": [0] * 1025}, "stop: expected"),
+        ("/v1/best-of-n", {"stop": "which"}, "stop: "),
+        ("/v1/best-of-n", {"stop": 5}, "stop: expected"),
+    ],
+)
+def test_fields_of_other_servers_are_refused_by_name(post, path, more, message):
+    body = {
+        "/v1/rerank": {"query": "which", "documents": ["a"]},
+        "/v1/score": {"text_1": "which", "text_2": "a"},
+        "/v1/best-of-n": {"prompt": "which", "n": 1},
+    }[path]
+    answer = post(path, body | more)
+    assert answer.status_code == 400
+    assert answer.json()["message"].startswith(message)
+    # A client that sends all of its fields sends null for those that were not given.
+    if next(iter(more)) not in ("topn", "\ud800"):
+        assert post(path, body | dict.fromkeys(more)).status_code == 200
+
+
+def test_one_stop_text_and_messages_as_candidates(post, model):
+    body = {"prompt": "which", "n": 4, "max_new_tokens": 20, "seed": 1}
+    expected = model.generate("which", n=4, max_new_tokens=20, seed=1, stop=["e"])
+    for stop in ("e", ["e"]):
+        found = post("/v1/best-of-n", body | {"stop": stop}).json()
+        assert [entry["text"] for entry in found["candidates"]] == [c.text for c in expected.candidates]
+    candidates = [
+        [{"role": "assistant", "content": "one"}],
+        [{"role": "assistant", "tool_calls": [{"name": "look", "arguments": {}}]}, {"role": "tool", "content": "five"}],
+        [{"role": "assistant", "content": None, "tool_calls": [{"name": "search"}]}],
+    ]
+    found = post("/v1/best-of-n", {"prompt": CHAT, "candidates": candidates}).json()
+    expected = model.rank(CHAT, candidates)
+    assert within([entry["score"] for entry in found["candidates"]], expected.candidate_scores, RUNTIME)
+    assert found["best"] == candidates[expected.best_index]
+
+
+def test_documents_come_back_as_they_were_sent(post):
+    documents = [{"text": "one", "title": "of a book", "year": 1}, "other"]
+    found = post("/v1/rerank", {"query": "which", "documents": documents, "return_documents": True}).json()
+    assert {r["index"]: r["document"] for r in found["results"]} == {0: documents[0], 1: {"text": "other"}}
+
+
+# ---- where it is read
+
+
+def test_no_long_text_is_read_where_others_wait(model, monkeypatch):
+    """Whatever makes a request long, its text is rendered and tokenized in a thread for that."""
+    seen = []
+
+    def watch(kind, name):
+        own = getattr(kind, name)
+
+        def watched(*arguments, **options):
+            seen.append((name, threading.current_thread().name))
+            return own(*arguments, **options)
+
+        monkeypatch.setattr(kind, name, watched)
+
+    for kind, name in ((Text, "encode"), (Text, "rows"), (ChatTemplate, "render"), (ChatTemplate, "split")):
+        watch(kind, name)
+    long = "which of them " * 400
+    parts = [{"role": "user", "content": [{"type": "text", "text": long}]}]
+    calls = [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [{"name": long}]}]
+    many = [{"role": "user", "content": "a"}] * 2000
+    requests = [
+        ("/v1/best-of-n", {"prompt": prompt, **more})
+        for prompt in ([{"role": "user", "content": long}], parts, calls, many)
+        for more in ({"candidates": ["a"]}, {"n": 1}, {"n": 1, "stream": True}, {"n": 1, "deadline": 5})
+    ]
+    requests += [
+        ("/v1/best-of-n", {"prompt": "which", "n": 1, "stop": [long], "stream": True}),
+        ("/v1/best-of-n", {"prompt": "which", "candidates": ["a"] * 2000, "answers": "number"}),
+        # Short by itself, but the prompt is read once with each candidate.
+        ("/v1/best-of-n", {"prompt": "which of them", "candidates": ["a"] * 350}),
+        ("/v1/rerank", {"query": long, "documents": ["a"], "truncate": True}),
+        ("/v1/rerank", {"query": "which of them", "documents": ["a"] * 350}),
+        ("/v1/score", {"text_1": ["which of them"] * 150, "text_2": ["a"] * 150}),
+        ("/v1/score", {"text_1": long, "text_2": ["a"], "truncate": True}),
+    ]
+    with served(model) as url, httpx.Client(base_url=url, timeout=60) as client:
+        for path, body in requests:
+            seen.clear()
+            assert client.post(path, json=body).status_code in (200, 400)
+            assert seen, (path, str(body)[:80])
+            assert {name for _, name in seen if not name.startswith("bonnx-read")} == set(), (path, str(body)[:80])
+
+
+def test_text_that_is_read_again_with_each_candidate_is_bounded(model):
+    with served(model, Settings(max_body=5000)) as url, httpx.Client(base_url=url, timeout=60) as client:
+        for prompt in ([{"role": "user", "content": "a" * 4000}], "a" * 4000):
+            body = {"prompt": prompt, "candidates": ["a"] * 6, "truncate": True}
+            answer = client.post("/v1/best-of-n", json=body)
+            assert answer.status_code == 400
+            assert "this server reads at most 20000 at once" in answer.json()["message"]
+            assert client.post("/v1/best-of-n", json=body | {"candidates": ["a"] * 4}).status_code == 200

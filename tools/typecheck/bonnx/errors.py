@@ -1,0 +1,1 @@
+../../../bonnx/errors.py
