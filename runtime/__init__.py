@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ..errors import ArtifactError, BonnxError, ExportError, InputError, NoWinnerError, ProviderError
     from .artifact.manifest import AGGREGATIONS
-    from .generate.options import FINISH_REASONS, Candidate, Generation
+    from .generate.result import FINISH_REASONS, Candidate, Generation
     from .model import Model, load
     from .rank.result import Ranking, Scored
     from .testing import FakeModel
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
 _PLACES = {
     "AGGREGATIONS": "artifact.manifest",
-    "FINISH_REASONS": "generate.options",
+    "FINISH_REASONS": "generate.result",
     "ArtifactError": ".errors",
     "BonnxError": ".errors",
-    "Candidate": "generate.options",
+    "Candidate": "generate.result",
     "Check": "verification",
     "ExportError": ".errors",
     "FakeModel": "testing",
-    "Generation": "generate.options",
+    "Generation": "generate.result",
     "InputError": ".errors",
     "Model": "model",
     "NoWinnerError": ".errors",

@@ -12,7 +12,16 @@ import numpy as np
 
 from ..errors import InputError
 
-__all__ = ["check_flag", "check_function", "check_number", "check_path", "is_list", "shown"]
+__all__ = [
+    "check_flag",
+    "check_function",
+    "check_number",
+    "check_path",
+    "check_some",
+    "check_whole",
+    "is_list",
+    "shown",
+]
 
 
 def shown(value: object) -> str:
@@ -55,6 +64,28 @@ def check_number(name: str, value: object, expected: str, fits: Callable[[float]
         number = math.nan
     if math.isnan(number) or not fits(number):
         raise InputError(f"{name}: expected {expected}; got {shown(value)}")
+
+
+def check_whole(name: str, value: object, least: int, otherwise: str = "") -> None:
+    """Refuse what is no whole number of at least `least` that fits into 64 bits; `otherwise` says what else would do.
+
+    Raises:
+        InputError: names it.
+    """
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not whole or not least <= value < 2**63:  # type: ignore[operator]
+        most = " and below 2^63" if whole and value >= 2**63 else ""  # type: ignore[operator]
+        raise InputError(f"{name}: expected a whole number of at least {least}{most}{otherwise}; got {shown(value)}")
+
+
+def check_some(items: Sequence[object], what: str) -> None:
+    """Refuse what is no list, or an empty one.
+
+    Raises:
+        InputError: names `what`.
+    """
+    if not is_list(items) or not len(items):
+        raise InputError(f"{what}: expected a list of at least one {what.removesuffix('s')}; got {shown(items)}")
 
 
 def check_function(name: str, value: object) -> None:

@@ -11,20 +11,24 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import ArtifactError, InputError, NoWinnerError
+from .arrays import Array
 from .artifact.folder import locate, read_verified
 from .artifact.limits import check_size, estimate_memory
 from .artifact.manifest import Manifest
-from .checks import check_flag, check_function, check_number, check_path, is_list, shown
-from .engine.session import Array, Options, Provider, Session, Stop
+from .checks import check_flag, check_function, check_number, check_path, check_some, check_whole, is_list, shown
+from .engine.session import Options, Provider, Session, Stop
 from .generate.decoding import clock, grow
-from .generate.options import GenerateOptions, Generation, Request, check_whole, make_request
+from .generate.options import GenerateOptions, Request, make_request
+from .generate.result import Generation
 from .generate.run import Draft, make_candidate, run_drafts
 from .rank.result import Ranking, Scored, winner
 from .rank.run import Job, Shape, padded_tokens, plan, run_jobs
+from .selection.aggregate import aggregation_code, is_stepwise
 from .selection.vote import Answers, make_ballot
 from .text.chat import ChatTemplate
 from .text.compose import Writer
-from .text.reader import Item, Reader, Rows, aggregation_code, check_some, is_stepwise, pad, step_mask
+from .text.padding import pad, step_mask
+from .text.reader import Item, Reader, Rows
 from .text.tokenizer import Text
 
 if TYPE_CHECKING:

@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..errors import InputError
-from .checks import check_flag, check_function, is_list, shown
-from .engine.session import Array
+from .arrays import Array
+from .checks import check_flag, check_function, check_some, is_list, shown
 from .generate.decoding import clock
-from .generate.options import Candidate, GenerateOptions, Generation, make_request
+from .generate.options import GenerateOptions, make_request
+from .generate.result import Candidate, Generation
 from .rank.result import Ranking, winner
-from .selection.aggregate import aggregate, elect
+from .selection.aggregate import aggregate, aggregation_code, elect, is_stepwise
 from .selection.vote import Answers, check_weight, make_ballot
-from .text.reader import Item, aggregation_code, check_masks, check_some, check_stop, is_stepwise, none_readable
+from .text.padding import check_masks
+from .text.reader import Item, check_stop, none_readable
 from .text.tokenizer import NO_TOKENS
 
 if TYPE_CHECKING:

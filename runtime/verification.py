@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import ArtifactError
+from .arrays import Array
 from .artifact.folder import locate
 from .checks import check_path
 from .engine.compare import maximum_difference
-from .engine.session import Array, Provider
+from .engine.session import Provider
 from .model import Model, load
 
 __all__ = ["Check", "verify"]

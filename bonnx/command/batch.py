@@ -15,8 +15,8 @@ from ..runtime.artifact.manifest import VOTES
 from ..runtime.batch import Summary, Task, here, run_batch
 from ..runtime.batch.source import Chunk
 from ..runtime.batch.worker import Result
+from ..runtime.selection.aggregate import aggregation_code
 from ..runtime.selection.answers import extractor
-from ..runtime.text.reader import aggregation_code
 from . import print_json
 
 __all__ = ["configure", "run"]

@@ -19,7 +19,8 @@ from rich.text import Text
 
 from ..errors import BonnxError, InputError, NoWinnerError
 from ..runtime.files.lines import read_prompts
-from ..runtime.generate.options import Candidate, GenerateOptions, Generation
+from ..runtime.generate.options import GenerateOptions
+from ..runtime.generate.result import Candidate, Generation
 from ..runtime.model import Model, checked_request, load
 from ..runtime.report import Search, show
 from ..runtime.text.reader import Item

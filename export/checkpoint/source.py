@@ -17,7 +17,7 @@ from ...models.fields import check_fields
 from ...models.huggingface import is_huggingface
 from ...models.network import LanguageModel, TwoHeadedNetwork
 from ...runtime.artifact.manifest import Limits, Scoring, TextRules
-from ...runtime.text.reader import is_stepwise
+from ...runtime.selection.aggregate import is_stepwise
 from .tokenizer import TextFiles, check_vocabulary, read_tokenizer
 from .tokenizer_check import check_against_transformers
 

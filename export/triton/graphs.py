@@ -19,7 +19,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from ...runtime.artifact.folder import locate
 from ...runtime.artifact.manifest import Manifest, Scoring
-from ...runtime.text.reader import aggregation_code, is_stepwise
+from ...runtime.selection.aggregate import aggregation_code, is_stepwise
 from ..graphs.builder import Builder, finish, name_value
 
 __all__ = ["batched", "triton_graphs"]

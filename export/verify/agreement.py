@@ -21,7 +21,8 @@ from ...runtime.files.lines import in_line, load_arrays, read_values
 from ...runtime.files.values import name_of, to_candidate, to_prompt
 from ...runtime.model import Model
 from ...runtime.selection.aggregate import aggregate, best_of_n
-from ...runtime.text.reader import Item, pad
+from ...runtime.text.padding import pad
+from ...runtime.text.reader import Item
 from .exact import score_rows
 from .questions import draw_questions
 

@@ -14,7 +14,8 @@ from ...models.network import LanguageModel
 from ...runtime.artifact.manifest import Parity
 from ...runtime.engine.session import Session
 from ...runtime.generate.decoding import generate_feeds, grow
-from ...runtime.generate.options import FINISH_REASONS, Request
+from ...runtime.generate.options import Request
+from ...runtime.generate.result import FINISH_REASONS
 from ...runtime.selection.aggregate import aggregate
 from .parity import Array, Checker
 

@@ -11,16 +11,15 @@ from typing import Any, Literal, Protocol, TypeAlias
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
 from ...errors import ArtifactError, InputError, ProviderError
+from ..arrays import Array
 from ..artifact.folder import WEIGHTS
 from ..artifact.manifest import Graph
 from ..checks import shown
 from .providers import runtime_module
 
 __all__ = [
-    "Array",
     "Options",
     "Provider",
     "Session",
@@ -28,7 +27,6 @@ __all__ = [
 ]
 
 Provider: TypeAlias = Literal["auto", "cpu", "cuda"]
-Array: TypeAlias = NDArray[Any]
 
 _NAMES = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 # Tokens times bytes of weights: of a run that takes about a twentieth of a second on two cores.

@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from ..arrays import Array
 from ..checks import check_number
-from ..engine.session import Array, Session
-from ..selection.aggregate import aggregate
-from ..text.reader import aggregation_code, is_stepwise
-from .options import FINISH_REASONS, Request
+from ..engine.session import Session
+from ..selection.aggregate import aggregate, aggregation_code, is_stepwise
+from .options import Request
+from .result import FINISH_REASONS
 
 __all__ = ["DEADLINE", "LENGTH", "PRUNED", "STOP", "Growing", "clock", "generate_feeds", "grow", "survivors"]
 

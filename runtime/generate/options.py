@@ -8,74 +8,21 @@ from dataclasses import dataclass
 from typing import Any, TypedDict
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ...errors import InputError, near_miss
-from ..checks import check_number, shown
-from ..engine.session import Array
-from ..text.reader import aggregation_code
+from ..arrays import Array
+from ..checks import check_number, check_whole
+from ..selection.aggregate import aggregation_code
 
 __all__ = [
-    "FINISH_REASONS",
     "GREEDY_BELOW",
-    "Candidate",
     "GenerateOptions",
-    "Generation",
     "Request",
-    "check_whole",
     "make_request",
 ]
 
-# `generate.onnx` gives an index into the first three.
-FINISH_REASONS = ("length", "stop", "pruned", "deadline")
 # Divided by less, the last bits of two logits decide which token is drawn: then the most likely one is taken.
 GREEDY_BELOW = np.float32(1e-5)
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One completion.
-
-    Attributes:
-        text: what it adds to the prompt's text, without special tokens and without the artifact's own end or stop
-            token (a stop that the caller asked for stays); None if the artifact has no tokenizer.
-        tokens: (length,) int64, the stop token included.
-        scores: (length,) float32, the scorer's value at each token.
-        log_probs: (length,) float32, of each token under the model itself (temperature 1, unfiltered), in nats.
-        score: the candidate's score; NaN for one that cannot win.
-        finish_reason: `stop`, `length`, `pruned`, `deadline`, or None while it grows.
-    """
-
-    text: str | None
-    tokens: NDArray[np.int64]
-    scores: NDArray[np.float32]
-    log_probs: NDArray[np.float32]
-    score: float
-    finish_reason: str | None
-
-
-@dataclass(frozen=True)
-class Generation:
-    """N completions of one prompt.
-
-    Attributes:
-        best_index: index of the winner; ties go to the lowest; -1 while nothing can win.
-        candidates: in the order of their numbers: the first 8 of 16 are those of 8.
-        prompt_tokens: tokens of the prompt, computed once.
-        computed_tokens: tokens that the network read for all candidates together, without the prompt.
-        aggregation: how a candidate's scores became one.
-    """
-
-    best_index: int
-    candidates: list[Candidate]
-    prompt_tokens: int
-    computed_tokens: int
-    aggregation: str
-
-    @property
-    def best(self) -> Candidate:
-        """The winner."""
-        return self.candidates[self.best_index]
 
 
 class GenerateOptions(TypedDict, total=False):
@@ -101,18 +48,6 @@ class GenerateOptions(TypedDict, total=False):
     """After every so many tokens only the best candidates go on (Sun et al., 2024); 0, the default, never."""
     prune_keep: float
     """The share that goes on, rounded up; 0.5 if not given."""
-
-
-def check_whole(name: str, value: object, least: int, otherwise: str = "") -> None:
-    """Refuse what is no whole number of at least `least` that fits into 64 bits; `otherwise` says what else would do.
-
-    Raises:
-        InputError: names it.
-    """
-    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not whole or not least <= value < 2**63:  # type: ignore[operator]
-        most = " and below 2^63" if whole and value >= 2**63 else ""  # type: ignore[operator]
-        raise InputError(f"{name}: expected a whole number of at least {least}{most}{otherwise}; got {shown(value)}")
 
 
 def _float32(value: Any) -> np.float32:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
-from ..engine.session import Array
+from ..arrays import Array
 from ..rank.run import Shape
-from ..text.reader import pad
+from ..text.padding import pad
 from .decoding import generate_feeds
-from .options import FINISH_REASONS, Candidate, Generation, Request
+from .options import Request
+from .result import FINISH_REASONS, Candidate, Generation
 
 __all__ = ["Draft", "make_candidate", "run_drafts"]
 

@@ -13,10 +13,10 @@ from typing import Protocol
 import numpy as np
 
 from ...errors import NoWinnerError
-from ..engine.session import Array
-from ..selection.aggregate import elect
+from ..arrays import Array
+from ..selection.aggregate import aggregation_code, elect, is_stepwise
 from ..selection.vote import Ballot
-from ..text.reader import Item, Rows, aggregation_code, is_stepwise
+from ..text.reader import Item, Rows
 from .result import Ranking, winner
 
 __all__ = ["Job", "Shape", "Work", "measure", "padded_tokens", "plan", "run_jobs"]

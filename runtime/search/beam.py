@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...errors import InputError
-from ..engine.session import Array
+from ..arrays import Array
+from ..checks import check_whole
 from ..generate.decoding import STOP
-from ..generate.options import check_whole
 from .count import Count, as_count, check_count
 from .tree import Branch, Tree
 

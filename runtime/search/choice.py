@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..engine.session import Array
+from ..arrays import Array
 from ..selection.aggregate import elect
 
 __all__ = ["choose", "choose_in_chains"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Literal, TypeAlias
 
-from ..generate.options import check_whole
+from ..checks import check_whole
 
 __all__ = ["Count", "as_count", "check_count"]
 

@@ -15,8 +15,7 @@ from ...errors import InputError
 from ..artifact.decode_json import decode_json
 from ..artifact.folder import replace_file
 from ..artifact.manifest import Manifest
-from ..checks import check_path
-from ..generate.options import check_whole
+from ..checks import check_path, check_whole
 
 __all__ = ["Choice", "Policy", "cross_validated", "fit_policy", "quantile_bins", "read_policy"]
 

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..checks import check_number
+from ..checks import check_number, check_whole
 from ..generate.decoding import PRUNED, survivors
-from ..generate.options import check_whole
 from .tree import Branch, Tree
 
 __all__ = ["Pruned"]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..generate.options import Candidate
+from ..generate.result import Candidate
 
 __all__ = ["Cost", "Node", "SearchResult"]
 

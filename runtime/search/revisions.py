@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...errors import InputError
+from ..checks import check_whole
 from ..generate.decoding import LENGTH, generate_feeds
-from ..generate.options import check_whole
 from .count import Count, as_count, check_count
 from .tree import Branch, Tree
 

@@ -11,9 +11,8 @@ from typing import Literal
 import numpy as np
 
 from ...errors import InputError
-from ..checks import check_number, shown
-from ..engine.session import Array
-from ..generate.options import check_whole
+from ..arrays import Array
+from ..checks import check_number, check_whole, shown
 from .tree import Branch, Tree
 
 __all__ = ["Adaptive", "Sampling", "SelfCertainty", "borda", "leader_is_safe", "worth_one_more"]

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from ...errors import InputError, near_miss
+from ..arrays import Array
 from ..artifact.manifest import VOTES
-from ..checks import check_function, shown
-from ..engine.session import Array
+from ..checks import check_function, check_whole, shown
 from ..generate.decoding import PRUNED, clock
-from ..generate.options import FINISH_REASONS, Candidate, check_whole
+from ..generate.result import FINISH_REASONS, Candidate
 from ..model import Model, checked_request
 from ..rank.result import winner
 from ..selection.vote import Answers, Ballot, make_ballot

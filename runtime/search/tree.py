@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 
 from ...errors import InputError
-from ..engine.session import Array, Session
+from ..arrays import Array
+from ..engine.session import Session
 from ..generate.decoding import DEADLINE, LENGTH, PRUNED, STOP
 from ..generate.options import Request
-from ..selection.aggregate import aggregate
+from ..selection.aggregate import aggregate, is_stepwise
 from ..selection.vote import check_weight
-from ..text.reader import is_stepwise
 from .result import Cost, Node
 
 __all__ = ["Branch", "Scorer", "Tree", "certainty"]

@@ -6,9 +6,12 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ..engine.session import Array
+from ...errors import InputError
+from ..arrays import Array
+from ..artifact.manifest import AGGREGATIONS
+from ..checks import shown
 
-__all__ = ["aggregate", "best_of_n", "elect"]
+__all__ = ["aggregate", "aggregation_code", "best_of_n", "elect", "is_stepwise"]
 
 _READ: dict[str, Callable[[Array], float]] = {
     "last": lambda x: float(x[-1]),
@@ -17,6 +20,24 @@ _READ: dict[str, Callable[[Array], float]] = {
     "max": lambda x: float(x.max()),
     "prod": lambda x: float(x.prod(dtype=np.float64)),
 }
+
+
+def is_stepwise(name: str) -> bool:
+    """Whether an aggregation reads only the positions where a step ends."""
+    return name.startswith("step_")
+
+
+def aggregation_code(name: str) -> int:
+    """The graph's number for an aggregation.
+
+    Raises:
+        InputError: no such aggregation.
+    """
+    plain = name.removeprefix("step_") if isinstance(name, str) else ""
+    if plain not in AGGREGATIONS:
+        choices = ", ".join([*AGGREGATIONS, *(f"step_{n}" for n in AGGREGATIONS)])
+        raise InputError(f"aggregation: expected one of {choices}; got {shown(name)}")
+    return AGGREGATIONS.index(plain)
 
 
 def aggregate(scores: Array, mask: Array, step_mask: Array, name: str) -> tuple[Array, Array]:

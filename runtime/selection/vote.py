@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import InputError
+from ..arrays import Array
 from ..artifact.manifest import VOTES, Scoring
 from ..checks import is_list, shown
-from ..engine.session import Array
 from .answers import extractor
 
 __all__ = ["Answers", "Ballot", "Standing", "check_weight", "make_ballot"]

@@ -13,7 +13,7 @@ import numpy as np
 from starlette.requests import Request
 
 from ...errors import InputError
-from ..generate.options import Generation
+from ..generate.result import Generation
 from ..rank.result import Ranking, winner
 from .asked import Asked, Found, Usage
 from .errors import as_problem, encode

@@ -20,8 +20,9 @@ from starlette.responses import Response
 import bonnx
 
 from ...errors import ArtifactError
+from ..arrays import Array
 from ..artifact.manifest import Value
-from ..engine.session import Array, Stop
+from ..engine.session import Stop
 from ..model import Model
 from .bodies import parse_json
 from .errors import Problem, encode

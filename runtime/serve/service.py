@@ -14,7 +14,7 @@ from starlette.requests import Request
 
 from ...errors import ArtifactError, InputError, NoWinnerError
 from ..engine.session import Stop
-from ..generate.options import Generation
+from ..generate.result import Generation
 from ..generate.run import Draft
 from ..model import Model
 from ..rank.result import Ranking, winner

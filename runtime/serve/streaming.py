@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Executor
 
-from ..generate.options import Generation
+from ..generate.result import Generation
 
 __all__ = ["Growth"]
 

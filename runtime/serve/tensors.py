@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ...errors import InputError
+from ..arrays import Array
 from ..artifact.limits import check_size
 from ..artifact.manifest import AGGREGATIONS, VOTES, Graph, Limits
-from ..engine.session import Array
 from ..model import Model
 from ..rank.run import Shape
 

@@ -18,7 +18,7 @@ from bonnx.export.triton import repository
 from bonnx.export.triton.repository import write_repository
 from bonnx.runtime.artifact.folder import MANIFEST, read_verified
 from bonnx.runtime.artifact.manifest import Scoring, seal
-from bonnx.runtime.text.reader import pad
+from bonnx.runtime.text.padding import pad
 from tests.tolerance import RUNTIME, within
 
 RULES = {

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from bonnx.runtime.artifact.manifest import Scoring, TextRules
-from bonnx.runtime.generate.options import FINISH_REASONS
+from bonnx.runtime.generate.result import FINISH_REASONS
 from bonnx.runtime.generate.run import make_candidate
 from bonnx.runtime.text.detokenizer import Detokenizer
 from bonnx.runtime.text.tokenizer import Text

@@ -1,0 +1,59 @@
+"""What generation gives: candidates and the winner."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["FINISH_REASONS", "Candidate", "Generation"]
+
+# `generate.onnx` gives an index into the first three.
+FINISH_REASONS = ("length", "stop", "pruned", "deadline")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One completion.
+
+    Attributes:
+        text: what it adds to the prompt's text, without special tokens and without the artifact's own end or stop
+            token (a stop that the caller asked for stays); None if the artifact has no tokenizer.
+        tokens: (length,) int64, the stop token included.
+        scores: (length,) float32, the scorer's value at each token.
+        log_probs: (length,) float32, of each token under the model itself (temperature 1, unfiltered), in nats.
+        score: the candidate's score; NaN for one that cannot win.
+        finish_reason: `stop`, `length`, `pruned`, `deadline`, or None while it grows.
+    """
+
+    text: str | None
+    tokens: NDArray[np.int64]
+    scores: NDArray[np.float32]
+    log_probs: NDArray[np.float32]
+    score: float
+    finish_reason: str | None
+
+
+@dataclass(frozen=True)
+class Generation:
+    """N completions of one prompt.
+
+    Attributes:
+        best_index: index of the winner; ties go to the lowest; -1 while nothing can win.
+        candidates: in the order of their numbers: the first 8 of 16 are those of 8.
+        prompt_tokens: tokens of the prompt, computed once.
+        computed_tokens: tokens that the network read for all candidates together, without the prompt.
+        aggregation: how a candidate's scores became one.
+    """
+
+    best_index: int
+    candidates: list[Candidate]
+    prompt_tokens: int
+    computed_tokens: int
+    aggregation: str
+
+    @property
+    def best(self) -> Candidate:
+        """The winner."""
+        return self.candidates[self.best_index]
