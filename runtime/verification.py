@@ -15,14 +15,15 @@ from .checks import check_path
 from .engine.compare import maximum_difference
 from .engine.session import Provider
 from .model import Model, load
+from .results import Result
 
 __all__ = ["Check", "verify"]
 
 GOLDEN = "golden.npz"
 
 
-@dataclass(frozen=True)
-class Check:
+@dataclass(frozen=True, eq=False, repr=False)
+class Check(Result):
     """One recorded case run again: its maximum absolute difference over all outputs, and the best indices."""
 
     case: str

@@ -31,6 +31,8 @@ __all__ = ["configure", "run"]
 
 _OPTIONS = ["n", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop", "aggregation"]
 _OPTIONS += ["prune_every", "prune_keep"]
+# What `--json` says of a candidate.
+_CANDIDATE = ("text", "tokens", "score", "finish_reason")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -155,7 +157,7 @@ def _value(text: str) -> Any:
 def _search(model: Model, prompt: Item, what: dict[str, Any], arguments: argparse.Namespace) -> None:
     """Search, print, and keep it if that is asked for."""
     result = model.search(prompt, **what)
-    found = result.as_json(prompt, model.pieces)
+    found = result.to_record(prompt, model.pieces)
     if arguments.save:
         folder = Path(arguments.save)
         try:
@@ -174,22 +176,11 @@ def _search(model: Model, prompt: Item, what: dict[str, Any], arguments: argpars
 
 
 def _as_json(prompt: Item, result: Generation) -> dict[str, Any]:
-    return {
-        "prompt": prompt,
-        "best_index": result.best_index,
-        "best": _what(result.best),
-        "candidates": [
-            {
-                "text": candidate.text,
-                "tokens": candidate.tokens.tolist(),
-                "score": candidate.score if math.isfinite(candidate.score) else None,
-                "finish_reason": candidate.finish_reason,
-            }
-            for candidate in result.candidates
-        ],
-        "prompt_tokens": result.prompt_tokens,
-        "computed_tokens": result.computed_tokens,
-    }
+    whole = result.to_dict()
+    candidates = [{name: candidate[name] for name in _CANDIDATE} for candidate in whole["candidates"]]
+    chosen = {"best_index": result.best_index, "best": _what(result.best), "candidates": candidates}
+    counts = {name: whole[name] for name in ("prompt_tokens", "computed_tokens")}
+    return {"prompt": prompt, **chosen, **counts}
 
 
 def _what(candidate: Candidate) -> Any:

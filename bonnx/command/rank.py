@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from ..errors import InputError
 from ..runtime.artifact.manifest import VOTES
@@ -64,33 +60,10 @@ def run(arguments: argparse.Namespace) -> int:
         answers=arguments.answers,
     )
     if arguments.json:
-        print_json(_as_json(ranking) | {"provider": model.provider})
+        print_json(ranking.to_dict() | {"provider": model.provider})
     else:
         _show(ranking, candidates)
     return 0
-
-
-def _as_json(ranking: Ranking) -> dict[str, Any]:
-    found = {
-        "best_index": ranking.best_index,
-        "best": ranking.best.tolist() if isinstance(ranking.best, np.ndarray) else ranking.best,
-        "candidate_scores": _finite(ranking.candidate_scores),
-        "scores": [_finite(scores) for scores in ranking.scores],
-        "aggregation": ranking.aggregation,
-        "order": ranking.order,
-        "margin": None if ranking.margin is None else _finite([ranking.margin])[0],
-    }
-    if ranking.step_scores is not None:
-        found["step_scores"] = [_finite(scores) for scores in ranking.step_scores]
-    if ranking.cut:
-        found["cut"] = ranking.cut
-    if ranking.unreadable:
-        found["unreadable"] = {str(i): reason for i, reason in ranking.unreadable.items()}
-    if ranking.answers is not None:
-        found["answers"] = ranking.answers
-    if ranking.group_scores is not None:
-        found["group_scores"] = _finite(ranking.group_scores)
-    return found
 
 
 def _show(ranking: Ranking, candidates: Sequence[Item]) -> None:
@@ -107,11 +80,6 @@ def _show(ranking: Ranking, candidates: Sequence[Item]) -> None:
         if i in ranking.unreadable:
             shown += f" (cannot be read: {ranking.unreadable[i]})"
         print_text(f"{line}  {shown}")
-
-
-def _finite(values: Any) -> list[float | None]:
-    """JSON has no NaN and no infinity: null."""
-    return [float(value) if math.isfinite(value) else None for value in values]
 
 
 def parse_prompt(text: str, option: str, *, literal: bool) -> Item:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 
 from ..runtime.verification import verify
 from . import print_json
@@ -22,7 +21,7 @@ def run(arguments: argparse.Namespace) -> int:
     model, checks = verify(arguments.artifact, provider=arguments.provider)
     if arguments.json:
         files = len(model.manifest.files)
-        cases = [dataclasses.asdict(check) for check in checks]
+        cases = [check.to_dict() for check in checks]
         print_json({"ok": True, "provider": model.provider, "files": files, "cases": cases, "reason": None})
         return 0
     print(f"{len(model.manifest.files)} files are as written; {len(checks)} recorded cases on {model.provider}:")

@@ -10,6 +10,7 @@ from ...errors import BonnxError
 from ..model import load
 from ..rank.result import Ranking
 from ..rank.run import Job
+from ..results import to_json
 from .worker import ADDED, added
 
 __all__ = ["Ranker"]
@@ -62,7 +63,7 @@ class Ranker:
             row: dict[str, Any] = {"reason": str(found)}
             if isinstance(found, Ranking):
                 best = own[found.best_index]
-                row = added(found, best.tolist() if isinstance(best, np.ndarray) else best, ADDED)
+                row = added(found, to_json(best), ADDED)
             for name, column in columns.items():
                 column.append(row.get(name))
         return batch | columns

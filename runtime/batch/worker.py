@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from ..files.values import name_of, to_candidate, to_item
 from ..model import Model, load
 from ..rank.result import Ranking
 from ..rank.run import Job
+from ..results import to_json
 from .source import Chunk, JsonLines, Part, Row, Source
 from .tables import Parquet
 
@@ -195,15 +195,11 @@ def added(ranking: Ranking, best: Any, names: Sequence[str]) -> dict[str, Any]:
     found = {
         "best_index": ranking.best_index,
         "best": best,
-        "candidate_scores": _finite(ranking.candidate_scores),
-        "margin": None if ranking.margin is None or not math.isfinite(ranking.margin) else ranking.margin,
-        "scores": [_finite(scores) for scores in ranking.scores] if "scores" in names else None,
+        "candidate_scores": to_json(ranking.candidate_scores),
+        "margin": to_json(ranking.margin),
+        "scores": to_json(ranking.scores) if "scores" in names else None,
     }
     return {name: found[name] for name in names}
-
-
-def _finite(scores: Any) -> list[float | None]:
-    return [float(score) if math.isfinite(score) else None for score in scores]
 
 
 def _listed(value: Any, name: str) -> list[Any]:

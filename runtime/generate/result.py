@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["FINISH_REASONS", "Candidate", "Generation"]
+from ..results import Result
+
+__all__ = ["FINISH_REASONS", "Candidate", "Generation", "candidate_columns"]
 
 # `generate.onnx` gives an index into the first three.
 FINISH_REASONS = ("length", "stop", "pruned", "deadline")
 
 
-@dataclass(frozen=True)
-class Candidate:
+@dataclass(frozen=True, eq=False, repr=False)
+class Candidate(Result):
     """One completion.
 
     Attributes:
@@ -27,6 +31,8 @@ class Candidate:
         finish_reason: `stop`, `length`, `pruned`, `deadline`, or None while it grows.
     """
 
+    _summary: ClassVar = ("text", "score", "tokens", "finish_reason")
+
     text: str | None
     tokens: NDArray[np.int64]
     scores: NDArray[np.float32]
@@ -35,8 +41,8 @@ class Candidate:
     finish_reason: str | None
 
 
-@dataclass(frozen=True)
-class Generation:
+@dataclass(frozen=True, eq=False, repr=False)
+class Generation(Result):
     """N completions of one prompt.
 
     Attributes:
@@ -46,6 +52,8 @@ class Generation:
         computed_tokens: tokens that the network read for all candidates together, without the prompt.
         aggregation: how a candidate's scores became one.
     """
+
+    _summary: ClassVar = ("best_index", "best", "candidates", "prompt_tokens", "computed_tokens")
 
     best_index: int
     candidates: list[Candidate]
@@ -57,3 +65,17 @@ class Generation:
     def best(self) -> Candidate:
         """The winner."""
         return self.candidates[self.best_index]
+
+    def _columns(self) -> dict[str, Sequence[object]]:
+        return candidate_columns(self.candidates)
+
+
+def candidate_columns(candidates: Sequence[Candidate]) -> dict[str, Sequence[object]]:
+    """One line a candidate, for the table of a notebook."""
+    return {
+        "#": range(len(candidates)),
+        "score": [candidate.score for candidate in candidates],
+        "tokens": [len(candidate.tokens) for candidate in candidates],
+        "end": [candidate.finish_reason for candidate in candidates],
+        "text": [candidate.tokens.tolist() if candidate.text is None else candidate.text for candidate in candidates],
+    }

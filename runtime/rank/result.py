@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import NoWinnerError
+from ..results import Result
 from ..text.reader import Item
 
 __all__ = ["Ranking", "Scored", "winner"]
 
 
-@dataclass(frozen=True)
-class Ranking:
+@dataclass(frozen=True, eq=False, repr=False)
+class Ranking(Result):
     """What `rank` found.
 
     Attributes:
@@ -38,6 +40,9 @@ class Ranking:
             and why; its score is NaN, and it has no `scores`.
     """
 
+    _optional: ClassVar = ("step_scores", "cut", "unreadable", "answers", "group_scores")
+    _summary: ClassVar = ("best_index", "best", "candidate_scores", "margin", "aggregation")
+
     best_index: int
     best: Item
     candidate_scores: NDArray[np.float32]
@@ -51,9 +56,12 @@ class Ranking:
     cut: int = 0
     unreadable: Mapping[int, str] = field(default_factory=dict)
 
+    def _columns(self) -> dict[str, Sequence[object]]:
+        return _columns(self, self.candidate_scores)
 
-@dataclass(frozen=True)
-class Scored:
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Scored(Result):
     """What `score` found.
 
     Attributes:
@@ -64,6 +72,9 @@ class Scored:
         aggregation: how a row's scores became one.
         order: as in `Ranking`, as are the following.
     """
+
+    _optional: ClassVar = ("backbone", "unreadable", "answers", "group_scores")
+    _summary: ClassVar = ("best_index", "row_scores", "margin", "aggregation")
 
     best_index: int
     row_scores: NDArray[np.float32]
@@ -76,6 +87,9 @@ class Scored:
     group_scores: NDArray[np.float32] | None
     unreadable: Mapping[int, str] = field(default_factory=dict)
 
+    def _columns(self) -> dict[str, Sequence[object]]:
+        return _columns(self, self.row_scores)
+
 
 def winner(index: int, what: str) -> int:
     """The index that a graph chose.
@@ -86,3 +100,14 @@ def winner(index: int, what: str) -> int:
     if index < 0:
         raise NoWinnerError(f"none of the {what} can win: every score is NaN; look for NaN or infinity in the inputs")
     return index
+
+
+def _columns(found: Ranking | Scored, scores: NDArray[np.float32]) -> dict[str, Sequence[object]]:
+    """One line a candidate."""
+    columns: dict[str, Sequence[object]] = {"#": range(len(scores)), "score": [*scores]}
+    columns["tokens"] = [len(own) for own in found.scores]
+    if found.answers is not None:
+        columns["answer"] = found.answers
+    if found.group_scores is not None:
+        columns["answer's score"] = [*found.group_scores]
+    return columns

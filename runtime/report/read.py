@@ -71,7 +71,7 @@ class Node(msgspec.Struct, frozen=True):
 
 
 class Search(msgspec.Struct, frozen=True):
-    """What `SearchResult.as_json` gives."""
+    """What `SearchResult.to_record` gives."""
 
     prompt: Any
     method: str

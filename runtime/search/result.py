@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Hashable
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..generate.result import Candidate
+from ..generate.result import Candidate, candidate_columns
+from ..results import Result, to_json
 
 __all__ = ["Cost", "Node", "SearchResult"]
 
@@ -58,8 +58,8 @@ class Node:
     lookahead: list[int] | None = None
 
 
-@dataclass(frozen=True)
-class SearchResult:
+@dataclass(frozen=True, eq=False, repr=False)
+class SearchResult(Result):
     """The winner and everything beside it.
 
     Attributes:
@@ -75,6 +75,8 @@ class SearchResult:
         policy: what a policy said of the prompt, if one chose the method.
     """
 
+    _summary: ClassVar = ("method", "best_index", "best", "vote", "candidates", "cost")
+
     method: str
     options: dict[str, Any]
     best_index: int
@@ -83,8 +85,8 @@ class SearchResult:
     answers: tuple[Hashable | None, ...] | None
     group_scores: NDArray[np.float32]
     cost: Cost
-    nodes: list[Node] = field(repr=False)
-    leaves: list[int] = field(repr=False)
+    nodes: list[Node]
+    leaves: list[int]
     policy: dict[str, Any] | None = None
 
     @property
@@ -92,57 +94,47 @@ class SearchResult:
         """The winner."""
         return self.candidates[self.best_index]
 
-    def as_json(self, prompt: Any, pieces: Any) -> dict[str, Any]:
-        """A JSON object; what is not a number is null.
+    def _columns(self) -> dict[str, Sequence[object]]:
+        votes = {} if self.answers is None else {"answer": self.answers, "answer's score": [*self.group_scores]}
+        return candidate_columns(self.candidates) | votes
+
+    def to_record(self, prompt: Any, pieces: Callable[[Sequence[int]], list[str]]) -> dict[str, Any]:
+        """A line of `searches.jsonl`, which `bonnx report` reads: `to_dict` by candidate, with the text of every token.
 
         Args:
             prompt: as it was asked.
-            pieces: gives the text of each of some token ids.
+            pieces: gives the text of each of some token ids, as `Model.pieces`.
         """
         answers = self.answers or [None] * len(self.candidates)
-        rows = zip(self.candidates, answers, self.group_scores.tolist(), self.leaves, strict=True)
+        votes = zip(self.candidates, answers, self.group_scores, self.leaves, strict=True)
         return {
             "prompt": prompt,
             "method": self.method,
-            "options": _plain(self.options),
+            "options": to_json(self.options),
             "best_index": self.best_index,
             "vote": self.vote,
             "candidates": [
                 {
                     "text": candidate.text,
                     "pieces": pieces(candidate.tokens.tolist()),
-                    "tokens": candidate.tokens.tolist(),
-                    "scores": _numbers(candidate.scores.tolist()),
-                    "score": _number(candidate.score),
+                    "tokens": to_json(candidate.tokens),
+                    "scores": to_json(candidate.scores),
+                    "score": to_json(candidate.score),
                     "finish_reason": candidate.finish_reason,
                     "answer": None if answer is None else str(answer),
-                    "group_score": _number(group),
+                    "group_score": to_json(group),
                     "node": leaf,
                 }
-                for candidate, answer, group, leaf in rows
+                for candidate, answer, group, leaf in votes
             ],
             "nodes": [
-                {
-                    **asdict(node),
+                to_json(node)
+                | {
                     "pieces": pieces(node.tokens),
-                    "scores": _numbers(node.scores),
-                    "score": _number(node.score),
                     "lookahead": None if node.lookahead is None else "".join(pieces(node.lookahead)),
                 }
                 for node in self.nodes
             ],
-            "cost": asdict(self.cost),
-            "policy": None if self.policy is None else _plain(self.policy),
+            "cost": to_json(self.cost),
+            "policy": to_json(self.policy),
         }
-
-
-def _number(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    return {name: _number(value) if isinstance(value, float) else value for name, value in values.items()}
-
-
-def _numbers(values: list[float]) -> list[float | None]:
-    return [_number(value) for value in values]

@@ -15,10 +15,11 @@ from starlette.requests import Request
 from ...errors import InputError
 from ..generate.result import Generation
 from ..rank.result import Ranking, winner
+from ..results import to_json
 from .asked import Asked, Found, Usage
 from .errors import as_problem, encode
 from .schemas import BestOfN, Document, Message, Rerank, Score
-from .service import Service, finite
+from .service import Service
 from .streaming import Growth
 
 __all__ = ["best_of_n_answer", "rerank_answer", "score_answer"]
@@ -137,7 +138,7 @@ async def _ranked(service: Service, request: Request, body: BestOfN) -> dict[str
     best = items[ranking.best_index]
     answer = {
         "best_index": ranking.best_index,
-        "best": best.tolist() if isinstance(best, np.ndarray) else best,
+        "best": to_json(best),
         "margin": ranking.margin,
         "order": ranking.order,
         "aggregation": ranking.aggregation,
@@ -161,11 +162,11 @@ def _candidate(found: Found, ranking: Ranking, body: BestOfN, i: int) -> dict[st
     if ranking.answers is not None:
         entry["answer"] = ranking.answers[i]
     if ranking.group_scores is not None:
-        entry["group_score"] = float(ranking.group_scores[i])
+        entry["group_score"] = to_json(ranking.group_scores[i])
     if ranking.step_scores is not None:
-        entry["step_scores"] = finite(ranking.step_scores[i])
+        entry["step_scores"] = to_json(ranking.step_scores[i])
     if body.token_scores:
-        entry["token_scores"] = finite(ranking.scores[i])
+        entry["token_scores"] = to_json(ranking.scores[i])
     return entry
 
 
@@ -180,7 +181,7 @@ def _generated(service: Service, body: BestOfN, found: Generation) -> dict[str, 
         if c.text is None:
             entry["token_ids"] = c.tokens.tolist()
         if body.token_scores:
-            entry["token_scores"] = finite(c.scores)
+            entry["token_scores"] = to_json(c.scores)
         candidates.append(entry)
     return _head(service) | {
         "best_index": found.best_index,

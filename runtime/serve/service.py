@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import numpy as np
 from starlette.requests import Request
 
 from ...errors import ArtifactError, InputError, NoWinnerError
@@ -299,8 +298,3 @@ async def _left(request: Request) -> None:
     """Returns when the client has gone."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-def finite(scores: np.ndarray[Any, Any]) -> list[float]:
-    """Scores as JSON has them; its encoder writes null for NaN."""
-    return [float(score) for score in scores]

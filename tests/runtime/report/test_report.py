@@ -69,7 +69,7 @@ PIECES = [
 
 
 def made_search(rng, tree=True):
-    """A search at random, as `SearchResult.as_json` gives one."""
+    """A search at random, as `SearchResult.to_record` gives one."""
 
     def row(least=1):
         size = int(rng.integers(least, 6))

@@ -370,7 +370,7 @@ def test_a_prompt_that_cannot_be_rated_is_hard(table):
     rated = iter([math.nan, math.nan])
     found = run(table, "best_of_n", 4, policy=policy, scorer=lambda ids: next(rated, 1.0))
     assert (found.method, found.policy["bin"]) == ("beam", 2)
-    told = found.as_json(PROMPT, lambda tokens: [str(token) for token in tokens])
+    told = found.to_record(PROMPT, lambda tokens: [str(token) for token in tokens])
     assert json.loads(json.dumps(told, allow_nan=False))["policy"]["mean_score"] is None
 
 

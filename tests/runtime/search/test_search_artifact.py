@@ -178,7 +178,7 @@ def test_fitting_takes_the_best_setting_of_each_bin(rng):
 
 def test_a_result_is_json(puzzler):
     found = puzzler.search(PUZZLE, "beam", 8, width=2, answers=lambda text: text.split(";")[0] or None)
-    again = json.loads(json.dumps(found.as_json(PUZZLE, puzzler.pieces), allow_nan=False))
+    again = json.loads(json.dumps(found.to_record(PUZZLE, puzzler.pieces), allow_nan=False))
     assert again["vote"] == "weighted"
     for candidate, ours in zip(again["candidates"], found.candidates, strict=True):
         assert "".join(candidate["pieces"]).rstrip("\n") == candidate["text"] == ours.text
