@@ -7,6 +7,7 @@ import signal
 import pytest
 import torch
 from filelock import FileLock
+from xdist.scheduler import LoadFileScheduling
 
 import bonnx
 from bonnx.export.artifact import export_model
@@ -50,7 +51,23 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 def pytest_addoption(parser):
     seeds.pytest_addoption(parser)
+    parser.addoption("--slow", action="store_true", help="run the tests that take minutes, too")
     parser.addoption("--real-model", metavar="FOLDER", help="a trained language model, for the slow tests")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Skip slow tests unless they are asked for, by `--slow` or by `-m`."""
+    if config.option.slow or "slow" in config.option.markexpr:
+        return
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.skip(reason="slow; run it with --slow"))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """With `-n N` the tests of one file run in one process: they share what its fixtures make."""
+    return LoadFileScheduling(config, log) if config.option.dist == "load" else None
 
 
 def made_once(tmp_path_factory, name, make):

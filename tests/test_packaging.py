@@ -1,5 +1,7 @@
 """The package as it is installed: complete, and light where it promises to be."""
 
+import importlib.metadata
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +25,17 @@ def test_every_package_of_the_tree_is_listed():
             found[".".join([package, *inner])] = "/".join([folder, *inner])
     assert settings["packages"] == sorted(found)
     assert settings["package-dir"] == found
+
+
+def test_every_module_has_a_layer():
+    contract = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][0]
+    layered = set(re.findall(r"[\w.]+", " ".join(contract["layers"])))
+    modules = [path for path in (ROOT / "runtime").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()]
+    assert {f"bonnx.runtime.{path.stem}" for path in modules if path.name != "__init__.py"} <= layered
+
+
+def test_the_version_is_that_of_the_distribution():
+    assert bonnx.__version__ == importlib.metadata.version("bonnx")
 
 
 def test_public_names():

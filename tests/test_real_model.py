@@ -1,4 +1,4 @@
-"""A trained language model writes what transformers writes: `pytest -m slow --real-model FOLDER -n 0`."""
+"""A trained language model writes what transformers writes: `pytest -m slow --real-model FOLDER`."""
 
 import subprocess
 import sys

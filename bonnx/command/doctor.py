@@ -30,6 +30,8 @@ _RUNTIME = (
     "except ProviderError as e: print(json.dumps({'problem': str(e)}))"
 )
 _SECONDS = 120
+# Extras for work on bonnx itself.
+_DEVELOPMENT = ("dev", "docs", "test")
 
 
 @dataclass
@@ -89,7 +91,7 @@ def _required() -> tuple[list[_Package], list[str]]:
     problems: list[str] = []
     for line in lines:
         match = re.match(r"([\w.-]+)\s*(?:\[[^\]]*\])?\s*\(?([^;)]*)\)?(?:;.*extra\s*==\s*[\"'](\w+)[\"'])?", line)
-        if match is None or match[1] == "bonnx" or match[3] == "test":
+        if match is None or match[1] == "bonnx" or match[3] in _DEVELOPMENT:
             continue
         package = _Package(match[1], match[2].strip(), match[3])
         try:

@@ -190,4 +190,4 @@ def test_without_what_every_command_needs(site):
 
 def test_version(site):
     done = subprocess.run([sys.executable, "-m", "bonnx", "--version"], capture_output=True, text=True, check=True)
-    assert done.stdout == f"bonnx {SETTINGS['version']}\n"
+    assert done.stdout == f"bonnx {importlib.metadata.version('bonnx')}\n"
