@@ -19,13 +19,13 @@ import bonnx
 
 from ...errors import ArtifactError, InputError, NoWinnerError
 from ..model import Model
-from .answering import best_of_n_answer, rerank_answer, score_answer
 from .batcher import LateError, OverfullError
-from .bodies import JsonRoute
 from .errors import Problem, encode, respond
+from .json_route import JsonRoute
 from .metrics import Meter
 from .middleware import Guard
-from .open_inference import protocol_routes
+from .routes.best_of_n import best_of_n_answer, rerank_answer, score_answer
+from .routes.open_inference import protocol_routes
 from .schemas import BestOfN, Rerank, Score, explain
 from .service import Service
 from .settings import Settings

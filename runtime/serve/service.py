@@ -19,11 +19,11 @@ from ..model import Model
 from ..rank.result import Ranking, winner
 from ..rank.run import Job, Shape
 from ..text.reader import Item, NoneReadableError
-from .asked import Asked, Found
 from .batcher import Lane, LateError, OverfullError
-from .bounds import check_size, check_texts
 from .errors import Problem
+from .limits import check_size, check_texts
 from .metrics import Meter
+from .ranking import Asked, Found
 from .settings import Settings
 from .streaming import Growth
 

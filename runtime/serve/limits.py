@@ -8,7 +8,7 @@ from ...errors import InputError
 from ..model import Model
 from ..rank.run import Shape, padded_tokens
 from ..text.reader import Item
-from .asked import Asked
+from .ranking import Asked
 from .settings import Settings
 
 __all__ = ["check_size", "check_texts"]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ...errors import InputError
-from ..arrays import Array
-from ..artifact.limits import check_size
-from ..artifact.manifest import AGGREGATIONS, VOTES, Graph, Limits
-from ..model import Model
-from ..rank.run import Shape
+from ....errors import InputError
+from ...arrays import Array
+from ...artifact.limits import check_size
+from ...artifact.manifest import AGGREGATIONS, VOTES, Graph, Limits
+from ...model import Model
+from ...rank.run import Shape
 
 __all__ = ["MOST_STOPS", "check_feeds", "check_shapes"]
 

@@ -12,15 +12,15 @@ import msgspec
 import numpy as np
 from starlette.requests import Request
 
-from ...errors import InputError
-from ..generate.result import Generation
-from ..rank.result import Ranking, winner
-from ..results import to_json
-from .asked import Asked, Found, Usage
-from .errors import as_problem, encode
-from .schemas import BestOfN, Document, Message, Rerank, Score
-from .service import Service
-from .streaming import Growth
+from ....errors import InputError
+from ...generate.result import Generation
+from ...rank.result import Ranking, winner
+from ...results import to_json
+from ..errors import as_problem, encode
+from ..ranking import Asked, Found, Usage
+from ..schemas import BestOfN, Document, Message, Rerank, Score
+from ..service import Service
+from ..streaming import Growth
 
 __all__ = ["best_of_n_answer", "rerank_answer", "score_answer"]
 

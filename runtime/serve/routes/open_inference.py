@@ -19,14 +19,14 @@ from starlette.responses import Response
 
 import bonnx
 
-from ...errors import ArtifactError
-from ..arrays import Array
-from ..artifact.manifest import Value
-from ..engine.session import Stop
-from ..model import Model
-from .bodies import parse_json
-from .errors import Problem, encode
-from .service import Service
+from ....errors import ArtifactError
+from ...arrays import Array
+from ...artifact.manifest import Value
+from ...engine.session import Stop
+from ...model import Model
+from ..errors import Problem, encode
+from ..json_route import parse_json
+from ..service import Service
 from .tensors import check_feeds, check_shapes
 
 __all__ = ["protocol_routes"]

@@ -1,0 +1,1 @@
+"""One module for each endpoint: its request, and what answers it."""
