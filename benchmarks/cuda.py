@@ -22,7 +22,7 @@ from bonnx.export.artifact import export_model
 from bonnx.export.checkpoint.tokenizer import read_tokenizer
 from bonnx.models import build, load_checkpoint
 from bonnx.models.countdown import CHECKPOINT
-from bonnx.models.countdown.train import draw_puzzles
+from bonnx.models.countdown.puzzle import draw_puzzles
 from bonnx.runtime.artifact.manifest import Scoring
 from bonnx.runtime.engine.providers import installed_flavours
 

@@ -12,8 +12,7 @@ from pathlib import Path
 import numpy as np
 
 import bonnx
-from bonnx.models.countdown.puzzle import check
-from bonnx.models.countdown.train import draw_puzzles
+from bonnx.models.countdown.puzzle import check, draw_puzzles
 
 # Which share of the candidates is begun, and which goes on after every so many tokens (0: never). A step of a solution
 # has 6 tokens.

@@ -8,8 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from ..models.countdown.puzzle import Puzzle, check
-from ..models.countdown.train import draw_puzzles
+from ..models.countdown.puzzle import Puzzle, check, draw_puzzles
 from ..runtime.model import load
 
 __all__ = ["demonstrate", "draw_prompts", "show"]

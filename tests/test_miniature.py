@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from benchmarks.miniature.__main__ import finished
-from benchmarks.miniature.figures import Run, by_vote, figures, interval, majority, table, weighted
+from benchmarks.miniature.figures import figures, table
+from benchmarks.miniature.pool import by_vote, majority, weighted
+from benchmarks.miniature.results import Results, interval
 from benchmarks.miniature.work import BUDGETS, METHODS, POOL, PROBE, plan, puzzles
 from bonnx.models.countdown.puzzle import held_out
 from bonnx.runtime.selection.aggregate import elect
@@ -52,7 +54,7 @@ def made(rng, count=10):
 
 def test_figures_count_what_is_stored(rng):
     results = made(rng)
-    run = Run(results)
+    run = Results(results)
     assert run.count == 10
     drawn = {figure["id"]: figure for figure in figures(results)}
     assert {"methods", "search", "saving", "bins-16", "optimal", "aggregation", "labels", "flops"} <= set(drawn)

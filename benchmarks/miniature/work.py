@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 import bonnx
-from bonnx.models.countdown.puzzle import Puzzle, answer, check
-from bonnx.models.countdown.train import MAX_NEW_TOKENS, draw_puzzles
+from bonnx.models.countdown.puzzle import Puzzle, answer, check, draw_puzzles
+from bonnx.models.countdown.train import MAX_NEW_TOKENS
 from bonnx.models.countdown.vocabulary import STEP
 from bonnx.runtime.generate.options import make_request
 from bonnx.runtime.search.tree import Tree

@@ -22,8 +22,8 @@ from ..checkpoint import load_checkpoint
 from ..decoding import sample
 from ..network import LanguageModel
 from . import CHECKPOINT
-from .puzzle import check
-from .train import MAX_NEW_TOKENS, draw_puzzles
+from .puzzle import check, draw_puzzles
+from .train import MAX_NEW_TOKENS
 from .vocabulary import END, PAD, decode, encode
 
 __all__ = ["best_of", "calibration", "evaluate", "main"]

@@ -20,6 +20,7 @@ __all__ = [
     "Puzzle",
     "answer",
     "check",
+    "draw_puzzles",
     "draw_solution",
     "held_out",
     "parse_prompt",
@@ -86,6 +87,16 @@ def draw_solution(rng: random.Random, count: int) -> tuple[Puzzle, str]:
         else:
             if left[0] <= MAX_TARGET:
                 return Puzzle(tuple(numbers), left[0]), "".join(steps)
+
+
+def draw_puzzles(rng: random.Random, count: int, amount: int, *, test: bool) -> list[tuple[Puzzle, str]]:
+    """`amount` solved puzzles of `count` numbers, all from the training set or all held out."""
+    drawn: list[tuple[Puzzle, str]] = []
+    while len(drawn) < amount:
+        puzzle, solution = draw_solution(rng, count)
+        if held_out(puzzle) == test:
+            drawn.append((puzzle, solution))
+    return drawn
 
 
 @lru_cache(maxsize=200_000)

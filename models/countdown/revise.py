@@ -19,14 +19,12 @@ from ..checkpoint import load_checkpoint
 from ..decoding import sample
 from ..network import LanguageModel
 from . import CHECKPOINT
-from .puzzle import Puzzle, check
+from .puzzle import Puzzle, check, draw_puzzles
+from .run import Phase, TrainingRun
 from .train import (
     IGNORED,
     MAX_NEW_TOKENS,
     METADATA,
-    Phase,
-    Run,
-    draw_puzzles,
     label,
     label_losses,
     next_token_loss,
@@ -143,7 +141,7 @@ def revise(folder: Path, *, steps: int = 600, rows: int = 64, seed: int = 0, sav
         ids, labels = chain_batch(model, rng, 3 if rng.random() < 0.25 else 4, rows)
         return {"language": language, "scorer": label_losses(model, ids, labels).mean()}
 
-    run = Run(folder, seed, model)
+    run = TrainingRun(folder, seed, model)
     run.follow([Phase(steps, 3e-4, losses)], save_every)
     save(run.model, folder, METADATA_REVISE)
     return run.model.eval()

@@ -17,35 +17,26 @@ the whole completion is right, not which steps are.
 from __future__ import annotations
 
 import argparse
-import json
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 import torch.nn.functional as F
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..checkpoint import save_checkpoint
 from ..config import LanguageModelConfig, NetworkConfig
 from ..decoding import sample
 from ..network import LanguageModel
-from ..scorer import schedule
-from .puzzle import Puzzle, check, draw_solution, held_out, step_labels
+from .puzzle import Puzzle, check, draw_puzzles, step_labels
+from .run import Phase, TrainingRun
 from .vocabulary import END, PAD, STEP, VOCABULARY, decode, encode, make_tokenizer
 
 __all__ = [
     "NETWORKS",
     "Labels",
-    "Phase",
-    "Run",
-    "draw_puzzles",
     "label",
     "label_losses",
     "main",
@@ -62,7 +53,7 @@ IGNORED = -100
 # Of the third phase's samples, the share that is spoiled.
 SPOILED = 0.25
 _OPERATORS = [VOCABULARY[operator] for operator in "+-*/"]
-# What an export needs to know beyond the network: see `export/scoring.py`.
+# What an export needs to know beyond the network: see `export/checkpoint/source.py`.
 METADATA = {
     "scoring": {"aggregation": "last", "activation": "sigmoid", "step_token": STEP, "end_token": END, "pad_token": PAD},
     "limits": {"max_tokens": 64},
@@ -76,16 +67,6 @@ NETWORKS = {
 }
 # What the scorer learns at the end of a step: whether that step is right, or whether the whole completion is.
 Labels: TypeAlias = Literal["process", "outcome"]
-
-
-def draw_puzzles(rng: random.Random, count: int, amount: int, *, test: bool) -> list[tuple[Puzzle, str]]:
-    """`amount` solved puzzles of `count` numbers, all from the training set or all held out."""
-    drawn: list[tuple[Puzzle, str]] = []
-    while len(drawn) < amount:
-        puzzle, solution = draw_solution(rng, count)
-        if held_out(puzzle) == test:
-            drawn.append((puzzle, solution))
-    return drawn
 
 
 def solved_batch(rng: random.Random, rows: int) -> tuple[Tensor, Tensor]:
@@ -185,100 +166,6 @@ def scorer_loss(model: LanguageModel, rng: random.Random, rows: int, spoiled: fl
     return torch.cat(losses).mean()
 
 
-@dataclass(frozen=True)
-class Phase:
-    """Steps that share losses, which are added up, and a schedule with its greatest learning rate."""
-
-    steps: int
-    peak: float
-    losses: Callable[[LanguageModel, random.Random], dict[str, Tensor]]
-
-
-class Run:
-    """The model, its optimizer and the step, kept in one file so that a stopped run can go on."""
-
-    def __init__(self, folder: Path, seed: int, model: LanguageModel) -> None:
-        self.path, self.seed, self.step, self.phase_start = folder / "run.safetensors", seed, 0, 0
-        self.model = model.train()
-        self.begin_phase()
-        if self.path.is_file():
-            self._restore()
-
-    def begin_phase(self) -> None:
-        """A fresh optimizer: each phase has its own loss and schedule."""
-        self.phase_start = self.step
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
-
-    def advance(self, loss: Tensor, rate: float) -> None:
-        """One optimizer step."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.step += 1
-
-    def follow(self, phases: Sequence[Phase], save_every: int) -> None:
-        """Train to the end of the phases, with a line of `log.jsonl` at every save."""
-        total, start = sum(phase.steps for phase in phases), 0
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
-        with Progress(*columns, TimeRemainingColumn()) as progress:
-            task = progress.add_task("training", total=total, completed=self.step)
-            for phase in phases:
-                if self.step == start:
-                    self.begin_phase()
-                while self.step < start + phase.steps:
-                    losses = phase.losses(self.model, random.Random(f"{self.seed} {self.step}"))
-                    rate = schedule(self.step - start, phase.steps, phase.peak)
-                    self.advance(torch.stack(list(losses.values())).sum(), rate)
-                    seen = {name: round(loss.item(), 4) for name, loss in losses.items()}
-                    said = " ".join(f"{name} loss {value:.3f}" for name, value in seen.items())
-                    progress.update(task, completed=self.step, description=said)
-                    if self.step % save_every == 0 or self.step == total:
-                        self.save()
-                        with self.path.with_name("log.jsonl").open("a", encoding="utf-8") as log:
-                            log.write(json.dumps({"step": self.step, **seen}) + "\n")
-                start += phase.steps
-
-    def save(self) -> None:
-        """Replace the file in one move, so that a torn write is never read."""
-        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
-        for name, parameter in self.model.named_parameters():
-            for moment in ("exp_avg", "exp_avg_sq"):
-                if parameter in self.optimizer.state:
-                    tensors[f"{moment}.{name}"] = self.optimizer.state[parameter][moment]
-        numbers = {"seed": self.seed, "size": self._size(), "step": self.step, "phase_start": self.phase_start}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        torn = self.path.with_suffix(".part")
-        save_file(tensors, torn, metadata={name: str(value) for name, value in numbers.items()})
-        torn.replace(self.path)
-
-    def _size(self) -> int:
-        return sum(parameter.numel() for parameter in self.model.parameters())
-
-    def _restore(self) -> None:
-        with safe_open(self.path, framework="pt") as file:
-            numbers = {name: int(value) for name, value in file.metadata().items()}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-        if numbers["seed"] != self.seed:
-            raise SystemExit(f"{self.path} was begun with --seed {numbers['seed']}; give that seed or another folder")
-        if numbers["size"] != self._size():
-            raise SystemExit(
-                f"{self.path} was begun with a model of {numbers['size']} parameters, this one has {self._size()}; "
-                "give the same --size or another folder"
-            )
-        self.step, self.phase_start = numbers["step"], numbers["phase_start"]
-        self.model.load_state_dict({name: tensors[f"model.{name}"] for name in self.model.state_dict()})
-        for name, parameter in self.model.named_parameters():
-            if f"exp_avg.{name}" in tensors:
-                self.optimizer.state[parameter] = {
-                    "step": torch.tensor(float(self.step - self.phase_start)),
-                    "exp_avg": tensors[f"exp_avg.{name}"],
-                    "exp_avg_sq": tensors[f"exp_avg_sq.{name}"],
-                }
-
-
 def save(model: LanguageModel, folder: Path, metadata: dict[str, Any]) -> None:
     """Write the checkpoint and the tokenizer."""
     save_checkpoint(model, folder, dtype=torch.float16, metadata=metadata)
@@ -318,7 +205,8 @@ def train(
         return {**language(model, rng), "scorer": scorer_loss(model, rng, rows, spoiled, labels)}
 
     torch.manual_seed(seed)
-    run = Run(folder, seed, LanguageModel(LanguageModelConfig(network=NETWORKS[size], vocab_size=len(VOCABULARY))))
+    config = LanguageModelConfig(network=NETWORKS[size], vocab_size=len(VOCABULARY))
+    run = TrainingRun(folder, seed, LanguageModel(config))
     phases = (
         Phase(language_steps, 1e-3, language),
         Phase(joint_steps, 5e-4, partial(both, spoiled=0.0)),

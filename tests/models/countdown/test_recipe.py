@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from bonnx.models import load_checkpoint
 from bonnx.models.countdown import CHECKPOINT, train
 from bonnx.models.countdown.evaluate import METHODS, best_of, calibration, draw, evaluate, report
-from bonnx.models.countdown.puzzle import Puzzle, check
+from bonnx.models.countdown.puzzle import Puzzle, check, draw_puzzles
+from bonnx.models.countdown.run import TrainingRun
 from bonnx.models.countdown.vocabulary import END, PAD, STEP, decode, encode
 from bonnx.models.decoding import Cache, forward_cached, sample
 
@@ -27,14 +28,14 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch, stop
     """Stopped in each phase and between them."""
     train.train(tmp_path / "whole", **SHORT, seed=5)
     with monkeypatch.context() as patch:
-        advance = train.Run.advance
+        advance = TrainingRun.advance
 
         def interrupted(run, loss, rate):
             if run.step == stop:
                 raise KeyboardInterrupt
             advance(run, loss, rate)
 
-        patch.setattr(train.Run, "advance", interrupted)
+        patch.setattr(TrainingRun, "advance", interrupted)
         with pytest.raises(KeyboardInterrupt):
             train.train(tmp_path / "parts", **SHORT, seed=5, save_every=1)
     train.train(tmp_path / "parts", **SHORT, seed=5, save_every=1)
@@ -74,7 +75,7 @@ def test_a_run_of_another_size_is_refused(tmp_path):
 
 def test_spoiled_completions_are_never_right(dice):
     ended_early = changed = 0
-    for puzzle, solution in train.draw_puzzles(dice, 4, 200, test=False):
+    for puzzle, solution in draw_puzzles(dice, 4, 200, test=False):
         completion = [*encode(solution), END, PAD, PAD]
         spoiled = train.spoil(dice, completion)
         assert len(spoiled) == len(completion)

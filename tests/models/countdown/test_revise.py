@@ -5,10 +5,11 @@ import torch
 from safetensors.torch import load_file
 
 from bonnx.models import load_checkpoint
-from bonnx.models.countdown import CHECKPOINT, train
-from bonnx.models.countdown.puzzle import check, held_out, parse_prompt
+from bonnx.models.countdown import CHECKPOINT
+from bonnx.models.countdown.puzzle import check, draw_puzzles, held_out, parse_prompt
 from bonnx.models.countdown.revise import MEMORY, chain_batch, distance, revise, revision, revision_batch
-from bonnx.models.countdown.train import IGNORED, draw_puzzles, label
+from bonnx.models.countdown.run import TrainingRun
+from bonnx.models.countdown.train import IGNORED, label
 from bonnx.models.countdown.vocabulary import END, PAD, decode, encode
 
 
@@ -79,14 +80,14 @@ def test_each_attempt_of_a_chain_is_labelled_by_itself(base, dice):
 def test_a_stopped_run_goes_on(tmp_path, monkeypatch):
     revise(tmp_path / "whole", steps=2, rows=4, seed=3)
     with monkeypatch.context() as patch:
-        advance = train.Run.advance
+        advance = TrainingRun.advance
 
         def interrupted(run, loss, rate):
             if run.step == 1:
                 raise KeyboardInterrupt
             advance(run, loss, rate)
 
-        patch.setattr(train.Run, "advance", interrupted)
+        patch.setattr(TrainingRun, "advance", interrupted)
         with pytest.raises(KeyboardInterrupt):
             revise(tmp_path / "parts", steps=2, rows=4, seed=3, save_every=1)
     revise(tmp_path / "parts", steps=2, rows=4, seed=3, save_every=1)
