@@ -29,7 +29,6 @@ import bonnx
 from bonnx.export.artifact import export_model
 from bonnx.models.config import LanguageModelConfig, NetworkConfig
 from bonnx.models.network import LanguageModel
-from bonnx.runtime.generate.decoding import grow
 
 from .peers import PEERS, start
 from .rank import interleave, matrix_rates
@@ -139,8 +138,7 @@ def _ways(models: dict[str, Any], count: int) -> dict[str, Callable[[], Any]]:
         model.generate(rng.integers(0, VOCABULARY, PROMPT), **options)
 
     def steered(model: Any) -> None:
-        draft = model.draft(rng.integers(0, VOCABULARY, PROMPT), **options)
-        for _ in grow(model.session, draft.prompt, draft.request, None, None):
+        for _ in model.stream(rng.integers(0, VOCABULARY, PROMPT), **options):
             pass
 
     for precision, model in models.items():

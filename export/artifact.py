@@ -37,8 +37,8 @@ from ..runtime.artifact.manifest import (
     seal,
 )
 from ..runtime.artifact.unfinished import unfinished
-from ..runtime.engine.session import Options
-from ..runtime.model import Model
+from ..runtime.engine.engine import make_engine
+from ..runtime.engine.session import SessionOptions
 from .card import model_card
 from .checkpoint.source import check_scoring
 from .checkpoint.tokenizer import TextFiles
@@ -132,8 +132,8 @@ def export_model(
         if precision != "fp32":
             readable = None if tokenizer is None else text
             cases, origin = held_out or own_prompts(config, readable, limits.max_tokens, seed)
-            artifact = Model(folder, manifest, Options(provider="cpu"))
-            agreement = measure(reload or (lambda: model), artifact, cases, source=origin, least=min_agreement)
+            engine = make_engine(folder, manifest, SessionOptions(provider="cpu"))
+            agreement = measure(reload or (lambda: model), engine, cases, source=origin, least=min_agreement)
             manifest = msgspec.structs.replace(manifest, agreement=agreement)
         manifest = _with_files(manifest, folder)
         (folder / CARD).write_text(model_card(manifest), encoding="utf-8")

@@ -11,7 +11,7 @@ from ..errors import InputError
 from .arrays import Array
 from .checks import check_flag, check_function, check_some, is_list, shown
 from .generate.decoding import clock
-from .generate.options import GenerateOptions, make_request
+from .generate.options import GenerateOptions, check_options
 from .generate.result import Candidate, Generation
 from .rank.result import Ranking, winner
 from .selection.aggregate import aggregate, aggregation_code, elect, is_stepwise
@@ -146,7 +146,7 @@ class FakeModel:
             check_function("on_progress", on_progress)
         if options.get("stop") is not None:
             check_stop(options["stop"])
-        request = make_request(options, (), self._aggregation, _LONGEST)
+        request = check_options(options, (), self._aggregation, _LONGEST)
         texts = [self._complete(prompt, i) for i in range(request.n)]
         for i, text in enumerate(texts):
             if not isinstance(text, str):

@@ -13,8 +13,9 @@ from .arrays import Array
 from .artifact.folder import locate
 from .checks import check_path
 from .engine.compare import maximum_difference
+from .engine.engine import Engine, open_engine
 from .engine.session import Provider
-from .model import Model, load
+from .model import Model
 from .results import Result
 
 __all__ = ["Check", "verify"]
@@ -40,7 +41,7 @@ def verify(path: str | os.PathLike[str], *, provider: Provider = "auto") -> tupl
         ProviderError: it cannot run here.
     """
     folder = check_path("path", path)
-    model = load(folder, provider=provider)
+    engine = open_engine(folder, provider=provider)
     cases: dict[str, dict[str, dict[str, Array]]] = defaultdict(lambda: {"in": {}, "out": {}, "allowed": {}})
     with np.load(locate(folder, GOLDEN), allow_pickle=False) as recorded:
         for key in recorded.files:
@@ -48,26 +49,28 @@ def verify(path: str | os.PathLike[str], *, provider: Provider = "auto") -> tupl
             cases[case][kind][name] = recorded[key]
     if not cases:
         raise ArtifactError(f"{folder / GOLDEN} holds no recorded case; export the model again")
-    return model, [_run(model, case, parts["in"], parts["out"], parts["allowed"]) for case, parts in cases.items()]
+    return Model(engine, folder), [
+        _run(engine, case, parts["in"], parts["out"], parts["allowed"]) for case, parts in cases.items()
+    ]
 
 
 def _run(
-    model: Model, case: str, feeds: dict[str, Array], expected: dict[str, Array], allowed: dict[str, Array]
+    engine: Engine, case: str, feeds: dict[str, Array], expected: dict[str, Array], allowed: dict[str, Array]
 ) -> Check:
-    outputs = model.session(case.split("/", 1)[0]).run(feeds, list(expected))
+    outputs = engine.session(case.split("/", 1)[0]).run(feeds, list(expected))
     values = dict(zip(expected, outputs, strict=True))
     worst = 0.0
     for name, limit in allowed.items():
         try:
             difference = maximum_difference(values[name], expected[name], float(limit))
         except ValueError as e:
-            raise ArtifactError(f"{case} on {model.provider}, '{name}': {e}; try another ONNX Runtime") from e
+            raise ArtifactError(f"{case} on {engine.provider}, '{name}': {e}; try another ONNX Runtime") from e
         worst = max(worst, difference)
     # Tokens, lengths and choices are whole numbers, and the same everywhere.
     for name in expected.keys() - allowed.keys():
         if not np.array_equal(expected[name], values[name]):
             raise ArtifactError(
-                f"{case} on {model.provider}, '{name}': gave {values[name].ravel()[:8]}, recorded "
+                f"{case} on {engine.provider}, '{name}': gave {values[name].ravel()[:8]}, recorded "
                 f"{expected[name].ravel()[:8]}; try another ONNX Runtime"
             )
     return Check(case, worst, values["best_index"].tolist())

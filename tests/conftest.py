@@ -17,6 +17,7 @@ from bonnx.models.config import LanguageModelConfig, NetworkConfig
 from bonnx.models.countdown import CHECKPOINT
 from bonnx.models.network import LanguageModel
 from bonnx.runtime.artifact.manifest import Limits, Scoring
+from bonnx.runtime.engine.engine import open_engine
 from tests import seeds
 from tests.seeds import (
     dice,
@@ -131,5 +132,10 @@ def edited(small, tmp_path):
 
 
 @pytest.fixture(scope="session")
-def model(small):
-    return bonnx.load(small)
+def engine(small):
+    return open_engine(small)
+
+
+@pytest.fixture(scope="session")
+def model(engine):
+    return bonnx.Model(engine)

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import bonnx
 from bonnx.export.verify.generate import expected_token, uniform
-from bonnx.runtime.generate.options import Request
+from bonnx.runtime.generate.options import CheckedOptions
 
 PROMPTS = (
     "What is the capital of France?",
@@ -98,7 +98,7 @@ def compare_text(model_folder: Path, artifact: Path, prompts: Sequence[str] = PR
             given = {"max_new_tokens": NEW_TOKENS, "temperature": temperature, "seed": seed}
             candidate = model.generate(prompt, **given).best
             stops = tuple(model.manifest.scoring.stop_tokens)
-            request = Request(1, NEW_TOKENS, temperature, 0, 1.0, seed, stops, "last", 0, 0.5)
+            request = CheckedOptions(1, NEW_TOKENS, temperature, 0, 1.0, seed, stops, "last", 0, 0.5)
             verdict = "equal"
             for step, (token, margin) in enumerate(_reference(network, np.array(ids), candidate.tokens, request)):
                 if token != candidate.tokens[step]:
@@ -114,7 +114,7 @@ def compare_text(model_folder: Path, artifact: Path, prompts: Sequence[str] = PR
 
 
 @torch.no_grad()
-def _reference(network: Any, prompt: Any, tokens: Any, request: Request) -> Iterator[tuple[int, float]]:
+def _reference(network: Any, prompt: Any, tokens: Any, request: CheckedOptions) -> Iterator[tuple[int, float]]:
     """transformers' token at each step, behind the artifact's own tokens, and how far the draw is from an edge."""
     row, cache = torch.from_numpy(prompt)[None], None
     for step in range(len(tokens)):

@@ -14,7 +14,8 @@ import bonnx
 from bonnx.models.countdown.puzzle import Puzzle, answer, check, draw_puzzles
 from bonnx.models.countdown.train import MAX_NEW_TOKENS
 from bonnx.models.countdown.vocabulary import STEP
-from bonnx.runtime.generate.options import make_request
+from bonnx.runtime.generate.options import check_options
+from bonnx.runtime.generate.result import FINISH_REASONS
 from bonnx.runtime.search.tree import Tree
 
 __all__ = ["BUDGETS", "CHAINS", "METHODS", "POOL", "PRUNED", "Task", "compute", "plan", "puzzles"]
@@ -79,14 +80,18 @@ def _pool(model: bonnx.Model, puzzle: Puzzle) -> dict[str, Any]:
 
 
 def _sample(model: bonnx.Model, puzzle: Puzzle, count: int, seed: int) -> dict[str, Any]:
-    ids = model.reader.prompt(puzzle.prompt)
-    stops = model.reader.stops(None, model.manifest.scoring)
-    request = make_request({"n": count, "seed": seed, "max_new_tokens": MAX_NEW_TOKENS}, stops, "last", MAX_NEW_TOKENS)
-    tree = Tree(model.session, ids, request, STEP, with_certainty=True)
+    engine = model._engine
+    ids, stops = engine.reader.prompt(puzzle.prompt), engine.reader.stops(None, engine.manifest.scoring)
+    options = check_options({"n": count, "seed": seed, "max_new_tokens": MAX_NEW_TOKENS}, stops, "last", MAX_NEW_TOKENS)
+    tree = Tree(engine, ids, options, with_certainty=True)
     branches = tree.roots(count)
     tree.grow(branches, whole=True)
-    assert model.reader.text is not None
-    texts = [model.reader.text.decode(branch.tokens) for branch in branches]
+    assert engine.reader.tokenizer is not None
+    reasons = [FINISH_REASONS[branch.reason] for branch in branches]
+    texts = [
+        engine.reader.tokenizer.decode(branch.tokens, ids.tolist(), reason)
+        for branch, reason in zip(branches, reasons, strict=True)
+    ]
     # The scorer's values at the ends of steps, and at the end.
     steps = [[s for t, s in zip(b.tokens, b.scores, strict=True) if t == STEP] for b in branches]
     return {

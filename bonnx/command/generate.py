@@ -18,10 +18,12 @@ from rich.table import Table
 from rich.text import Text
 
 from ..errors import BonnxError, InputError, NoWinnerError
+from ..runtime.engine.engine import Engine, open_engine
 from ..runtime.files.lines import read_prompts
 from ..runtime.generate.options import GenerateOptions
+from ..runtime.generate.request import options_within
 from ..runtime.generate.result import Candidate, Generation
-from ..runtime.model import Model, checked_request, load
+from ..runtime.model import Model
 from ..runtime.report import Search, show
 from ..runtime.text.reader import Item
 from . import print_json
@@ -68,8 +70,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Generate and print."""
     prompts = _prompts(arguments)
     options: dict[str, Any] = {name: getattr(arguments, name) for name in _OPTIONS}
-    model = load(arguments.artifact, provider=arguments.provider, threads=arguments.threads)
-    answer = _answerer(model, options, arguments)
+    engine = open_engine(arguments.artifact, provider=arguments.provider, threads=arguments.threads)
+    answer = _answerer(engine, options, arguments)
     bad = 0
     for line, prompt in prompts:
         try:
@@ -86,16 +88,17 @@ def run(arguments: argparse.Namespace) -> int:
     return 1 if bad else 0
 
 
-def _answerer(model: Model, options: dict[str, Any], arguments: argparse.Namespace) -> Callable[[Item], None]:
+def _answerer(engine: Engine, options: dict[str, Any], arguments: argparse.Namespace) -> Callable[[Item], None]:
     """What answers a prompt and prints the answer; options that no prompt could do with are refused here."""
     if arguments.method is not None or arguments.policy is not None:
         what = _search_options(arguments, options)
-        return lambda prompt: _search(model, prompt, what, arguments)
+        return lambda prompt: _search(engine, prompt, what, arguments)
     for name in ("set", "answers", "vote", "save"):
         if getattr(arguments, name):
             raise InputError(f"--{name} belongs to --method or --policy")
     given = cast("GenerateOptions", options)
-    checked_request(model, np.zeros(1, np.int64), given, model.manifest.limits.max_tokens - 1)
+    options_within(engine, np.zeros(1, np.int64), given, engine.manifest.limits.max_tokens - 1)
+    model = Model(engine, arguments.artifact)
 
     def answer(prompt: Item) -> None:
         if arguments.json:
@@ -154,10 +157,10 @@ def _value(text: str) -> Any:
     return text
 
 
-def _search(model: Model, prompt: Item, what: dict[str, Any], arguments: argparse.Namespace) -> None:
+def _search(engine: Engine, prompt: Item, what: dict[str, Any], arguments: argparse.Namespace) -> None:
     """Search, print, and keep it if that is asked for."""
-    result = model.search(prompt, **what)
-    found = result.to_record(prompt, model.pieces)
+    result = Model(engine, arguments.artifact).search(prompt, **what)
+    found = result.to_record(prompt, engine.reader.pieces)
     if arguments.save:
         folder = Path(arguments.save)
         try:

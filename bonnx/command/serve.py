@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..errors import InputError
 from ..runtime.artifact.folder import read_verified
-from ..runtime.model import load
+from ..runtime.engine.engine import open_engine
 from ..runtime.serve import Settings, create_app
 from ..runtime.serve.server import bind_to, log_to_stderr, make_server
 
@@ -78,13 +78,15 @@ def _here(arguments: argparse.Namespace, settings: Settings) -> int:
     # Until the server runs there is nothing to finish: Ctrl-C ends the process at once, whatever is being loaded.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     sockets = bind_to(arguments.host, arguments.port)
-    model = load(
+    engine = open_engine(
         arguments.artifact,
         provider=arguments.provider,
         threads=arguments.threads,
         memory_limit=arguments.memory_limit,
     )
-    server = make_server(create_app(model, settings), most_connections=arguments.max_connections, grace=arguments.grace)
+    server = make_server(
+        create_app(engine, settings), most_connections=arguments.max_connections, grace=arguments.grace
+    )
     log_to_stderr()
 
     def leave(number: int, frame: object) -> None:

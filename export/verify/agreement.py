@@ -17,9 +17,11 @@ from ...errors import ExportError, InputError
 from ...models.config import LanguageModelConfig, NetworkConfig
 from ...models.network import LanguageModel, TwoHeadedNetwork
 from ...runtime.artifact.manifest import Agreement, Scoring, TextRules
+from ...runtime.engine.engine import Engine
 from ...runtime.files.lines import in_line, load_arrays, read_values
 from ...runtime.files.values import name_of, to_candidate, to_prompt
 from ...runtime.model import Model
+from ...runtime.rank.request import read_request
 from ...runtime.selection.aggregate import aggregate, best_of_n
 from ...runtime.text.padding import pad
 from ...runtime.text.reader import Item
@@ -117,7 +119,7 @@ def _noise(config: LanguageModelConfig | NetworkConfig, longest: int, seed: int)
 
 def measure(
     load: Callable[[], LanguageModel | TwoHeadedNetwork],
-    artifact: Model,
+    engine: Engine,
     cases: Sequence[HeldOut],
     *,
     source: str,
@@ -127,7 +129,7 @@ def measure(
 
     Args:
         load: gives the model, float32, in inference mode; called when the artifact is done.
-        artifact: of fewer bits.
+        engine: of the artifact, of fewer bits.
         cases: prompts.
         source: where they come from.
         least: the share of selections as good as float32's that the artifact must reach, 0 to 1.
@@ -137,18 +139,18 @@ def measure(
         InputError: a prompt or candidate cannot be read.
     """
     without = next((i for i, case in enumerate(cases) if case.candidates is None), None)
-    if without is not None and "generate" not in artifact.manifest.graphs:
+    if without is not None and "generate" not in engine.manifest.graphs:
         raise InputError(
             f"held-out prompt {without}: this model samples no candidates; give each prompt its own: on each line an "
             "object with 'prompt' and 'candidates'"
         )
-    selected = [_select(artifact, case, number) for number, case in enumerate(cases)]
-    artifact.close()
-    model, scoring = load(), artifact.manifest.scoring
+    selected = [_select(engine, case, number) for number, case in enumerate(cases)]
+    engine.close()
+    model, scoring = load(), engine.manifest.scoring
     same = as_good = 0
     errors: list[Any] = []
     for prompt, candidates, chosen, found in selected:
-        scores = _scores(model, artifact, prompt, candidates, scoring)
+        scores = _scores(model, engine, prompt, candidates, scoring)
         expected = int(best_of_n(scores[:, None])[0])
         # Two equal candidates are the same choice.
         is_same = np.array_equal(candidates[chosen], candidates[expected])
@@ -159,7 +161,7 @@ def measure(
     share, error = as_good / len(cases), np.concatenate(errors)
     if share < least:
         raise ExportError(
-            f"{artifact.manifest.precision} selects a candidate as good as float32's for {as_good} of {len(cases)} "
+            f"{engine.manifest.precision} selects a candidate as good as float32's for {as_good} of {len(cases)} "
             f"prompts ({source}), {100 * share:.1f}%; at least {100 * least:g}% were asked for: use a higher "
             "precision, or a lower --min-agreement"
         )
@@ -174,14 +176,15 @@ def measure(
     )
 
 
-def _select(artifact: Model, case: HeldOut, number: int) -> tuple[Item, list[Any], int, Any]:
+def _select(engine: Engine, case: HeldOut, number: int) -> tuple[Item, list[Any], int, Any]:
     """The prompt, its candidates, which of them the artifact selects, and the scores (num_candidates,) it gives."""
+    artifact = Model(engine)
     try:
         if case.candidates is not None:
             ranking = artifact.rank(case.prompt, case.candidates)
             return case.prompt, list(case.candidates), ranking.best_index, ranking.candidate_scores
-        prompt = artifact.reader.prompt(case.prompt)
-        room = artifact.manifest.limits.max_tokens - len(prompt)
+        prompt = engine.reader.prompt(case.prompt)
+        room = engine.manifest.limits.max_tokens - len(prompt)
         drawn = artifact.generate(prompt, n=CANDIDATES, max_new_tokens=min(NEW_TOKENS, room), seed=number)
     except InputError as e:
         raise InputError(f"held-out prompt {number}: {e}") from e
@@ -190,11 +193,11 @@ def _select(artifact: Model, case: HeldOut, number: int) -> tuple[Item, list[Any
 
 
 def _scores(
-    model: LanguageModel | TwoHeadedNetwork, artifact: Model, prompt: Item, candidates: list[Any], scoring: Scoring
+    model: LanguageModel | TwoHeadedNetwork, engine: Engine, prompt: Item, candidates: list[Any], scoring: Scoring
 ) -> Any:
     """The float32 model's candidate scores (num_candidates,), from whole rows."""
-    job = artifact.job(prompt, candidates)
-    values, mask = pad([np.concatenate([job.prompt, item]) for item in job.rows.items], scoring.pad_token)
+    request = read_request(engine, prompt, candidates)
+    values, mask = pad([np.concatenate([request.prompt, item]) for item in request.rows.items], scoring.pad_token)
     _, scores = score_rows(model, values, scoring, mask)
-    own = scores[:, None, len(job.prompt) :], job.mask[:, None], job.steps[:, None]
+    own = scores[:, None, len(request.prompt) :], request.mask[:, None], request.steps[:, None]
     return aggregate(*own, scoring.aggregation.removeprefix("step_"))[0][:, 0]

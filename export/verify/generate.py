@@ -13,8 +13,8 @@ from ...errors import ExportError
 from ...models.network import LanguageModel
 from ...runtime.artifact.manifest import Parity
 from ...runtime.engine.session import Session
-from ...runtime.generate.decoding import generate_feeds, grow
-from ...runtime.generate.options import Request
+from ...runtime.generate.decoding import decode_all, generate_feeds
+from ...runtime.generate.options import CheckedOptions
 from ...runtime.generate.result import FINISH_REASONS
 from ...runtime.selection.aggregate import aggregate
 from .parity import Array, Checker
@@ -37,7 +37,7 @@ class _Run(NamedTuple):
 
     prompts: Array
     mask: Array
-    request: Request
+    request: CheckedOptions
     outputs: dict[str, Array]
 
     def row(self, n: int, b: int) -> tuple[Array, Array]:
@@ -86,13 +86,13 @@ def check_generation(checker: Checker) -> list[Parity]:
     return [checker.parity(check, differences, kind) for check, (kind, differences) in results.items()]
 
 
-def _run(checker: Checker, case: tuple[Array, Array, Request]) -> _Run:
+def _run(checker: Checker, case: tuple[Array, Array, CheckedOptions]) -> _Run:
     return _Run(*case, checker.run_graph("generate", generate_feeds(*case, None)))
 
 
 def _case(
     checker: Checker, shape: tuple[int, int, int, int], temperature: float, top_k: int, top_p: float, prune: int
-) -> tuple[Array, Array, Request]:
+) -> tuple[Array, Array, CheckedOptions]:
     batch, longest, count, new = shape
     assert isinstance(checker.model, LanguageModel)
     vocabulary, rng = checker.model.config.vocab_size, checker.rng
@@ -101,7 +101,7 @@ def _case(
     mask = (np.arange(longest) >= longest - sizes[:, None]).astype(np.int64)
     stops = tuple(int(token) for token in rng.integers(0, vocabulary, min(vocabulary // 4, 200)))
     seed = int(rng.integers(-(2**62), 2**62))
-    request = Request(count, new, temperature, top_k, top_p, seed, stops, "last", prune, 0.5)
+    request = CheckedOptions(count, new, temperature, top_k, top_p, seed, stops, "last", prune, 0.5)
     return rng.integers(0, vocabulary, (batch, longest)), mask, request
 
 
@@ -133,7 +133,7 @@ def _read(checker: Checker, runs: Sequence[_Run]) -> list[dict[tuple[int, int], 
     return rows
 
 
-def _draws(logits: Array, request: Request, prompt: Array, n: int) -> list[tuple[int, float]]:
+def _draws(logits: Array, request: CheckedOptions, prompt: Array, n: int) -> list[tuple[int, float]]:
     """The draws of a candidate from the logits (length, V) of its tokens."""
     wide = logits.astype(np.float64)
     return [expected_token(row, uniform(request.seed, prompt, step, n), request) for step, row in enumerate(wide)]
@@ -145,7 +145,7 @@ def _log_softmax(logits: Array) -> Array:
     return result
 
 
-def _edge(error: float, request: Request) -> float:
+def _edge(error: float, request: CheckedOptions) -> float:
     """How near to the border between two tokens a draw is undecided, if logits may be off by an error.
 
     Greedy, a difference of two logits. Else a share of probability, which moves by less than the error divided by the
@@ -154,7 +154,7 @@ def _edge(error: float, request: Request) -> float:
     return 2 * error if request.temperature == 0 else error / request.temperature + _ROUNDING
 
 
-def _is_certain(checker: Checker, request: Request, draws: Sequence[tuple[int, float]]) -> bool:
+def _is_certain(checker: Checker, request: CheckedOptions, draws: Sequence[tuple[int, float]]) -> bool:
     """Whether no draw is so close to an edge that rounding may give another token.
 
     With a large vocabulary and flat probabilities, as of a model that is not trained, many are.
@@ -179,7 +179,7 @@ def _check_tokens(checker: Checker, run: _Run, n: int, b: int, draws: Sequence[t
     _check_end(run.request, what, tokens, FINISH_REASONS[run.outputs["finish_reasons"][n, b]])
 
 
-def _check_end(request: Request, what: str, tokens: Array, reason: str) -> None:
+def _check_end(request: CheckedOptions, what: str, tokens: Array, reason: str) -> None:
     stopped = np.flatnonzero(np.isin(tokens, request.stop_tokens))
     good = {
         "stop": len(stopped) == 1 and stopped[0] == len(tokens) - 1,
@@ -190,7 +190,7 @@ def _check_end(request: Request, what: str, tokens: Array, reason: str) -> None:
         raise ExportError(f"{what} has {len(tokens)} tokens, stop tokens at {stopped}, but its end is '{reason}'")
 
 
-def _check_selection(checker: Checker, request: Request, outputs: dict[str, Array]) -> None:
+def _check_selection(checker: Checker, request: CheckedOptions, outputs: dict[str, Array]) -> None:
     lengths = np.where(outputs["finish_reasons"] == FINISH_REASONS.index("pruned"), 0, outputs["lengths"])
     mask = (np.arange(outputs["sequences"].shape[2]) < lengths[..., None]).astype(np.int64)
     found, best = aggregate(outputs["scores"], mask, np.ones((1, 1, 1)), request.aggregation)
@@ -199,7 +199,7 @@ def _check_selection(checker: Checker, request: Request, outputs: dict[str, Arra
         raise ExportError(f"generate chose {outputs['best_index']}, NumPy {best}")
 
 
-def _is_close_race(checker: Checker, request: Request, outputs: dict[str, Array]) -> bool:
+def _is_close_race(checker: Checker, request: CheckedOptions, outputs: dict[str, Array]) -> bool:
     """Whether two candidates were so close at a pruning that rounding decides: equal ones are, to the last bits."""
     if not request.prune_every:
         return False
@@ -222,21 +222,21 @@ class _Listening:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._session, name)
 
-    def values(self, feeds: dict[str, Any]) -> dict[str, Any]:
+    def values(self, feeds: dict[str, Any], *, logits: bool = False) -> dict[str, Any]:
         """As the session's."""
         outputs = self._session.values(feeds, logits=True)
         self.logits.append(outputs["logits"].numpy())
         return outputs
 
 
-def _check_decode(checker: Checker, prompt: Array, request: Request, outputs: dict[str, Array] | None) -> None:
+def _check_decode(checker: Checker, prompt: Array, request: CheckedOptions, outputs: dict[str, Array] | None) -> None:
     """The host's loop over `prefill` and `decode`, for a prompt that stands alone.
 
     Every token is the one that the seed gives for the graphs' own logits, at any precision. Where rounding decides no
     draw, the candidates are those of `generate`, its `outputs`.
     """
     heard = {name: _Listening(checker.session(name)) for name in ("prefill", "decode")}
-    *_, last = grow(heard.__getitem__, prompt, request, None, None)  # type: ignore[arg-type]
+    *_, last = decode_all(heard.__getitem__, prompt, request, None, None)  # type: ignore[arg-type]
     for n, step, logits in _heard(heard["prefill"].logits, heard["decode"].logits, last.lengths):
         given, what = int(last.tokens[n, step]), f"decode, candidate {n}, token {step}"
         token, margin = expected_token(logits, uniform(request.seed, prompt, step, n), request)
@@ -298,7 +298,7 @@ def _mix(x: int) -> int:
     return x ^ x >> 16
 
 
-def expected_token(logits: Array, point: float, request: Request) -> tuple[int, float]:
+def expected_token(logits: Array, point: float, request: CheckedOptions) -> tuple[int, float]:
     """The token of one row of logits (V,) float64, and how far the draw is from another one's share."""
     order = np.argsort(-logits, kind="stable")
     if request.temperature == 0:

@@ -17,7 +17,7 @@ from ...errors import ExportError
 from ...models.network import LanguageModel, TwoHeadedNetwork, select_best_of_n
 from ...runtime.artifact.manifest import Graph, Limits, Parity, Scoring
 from ...runtime.engine.compare import maximum_difference
-from ...runtime.engine.session import Options, Session
+from ...runtime.engine.session import Session, SessionOptions
 from ...runtime.selection.aggregate import aggregate, elect
 from ..graphs.selection import plain_selection
 from .exact import Bar, Exact, Outputs
@@ -261,7 +261,7 @@ class Checker:
         """The session of a graph, opened at its first use."""
         if name not in self._sessions:
             graph = self.graphs[name]
-            self._sessions[name] = Session(self.folder / graph.file, graph, Options(provider="cpu"))
+            self._sessions[name] = Session(self.folder / graph.file, graph, SessionOptions(provider="cpu"))
         return self._sessions[name]
 
     def close(self, name: str) -> None:

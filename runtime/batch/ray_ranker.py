@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 
 from ...errors import BonnxError
-from ..model import load
+from ..engine.engine import open_engine
+from ..rank.request import RankRequest, read_request
 from ..rank.result import Ranking
-from ..rank.run import Job
+from ..rank.run import rank_all
 from ..results import to_json
 from .worker import ADDED, added
 
@@ -42,7 +43,7 @@ class Ranker:
         **options: Any,
     ) -> None:
         self._prompt, self._candidates, self._options = prompt, candidates, options
-        self._model = load(artifact, provider=provider, threads=threads)  # type: ignore[arg-type]
+        self._engine = open_engine(artifact, provider=provider, threads=threads)  # type: ignore[arg-type]
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """The batch with `best_index`, `best`, `candidate_scores`, `margin` and `reason`.
@@ -50,16 +51,16 @@ class Ranker:
         A row that cannot be ranked gets a `reason`, and null for the others: it does not end the dataset.
         """
         candidates = [[] if own is None else [_plain(item) for item in own] for own in batch[self._candidates]]
-        jobs: list[Job | Exception] = []
+        jobs: list[RankRequest | Exception] = []
         for prompt, own in zip(batch[self._prompt], candidates, strict=True):
             try:
-                jobs.append(self._model.job(_plain(prompt), own, **self._options))
+                jobs.append(read_request(self._engine, _plain(prompt), own, **self._options))
             except (BonnxError, TypeError, ValueError, OverflowError) as e:
                 jobs.append(e)
-        rankings = iter(self._model.rank_all([job for job in jobs if isinstance(job, Job)]))
+        rankings = iter(rank_all(self._engine, [job for job in jobs if isinstance(job, RankRequest)]))
         columns: dict[str, Any] = {name: [] for name in (*ADDED, "reason")}
         for own, job in zip(candidates, jobs, strict=True):
-            found = next(rankings) if isinstance(job, Job) else job
+            found = next(rankings) if isinstance(job, RankRequest) else job
             row: dict[str, Any] = {"reason": str(found)}
             if isinstance(found, Ranking):
                 best = own[found.best_index]

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import BonnxError, InputError
+from ..engine.engine import Engine, open_engine
 from ..files.values import name_of, to_candidate, to_item
-from ..model import Model, load
+from ..rank.request import RankRequest, read_request
 from ..rank.result import Ranking
-from ..rank.run import Job
+from ..rank.run import rank_all
 from ..results import to_json
 from .source import Chunk, JsonLines, Part, Row, Source
 from .tables import Parquet
@@ -97,23 +98,23 @@ class Result:
 
 
 class Worker:
-    """Does chunks, one after another, with a model of its own."""
+    """Does chunks, one after another, with an engine of its own."""
 
-    def __init__(self, task: Task, model: Model | None = None) -> None:
+    def __init__(self, task: Task, engine: Engine | None = None) -> None:
         self.task, self._source = task, task.open()
-        self._model = model or load(task.artifact, provider=task.provider, threads=task.threads)  # type: ignore[arg-type]
+        self._engine = engine or open_engine(task.artifact, provider=task.provider, threads=task.threads)  # type: ignore[arg-type]
 
-    def read(self, chunk: Chunk) -> tuple[Chunk, Part, list[Job | str]]:
+    def read(self, chunk: Chunk) -> tuple[Chunk, Part, list[RankRequest | str]]:
         """The chunk's rows, and for each what is to be ranked, or why it cannot be."""
         part = self._source.read(chunk)
         return chunk, part, [self._job(row) for row in part.rows]
 
-    def rank(self, chunk: Chunk, part: Part, jobs: Sequence[Job | str]) -> Result:
+    def rank(self, chunk: Chunk, part: Part, jobs: Sequence[RankRequest | str]) -> Result:
         """Rank what was read."""
-        rankings = iter(self._ranked([job for job in jobs if isinstance(job, Job)]))
+        rankings = iter(self._ranked([job for job in jobs if isinstance(job, RankRequest)]))
         errors, rows, places, columns = [], [], [], []
         for i, (row, job) in enumerate(zip(part.rows, jobs, strict=True)):
-            found = next(rankings) if isinstance(job, Job) else job
+            found = next(rankings) if isinstance(job, RankRequest) else job
             if isinstance(found, Ranking):
                 assert row.values is not None
                 rows.append(row)
@@ -131,10 +132,10 @@ class Worker:
     def __call__(self, chunk: Chunk) -> Result:
         return self.rank(*self.read(chunk))
 
-    def _ranked(self, jobs: Sequence[Job]) -> list[Ranking | Exception]:
+    def _ranked(self, jobs: Sequence[RankRequest]) -> list[Ranking | Exception]:
         """What became of each; where a joint run fails each runs alone, so that one job cannot end the others."""
         try:
-            return [*self._model.rank_all(jobs)]
+            return [*rank_all(self._engine, jobs)]
         except BonnxError:
             # The artifact or the machine, and no row: what is left is done at the next start.
             raise
@@ -144,13 +145,13 @@ class Worker:
                 raise BonnxError(f"ONNX Runtime cannot go on: {failure}; nothing is lost: start again") from failure
             return found
 
-    def _alone(self, job: Job) -> Ranking | Exception:
+    def _alone(self, job: RankRequest) -> Ranking | Exception:
         try:
-            return self._model.rank_all([job])[0]
+            return rank_all(self._engine, [job])[0]
         except Exception as e:
             return BonnxError(f"ONNX Runtime cannot rank it: {e}")
 
-    def _job(self, row: Row) -> Job | str:
+    def _job(self, row: Row) -> RankRequest | str:
         if row.values is None:
             return row.reason or "it cannot be read"
         try:
@@ -160,7 +161,7 @@ class Worker:
         except Exception as e:  # no row may end a run, whatever a template or a tokenizer makes of it
             return f"it cannot be read: {type(e).__name__}: {e}"
 
-    def _checked(self, values: dict[str, Any]) -> Job:
+    def _checked(self, values: dict[str, Any]) -> RankRequest:
         """What is to be ranked.
 
         Raises:
@@ -187,7 +188,9 @@ class Worker:
             _named(to_candidate, candidate, f"'{task.candidates}', element {i}")
             for i, candidate in enumerate(_listed(values[task.candidates], task.candidates))
         ]
-        return self._model.job(_named(to_item, values[task.prompt], f"'{task.prompt}'"), candidates, **options)
+        return read_request(
+            self._engine, _named(to_item, values[task.prompt], f"'{task.prompt}'"), candidates, **options
+        )
 
 
 def added(ranking: Ranking, best: Any, names: Sequence[str]) -> dict[str, Any]:

@@ -20,9 +20,9 @@ from ..checks import shown
 from .providers import runtime_module
 
 __all__ = [
-    "Options",
     "Provider",
     "Session",
+    "SessionOptions",
     "Stop",
 ]
 
@@ -34,7 +34,7 @@ _BRIEF = 5 * 10**10
 _TYPES = {"tensor(float)": "float32", "tensor(int64)": "int64", "tensor(float16)": "float16"}
 
 
-class Options(msgspec.Struct, frozen=True, kw_only=True):
+class SessionOptions(msgspec.Struct, frozen=True, kw_only=True):
     """How to run: see `bonnx.load`."""
 
     provider: Provider = "auto"
@@ -62,7 +62,7 @@ class Stop(Protocol):
 class Session:
     """One graph, ready to run. Safe to share between threads."""
 
-    def __init__(self, path: Path, graph: Graph, options: Options) -> None:
+    def __init__(self, path: Path, graph: Graph, options: SessionOptions) -> None:
         runtime = runtime_module()
         self.graph, self.options = graph, options
         self._runtime = runtime
@@ -230,7 +230,7 @@ class _Weights:
             )
 
 
-def _providers(runtime: Any, options: Options) -> list[Any]:
+def _providers(runtime: Any, options: SessionOptions) -> list[Any]:
     available = runtime.get_available_providers()
     if options.provider == "cpu":
         return [_NAMES["cpu"]]

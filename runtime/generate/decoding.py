@@ -1,13 +1,14 @@
 """Generation that the host steers: `prefill` once, then `decode` token by token. The same tokens as `generate`.
 
-What differs from one `Run` of `generate` is that the host sees every step: for streaming, a deadline, or a search.
+What differs from one run of `generate` is that the host sees every token: for streaming, a deadline, or a search.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -15,10 +16,22 @@ from ..arrays import Array
 from ..checks import check_number
 from ..engine.session import Session
 from ..selection.aggregate import aggregate, aggregation_code, is_stepwise
-from .options import Request
+from .options import CheckedOptions
 from .result import FINISH_REASONS
 
-__all__ = ["DEADLINE", "LENGTH", "PRUNED", "STOP", "Growing", "clock", "generate_feeds", "grow", "survivors"]
+__all__ = [
+    "DEADLINE",
+    "LENGTH",
+    "PRUNED",
+    "STOP",
+    "CachedRows",
+    "Growing",
+    "clock",
+    "decode_all",
+    "generate_feeds",
+    "prefill",
+    "survivors",
+]
 
 LENGTH, STOP, PRUNED, DEADLINE = range(len(FINISH_REASONS))
 
@@ -36,9 +49,9 @@ class Growing:
         computed: tokens that the network has read.
     """
 
-    def __init__(self, request: Request, step_token: int | None) -> None:
-        n = request.n
-        self.request, self.step_token = request, step_token
+    def __init__(self, options: CheckedOptions, step_token: int | None) -> None:
+        n = options.n
+        self.options, self.step_token = options, step_token
         self.tokens = np.zeros((n, 0), np.int64)
         self.scores, self.log_probs = np.zeros((2, n, 0), np.float32)
         self.lengths, self.reasons = np.zeros(n, np.int64), np.full(n, -1)
@@ -56,7 +69,7 @@ class Growing:
             setattr(self, name, np.concatenate([old, column], 1))
         self.lengths[numbers] += 1
         self.computed += len(numbers)
-        self.reasons[numbers[np.isin(tokens, self.request.stop_tokens)]] = STOP
+        self.reasons[numbers[np.isin(tokens, self.options.stop_tokens)]] = STOP
 
     def select(self) -> tuple[Array, int]:
         """Each candidate's score (n,) as it stands, NaN for a pruned one, and the best index, -1 if nothing can win."""
@@ -64,7 +77,7 @@ class Growing:
         return self._select(mask & (self.reasons != PRUNED)[:, None])
 
     def _select(self, mask: Array) -> tuple[Array, int]:
-        name = self.request.aggregation
+        name = self.options.aggregation
         steps = self.tokens == self.step_token if is_stepwise(name) else np.ones_like(mask)
         plain = name.removeprefix("step_")
         arrays = (self.scores[:, None], mask[:, None].astype(np.int64), steps[:, None].astype(np.int64))
@@ -74,12 +87,12 @@ class Growing:
     def prune(self) -> None:
         """Keep the best of those in the race, ended ones included, as `generate` does."""
         found, _ = self._select(np.arange(self.tokens.shape[1]) < self.lengths[:, None])
-        self.kept = survivors(found, self.kept, self.request.prune_keep)
+        self.kept = survivors(found, self.kept, self.options.prune_keep)
         self.reasons[(self.reasons < 0) & ~self.kept] = PRUNED
 
 
 def survivors(scores: Array, kept: Array, keep: float) -> Array:
-    """Who goes on after a pruning, (n,) bool: of those in the race, `kept`, the best share, rounded as in the graph."""
+    """Who survives a pruning, (n,) bool: of those in the race, `kept`, the best share, rounded as in the graph."""
     ranked = np.where(kept & ~np.isnan(scores), scores, -np.inf)
     order = np.argsort(-ranked, kind="stable")
     limit = max(1, math.ceil(np.float32(kept.sum()) * np.float32(keep) - np.float32(1e-4)))
@@ -93,7 +106,7 @@ def clock(deadline: float | None) -> float | None:
     """When so many seconds from now have passed, on the clock of `time.monotonic`.
 
     Raises:
-        InputError: they have no meaning.
+        InputError: they are invalid.
     """
     if deadline is None:
         return None
@@ -101,68 +114,122 @@ def clock(deadline: float | None) -> float | None:
     return time.monotonic() + float(deadline)
 
 
-def grow(
-    session: Callable[[str], Session], prompt: Array, request: Request, step_token: int | None, deadline: float | None
+class CachedRows:
+    """Rows that `decode` reads together, one token at a time, and their keys and values, which stay where they run.
+
+    Args:
+        session: of `decode`.
+        fixed: inputs that stay the same, held where the session runs.
+    """
+
+    def __init__(self, session: Session, fixed: dict[str, Any]) -> None:
+        self._session, self._fixed = session, fixed
+        shapes = {value.name: value.shape for value in session.graph.inputs}
+        self._names = [name for name in shapes if name.split(".")[0] in ("key", "value")]
+        self._widths = [(int(shapes[name][2]), int(shapes[name][4])) for name in self._names]
+        self._cache: dict[str, Any] = {}
+
+    def blank(self) -> list[Array]:
+        """Keys and values (1, G, 0, K) of a row that has read nothing."""
+        return [np.zeros((1, heads, 0, size), np.float32) for heads, size in self._widths]
+
+    def join(self, caches: Sequence[list[Array]]) -> None:
+        """Put rows behind those that are there, all of which have read as many tokens: for each its keys and values."""
+        arrays = {}
+        for i, name in enumerate(self._names):
+            stacked = np.stack([cache[i] for cache in caches])
+            arrays[name] = np.concatenate([self._cache[name].numpy(), stacked]) if self._cache else stacked
+        self._cache = self._session.hold(arrays)
+
+    def read(self, tokens: Array, numbers: Array, *, logits: bool = False) -> dict[str, Any]:
+        """Let each row read a token and draw the next: both (rows, 1) int64; the outputs of `decode`, held."""
+        feeds = self._fixed | self._cache | self._session.hold({"tokens": tokens, "numbers": numbers})
+        outputs = self._session.values(feeds, logits=logits)
+        self._cache = {name: outputs[f"grown_{name}"] for name in self._names}
+        return outputs
+
+    def keep(self, rows: Sequence[int] | Array) -> list[Array]:
+        """Go on with these rows only; the keys and values of all rows, before."""
+        arrays = [self._cache[name].numpy() for name in self._names]
+        kept = {name: array[rows] for name, array in zip(self._names, arrays, strict=True)}
+        self._cache = self._session.hold(kept) if len(rows) else {}
+        return arrays
+
+
+def prefill(
+    session: Callable[[str], Session], prompt: Array, options: CheckedOptions, count: int, *, logits: bool = False
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Read a prompt (P,) int64 and draw the first tokens of so many candidates.
+
+    Returns:
+        the outputs of `prefill`, held, and the inputs of `decode` that stay the same.
+    """
+    mask, drawing = np.ones((1, len(prompt)), np.int64), options.drawing()
+    counts = {"num_candidates": np.array(count), "seed": np.array(options.seed)}
+    feeds = {"input_ids": prompt[None], "attention_mask": mask, **counts, **drawing}
+    outputs = session("prefill").values(feeds, logits=logits)
+    fixed = {name: value for name, value in outputs.items() if name.startswith("prompt_") or name == "stream"}
+    return outputs, fixed | session("decode").hold({"attention_mask": mask, **drawing})
+
+
+def decode_all(
+    session: Callable[[str], Session],
+    prompt: Array,
+    options: CheckedOptions,
+    step_token: int | None,
+    deadline: float | None,
 ) -> Iterator[Growing]:
-    """Generate; the same object is yielded after every step.
+    """Generate; the same object is yielded after every token.
 
     Args:
         session: gives the session of a graph.
         prompt: (P,) int64.
-        request: what to generate.
+        options: how to generate.
         step_token: ends a step, for the step aggregations.
         deadline: on the clock of `time.monotonic`, or None.
     """
-    growing = Growing(request, step_token)
-    prefill, decode = session("prefill"), session("decode")
-    mask = np.ones((1, len(prompt)), np.int64)
-    counts = {"num_candidates": np.array(request.n), "seed": np.array(request.seed)}
-    first = prefill.values({"input_ids": prompt[None], "attention_mask": mask, **counts, **request.drawing()})
-    fixed = {name: value for name, value in first.items() if name.startswith("prompt_") or name == "stream"}
-    fixed |= decode.hold({"attention_mask": mask, **request.drawing()})
+    growing = Growing(options, step_token)
+    first, fixed = prefill(session, prompt, options, options.n)
+    rows = CachedRows(session("decode"), fixed)
+    rows.join([rows.blank()] * options.n)
     tokens, log_probs = first["tokens"].numpy(), first["log_probs"].numpy()
-    numbers = np.arange(request.n)
-    shapes = {value.name: value.shape for value in decode.graph.inputs}
-    names = [name for name in shapes if name.split(".")[0] in ("key", "value")]
-    cache = decode.hold(
-        {n: np.zeros((request.n, 1, shapes[n][2], 0, shapes[n][4]), np.float32) for n in names}  # type: ignore[arg-type]
-    )
-    for step in range(1, request.max_new_tokens + 1):
-        found = decode.values(fixed | cache | decode.hold({"tokens": tokens, "numbers": numbers[:, None]}))
-        growing.add(numbers, tokens[:, 0], found["scores"].numpy()[:, 0], log_probs[:, 0])
-        if request.prune_every and step % request.prune_every == 0:
+    numbers = np.arange(options.n)
+    for length in range(1, options.max_new_tokens + 1):
+        outputs = rows.read(tokens, numbers[:, None])
+        growing.add(numbers, tokens[:, 0], outputs["scores"].numpy()[:, 0], log_probs[:, 0])
+        if options.prune_every and length % options.prune_every == 0:
             growing.prune()
         running = growing.reasons < 0
-        if step == request.max_new_tokens:
+        if length == options.max_new_tokens:
             growing.reasons[running] = LENGTH
         elif deadline is not None and time.monotonic() > deadline:
             growing.reasons[running] = DEADLINE
         yield growing
-        rows = np.flatnonzero(growing.reasons[numbers] < 0)
-        if not len(rows):
+        going = np.flatnonzero(growing.reasons[numbers] < 0)
+        if not len(going):
             return
-        cache = {name: found[f"grown_{name}"] for name in names}
-        if len(rows) < len(numbers):
-            cache = decode.hold({name: value.numpy()[rows] for name, value in cache.items()})
-        numbers, tokens, log_probs = numbers[rows], found["next_tokens"].numpy()[rows], found["log_probs"].numpy()[rows]
+        if len(going) < len(numbers):
+            rows.keep(going)
+        numbers = numbers[going]
+        tokens, log_probs = outputs["next_tokens"].numpy()[going], outputs["log_probs"].numpy()[going]
 
 
-def generate_feeds(prompts: Array, mask: Array, request: Request, step_token: int | None) -> dict[str, Array]:
+def generate_feeds(prompts: Array, mask: Array, options: CheckedOptions, step_token: int | None) -> dict[str, Array]:
     """The inputs of `generate`: prompts and their mask (B, P) int64."""
-    name = request.aggregation
+    name = options.aggregation
     whole = {
-        "num_candidates": request.n,
-        "max_new_tokens": request.max_new_tokens,
-        "seed": request.seed,
+        "num_candidates": options.n,
+        "max_new_tokens": options.max_new_tokens,
+        "seed": options.seed,
         "aggregation": aggregation_code(name),
         "step_token": step_token if is_stepwise(name) and step_token is not None else -1,
-        "prune_every": request.prune_every,
+        "prune_every": options.prune_every,
     }
     return {
         "input_ids": prompts,
         "attention_mask": mask,
-        "stop_tokens": np.array(request.stop_tokens, np.int64),
-        "prune_keep": np.array(request.prune_keep, np.float32),
+        "stop_tokens": np.array(options.stop_tokens, np.int64),
+        "prune_keep": np.array(options.prune_keep, np.float32),
         **{key: np.array(value, np.int64) for key, value in whole.items()},
-        **request.drawing(),
+        **options.drawing(),
     }

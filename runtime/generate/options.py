@@ -1,11 +1,13 @@
-"""What generation is asked for, and what comes of it."""
+"""How to generate: the one definition of the options, their defaults and their bounds."""
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Annotated, Any, TypedDict, TypeVar, get_type_hints
 
 import numpy as np
 
@@ -15,39 +17,91 @@ from ..checks import check_number, check_whole
 from ..selection.aggregate import aggregation_code
 
 __all__ = [
+    "DEFAULTS",
     "GREEDY_BELOW",
+    "SEARCH_OPTIONS",
+    "CheckedOptions",
     "GenerateOptions",
-    "Request",
-    "make_request",
+    "check_options",
+    "option_help",
+    "shows_options",
 ]
 
+_Method = TypeVar("_Method", bound=Callable[..., Any])
 # Divided by less, the last bits of two logits decide which token is drawn: then the most likely one is taken.
 GREEDY_BELOW = np.float32(1e-5)
 
 
 class GenerateOptions(TypedDict, total=False):
-    """How to generate. None stands for an option that is not given."""
+    """How to generate: the one list of options, which Python, the command line and HTTP share.
 
-    n: int
-    """Candidates, 1 if not given. The first 8 of 16 are those of 8."""
-    max_new_tokens: int
-    """Longest completion; what the artifact's limit leaves if not given."""
-    temperature: float
-    """Divides the logits; 0, and whatever is below 1e-5, takes the most likely token; 1 if not given."""
-    top_k: int
-    """Draw from the k most likely tokens; 0, the default, from all."""
-    top_p: float
-    """Then from the smallest set of most likely ones with this probability; 1, the default, from all."""
-    seed: int
-    """Of every random number: the same seed gives the same tokens in every runtime; 0 if not given."""
-    stop: Sequence[int | str] | None
-    """Tokens that end a completion, as ids or texts of one token each; the artifact's end token if not given."""
-    aggregation: str | None
-    """As in `rank`; the step forms read the artifact's step token."""
-    prune_every: int
-    """After every so many tokens only the best candidates go on (Sun et al., 2024); 0, the default, never."""
-    prune_keep: float
-    """The share that goes on, rounded up; 0.5 if not given."""
+    None stands for an option that is not given; `DEFAULTS` holds what is then taken.
+    """
+
+    n: Annotated[int, "number of candidates; the first 8 of 16 are those of 8"]
+    max_new_tokens: Annotated[int | None, "maximum length of a completion in tokens; by default what the limit leaves"]
+    temperature: Annotated[float, "divides the logits; 0, and anything below 1e-5, takes the most likely token"]
+    top_k: Annotated[int, "draw from the k most likely tokens; 0 draws from all"]
+    top_p: Annotated[float, "then draw from the smallest set of most likely tokens with this probability; 1 is all"]
+    seed: Annotated[int, "of every random number: the same seed gives the same tokens in every runtime"]
+    stop: Annotated[
+        Sequence[int | str] | None,
+        "tokens that end a completion, as ids or as texts of one token each; by default the artifact's own",
+    ]
+    aggregation: Annotated[
+        str | None, "how a candidate's scores become one, as in `rank`; by default the artifact's own rule"
+    ]
+    prune_every: Annotated[int, "tokens after which only the best candidates are kept (Sun et al., 2024); 0 is never"]
+    prune_keep: Annotated[float, "the share of candidates that a pruning keeps, rounded up"]
+
+
+DEFAULTS: Mapping[str, Any] = {
+    "n": 1,
+    "max_new_tokens": None,
+    "temperature": 1.0,
+    "top_k": 0,
+    "top_p": 1.0,
+    "seed": 0,
+    "stop": None,
+    "aggregation": None,
+    "prune_every": 0,
+    "prune_keep": 0.5,
+}
+# What a search takes: it sets the number of candidates itself, and prunes by a method of its own.
+SEARCH_OPTIONS = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop", "aggregation")
+
+
+def option_help(name: str) -> str:
+    """What an option of `GenerateOptions` does."""
+    text: str = get_type_hints(GenerateOptions, include_extras=True)[name].__metadata__[0]
+    return text
+
+
+def shows_options(names: Sequence[str] = tuple(DEFAULTS)) -> Callable[[_Method], _Method]:
+    """For a method that takes `**options`: its signature and docstring show each of them with its default."""
+
+    def show(method: _Method) -> _Method:
+        hints = get_type_hints(GenerateOptions)
+        signature = inspect.signature(method)
+        options = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=DEFAULTS[name], annotation=hints[name])
+            for name in names
+        ]
+        own = [*signature.parameters.values()]
+        if len(names) == len(DEFAULTS):
+            # There are no others.
+            own = [parameter for parameter in own if parameter.kind != parameter.VAR_KEYWORD]
+        rest = [parameter for parameter in own if parameter.kind == parameter.VAR_KEYWORD]
+        parameters = [*own[: len(own) - len(rest)], *options, *rest]
+        method.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        if method.__doc__ is not None:
+            before, line, after = re.split(r"(?m)^( +\*\*options: .*\n)", method.__doc__, maxsplit=1)
+            indent = line[: len(line) - len(line.lstrip())]
+            shown = "".join(f"{indent}{name}: {option_help(name)}. Default: {DEFAULTS[name]}.\n" for name in names)
+            method.__doc__ = before + (line if rest else "") + shown + after
+        return method
+
+    return show
 
 
 def _float32(value: Any) -> np.float32:
@@ -58,8 +112,8 @@ def _float32(value: Any) -> np.float32:
 
 
 @dataclass(frozen=True)
-class Request:
-    """Checked options of one generation.
+class CheckedOptions:
+    """The options of one generation, complete and checked.
 
     Raises:
         InputError: an option is invalid; it is named.
@@ -100,9 +154,9 @@ class Request:
         }
 
 
-def make_request(
+def check_options(
     options: GenerateOptions, stop_tokens: tuple[int, ...], aggregation: str, max_new_tokens: int
-) -> Request:
+) -> CheckedOptions:
     """Check options and fill in what was not given.
 
     Raises:
@@ -112,7 +166,7 @@ def make_request(
     for name in options:
         if name not in known:
             raise InputError(f"unknown option '{name}' of generate; {near_miss(name, known)}")
-    defaults = {"n": 1, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 0, "prune_every": 0, "prune_keep": 0.5}
-    given = {name: value for name, value in options.items() if value is not None and name != "stop"}
-    filled: dict[str, Any] = {**defaults, "aggregation": aggregation, "max_new_tokens": max_new_tokens, **given}
-    return Request(stop_tokens=stop_tokens, **filled)
+    given = {name: value for name, value in options.items() if value is not None}
+    filled: dict[str, Any] = {**DEFAULTS, "aggregation": aggregation, "max_new_tokens": max_new_tokens, **given}
+    del filled["stop"]
+    return CheckedOptions(stop_tokens=stop_tokens, **filled)

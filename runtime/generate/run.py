@@ -1,86 +1,65 @@
-"""Generations that run together: prompts side by side on the batch axis of `generate`."""
+"""Generations in one run of one graph, or token by token: the same tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 
 from ..arrays import Array
-from ..rank.run import Shape
+from ..engine.engine import Engine
+from ..engine.session import Stop
 from ..text.padding import pad
-from .decoding import generate_feeds
-from .options import Request
+from .decoding import decode_all, generate_feeds
+from .request import GenerateRequest
 from .result import FINISH_REASONS, Candidate, Generation
 
-__all__ = ["Draft", "make_candidate", "run_drafts"]
+__all__ = ["make_candidate", "run_together", "stream"]
 
 _OUTPUTS = ["sequences", "lengths", "scores", "log_probs", "finish_reasons", "candidate_scores", "best_index"]
+# The text of token ids behind a prompt's, as `Tokenizer.decode`; None where there is no tokenizer.
+_Decode = Callable[[list[int], list[int], str | None], str] | None
 
 
-@dataclass(frozen=True, eq=False)
-class Draft:
-    """One generation, read and checked.
-
-    Attributes:
-        prompt: (P,) int64.
-        request: what to generate.
-        joins: whether it may run beside others.
-    """
-
-    prompt: Array
-    request: Request
-    joins: bool = True
-
-    @property
-    def key(self) -> Hashable:
-        # The options are scalars of the graph. The seed is one too, and still each prompt draws numbers of its own.
-        return self.request if self.joins else None
-
-    @property
-    def shape(self) -> Shape:
-        return Shape(self.request.n, len(self.prompt), self.request.max_new_tokens)
-
-    @property
-    def tokens(self) -> int:
-        return self.request.n * self.request.max_new_tokens
-
-    @property
-    def column(self) -> Hashable:
-        return id(self)
-
-
-def run_drafts(
-    run: Callable[[dict[str, Array], list[str]], list[Array]],
-    drafts: Sequence[Draft],
-    step_token: int | None,
-    pad_token: int,
-    decode: Callable[[list[int], list[int], str | None], str] | None,
-) -> list[Generation]:
-    """Run drafts of equal keys as one.
-
-    Args:
-        run: runs `generate`: feeds and the wanted outputs to arrays.
-        drafts: at least one.
-        step_token: ends a step, for the step aggregations.
-        pad_token: fills what is no token.
-        decode: gives the text of token ids behind a prompt's, as `Text.decode`; None where there is no tokenizer.
-    """
-    request = drafts[0].request
-    prompts, mask = pad([draft.prompt for draft in drafts], pad_token)
-    outputs = run(generate_feeds(prompts, mask, request, step_token), _OUTPUTS)
-    tokens, lengths, scores, log_probs, reasons, found, best = outputs
+def run_together(engine: Engine, requests: Sequence[GenerateRequest], stop: Stop | None = None) -> list[Generation]:
+    """Generate for requests of equal keys in one run; `best_index` is -1 where nothing can win."""
+    options, scoring = requests[0].options, engine.manifest.scoring
+    prompts, mask = pad([request.prompt for request in requests], scoring.pad_token)
+    feeds = generate_feeds(prompts, mask, options, scoring.step_token)
+    outputs = engine.session("generate").run(feeds, _OUTPUTS, stop)
+    tokens, lengths, scores, log_probs, reasons, candidate_scores, best = outputs
     results = []
-    for b, draft in enumerate(drafts):
-        rows = zip(*(array[:, b] for array in (tokens, scores, log_probs, lengths, found, reasons)), strict=True)
-        candidates = [make_candidate(decode, draft.prompt, *row) for row in rows]
+    for b, request in enumerate(requests):
+        parts = (tokens, scores, log_probs, lengths, candidate_scores, reasons)
+        rows = zip(*(array[:, b] for array in parts), strict=True)
+        candidates = [make_candidate(_decode(engine), request.prompt, *row) for row in rows]
         # Each token of a candidate is read once, for its score.
         computed = int(lengths[:, b].sum())
-        results.append(Generation(int(best[b]), candidates, len(draft.prompt), computed, request.aggregation))
+        results.append(Generation(int(best[b]), candidates, len(request.prompt), computed, options.aggregation))
     return results
 
 
+def stream(engine: Engine, request: GenerateRequest, deadline: float | None) -> Iterator[Generation]:
+    """The candidates after every token; the last ones are the result.
+
+    Args:
+        engine: what runs it.
+        request: what to generate.
+        deadline: on the clock of `time.monotonic`, or None.
+    """
+    step_token = engine.manifest.scoring.step_token
+    for growing in decode_all(engine.session, request.prompt, request.options, step_token, deadline):
+        candidate_scores, best = growing.select()
+        parts = (growing.tokens, growing.scores, growing.log_probs, growing.lengths, candidate_scores, growing.reasons)
+        candidates = [make_candidate(_decode(engine), request.prompt, *row) for row in zip(*parts, strict=True)]
+        yield Generation(best, candidates, len(request.prompt), growing.computed, request.options.aggregation)
+
+
+def _decode(engine: Engine) -> _Decode:
+    tokenizer = engine.reader.tokenizer
+    return None if tokenizer is None else tokenizer.decode
+
+
 def make_candidate(
-    decode: Callable[[list[int], list[int], str | None], str] | None,
+    decode: _Decode,
     prompt: Array,
     tokens: Array,
     scores: Array,

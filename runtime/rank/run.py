@@ -1,248 +1,135 @@
-"""Rankings that run together: which go into one run of `rank`, and what each gets of what that run found.
-
-Prompts lie side by side on the graph's batch axis. Rankings of the same prompt share its column, one behind the other
-on the candidates' axis, so that the prompt is computed once for all of them.
-"""
+"""One run of a graph for the requests that it can hold, and what each gets of what the run gave."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 
-from ...errors import NoWinnerError
+from ...errors import InputError, NoWinnerError
 from ..arrays import Array
+from ..artifact.limits import estimate_memory
+from ..batching import Shape, padded_tokens, plan
+from ..checks import check_number, check_whole, is_list, shown
+from ..engine.engine import Engine
+from ..engine.session import Stop
 from ..selection.aggregate import aggregation_code, elect, is_stepwise
-from ..selection.vote import Ballot
-from ..text.reader import Item, Rows
+from .request import RankRequest
 from .result import Ranking, winner
 
-__all__ = ["Job", "Shape", "Work", "measure", "padded_tokens", "plan", "run_jobs"]
+__all__ = ["fits", "rank_all", "run_together"]
+
+_OUTPUTS = ["scores", "candidate_scores", "best_index", "group_scores"]
+# What `score` takes as `rank` does.
+_SHARED_INPUTS = ("step_mask", "aggregation", "answer_ids", "vote")
 
 
-@dataclass(frozen=True)
-class Shape:
-    """What a piece of work computes: `candidates` of at most `length` tokens after a prompt of `prompt` tokens."""
-
-    candidates: int
-    prompt: int
-    length: int
-
-
-# How many of the last groups a work is offered to.
-_OPEN = 8
-
-
-class Work(Protocol):
-    """What can run together with others of its kind.
-
-    Attributes:
-        key: only works with equal keys run together; None for one that runs alone.
-        shape: its size, padded by itself.
-        tokens: how many of these tokens are real, without the prompt's.
-        column: equal for works whose prompts are the same.
-    """
-
-    @property
-    def key(self) -> Hashable: ...
-
-    @property
-    def shape(self) -> Shape: ...
-
-    @property
-    def tokens(self) -> int: ...
-
-    @property
-    def column(self) -> Hashable: ...
-
-
-@dataclass(frozen=True, eq=False)
-class Job:
-    """One ranking, read and checked.
-
-    Attributes:
-        candidates: as they were passed.
-        aggregation: how a candidate's scores become one.
-        ballot: how they vote.
-        rows: as they were read.
-        values: the candidates, padded, (N, T) int64 or (N, T, embed_dim) float32.
-        mask: (N, T) int64.
-        steps: (N, T) int64, where the aggregation may read, or (1, 1) for everywhere.
-    """
-
-    candidates: Sequence[Item]
-    aggregation: str
-    ballot: Ballot
-    rows: Rows
-    values: Array
-    mask: Array
-    steps: Array
-    joins: bool = True
-    """Whether it may run beside others."""
-    column: Hashable = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "column", self.prompt.tobytes())
-
-    @property
-    def prompt(self) -> Array:
-        """(P,) int64 or (P, embed_dim) float32."""
-        assert self.rows.prompt is not None
-        return self.rows.prompt
-
-    @property
-    def key(self) -> Hashable:
-        # Without a prompt to share, another graph runs.
-        return (self.aggregation, self.ballot.vote) if self.joins and len(self.prompt) else None
-
-    @property
-    def shape(self) -> Shape:
-        return Shape(len(self.values), len(self.prompt), self.values.shape[1])
-
-    @property
-    def tokens(self) -> int:
-        return int(self.mask.sum())
-
-
-def padded_tokens(columns: int, shape: Shape) -> int:
-    """Tokens that a run computes, padding included."""
-    return columns * (shape.prompt + shape.candidates * shape.length)
-
-
-class _Group:
-    """Works that run together while it is made."""
-
-    def __init__(self, work: Work, place: int) -> None:
-        self.key, self.places = work.key, [place]
-        self.columns = {work.column: work.shape.candidates}
-        self.shape, self.real = work.shape, work.shape.prompt + work.tokens
-
-    def take(self, work: Work, place: int, fits: Callable[[int, Shape], bool], waste: float) -> bool:
-        """Add a work if the run stays within its bounds; whether it was added."""
-        if work.key is None or work.key != self.key:
-            return False
-        own = work.shape
-        rows = self.columns.get(work.column, 0) + own.candidates
-        columns = len(self.columns) + (work.column not in self.columns)
-        whole = Shape(
-            max(rows, self.shape.candidates), max(own.prompt, self.shape.prompt), max(own.length, self.shape.length)
-        )
-        real = self.real + work.tokens + (0 if work.column in self.columns else own.prompt)
-        if not fits(columns, whole) or real < (1 - waste) * padded_tokens(columns, whole):
-            return False
-        self.columns[work.column] = rows
-        self.shape, self.real = whole, real
-        self.places.append(place)
-        return True
-
-
-def plan(works: Sequence[Work], fits: Callable[[int, Shape], bool], waste: float) -> list[list[int]]:
-    """Which works run together: each group as indices in the order of the works, and the groups likewise.
-
-    Works of like shape are put together, the rankings of one prompt first. The same works give the same plan.
-
-    Args:
-        works: at least one.
-        fits: whether a run of so many columns, each of this shape, is allowed; a work alone always is.
-        waste: greatest share of a joint run's tokens that may be padding, in [0, 1).
-    """
-    keys: dict[Hashable, int] = {}
-    columns: dict[Hashable, int] = {}
-    # Where works stand by their size: the largest first, those of one prompt together.
-    sizes: dict[Hashable, int] = {}
-    for work in works:
-        keys.setdefault(work.key, len(keys))
-        columns.setdefault(work.column, len(columns))
-        sizes[work.column] = max(sizes.get(work.column, 0), work.shape.candidates * work.shape.length)
-    order = sorted(
-        range(len(works)), key=lambda i: (keys[works[i].key], -sizes[works[i].column], columns[works[i].column])
-    )
-    groups: list[_Group] = []
-    for i in order:
-        if not any(group.take(works[i], i, fits, waste) for group in groups[: -_OPEN - 1 : -1]):
-            groups.append(_Group(works[i], i))
-    return sorted(sorted(group.places) for group in groups)
-
-
-def measure(works: Sequence[Work]) -> tuple[int, int]:
-    """Tokens of a joint run: the real ones, and those that it computes."""
-    group = _Group(works[0], 0)
-    for i, work in enumerate(works[1:], 1):
-        group.take(work, i, lambda columns, shape: True, 1.0)
-    return group.real, padded_tokens(len(group.columns), group.shape)
-
-
-def run_jobs(
-    run: Callable[[str, dict[str, Array], list[str]], list[Array]], jobs: Sequence[Job], suffix: str, pad_token: int
+def rank_all(
+    engine: Engine, requests: Sequence[RankRequest], *, tokens: int = 2048, waste: float = 0.2
 ) -> list[Ranking | NoWinnerError]:
-    """Run a group of jobs as one.
+    """Rank many requests, those of like shape in one run; scores differ from those of single runs by rounding only.
 
     Args:
-        run: runs a graph by its name: feeds and the wanted outputs to arrays.
-        jobs: of equal keys.
-        suffix: of the graph's inputs, `ids` or `embeds`.
-        pad_token: fills what is no token.
+        engine: what runs them.
+        requests: what `read_request` made.
+        tokens: maximum size of a joint run, padding included.
+        waste: maximum share of a joint run's tokens that may be padding, in [0, 1).
 
     Returns:
-        for each job its ranking, or the error that it has no winner.
+        for each request its ranking, or the error that it has no winner.
+
+    Raises:
+        InputError: not requests, or invalid bounds.
     """
-    first = jobs[0]
-    columns: dict[Hashable, int] = {}
+    if not is_list(requests) or not all(isinstance(request, RankRequest) for request in requests):
+        raise InputError(f"requests: expected a list of what `read_request` made; got {shown(requests)}")
+    check_whole("tokens", tokens, 1)
+    check_number("waste", waste, "a number of at least 0 and below 1", lambda share: 0 <= share < 1)
+    results: dict[int, Ranking | NoWinnerError] = {}
+    for indices in plan(requests, fits(engine, tokens), waste) if requests else []:
+        results |= zip(indices, run_together(engine, [requests[i] for i in indices]), strict=True)
+    return [results[i] for i in range(len(requests))]
+
+
+def fits(engine: Engine, tokens: int) -> Callable[[int, Shape], bool]:
+    """For `plan`: whether a run stays within so many tokens, the artifact's limits and the memory limit."""
+    limits, memory = engine.manifest.limits, engine.memory_limit
+
+    def fits(slots: int, shape: Shape) -> bool:
+        if padded_tokens(slots, shape) > tokens or shape.candidates > limits.max_candidates:
+            return False
+        needed = slots * estimate_memory(engine.manifest, shape.candidates, shape.prompt, shape.length)
+        return memory is None or needed <= memory
+
+    return fits
+
+
+def run_together(
+    engine: Engine, requests: Sequence[RankRequest], stop: Stop | None = None
+) -> list[Ranking | NoWinnerError]:
+    """Rank requests of equal keys in one run; for each its ranking, or the error that it has no winner."""
+    slots: dict[Hashable, int] = {}
     filled: list[int] = []
     places = []
-    for job in jobs:
-        column = columns.setdefault(job.column, len(columns))
-        filled += [0] * (column == len(filled))
-        places.append((column, slice(filled[column], filled[column] + len(job.values))))
-        filled[column] += len(job.values)
-    feeds = _feeds(jobs, places, len(columns), max(filled), suffix, pad_token)
+    for request in requests:
+        slot = slots.setdefault(request.prompt_slot, len(slots))
+        filled += [0] * (slot == len(filled))
+        places.append((slot, slice(filled[slot], filled[slot] + len(request.values))))
+        filled[slot] += len(request.values)
+    suffix = engine.input_suffix
+    feeds = _feeds(requests, places, len(slots), max(filled), suffix, engine.manifest.scoring.pad_token)
     graph = "rank"
-    if not len(first.prompt):
+    if not len(requests[0].prompt):
         # The first token of each candidate reaches into the prompt, so nothing is shared.
-        graph, feeds = "score", _as_rows(feeds, suffix)
-    scores, found, best, groups = run(graph, feeds, ["scores", "candidate_scores", "best_index", "group_scores"])
-    scores = scores.reshape(*found.shape, -1)
+        graph, feeds = "score", _feeds_of_score(feeds, suffix)
+    scores, candidate_scores, best, groups = engine.session(graph).run(feeds, _OUTPUTS, stop)
+    scores = scores.reshape(*candidate_scores.shape, -1)
     results: list[Ranking | NoWinnerError] = []
-    for job, (column, rows) in zip(jobs, places, strict=True):
-        index, group_scores = best[column], groups[rows, column]
-        if len(job.values) < filled[column]:
-            # The graph chose among the candidates of all jobs in this column.
-            ballot = job.ballot
-            chosen, counted = elect(found[rows, column, None], ballot.ids, ballot.vote, ballot.vote_weight)
+    for request, (slot, rows) in zip(requests, places, strict=True):
+        index, group_scores = best[slot], groups[rows, slot]
+        if len(request.values) < filled[slot]:
+            # The graph chose among the candidates of all requests in this slot.
+            ballot = request.ballot
+            chosen, counted = elect(candidate_scores[rows, slot, None], ballot.ids, ballot.vote, ballot.vote_weight)
             index, group_scores = chosen[0], counted[:, 0]
         try:
-            results.append(_ranking(job, int(index), scores[rows, column], found[rows, column], group_scores))
+            results.append(
+                _ranking(request, int(index), scores[rows, slot], candidate_scores[rows, slot], group_scores)
+            )
         except NoWinnerError as e:
             results.append(e)
     return results
 
 
 def _feeds(
-    jobs: Sequence[Job], places: Sequence[tuple[int, slice]], columns: int, rows: int, suffix: str, pad_token: int
+    requests: Sequence[RankRequest],
+    places: Sequence[tuple[int, slice]],
+    slots: int,
+    rows: int,
+    suffix: str,
+    pad_token: int,
 ) -> dict[str, Array]:
-    """The inputs of `rank`: each job's arrays at its place, padding elsewhere."""
-    first = jobs[0]
-    longest, length = max(len(job.prompt) for job in jobs), max(job.values.shape[1] for job in jobs)
+    """The inputs of `rank`: each request's arrays at its place, padding elsewhere."""
+    first = requests[0]
+    longest, length = max(len(one.prompt) for one in requests), max(one.values.shape[1] for one in requests)
     fill, more = (pad_token, ()) if first.values.ndim == 2 else (0, first.values.shape[2:])
-    prompts = np.full((columns, longest, *more), fill, first.values.dtype)
-    prompt_mask = np.zeros((columns, longest), np.int64)
-    values = np.full((rows, columns, length, *more), fill, first.values.dtype)
-    mask = np.zeros((rows, columns, length), np.int64)
+    prompts = np.full((slots, longest, *more), fill, first.values.dtype)
+    prompt_mask = np.zeros((slots, longest), np.int64)
+    values = np.full((rows, slots, length, *more), fill, first.values.dtype)
+    mask = np.zeros((rows, slots, length), np.int64)
     steps = np.ones((1, 1, 1), np.int64)
-    if any(job.steps.shape != (1, 1) for job in jobs):
+    if any(one.steps.shape != (1, 1) for one in requests):
         steps = np.zeros_like(mask)
-    answers = np.full((rows, columns), -1, np.int64)
-    for job, (column, own) in zip(jobs, places, strict=True):
-        tokens = job.values.shape[1]
-        prompts[column, : len(job.prompt)] = job.prompt
-        prompt_mask[column, : len(job.prompt)] = 1
-        values[own, column, :tokens] = job.values
-        mask[own, column, :tokens] = job.mask
-        if steps.ndim == mask.ndim and steps.shape == mask.shape:
-            steps[own, column, :tokens] = job.steps
-        answers[own, column] = job.ballot.ids[:, 0]
+    answers = np.full((rows, slots), -1, np.int64)
+    for one, (slot, own) in zip(requests, places, strict=True):
+        tokens = one.values.shape[1]
+        prompts[slot, : len(one.prompt)] = one.prompt
+        prompt_mask[slot, : len(one.prompt)] = 1
+        values[own, slot, :tokens] = one.values
+        mask[own, slot, :tokens] = one.mask
+        if steps.shape == mask.shape:
+            steps[own, slot, :tokens] = one.steps
+        answers[own, slot] = one.ballot.ids[:, 0]
     return {
         "aggregation": np.array(aggregation_code(first.aggregation), np.int64),
         f"prompt_{suffix}": prompts,
@@ -255,22 +142,31 @@ def _feeds(
     }
 
 
-def _as_rows(feeds: dict[str, Array], suffix: str) -> dict[str, Array]:
-    """Inputs of `rank` without a prompt, for `score`."""
+def _feeds_of_score(feeds: dict[str, Array], suffix: str) -> dict[str, Array]:
+    """The inputs of `rank` without a prompt, for `score`."""
     values, mask = feeds[f"candidate_{suffix}"][:, 0], feeds["candidate_mask"][:, 0]
     rows = {"input_ids" if suffix == "ids" else "inputs_embeds": values, "attention_mask": mask}
     rows["num_candidates"] = np.array(len(values), np.int64)
-    kept = ("step_mask", "aggregation", "answer_ids", "vote")
-    return rows | {name: feeds[name] for name in kept}
+    return rows | {name: feeds[name] for name in _SHARED_INPUTS}
 
 
-def _ranking(job: Job, index: int, scores: Array, found: Array, groups: Array) -> Ranking:
-    """What a job gets of its own scores (N, T), candidate scores (N,) and group scores (N,)."""
+def _ranking(request: RankRequest, index: int, scores: Array, candidate_scores: Array, groups: Array) -> Ranking:
+    """What a request gets of its own scores (N, T), candidate scores (N,) and group scores (N,)."""
     best = winner(index, "candidates")
-    rows = job.rows
+    rows = request.rows
     own = [scores[i, skip : len(item)] for i, (skip, item) in enumerate(zip(rows.skip, rows.items, strict=True))]
-    ends = None
-    if is_stepwise(job.aggregation):
-        ends = [scores[i, : len(item)][job.steps[i, : len(item)] > 0] for i, item in enumerate(rows.items)]
-    standing = job.ballot.count(found, groups)
-    return Ranking(best, job.candidates[best], found, own, job.aggregation, *standing, ends, rows.cut, rows.unreadable)
+    step_scores = None
+    if is_stepwise(request.aggregation):
+        step_scores = [scores[i, : len(item)][request.steps[i, : len(item)] > 0] for i, item in enumerate(rows.items)]
+    standing = request.ballot.count(candidate_scores, groups)
+    return Ranking(
+        best,
+        request.candidates[best],
+        candidate_scores,
+        own,
+        request.aggregation,
+        *standing,
+        step_scores,
+        rows.cut,
+        rows.unreadable,
+    )

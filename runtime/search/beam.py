@@ -11,13 +11,14 @@ from ..arrays import Array
 from ..checks import check_whole
 from ..generate.decoding import STOP
 from .count import Count, as_count, check_count
+from .method import Method
 from .tree import Branch, Tree
 
 __all__ = ["Beam", "Lookahead", "Trees"]
 
 
 @dataclass(frozen=True)
-class Beam:
+class Beam(Method):
     """Beam search (Snell et al., 2024, section 5): N first steps; the best N / M go on, with M next steps each.
 
     Completions that end leave the beam as candidates, and fewer go on, so that there are N candidates in the end. After
@@ -40,7 +41,7 @@ class Beam:
             raise InputError(f"distinct: expected True or False; got {self.distinct!r}")
         check_whole("rounds", self.rounds, 1)
 
-    def run(self, tree: Tree, budget: int) -> list[Branch]:
+    def run(self, tree: Tree, budget: int, begun: Sequence[Branch] = ()) -> list[Branch]:
         """The finished branches."""
         return self._search(tree, [budget], self._width(budget))
 
@@ -102,7 +103,7 @@ class Lookahead(Beam):
         super().__post_init__()
         check_whole("steps", self.steps, 1)
 
-    def run(self, tree: Tree, budget: int) -> list[Branch]:
+    def run(self, tree: Tree, budget: int, begun: Sequence[Branch] = ()) -> list[Branch]:
         """The finished branches."""
         beams = budget // (self.steps + 1)
         if beams < 1:
@@ -114,7 +115,7 @@ class Lookahead(Beam):
 class Trees(Beam):
     """Diverse verifier tree search (Beeching et al., 2024): N / M independent beam searches of M beams."""
 
-    def run(self, tree: Tree, budget: int) -> list[Branch]:
+    def run(self, tree: Tree, budget: int, begun: Sequence[Branch] = ()) -> list[Branch]:
         """The finished branches."""
         width = self._width(budget)
         count = budget // width

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from ..checks import check_number, check_whole
 from ..generate.decoding import PRUNED, survivors
+from .method import Method
 from .tree import Branch, Tree
 
 __all__ = ["Pruned"]
 
 
 @dataclass(frozen=True)
-class Pruned:
+class Pruned(Method):
     """Speculative rejection (Sun et al., 2024) by the running score: `prune_every` and `prune_keep` of `generate`.
 
     Attributes:
@@ -29,7 +31,7 @@ class Pruned:
         check_whole("every", self.every, 1)
         check_number("keep", self.keep, "a number above 0 and at most 1", lambda keep: 0 < keep <= 1)
 
-    def run(self, tree: Tree, budget: int) -> list[Branch]:
+    def run(self, tree: Tree, budget: int, begun: Sequence[Branch] = ()) -> list[Branch]:
         """All branches, those that were pruned among them."""
         branches, length = tree.roots(budget), 0
         race = np.ones(budget, bool)

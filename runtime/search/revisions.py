@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
 from ...errors import InputError
+from ..arrays import Array
 from ..checks import check_whole
 from ..generate.decoding import LENGTH, generate_feeds
+from .choice import choose_in_chains
 from .count import Count, as_count, check_count
+from .method import Ballots, Method
 from .tree import Branch, Tree
 
 __all__ = ["Revisions"]
 
 
 @dataclass(frozen=True)
-class Revisions:
+class Revisions(Method):
     """Chains of attempts, for a model that was trained to revise (Snell et al., 2024, section 6).
 
     Each attempt continues the prompt and the last attempts of its chain, whole and one after the other, each with its
@@ -30,6 +35,8 @@ class Revisions:
         memory: earlier attempts that the next one sees.
     """
 
+    needs_own_tree: ClassVar[bool] = True
+
     chains: Count = "sqrt"
     memory: int = 4
 
@@ -37,7 +44,7 @@ class Revisions:
         check_count("chains", self.chains)
         check_whole("memory", self.memory, 1)
 
-    def run(self, tree: Tree, budget: int) -> list[Branch]:
+    def run(self, tree: Tree, budget: int, begun: Sequence[Branch] = ()) -> list[Branch]:
         """Every attempt; `group` is its chain."""
         count = as_count(self.chains, budget)
         if budget < count:
@@ -72,13 +79,36 @@ class Revisions:
         ids: list[int] = tree.prompt.tolist()
         for attempt in chain[-self.memory :]:
             ids += attempt.tokens
-            if attempt.reason == LENGTH and tree.request.stop_tokens:
-                ids.append(tree.request.stop_tokens[0])
+            if attempt.reason == LENGTH and tree.options.stop_tokens:
+                ids.append(tree.options.stop_tokens[0])
         return ids
 
     def room(self, limit: int, prompt: int) -> int:
-        """Tokens of an attempt, if the artifact takes `limit` tokens in all."""
-        return (limit - prompt - self.memory) // (self.memory + 1)
+        """Tokens of one attempt, with the earlier ones in view.
+
+        Raises:
+            InputError: there is no room.
+        """
+        room = (limit - prompt - self.memory) // (self.memory + 1)
+        if room < 1:
+            raise InputError(
+                f"memory: {self.memory} earlier attempts after a prompt of {prompt} tokens leave no room in the "
+                f"artifact's {limit}; expected fewer"
+            )
+        return room
+
+    def check_length(self, length: int, limit: int, prompt: int) -> None:
+        room = self.room(limit, prompt)
+        if length > room:
+            raise InputError(
+                f"max_new_tokens: {length} for each of {self.memory + 1} attempts in view, after a "
+                f"prompt of {prompt}, are more than the artifact's {limit} tokens; expected at most {room}"
+            )
+
+    def choose(self, ballots: Ballots) -> tuple[int, Array]:
+        """By a vote within each chain, then one among the chains' winners."""
+        chains = [branch.group for branch in ballots.branches]
+        return choose_in_chains(ballots.scores, ballots.answer_ids, ballots.vote, ballots.vote_weight, chains)
 
 
 def _seed(seed: int, again: int) -> int:
@@ -92,10 +122,10 @@ def _generate(tree: Tree, contexts: list[tuple[int, ...]], count: int, again: in
     ids, mask = np.zeros((2, len(contexts), width), np.int64)
     for row, real, context in zip(ids, mask, contexts, strict=True):
         row[width - len(context) :], real[width - len(context) :] = context, 1
-    request = dataclasses.replace(tree.request, n=count, seed=_seed(int(tree.request.seed), again))
-    feeds = generate_feeds(ids, mask, request, tree.step_token)
+    options = dataclasses.replace(tree.options, n=count, seed=_seed(int(tree.options.seed), again))
+    feeds = generate_feeds(ids, mask, options, tree.step_token)
     names = ["sequences", "lengths", "scores", "log_probs", "finish_reasons", "computed_tokens"]
-    tokens, lengths, scores, log_probs, reasons, computed = tree.session("generate").run(feeds, names)
+    tokens, lengths, scores, log_probs, reasons, computed = tree.engine.session("generate").run(feeds, names)
     tree.cost.prompt_tokens += sum(map(len, contexts))
     tree.cost.sampled_tokens += int(lengths.sum())
     tree.cost.computed_tokens += int(computed)

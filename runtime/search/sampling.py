@@ -6,21 +6,24 @@ import math
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 
 from ...errors import InputError
 from ..arrays import Array
 from ..checks import check_number, check_whole, shown
+from .method import Ballots, Method
 from .tree import Branch, Tree
 
 __all__ = ["Adaptive", "Sampling", "SelfCertainty", "borda", "leader_is_safe", "worth_one_more"]
 
 
 @dataclass(frozen=True)
-class Sampling:
+class Sampling(Method):
     """As many completions as the budget says, none of which knows of another."""
+
+    continues_probe: ClassVar[bool] = True
 
     def run(self, tree: Tree, budget: int, begun: Sequence[Branch] = ()) -> list[Branch]:
         """The finished branches; those that are finished already count."""
@@ -39,13 +42,20 @@ class SelfCertainty(Sampling):
 
     power: float = 0.5
 
+    needs_certainty: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         # More would leave the range of float32 where there are thousands of candidates.
         check_number("power", self.power, "a number of at least 0 and at most 8", lambda power: 0 <= power <= 8)
 
+    def choose(self, ballots: Ballots) -> tuple[int, Array]:
+        """By `borda`."""
+        certainties = np.array([np.mean(branch.certainties) for branch in ballots.branches])
+        return borda(certainties, ballots.answer_ids, self.power)
+
 
 @dataclass(frozen=True)
-class Adaptive:
+class Adaptive(Method):
     """Completions in batches, until more are not worth it; the budget is the most.
 
     Without a vote sampling is opening boxes (Weitzman, 1979; for best-of-N arXiv 2510.01394): it stops when the
@@ -62,6 +72,8 @@ class Adaptive:
         confidence: that the leader stays ahead, 0.5 to 1.
         rule: `gain` or `leader` is the first or the second rule whatever the vote; `auto` goes by the vote.
     """
+
+    continues_probe: ClassVar[bool] = True
 
     batch: int = 4
     price: float = 0.01

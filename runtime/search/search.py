@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import time
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -15,25 +16,27 @@ from ...errors import InputError, near_miss
 from ..arrays import Array
 from ..artifact.manifest import VOTES
 from ..checks import check_function, check_whole, shown
+from ..engine.engine import Engine
 from ..generate.decoding import PRUNED, clock
+from ..generate.options import SEARCH_OPTIONS, GenerateOptions
+from ..generate.request import options_within
 from ..generate.result import FINISH_REASONS, Candidate
-from ..model import Model, checked_request
 from ..rank.result import winner
 from ..selection.vote import Answers, Ballot, make_ballot
 from ..text.reader import Item
 from .beam import Beam, Lookahead, Trees
-from .choice import choose, choose_in_chains
+from .method import Ballots, Method
 from .policy import Policy, read_policy
 from .pruning import Pruned
 from .result import SearchResult
 from .revisions import Revisions
-from .sampling import Adaptive, Sampling, SelfCertainty, borda
+from .sampling import Adaptive, Sampling, SelfCertainty
 from .tree import Branch, Scorer, Tree
 
 __all__ = ["METHODS", "search"]
 
 # Each method, and how its candidates are chosen from; None is a weighted vote if there are answers, else the score.
-METHODS: dict[str, tuple[type[Any], str | None]] = {
+METHODS: dict[str, tuple[type[Method], str | None]] = {
     "best_of_n": (Sampling, "score"),
     "weighted": (Sampling, "weighted"),
     "majority": (Sampling, "majority"),
@@ -45,14 +48,13 @@ METHODS: dict[str, tuple[type[Any], str | None]] = {
     "dvts": (Trees, None),
     "revisions": (Revisions, None),
 }
-_SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop", "aggregation")
 
 
 @dataclass(frozen=True)
-class Search:
-    """What all methods are told alike; see `Model.search`."""
+class SearchRequest:
+    """What is asked for, whatever the method; see `Model.search`."""
 
-    model: Model
+    engine: Engine
     prompt: Array
     answers: Answers | None
     vote: str | None
@@ -67,7 +69,7 @@ class Search:
         tree = self._tree(runner, method, budget)
         return self._result(tree, runner.run(tree, budget), runner, method)
 
-    def by_policy(self, policy: Policy, budget: int) -> SearchResult:
+    def run_policy(self, policy: Policy, budget: int) -> SearchResult:
         """Spend a budget by the method that a policy has for prompts as hard as this one.
 
         A few completions tell how hard it is. They are the first ones of a method that samples; beside the others'
@@ -78,7 +80,7 @@ class Search:
         runners = [_make(choice.method, choice.options) for choice in choices]
         votes = [self._answer_of(choice.method) for choice in choices]
         tree = self._tree(Sampling(), "best_of_n", max(policy.probe, stored))
-        tree.with_certainty = any(isinstance(runner, SelfCertainty) for runner in runners)
+        tree.with_certainty = any(runner.needs_certainty for runner in runners)
         tree.weighs = any(self._vote(choice.method) == "weighted" for choice in choices)
         tree.reserve(policy.probe + stored)
         probed = tree.roots(policy.probe)
@@ -87,7 +89,7 @@ class Search:
         mean = math.nan if np.isnan(scores).all() else float(np.nanmean(scores))
         bin_ = policy.bin(mean)
         runner, method = runners[bin_], choices[bin_].method
-        if isinstance(runner, Revisions):
+        if runner.needs_own_tree:
             following = self._tree(runner, method, stored)
             following.cost, following.nodes = tree.cost, tree.nodes
             following.draws[tuple(self.prompt.tolist())] += 1
@@ -95,37 +97,23 @@ class Search:
                 # Each a chain of its own.
                 branch.group = -1 - i
             tree = following
-        tree.answer_of, tree.request = votes[bin_], dataclasses.replace(tree.request, n=stored)
-        if isinstance(runner, Sampling | Adaptive):
-            branches = runner.run(tree, stored, probed)
-        else:
-            branches = [*probed, *runner.run(tree, stored)]
+        tree.answer_of, tree.options = votes[bin_], dataclasses.replace(tree.options, n=stored)
+        beside = [] if runner.continues_probe else probed
+        branches = [*beside, *runner.run(tree, stored, probed if runner.continues_probe else ())]
         result = self._result(tree, branches, runner, method)
-        said = {"mean_score": mean, "bin": bin_ + 1, "bins": len(policy.thresholds) + 1, "budget": stored}
-        return dataclasses.replace(result, policy=said)
+        judged = {"mean_score": mean, "bin": bin_ + 1, "bins": len(policy.thresholds) + 1, "budget": stored}
+        return dataclasses.replace(result, policy=judged)
 
-    def _tree(self, runner: Any, method: str, budget: int) -> Tree:
+    def _tree(self, runner: Method, method: str, budget: int) -> Tree:
         """Everything checked, and a tree without branches."""
         check_whole("budget", budget, 1)
-        model, length = self.model, len(self.prompt)
-        model.session("prefill")
-        scoring, limit = model.manifest.scoring, model.manifest.limits.max_tokens
-        room = limit - length
-        if isinstance(runner, Revisions):
-            room = runner.room(limit, length)
-            if room < 1:
-                raise InputError(
-                    f"memory: {runner.memory} earlier attempts after a prompt of {length} tokens leave no room in the "
-                    f"artifact's {limit}; expected fewer"
-                )
-        request = checked_request(model, self.prompt, {**self.sampling, "n": int(budget)}, room)  # type: ignore[typeddict-item]
-        if isinstance(runner, Revisions) and request.max_new_tokens > room:
-            raise InputError(
-                f"max_new_tokens: {request.max_new_tokens} for each of {runner.memory + 1} attempts in view, after a "
-                f"prompt of {length}, are more than the artifact's {limit} tokens; expected at most {room}"
-            )
-        tree = Tree(model.session, self.prompt, request, scoring.step_token, self.scorer, self.until)
-        tree.with_certainty = isinstance(runner, SelfCertainty)
+        self.engine.session("prefill")
+        limit, length = self.engine.manifest.limits.max_tokens, len(self.prompt)
+        options = cast(GenerateOptions, {**self.sampling, "n": int(budget)})
+        checked = options_within(self.engine, self.prompt, options, runner.room(limit, length))
+        runner.check_length(checked.max_new_tokens, limit, length)
+        tree = Tree(self.engine, self.prompt, checked, self.scorer, self.until)
+        tree.with_certainty = runner.needs_certainty
         tree.answer_of, tree.weighs = self._answer_of(method), self._vote(method) == "weighted"
         return tree
 
@@ -139,7 +127,7 @@ class Search:
             return self.vote
         return default or ("score" if self.answers is None else "weighted")
 
-    def _answer_of(self, method: str) -> Any:
+    def _answer_of(self, method: str) -> Callable[[Branch], Hashable | None] | None:
         """What one branch votes for, if the method votes."""
         vote = self._vote(method)
         # Refused now, and not when everything has been computed.
@@ -157,35 +145,28 @@ class Search:
 
     def _ballot(self, vote: str, items: list[Any]) -> Ballot:
         # Scores of the caller's own are weights as they are; `Tree` refuses those below 0.
-        scoring = self.model.manifest.scoring if self.scorer is None else None
+        scoring = self.engine.manifest.scoring if self.scorer is None else None
         return make_ballot("score" if vote == "borda" else vote, self.answers, items, "candidates", (), scoring)
 
     def _text(self, branch: Branch) -> str | None:
-        """What a branch says; None where there is no tokenizer."""
-        text = self.model.reader.text
-        if text is None:
+        """The text of a branch; None where there is no tokenizer."""
+        tokenizer = self.engine.reader.tokenizer
+        if tokenizer is None:
             return None
-        return text.decode(branch.tokens, self.prompt.tolist(), FINISH_REASONS[branch.reason])
+        return tokenizer.decode(branch.tokens, self.prompt.tolist(), FINISH_REASONS[branch.reason])
 
-    def _result(self, tree: Tree, branches: list[Branch], runner: Any, method: str) -> SearchResult:
+    def _result(self, tree: Tree, branches: list[Branch], runner: Method, method: str) -> SearchResult:
         vote = self._vote(method)
         scores = np.where([b.reason == PRUNED for b in branches], np.float32(np.nan), tree.judge(branches))
         candidates = [self._candidate(b, score) for b, score in zip(branches, scores.tolist(), strict=True)]
         items = [b.tokens if c.text is None else c.text for b, c in zip(branches, candidates, strict=True)]
         ballot = self._ballot(vote, items)
-        ids = ballot.ids[:, 0]
-        if vote == "borda":
-            index, groups = borda(np.array([np.mean(b.certainties) for b in branches]), ids, runner.power)
-        elif isinstance(runner, Revisions):
-            chains = [branch.group for branch in branches]
-            index, groups = choose_in_chains(scores, ids, vote, ballot.vote_weight, chains)
-        else:
-            index, groups = choose(scores, ids, vote, ballot.vote_weight)
+        index, groups = runner.choose(Ballots(branches, scores, ballot.ids[:, 0], vote, ballot.vote_weight))
         winner(index, "candidates")
         tree.cost.seconds = time.monotonic() - self.start
         return SearchResult(
             method=method,
-            options=dataclasses.asdict(runner) | {"budget": tree.request.n},
+            options=_settings(runner) | {"budget": tree.options.n},
             best_index=index,
             candidates=candidates,
             vote=vote,
@@ -208,7 +189,7 @@ class Search:
 
 
 def search(
-    model: Model,
+    engine: Engine,
     prompt: Item,
     method: str,
     budget: int,
@@ -216,7 +197,7 @@ def search(
     vote: str | None,
     scorer: Scorer | None,
     deadline: float | None,
-    policy: Any,
+    policy: Policy | str | os.PathLike[str] | None,
     options: dict[str, Any],
 ) -> SearchResult:
     """See `Model.search`."""
@@ -230,25 +211,29 @@ def search(
     if scorer is not None:
         check_function("scorer", scorer)
     start, until = time.monotonic(), clock(deadline)
-    sampling = {name: options[name] for name in _SAMPLING if name in options}
+    sampling = {name: options[name] for name in SEARCH_OPTIONS if name in options}
     settings = {name: value for name, value in options.items() if name not in sampling}
-    what = Search(model, model.reader.prompt(prompt), answers, vote, scorer, until, sampling, start)
+    request = SearchRequest(engine, engine.reader.prompt(prompt), answers, vote, scorer, until, sampling, start)
     if policy is None:
-        return what.run(method, budget, settings)
+        return request.run(method, budget, settings)
     if settings:
         raise InputError(f"{next(iter(settings))}: a policy sets the method; leave one of them out")
-    return what.by_policy(read_policy(policy, model.manifest), budget)
+    return request.run_policy(read_policy(policy, engine.manifest), budget)
 
 
-def _make(method: str, settings: dict[str, Any]) -> Any:
+def _make(method: str, settings: dict[str, Any]) -> Method:
     """A method with its settings."""
     if not isinstance(method, str) or method not in METHODS:
         raise InputError(f"method: unknown {shown(method)}; {near_miss(method, METHODS, 'expected one of')}")
     kind, _ = METHODS[method]
-    known = [*(field.name for field in dataclasses.fields(kind)), *_SAMPLING]
+    known = [*(field.name for field in dataclasses.fields(kind)), *SEARCH_OPTIONS]  # type: ignore[arg-type]
     for name in settings:
-        if name in _SAMPLING:
+        if name in SEARCH_OPTIONS:
             raise InputError(f"option '{name}' of method '{method}': a policy does not say how to sample; leave it out")
         if name not in known:
             raise InputError(f"unknown option '{name}' of method '{method}'; {near_miss(name, known)}")
     return kind(**settings)
+
+
+def _settings(runner: Method) -> dict[str, Any]:
+    return dataclasses.asdict(runner)  # type: ignore[call-overload,no-any-return]

@@ -18,9 +18,9 @@ import numpy as np
 
 from ...errors import InputError
 from ..arrays import Array
-from ..engine.session import Session
-from ..generate.decoding import DEADLINE, LENGTH, PRUNED, STOP
-from ..generate.options import Request
+from ..engine.engine import Engine
+from ..generate.decoding import DEADLINE, LENGTH, PRUNED, STOP, CachedRows, prefill
+from ..generate.options import CheckedOptions
 from ..selection.aggregate import aggregate, is_stepwise
 from ..selection.vote import check_weight
 from .result import Cost, Node
@@ -70,10 +70,9 @@ class Tree:
     """The branches of one prompt.
 
     Args:
-        session: gives the session of a graph.
+        engine: what runs it. Its step token ends a step; without one only the end of a completion does.
         prompt: (P,) int64.
-        request: how to sample; its `n` is the most branches that grow at once.
-        step_token: ends a step; None if steps have no such token, and then only the end of a completion ends one.
+        options: how to sample; its `n` is the maximum number of branches that grow at once.
         scorer: rates branches in place of the model's own scorer.
         deadline: on the clock of `time.monotonic`.
         with_certainty: compute the self-certainty of every token.
@@ -82,18 +81,18 @@ class Tree:
 
     def __init__(
         self,
-        session: Callable[[str], Session],
+        engine: Engine,
         prompt: Array,
-        request: Request,
-        step_token: int | None,
+        options: CheckedOptions,
         scorer: Scorer | None = None,
         deadline: float | None = None,
         *,
         with_certainty: bool = False,
         answer_of: Callable[[Branch], Hashable | None] | None = None,
     ) -> None:
-        self.session, self.prompt, self.request = session, prompt, request
-        self.step_token, self.scorer, self.deadline = step_token, scorer, deadline
+        self.engine, self.prompt, self.options = engine, prompt, options
+        self.step_token = engine.manifest.scoring.step_token
+        self.scorer, self.deadline = scorer, deadline
         self.with_certainty, self.answer_of = with_certainty, answer_of
         # Whether the scores are to be weights of a vote.
         self.weighs = False
@@ -105,18 +104,14 @@ class Tree:
 
     def reserve(self, count: int) -> None:
         """Draw the first tokens of so many more branches, which `roots` then gives: the prompt is computed once."""
-        prefill, first = self.session("prefill"), self._numbers
-        mask = np.ones((1, len(self.prompt)), np.int64)
-        drawing = self.request.drawing()
-        feeds = {"input_ids": self.prompt[None], "attention_mask": mask, **drawing}
-        feeds |= {"num_candidates": np.array(first + count), "seed": np.array(self.request.seed)}
-        found = prefill.values(feeds, logits=self.with_certainty)
-        self._fixed = {name: value for name, value in found.items() if name.startswith("prompt_") or name == "stream"}
-        self._fixed |= self.session("decode").hold({"attention_mask": mask, **drawing})
+        first = self._numbers
+        outputs, self._fixed = prefill(
+            self.engine.session, self.prompt, self.options, first + count, logits=self.with_certainty
+        )
         self.cost.prompt_tokens += len(self.prompt)
         self._numbers = first + count
-        sure = float(certainty(found["logits"].numpy())[0]) if self.with_certainty else math.nan
-        tokens, log_probs = found["tokens"].numpy()[:, 0], found["log_probs"].numpy()[:, 0]
+        sure = float(certainty(outputs["logits"].numpy())[0]) if self.with_certainty else math.nan
+        tokens, log_probs = outputs["tokens"].numpy()[:, 0], outputs["log_probs"].numpy()[:, 0]
         self._reserved += [Branch(i, (int(tokens[i]), float(log_probs[i]), sure)) for i in range(first, first + count)]
 
     def roots(self, count: int) -> list[Branch]:
@@ -148,7 +143,7 @@ class Tree:
         )
 
     def look_ahead(self, branches: Sequence[Branch], steps: int) -> list[Branch]:
-        """What follows each branch if the most likely token is always taken, for some steps; they stay as they are."""
+        """What follows each branch if the most likely token is always taken, for some tokens; they stay as they are."""
         grown = [self._copy(branch) for branch in branches]
         for _ in range(steps):
             going = [branch for branch in grown if branch.reason < 0]
@@ -169,29 +164,24 @@ class Tree:
             up_to: stop at this many tokens.
             greedy: take the most likely token.
         """
-        decode = self.session("decode")
-        shapes = {value.name: value.shape for value in decode.graph.inputs}
-        names = [name for name in shapes if name.split(".")[0] in ("key", "value")]
-        fixed = self._fixed
+        decode, fixed = self.engine.session("decode"), self._fixed
         if greedy:
             fixed = fixed | decode.hold({"temperature": np.array(0, np.float32)})
+        cached = CachedRows(decode, fixed)
         waiting = sorted(branches, key=lambda branch: -len(branch.tokens))
         rows: list[Branch] = []
-        cache: dict[str, Any] = {}
         while rows or waiting:
             length = len(rows[0].tokens) if rows else len(waiting[-1].tokens)
             joining = []
             while waiting and len(waiting[-1].tokens) == length:
                 joining.append(waiting.pop())
             if joining:
-                cache = decode.hold(_joined(names, shapes, cache, joining, length))
+                cached.join([branch.cache if length else cached.blank() for branch in joining])
                 rows = [*rows, *joining]
             tokens = np.array([[branch.pending[0]] for branch in rows])
             numbers = np.array([[branch.number] for branch in rows])
-            feeds = fixed | cache | decode.hold({"tokens": tokens, "numbers": numbers})
-            found = decode.values(feeds, logits=self.with_certainty)
-            fresh = self._read(rows, found)
-            grown = [found[f"grown_{name}"] for name in names]
+            outputs = cached.read(tokens, numbers, logits=self.with_certainty)
+            fresh = self._read(rows, outputs)
             late = self.deadline is not None and time.monotonic() > self.deadline
             going = [
                 i
@@ -200,20 +190,17 @@ class Tree:
                 and not (fresh[i] and not whole and self._ends_step(branch))
             ]
             if len(going) < len(rows):
-                arrays = [value.numpy() for value in grown]
+                arrays = cached.keep(going)
                 for i in sorted(set(range(len(rows))) - set(going)):
                     # Nothing follows on an end.
                     rows[i].cache = [array[i] for array in arrays] if rows[i].reason < 0 else []
-                cache = decode.hold({name: array[going] for name, array in zip(names, arrays, strict=True)})
                 rows = [rows[i] for i in going]
-            else:
-                cache = dict(zip(names, grown, strict=True))
 
-    def _read(self, rows: Sequence[Branch], found: dict[str, Any]) -> list[bool]:
+    def _read(self, rows: Sequence[Branch], outputs: dict[str, Any]) -> list[bool]:
         """Each branch reads its pending token, and the next one takes its place; whether it was new to the branch."""
         fresh = [not branch.again for branch in rows]
-        parts = [found[name].numpy()[:, 0].tolist() for name in ("scores", "next_tokens", "log_probs")]
-        sure = certainty(found["logits"].numpy()[:, 0]).tolist() if self.with_certainty else [math.nan] * len(rows)
+        parts = [outputs[name].numpy()[:, 0].tolist() for name in ("scores", "next_tokens", "log_probs")]
+        sure = certainty(outputs["logits"].numpy()[:, 0]).tolist() if self.with_certainty else [math.nan] * len(rows)
         for branch, score, *drawn in zip(rows, *parts, sure, strict=True):
             token, log_prob, certain = branch.pending
             branch.tokens.append(token)
@@ -231,9 +218,9 @@ class Tree:
 
     def _ends(self, branch: Branch, *, late: bool) -> bool:
         """Whether a branch has come to its end, which it then knows."""
-        if branch.tokens[-1] in self.request.stop_tokens:
+        if branch.tokens[-1] in self.options.stop_tokens:
             branch.reason = STOP
-        elif len(branch.tokens) >= self.request.max_new_tokens:
+        elif len(branch.tokens) >= self.options.max_new_tokens:
             branch.reason = LENGTH
         elif late:
             branch.reason = DEADLINE
@@ -241,7 +228,7 @@ class Tree:
 
     def _ends_step(self, branch: Branch) -> bool:
         # An end that follows a step belongs to it: else every fork would only end once more.
-        return branch.tokens[-1] == self.step_token and branch.pending[0] not in self.request.stop_tokens
+        return branch.tokens[-1] == self.step_token and branch.pending[0] not in self.options.stop_tokens
 
     def rate(self, branches: Sequence[Branch]) -> Array:
         """Scores (n,) float32 of branches as they stand; NaN where there is none.
@@ -259,7 +246,7 @@ class Tree:
         for i, branch in enumerate(branches):
             size = len(branch.tokens)
             scores[i, 0, :size], mask[i, 0, :size], tokens[i, 0, :size] = branch.scores, 1, branch.tokens
-        name = self.request.aggregation
+        name = self.options.aggregation
         steps = tokens == self.step_token if is_stepwise(name) else mask
         return aggregate(scores, mask, steps, name.removeprefix("step_"))[0][:, 0]
 
@@ -287,19 +274,6 @@ class Tree:
         node = Node(branch.node, branch.tokens[begun:], branch.scores[begun:], score, round_, fate, beyond)
         branch.node, branch.begun = len(self.nodes), size
         self.nodes.append(node)
-
-
-def _joined(
-    names: Sequence[str], shapes: dict[str, list[int | str]], cache: dict[str, Any], joining: list[Branch], length: int
-) -> dict[str, Array]:
-    """The cache of the rows that grow, and behind them those of branches of the same length."""
-    found = {}
-    for i, name in enumerate(names):
-        blank = np.zeros((1, int(shapes[name][2]), 0, int(shapes[name][4])), np.float32)
-        stacked = np.stack([branch.cache[i] if length else blank for branch in joining])
-        growing = cache[name].numpy() if cache else stacked[:0]
-        found[name] = np.concatenate([growing, stacked]) if len(growing) else stacked
-    return found
 
 
 def certainty(logits: Array) -> Array:

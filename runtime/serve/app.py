@@ -18,7 +18,7 @@ from starlette.responses import Response, StreamingResponse
 import bonnx
 
 from ...errors import ArtifactError, InputError, NoWinnerError
-from ..model import Model
+from ..engine.engine import Engine
 from .batcher import LateError, OverfullError
 from .errors import Problem, encode, respond
 from .json_route import JsonRoute
@@ -35,16 +35,16 @@ __all__ = ["create_app"]
 _BODIES: dict[str, type[BaseModel]] = {"rerank": Rerank, "score": Score, "best_of_n": BestOfN}
 
 
-def create_app(model: Model, settings: Settings | None = None) -> fastapi.FastAPI:
+def create_app(engine: Engine, settings: Settings | None = None) -> fastapi.FastAPI:
     """The application that serves a model.
 
     Args:
-        model: an open artifact; all its graphs are loaded now.
+        engine: an open artifact; all its graphs are loaded now.
         settings: bounds; the defaults if not given.
     """
     settings = settings or Settings()
-    meter = Meter(model.manifest.name, model.provider, bonnx.__version__)
-    service = Service(model, settings, meter)
+    meter = Meter(engine.manifest.name, engine.provider, bonnx.__version__)
+    service = Service(engine, settings, meter)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: fastapi.FastAPI) -> AsyncIterator[None]:
@@ -57,7 +57,7 @@ def create_app(model: Model, settings: Settings | None = None) -> fastapi.FastAP
         static_url="/docs/files",
         title="bonnx",
         version=bonnx.__version__,
-        description=f"Best-of-N with {model.manifest.name}",
+        description=f"Best-of-N with {engine.manifest.name}",
         lifespan=lifespan,
     )
     app.state.service = service
@@ -74,7 +74,7 @@ def create_app(model: Model, settings: Settings | None = None) -> fastapi.FastAP
 
 def _routes(service: Service) -> fastapi.APIRouter:
     routes = fastapi.APIRouter(route_class=JsonRoute)
-    name = service.model.manifest.name
+    name = service.engine.manifest.name
 
     def check_name(model: str | None) -> None:
         if model is not None and model != name:

@@ -16,8 +16,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from ..batching import Batchable, Shape, batch_size, padded_tokens, plan
 from ..engine.session import Stop
-from ..rank.run import Shape, Work, measure, padded_tokens, plan
 
 __all__ = ["Lane", "LateError", "OverfullError", "Watcher"]
 
@@ -55,7 +55,7 @@ class Watcher(Protocol):
 class _Ticket:
     """A work that waits or runs, and who waits for it."""
 
-    work: Work
+    work: Batchable
     future: asyncio.Future[Any]
     loop: asyncio.AbstractEventLoop
     arrived: float
@@ -123,7 +123,7 @@ class Lane:
             self._ready.notify_all()
         self._thread.join()
 
-    async def put(self, works: Sequence[Work], until: float) -> list[Any]:
+    async def put(self, works: Sequence[Batchable], until: float) -> list[Any]:
         """The results of works, all or none of them taken.
 
         Args:
@@ -245,4 +245,4 @@ class Lane:
         self._pace += 0.1 * (seconds / len(tickets) - self._pace)
         for ticket, result in zip(tickets, results if error is None else [error] * len(tickets), strict=True):
             ticket.finish(result)
-        self._watcher.ran(self.name, len(tickets), *measure([ticket.work for ticket in tickets]), seconds)
+        self._watcher.ran(self.name, len(tickets), *batch_size([ticket.work for ticket in tickets]), seconds)

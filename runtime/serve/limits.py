@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ...errors import InputError
-from ..model import Model
-from ..rank.run import Shape, padded_tokens
+from ..batching import Shape, padded_tokens
+from ..engine.engine import Engine
 from ..text.reader import Item
 from .ranking import Asked
 from .settings import Settings
@@ -17,19 +17,19 @@ __all__ = ["check_size", "check_texts"]
 _TEXTS = 4
 
 
-def check_texts(asked: Sequence[Asked], model: Model, settings: Settings, *, truncate: bool) -> None:
+def check_texts(asked: Sequence[Asked], engine: Engine, settings: Settings, *, truncate: bool) -> None:
     """Refuse what cannot fit or is more than is read at once, before it is tokenized.
 
     Args:
         asked: what is to be ranked.
-        model: its limits count.
+        engine: its limits count.
         settings: those of the server.
         truncate: the beginning of a prompt may be left out, so that it may be longer.
 
     Raises:
         InputError: too many candidates, or too long texts.
     """
-    limits, most = model.manifest.limits, model.reader.most_characters
+    limits, most = engine.manifest.limits, engine.reader.most_characters
     for one in asked:
         if len(one.candidates) > limits.max_candidates:
             text = f"{len(one.candidates)} candidates: this model takes at most {limits.max_candidates} at once"

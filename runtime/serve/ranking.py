@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..rank.request import RankRequest
 from ..rank.result import Ranking
-from ..rank.run import Job
 from ..text.reader import Item
 
 __all__ = ["Asked", "Found", "Usage"]
@@ -92,14 +92,14 @@ class Found:
     usage: Usage
 
     @classmethod
-    def ranked(cls, asked: Asked, job: Job, ranking: Ranking) -> Found:
+    def ranked(cls, asked: Asked, job: RankRequest, ranking: Ranking) -> Found:
         """Of a ranking that has a winner."""
         scores = [float(score) for score in ranking.candidate_scores]
         reasons = {i: ranking.unreadable.get(i, "its score is NaN") for i, score in enumerate(scores) if score != score}
         return cls(ranking, scores, _warnings(asked, reasons), _usage(job))
 
     @classmethod
-    def lost(cls, asked: Asked, reasons: Mapping[int, str], job: Job | None = None) -> Found:
+    def lost(cls, asked: Asked, reasons: Mapping[int, str], job: RankRequest | None = None) -> Found:
         """Of one that has none."""
         nothing = [float("nan")] * len(asked.candidates)
         return cls(None, nothing, _warnings(asked, reasons), Usage(0) if job is None else _usage(job))
@@ -109,7 +109,7 @@ def _warnings(asked: Asked, reasons: Mapping[int, str]) -> list[str]:
     return [f"{asked.name(i)}: {reason}" for i, reason in sorted(reasons.items())]
 
 
-def _usage(job: Job) -> Usage:
+def _usage(job: RankRequest) -> Usage:
     # Where a candidate's first characters change the tokens at the prompt's end, these lie in the candidate's row.
     prompt = len(job.prompt) + max(job.rows.skip)
     own = sum(len(item) - skip for item, skip in zip(job.rows.items, job.rows.skip, strict=True))

@@ -11,7 +11,7 @@ import ray
 from ray import serve
 
 from ...errors import InputError
-from ..model import load
+from ..engine.engine import open_engine
 from .app import create_app
 from .server import log_to_stderr
 from .settings import Settings
@@ -64,7 +64,9 @@ def deploy(artifact: str, settings: Settings, scale: Scale, *, memory_limit: int
         # In the replica: Ray keeps what it says with the replica's own log.
         log_to_stderr()
         provider: Any = "cuda" if scale.gpus else "cpu"
-        return create_app(load(artifact, provider=provider, threads=scale.cpus, memory_limit=memory_limit), settings)
+        return create_app(
+            open_engine(artifact, provider=provider, threads=scale.cpus, memory_limit=memory_limit), settings
+        )
 
     count: dict[str, Any] = {"num_replicas": scale.replicas}
     if scale.most_replicas > scale.replicas:

@@ -12,12 +12,19 @@ from typing import Any, TypeVar
 from starlette.requests import Request
 
 from ...errors import ArtifactError, InputError, NoWinnerError
+from ..batching import Shape
+from ..engine.engine import Engine
 from ..engine.session import Stop
+from ..generate import run as generation
+from ..generate.decoding import clock
+from ..generate.options import GenerateOptions
+from ..generate.request import GenerateRequest
+from ..generate.request import read_request as read_generate_request
 from ..generate.result import Generation
-from ..generate.run import Draft
-from ..model import Model
+from ..rank import run as ranking
+from ..rank.request import RankRequest
+from ..rank.request import read_request as read_rank_request
 from ..rank.result import Ranking, winner
-from ..rank.run import Job, Shape
 from ..text.reader import Item, NoneReadableError
 from .batcher import Lane, LateError, OverfullError
 from .errors import Problem
@@ -44,7 +51,7 @@ class Call:
     """
 
     key = None
-    column = 0
+    prompt_slot = 0
 
     def __init__(self, run: Callable[[Stop], Any], shape: Shape) -> None:
         self.run, self.shape, self.tokens = run, shape, shape.candidates * shape.length
@@ -53,21 +60,21 @@ class Call:
 class Service:
     """Answers requests with one model. Everything that it offers is loaded when it is made."""
 
-    def __init__(self, model: Model, settings: Settings, meter: Meter) -> None:
-        self.model, self.settings, self.meter = model, settings, meter
-        for name in model.manifest.graphs:
+    def __init__(self, engine: Engine, settings: Settings, meter: Meter) -> None:
+        self.engine, self.settings, self.meter = engine, settings, meter
+        for name in engine.manifest.graphs:
             # Loaded now: a file that is replaced while the server runs changes nothing.
-            model.session(name)
-        self.generates = "generate" in model.manifest.graphs
+            engine.session(name)
+        self.generates = "generate" in engine.manifest.graphs
         options: dict[str, Any] = {
-            "stop": model.session("rank").make_stop,
+            "stop": engine.session("rank").make_stop,
             "watcher": meter,
             "most_waiting": settings.max_queue,
             "patience": settings.batch_wait,
             "waste": settings.batch_waste,
         }
-        self._ranking = Lane("rank", self._run, model.fits(settings.batch_tokens), **options)
-        within = model.fits(settings.max_tokens)
+        self._ranking = Lane("rank", self._run, ranking.fits(engine, settings.batch_tokens), **options)
+        within = ranking.fits(engine, settings.max_tokens)
         # A step of a generation costs by its candidates, not by the tokens that they may come to have.
         rows = lambda columns, shape: columns * shape.candidates <= settings.batch_candidates and within(columns, shape)  # noqa: E731
         # It lasts: rankings do not stand behind it.
@@ -126,17 +133,17 @@ class Service:
         """Several rankings; of those that have no winner the first is raised only if no other has one."""
         if len(asked) > self.settings.max_queue:
             raise InputError(f"{len(asked)} pairs: this server takes at most {self.settings.max_queue} at once")
-        check_texts(asked, self.model, self.settings, truncate=bool(options.get("truncate")))
+        check_texts(asked, self.engine, self.settings, truncate=bool(options.get("truncate")))
         until = self.until(request)
         # Every candidate is read together with its prompt.
         total = size(request) + sum(one.characters for one in asked)
         jobs = await self.aside(lambda: [self._job(one, options) for one in asked], request, total)
-        runs = [job for job in jobs if isinstance(job, Job)]
+        runs = [job for job in jobs if isinstance(job, RankRequest)]
         if not runs:
             raise next(job for job in jobs if isinstance(job, InputError))
         note(request, rankings=len(runs), tokens=sum(job.shape.prompt + job.tokens for job in runs))
         for one, job in zip(asked, jobs, strict=True):
-            if isinstance(job, Job):
+            if isinstance(job, RankRequest):
                 check_size(job.shape, self.settings, one)
         results = iter(await self._unless_gone(request, self._ranking.put(runs, until)))
         found, lost = [], None
@@ -154,33 +161,35 @@ class Service:
             raise lost.error
         return found
 
-    def _job(self, asked: Asked, options: dict[str, Any]) -> Job | NoneReadableError:
+    def _job(self, asked: Asked, options: dict[str, Any]) -> RankRequest | NoneReadableError:
         """What is to run, or that nothing of it can be read."""
         try:
-            return self.model.job(asked.prompt, asked.candidates, **options)
+            return read_rank_request(self.engine, asked.prompt, asked.candidates, **options)
         except NoneReadableError as e:
             e.args = (asked.said(str(e)),)
             return e
         except InputError as e:
             raise InputError(asked.said(str(e))) from e
 
-    async def generate(self, request: Request, prompt: Item, options: dict[str, Any]) -> Generation:
+    async def generate(self, request: Request, prompt: Item, options: GenerateOptions) -> Generation:
         """One generation, in one run of one graph."""
         found: Generation
         draft = await self._draft(request, prompt, options)
-        note(request, candidates=draft.request.n, tokens=len(draft.prompt))
+        note(request, candidates=draft.options.n, tokens=len(draft.prompt))
         (found,) = await self._unless_gone(request, self._generating.put([draft], self.until(request)))
         winner(found.best_index, "candidates")
         return found
 
-    async def _draft(self, request: Request, prompt: Item, options: dict[str, Any]) -> Draft:
+    async def _draft(self, request: Request, prompt: Item, options: GenerateOptions) -> GenerateRequest:
         """What is to be generated, read and checked."""
         if not self.generates:
             raise InputError("n: this model has no language model to generate with; pass candidates")
         asked = Asked(prompt, ())
-        check_texts([asked], self.model, self.settings, truncate=False)
+        check_texts([asked], self.engine, self.settings, truncate=False)
         try:
-            draft = await self.aside(lambda: self.model.draft(prompt, **options), request, size(request))
+            draft = await self.aside(
+                lambda: read_generate_request(self.engine, prompt, options), request, size(request)
+            )
         except InputError as e:
             raise InputError(asked.said(str(e))) from e
         check_size(draft.shape, self.settings, asked)
@@ -213,7 +222,7 @@ class Service:
         (found,) = await self._unless_gone(request, lane.put([Call(run, shape)], self.until(request)))
         return found
 
-    async def watch(self, request: Request, prompt: Item, options: dict[str, Any], deadline: float | None) -> Growth:
+    async def watch(self, request: Request, prompt: Item, options: GenerateOptions, deadline: float | None) -> Growth:
         """A generation while it grows, cut at its deadline or when the request's time is over.
 
         Raises:
@@ -226,9 +235,7 @@ class Service:
         try:
             draft = await self._draft(request, prompt, options)
             left = max(0.001, self.until(request) - time.monotonic())
-            # Tokens, so that no text is read again, and here.
-            read = options | {"stop": draft.request.stop_tokens}
-            states = self.model.stream(draft.prompt, deadline=min(left, deadline or left), **read)
+            states = generation.stream(self.engine, draft, clock(min(left, deadline or left)))
             return Growth(states, self._streamers, self._release)
         except BaseException:
             self._release()
@@ -237,7 +244,7 @@ class Service:
     def _release(self) -> None:
         self._streams -= 1
 
-    async def cut(self, request: Request, prompt: Item, options: dict[str, Any], deadline: float) -> Generation:
+    async def cut(self, request: Request, prompt: Item, options: GenerateOptions, deadline: float) -> Generation:
         """One generation, cut at its deadline."""
         states = await self.watch(request, prompt, options, deadline)
         found: Generation = await self._unless_gone(request, states.result())
@@ -265,9 +272,9 @@ class Service:
         try:
             if isinstance(works[0], Call):
                 return [work.run(stop) for work in works]
-            if isinstance(works[0], Draft):
-                return self.model.generate_together(works, stop)
-            found = self.model.run_together(works, stop)
+            if isinstance(works[0], GenerateRequest):
+                return generation.run_together(self.engine, works, stop)
+            found = ranking.run_together(self.engine, works, stop)
             # Not an error of the lane: others of the same request may have a winner.
             return [_Lost(one) if isinstance(one, NoWinnerError) else one for one in found]
         except ArtifactError:

@@ -10,7 +10,7 @@ from ..artifact.manifest import TextRules
 from .chat import ChatTemplate, is_messages
 from .tokenizer import NO_TOKENS, Passage
 
-__all__ = ["Writer", "is_text"]
+__all__ = ["Composer", "is_text"]
 
 
 def is_text(item: Any) -> bool:
@@ -20,7 +20,7 @@ def is_text(item: Any) -> bool:
     return isinstance(item, Sequence) and len(item) > 0 and isinstance(item[0], str | Mapping)
 
 
-class Writer:
+class Composer:
     """Makes the texts of one artifact."""
 
     def __init__(self, rules: TextRules, chat: ChatTemplate | None) -> None:

@@ -14,8 +14,8 @@ from ...errors import InputError
 from ..arrays import Array
 from ..artifact.manifest import Manifest, Scoring
 from ..checks import is_list, shown
-from .compose import Writer, is_text
-from .tokenizer import NO_TOKENS, Row, Text
+from .compose import Composer, is_text
+from .tokenizer import NO_TOKENS, Row, Tokenizer
 
 __all__ = [
     "Item",
@@ -145,8 +145,8 @@ class _Given:
 class Reader:
     """Checks items against the manifest and turns them into arrays (length,) int64 or (length, embed_dim) float32."""
 
-    def __init__(self, manifest: Manifest, text: Text | None, writer: Writer) -> None:
-        self.text, self._writer = text, writer
+    def __init__(self, manifest: Manifest, tokenizer: Tokenizer | None, composer: Composer) -> None:
+        self.tokenizer, self._composer = tokenizer, composer
         self._limit = manifest.limits.max_tokens
         self.vocabulary = manifest.model.get("vocab_size")
         self.width = None if manifest.kind == "language_model" else manifest.network["embed_dim"]
@@ -163,14 +163,14 @@ class Reader:
             if not len(array):
                 raise InputError(f"prompt: {NO_TOKENS}")
             return array
-        tokenizer = self._tokenizer("prompt")
-        text, special = self._writer.prompt(item, "prompt")
+        tokenizer = self._require_tokenizer("prompt")
+        text, special = self._composer.prompt(item, "prompt")
         return np.array(tokenizer.encode(text, "prompt", special=special), np.int64)
 
     @property
     def most_characters(self) -> int | None:
         """A text with more cannot fit into the limit of tokens; None without a tokenizer."""
-        return None if self.text is None else self._limit * self.text.longest_token
+        return None if self.tokenizer is None else self._limit * self.tokenizer.longest_token
 
     def rows(self, items: Sequence[Item], what: str, *, partial: bool) -> Rows:
         """Rows that stand alone.
@@ -180,8 +180,8 @@ class Reader:
         """
         given = self._sorted(items, what)
         if given.texts:
-            passages, special = self._writer.rows([*given.texts.values()], given.names(), what)
-            given.take(self._tokenizer(what).rows(passages, special=special, partial=partial))
+            passages, special = self._composer.rows([*given.texts.values()], given.names(), what)
+            given.take(self._require_tokenizer(what).rows(passages, special=special, partial=partial))
         return given.rows(None)
 
     def pairs(self, prompt: Item, candidates: Sequence[Item], *, partial: bool, truncate: bool) -> Rows:
@@ -200,15 +200,15 @@ class Reader:
         given = self._sorted(candidates, "candidates")
         texts, names = [*given.texts.values()], given.names()
         if is_text(prompt) and not given.arrays:
-            passages, special = self._writer.pairs(prompt, texts, names, partial=partial)
-            given.take(self._tokenizer("prompt").rows(passages, special=special, partial=partial))
+            passages, special = self._composer.pairs(prompt, texts, names, partial=partial)
+            given.take(self._require_tokenizer("prompt").rows(passages, special=special, partial=partial))
             found = given.rows_behind_prompt()
         else:
             first = self.prompt(prompt)
             if texts:
                 # After a prompt that is no text, or beside candidates that are none.
-                passages = [self._writer.alone(text, name) for text, name in zip(texts, names, strict=True)]
-                given.take(self._tokenizer(names[0]).rows(passages, special=False, partial=partial))
+                passages = [self._composer.alone(text, name) for text, name in zip(texts, names, strict=True)]
+                given.take(self._require_tokenizer(names[0]).rows(passages, special=False, partial=partial))
             found = given.rows(first)
         return self._truncated(found) if truncate else found
 
@@ -217,8 +217,8 @@ class Reader:
         for i, item in enumerate(items):
             name = f"{what}[{i}]"
             if is_text(item):
-                self._tokenizer(name)
-                reason = self._writer.blank(item)
+                self._require_tokenizer(name)
+                reason = self._composer.blank(item)
                 given.texts[i] = item
             else:
                 given.arrays[i] = self._array(item, name)
@@ -235,7 +235,12 @@ class Reader:
         excess = len(prompt) + longest - self._limit
         if excess <= 0:
             return rows
-        begins = prompt.ndim == 1 and len(prompt) and self.text is not None and self.text.is_special(int(prompt[0]))
+        begins = (
+            prompt.ndim == 1
+            and len(prompt)
+            and self.tokenizer is not None
+            and self.tokenizer.is_special(int(prompt[0]))
+        )
         keep = 1 if begins else 0
         if excess > len(prompt) - keep - 1:
             raise InputError(
@@ -245,16 +250,16 @@ class Reader:
         kept = np.concatenate([prompt[:keep], prompt[keep + excess :]])
         return dataclasses.replace(rows, prompt=kept, cut=excess)
 
-    def completion(self, tokens: Sequence[int]) -> list[int]:
-        """Token ids, which may be none.
+    def pieces(self, tokens: Sequence[int]) -> list[str]:
+        """What each token of a completion adds to its text; its number where the artifact has no tokenizer.
 
         Raises:
-            InputError: they are not.
+            InputError: they are no token ids.
         """
         if self.width is not None:
             raise InputError("tokens: this artifact takes embeddings; it has no vocabulary")
         ids: list[int] = self._array(tokens, "tokens").tolist()
-        return ids
+        return [f"{token} " for token in ids] if self.tokenizer is None else self.tokenizer.pieces(ids)
 
     def stops(self, stop: Sequence[int | str] | None, scoring: Scoring) -> tuple[int, ...]:
         """The tokens that end a completion: those given, or the artifact's own.
@@ -269,23 +274,23 @@ class Reader:
         found = []
         for entry in stop:
             if isinstance(entry, str):
-                if self.text is None:
+                if self.tokenizer is None:
                     raise InputError(f"stop: this artifact has no tokenizer; pass token ids instead of {entry!r}")
-                found.append(self.text.encode_stop(entry))
+                found.append(self.tokenizer.encode_stop(entry))
             else:
                 found.append(int(self._ids(np.array([entry]), "stop")[0]))
         return tuple(found)
 
-    def _tokenizer(self, what: str) -> Text:
-        if self.text is None:
+    def _require_tokenizer(self, what: str) -> Tokenizer:
+        if self.tokenizer is None:
             raise InputError(f"{what}: this artifact has no tokenizer; pass {self._takes} instead of text")
-        return self.text
+        return self.tokenizer
 
     @property
     def _takes(self) -> str:
         if self.width is not None:
             return f"embeddings (length, {self.width}) float32"
-        return "token ids" if self.text is None else "text or a 1-D list of token ids"
+        return "token ids" if self.tokenizer is None else "text or a 1-D list of token ids"
 
     def _array(self, item: Item, what: str) -> Array:
         if isinstance(item, bytes | bytearray | memoryview):

@@ -18,7 +18,7 @@ from ...errors import ArtifactError, InputError
 from ..artifact.manifest import Scoring, TextRules
 from .detokenizer import Detokenizer
 
-__all__ = ["NO_TOKENS", "Passage", "Row", "Text"]
+__all__ = ["NO_TOKENS", "Passage", "Row", "Tokenizer"]
 
 NO_TOKENS = "it has no tokens; expected at least one"
 
@@ -69,7 +69,7 @@ class _Fault(NamedTuple):
         return f"{self.reason} (at character {self.start - border})"
 
 
-class Text:
+class Tokenizer:
     """The tokenizer of an artifact. Safe to share between threads."""
 
     def __init__(self, path: Path, scoring: Scoring, rules: TextRules) -> None:

@@ -6,17 +6,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import bonnx
+from bonnx.runtime.batching import Shape, padded_tokens, plan
+from bonnx.runtime.engine.engine import open_engine
 from bonnx.runtime.engine.session import Session
-from bonnx.runtime.rank.run import Shape, padded_tokens, plan
+from bonnx.runtime.rank.request import read_request
+from bonnx.runtime.rank.run import rank_all
 from bonnx.runtime.selection.aggregate import aggregate, elect
 from tests.tolerance import RUNTIME, within
 
 RULES = ["last", "mean", "min", "max", "prod"]
 
 
-class Piece:
-    def __init__(self, key, column, candidates, prompt, length, tokens):
-        self.key, self.column = key, column
+class Request:
+    def __init__(self, key, prompt_slot, candidates, prompt, length, tokens):
+        self.key, self.prompt_slot = key, prompt_slot
         self.shape, self.tokens = Shape(candidates, prompt, length), tokens
 
 
@@ -29,26 +32,26 @@ def pieces(draw):
         candidates, length = draw(st.integers(1, 6)), draw(st.integers(1, 12))
         tokens = draw(st.integers(candidates, candidates * length))
         key = draw(st.sampled_from(["last", "mean", None]))
-        found.append(Piece(key, column, candidates, prompts[column], length, tokens))
+        found.append(Request(key, column, candidates, prompts[column], length, tokens))
     return found
 
 
 @given(pieces(), st.integers(1, 400), st.floats(0, 0.9))
-def test_a_plan_holds_every_work_once_within_its_bounds(works, limit, waste):
+def test_a_plan_holds_every_request_once_within_its_bounds(requests, limit, waste):
     fits = lambda columns, shape: padded_tokens(columns, shape) <= limit  # noqa: E731
-    groups = plan(works, fits, waste)
-    assert sorted(i for group in groups for i in group) == list(range(len(works)))
-    assert groups == sorted(map(sorted, groups)) == plan(works, fits, waste)
+    groups = plan(requests, fits, waste)
+    assert sorted(i for group in groups for i in group) == list(range(len(requests)))
+    assert groups == sorted(map(sorted, groups)) == plan(requests, fits, waste)
     for group in groups:
         if len(group) == 1:
             continue
-        members = [works[i] for i in group]
+        members = [requests[i] for i in group]
         assert len({work.key for work in members}) == 1
         assert members[0].key is not None
-        columns = {work.column: 0 for work in members}
+        columns = {work.prompt_slot: 0 for work in members}
         for work in members:
-            columns[work.column] += work.shape.candidates
-        prompts = {work.column: work.shape.prompt for work in members}
+            columns[work.prompt_slot] += work.shape.candidates
+        prompts = {work.prompt_slot: work.shape.prompt for work in members}
         whole = len(columns) * (
             max(prompts.values()) + max(columns.values()) * max(work.shape.length for work in members)
         )
@@ -57,9 +60,9 @@ def test_a_plan_holds_every_work_once_within_its_bounds(works, limit, waste):
         assert real >= (1 - waste) * whole - 1e-6
 
 
-def test_works_of_one_shape_fill_runs_to_the_limit():
-    works = [Piece("last", i, 4, 10, 5, 20) for i in range(32)]
-    groups = plan(works, lambda columns, shape: padded_tokens(columns, shape) <= 240, 0.0)
+def test_requests_of_one_shape_fill_runs_to_the_limit():
+    requests = [Request("last", i, 4, 10, 5, 20) for i in range(32)]
+    groups = plan(requests, lambda columns, shape: padded_tokens(columns, shape) <= 240, 0.0)
     assert [len(group) for group in groups] == [8] * 4
 
 
@@ -118,24 +121,24 @@ def check_same(found, expected):
 
 
 @pytest.mark.parametrize("tokens", [50, 2048])
-def test_rankings_together_are_those_of_each(model, rng, tokens):
+def test_rankings_together_are_those_of_each(engine, model, rng, tokens):
     requests = draw_requests(rng, 12, 40)
-    jobs = [model.job(prompt, candidates, **options) for prompt, candidates, options in requests]
-    for found, request in zip(model.rank_all(jobs, tokens=tokens), requests, strict=True):
+    jobs = [read_request(engine, prompt, candidates, **options) for prompt, candidates, options in requests]
+    for found, request in zip(rank_all(engine, jobs, tokens=tokens), requests, strict=True):
         check_same(found, alone(model, request))
 
 
-def test_one_prompt_is_computed_once_for_many_rankings(model, rng, monkeypatch):
+def test_one_prompt_is_computed_once_for_many_rankings(engine, model, rng, monkeypatch):
     prompt = rng.standard_normal((9, 12)).astype(np.float32)
     requests = [[rng.standard_normal((5, 12)).astype(np.float32) for _ in range(rng.integers(1, 5))] for _ in range(8)]
     jobs = [
-        model.job(prompt, candidates, vote="weighted", answers=[i % 2 for i in range(len(candidates))])
+        read_request(engine, prompt, candidates, vote="weighted", answers=[i % 2 for i in range(len(candidates))])
         for candidates in requests
     ]
     expected = [model.rank(prompt, c, vote="weighted", answers=[i % 2 for i in range(len(c))]) for c in requests]
     runs, run = [], Session.run
     monkeypatch.setattr(Session, "run", lambda self, feeds, *more: runs.append(feeds) or run(self, feeds, *more))
-    found = model.rank_all(jobs)
+    found = rank_all(engine, jobs)
     assert len(runs) == 1
     assert runs[0]["prompt_embeds"].shape == (1, 9, 12)
     for a, b in zip(found, expected, strict=True):
@@ -143,19 +146,22 @@ def test_one_prompt_is_computed_once_for_many_rankings(model, rng, monkeypatch):
 
 
 def test_text_together(countdown, rng):
-    model = bonnx.load(countdown)
+    engine = open_engine(countdown)
+    model = bonnx.Model(engine)
     prompts = ["3,7,20,24>1:", "13,14,2,6>26:", "5,6,7>42:"]
     requests = []
     for _ in range(12):
         steps = rng.integers(1, 60, (3, rng.integers(1, 4), 3))
         candidates = ["".join(f"{a}+{b}={c};" for a, b, c in candidate) for candidate in steps]
         requests.append((str(rng.choice(prompts)), candidates, {}))
-    found = model.rank_all([model.job(prompt, candidates) for prompt, candidates, _ in requests], waste=0.5)
+    found = rank_all(
+        engine, [read_request(engine, prompt, candidates) for prompt, candidates, _ in requests], waste=0.5
+    )
     for a, request in zip(found, requests, strict=True):
         check_same(a, alone(model, request))
 
 
-def test_the_best_of_a_joint_column_is_elected_as_in_the_graph(rng):
+def test_the_best_of_a_shared_slot_is_elected_as_in_the_graph(rng):
     for _ in range(50):
         n = int(rng.integers(1, 7))
         scores = np.where(rng.random((n, 1)) < 0.2, np.nan, rng.integers(0, 3, (n, 1))).astype(np.float32)

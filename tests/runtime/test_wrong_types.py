@@ -8,6 +8,9 @@ import pytest
 
 import bonnx
 from bonnx import BonnxError, InputError
+from bonnx.runtime.engine.engine import open_engine
+from bonnx.runtime.rank.request import read_request
+from bonnx.runtime.rank.run import rank_all
 
 PUZZLE, CANDIDATES = "3,7,12,25>98:", ["12-3=9;", "12+3=15;"]
 
@@ -28,8 +31,13 @@ def junk():
 
 
 @pytest.fixture(scope="module")
-def puzzles(countdown):
-    return bonnx.load(countdown)
+def puzzle_engine(countdown):
+    return open_engine(countdown)
+
+
+@pytest.fixture(scope="module")
+def puzzles(puzzle_engine):
+    return bonnx.Model(puzzle_engine)
 
 
 @pytest.fixture(scope="module")
@@ -170,18 +178,18 @@ def test_prompts_and_candidates(puzzles, model, fake):
                     fake.rank(*arguments)
 
 
-def test_models_and_jobs(puzzles, small):
+def test_models_and_requests(puzzle_engine, small):
     check(lambda v: bonnx.FakeModel(v), callable, "score", optional=False)
     check(lambda v: bonnx.FakeModel(len, aggregation=v), nothing, "aggregation", optional=False)
     check(lambda v: bonnx.load(small, provider=v), nothing, "provider", optional=False)
     check(lambda v: bonnx.load(small, threads=v), whole(1, 2**31), "threads", optional=True)
-    check(puzzles.rank_all, listed, "jobs", optional=False)
-    jobs = [puzzles.job(PUZZLE, CANDIDATES)] * 2
-    check(lambda v: puzzles.rank_all(jobs, tokens=v), whole(1), "tokens", optional=False)
-    check(lambda v: puzzles.rank_all(jobs, waste=v), real(lambda v: 0 <= v < 1), "waste", optional=False)
-    check(puzzles.pieces, listed, "tokens", optional=False)
+    check(lambda v: rank_all(puzzle_engine, v), listed, "requests", optional=False)
+    requests = [read_request(puzzle_engine, PUZZLE, CANDIDATES)] * 2
+    check(lambda v: rank_all(puzzle_engine, requests, tokens=v), whole(1), "tokens", optional=False)
+    check(lambda v: rank_all(puzzle_engine, requests, waste=v), real(lambda v: 0 <= v < 1), "waste", optional=False)
+    check(puzzle_engine.reader.pieces, listed, "tokens", optional=False)
     for value in junk():
-        for call in (bonnx.load, bonnx.verify, puzzles.session):
+        for call in (bonnx.load, bonnx.verify):
             with pytest.raises(BonnxError):
                 call(value)
 

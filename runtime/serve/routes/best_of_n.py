@@ -6,13 +6,14 @@ import math
 import time
 import uuid
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import numpy as np
 from starlette.requests import Request
 
 from ....errors import InputError
+from ...generate.options import GenerateOptions
 from ...generate.result import Generation
 from ...rank.result import Ranking, winner
 from ...results import to_json
@@ -98,7 +99,7 @@ async def best_of_n_answer(service: Service, request: Request, body: BestOfN) ->
     if body.candidates is not None:
         return await _ranked(service, request, body)
     _check_generation(body)
-    options = {key: value for key in _SAMPLING if (value := getattr(body, key)) is not None}
+    options = cast(GenerateOptions, {key: value for key in _SAMPLING if (value := getattr(body, key)) is not None})
     if isinstance(body.stop, str):
         options["stop"] = [body.stop]
     prompt = _item(body.prompt, "prompt")
@@ -150,7 +151,7 @@ async def _ranked(service: Service, request: Request, body: BestOfN) -> dict[str
 
 
 def _head(service: Service) -> dict[str, Any]:
-    return {"id": uuid.uuid4().hex, "model": service.model.manifest.name}
+    return {"id": uuid.uuid4().hex, "model": service.engine.manifest.name}
 
 
 def _warned(warnings: list[str]) -> dict[str, Any]:

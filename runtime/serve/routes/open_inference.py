@@ -22,8 +22,8 @@ import bonnx
 from ....errors import ArtifactError
 from ...arrays import Array
 from ...artifact.manifest import Value
+from ...engine.engine import Engine
 from ...engine.session import Stop
-from ...model import Model
 from ..errors import Problem, encode
 from ..json_route import parse_json
 from ..service import Service
@@ -65,7 +65,7 @@ class _Inference(msgspec.Struct, forbid_unknown_fields=True):
 def protocol_routes(service: Service) -> fastapi.APIRouter:
     """The routes below `/v2`."""
     routes = fastapi.APIRouter(prefix="/v2")
-    artifact = service.model.manifest
+    artifact = service.engine.manifest
     models = {f"{artifact.slug}_{name}": name for name in ("rank", "score", "generate") if name in artifact.graphs}
 
     def graph_of(model: str, version: str | None) -> str:
@@ -116,7 +116,7 @@ def protocol_routes(service: Service) -> fastapi.APIRouter:
         """Run a graph."""
         name = graph_of(model, version)
         graph, body = artifact.graphs[name], await request.body()
-        read = lambda: _read(body, request.headers.get(_HEADER), name, service.model)  # noqa: E731
+        read = lambda: _read(body, request.headers.get(_HEADER), name, service.engine)  # noqa: E731
         asked, feeds = await service.aside(read, request, len(body))
         known = [value.name for value in graph.outputs]
         wanted = asked.outputs if asked.outputs else [_Wanted(output, asked.parameters) for output in known]
@@ -125,7 +125,7 @@ def protocol_routes(service: Service) -> fastapi.APIRouter:
                 raise Problem(400, f"outputs: there is no '{output.name:.80}', only {', '.join(known)}")
         if len({output.name for output in wanted}) < len(wanted):
             raise Problem(400, "outputs: one is there twice; expected each once")
-        shape = check_feeds(name, feeds, service.model)
+        shape = check_feeds(name, feeds, service.engine)
         names = [output.name for output in wanted]
         found = await service.call(request, name, lambda stop: _run(service, name, feeds, names, stop), shape)
         write = lambda: _written(model, asked, wanted, found)  # noqa: E731
@@ -136,7 +136,7 @@ def protocol_routes(service: Service) -> fastapi.APIRouter:
 
 def _run(service: Service, name: str, feeds: dict[str, Array], outputs: list[str], stop: Stop) -> Sequence[Array]:
     try:
-        return service.model.session(name).run(feeds, outputs, stop)
+        return service.engine.session(name).run(feeds, outputs, stop)
     except ArtifactError:
         raise
     except Exception as e:  # ONNX Runtime raises bare subclasses of Exception of its own
@@ -155,7 +155,7 @@ def _described(value: Value) -> dict[str, Any]:
     return {"name": value.name, "datatype": _DATATYPES[value.dtype], "shape": shape}
 
 
-def _read(body: bytes, length: str | None, name: str, model: Model) -> tuple[_Inference, dict[str, Array]]:
+def _read(body: bytes, length: str | None, name: str, engine: Engine) -> tuple[_Inference, dict[str, Array]]:
     """The request and the graph's inputs."""
     header, rest = body, memoryview(b"")
     if length is not None:
@@ -167,7 +167,7 @@ def _read(body: bytes, length: str | None, name: str, model: Model) -> tuple[_In
     except (msgspec.ValidationError, UnicodeEncodeError) as e:
         # The latter for half of a surrogate pair, which JSON may hold.
         raise Problem(400, f"the request is not one of the Open Inference Protocol: {str(e)[:300]}") from e
-    graph = model.manifest.graphs[name]
+    graph = engine.manifest.graphs[name]
     declared = {value.name: value for value in graph.inputs}
     shapes: dict[str, list[int]] = {}
     for tensor in asked.inputs:
@@ -179,7 +179,7 @@ def _read(body: bytes, length: str | None, name: str, model: Model) -> tuple[_In
     missing = [other for other in declared if other not in shapes]
     if missing:
         raise Problem(400, f"inputs: {', '.join(missing)} not given")
-    check_shapes(name, graph, shapes, model.manifest.limits)
+    check_shapes(name, graph, shapes, engine.manifest.limits)
     feeds: dict[str, Array] = {}
     for tensor in asked.inputs:
         feeds[tensor.name], rest = _tensor(tensor, shapes[tensor.name], rest)

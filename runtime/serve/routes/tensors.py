@@ -8,8 +8,8 @@ from ....errors import InputError
 from ...arrays import Array
 from ...artifact.limits import check_size
 from ...artifact.manifest import AGGREGATIONS, VOTES, Graph, Limits
-from ...model import Model
-from ...rank.run import Shape
+from ...batching import Shape
+from ...engine.engine import Engine
 
 __all__ = ["MOST_STOPS", "check_feeds", "check_shapes"]
 
@@ -76,13 +76,13 @@ def check_shapes(name: str, graph: Graph, shapes: Mapping[str, list[int]], limit
         raise InputError(f"{candidates} candidates: this model takes at most {limits.max_candidates}; split them")
 
 
-def check_feeds(graph: str, feeds: dict[str, Array], model: Model) -> Shape:
+def check_feeds(graph: str, feeds: dict[str, Array], engine: Engine) -> Shape:
     """How much a graph is to compute; work beyond the model's limits is refused.
 
     Args:
         graph: its name.
         feeds: all of its inputs, of the types that the manifest says, their shapes checked.
-        model: whose graph it is.
+        engine: whose graph it is.
 
     Raises:
         InputError: a size or a value is out of bounds.
@@ -93,11 +93,11 @@ def check_feeds(graph: str, feeds: dict[str, Array], model: Model) -> Shape:
         if name.endswith("_mask") and ((array != 0) & (array != 1)).any():
             raise InputError(f"{name}: expected 0 or 1 everywhere; got {array[(array != 0) & (array != 1)][0]}")
         if name.endswith("ids") and name != "answer_ids":
-            _check_ids(name, array, model.reader.vocabulary)
+            _check_ids(name, array, engine.reader.vocabulary)
     columns, shape = _shape(graph, feeds)
-    limit = model.options.memory_limit
+    limit = engine.memory_limit
     check_size(
-        model.manifest, shape.candidates, shape.prompt, shape.length, None if limit is None else limit // columns
+        engine.manifest, shape.candidates, shape.prompt, shape.length, None if limit is None else limit // columns
     )
     return Shape(columns * shape.candidates, columns * shape.prompt, shape.length)
 

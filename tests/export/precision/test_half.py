@@ -23,7 +23,9 @@ from bonnx.models.config import LanguageModelConfig, NetworkConfig
 from bonnx.models.network import LanguageModel
 from bonnx.runtime.artifact.folder import read_verified
 from bonnx.runtime.artifact.manifest import Scoring
-from bonnx.runtime.generate.decoding import grow
+from bonnx.runtime.engine.engine import open_engine
+from bonnx.runtime.generate.decoding import decode_all
+from bonnx.runtime.generate.request import read_request
 from bonnx.runtime.verification import verify
 
 WIDTH, MASSIVE = 64, 3
@@ -207,11 +209,11 @@ def test_an_artifact_of_halves_says_so_and_casts_no_weight_at_every_step(half, t
 
 
 def test_halves_generate_as_the_host_steers_them(half, rng):
-    model, prompt = bonnx.load(half, provider="cpu"), rng.integers(0, 130, 5)
+    engine, prompt = open_engine(half, provider="cpu"), rng.integers(0, 130, 5)
     options = {"max_new_tokens": 10, "seed": int(rng.integers(2**40))}
-    whole = model.generate(prompt, n=6, **options)
-    draft = model.draft(prompt, n=6, **options)
-    request, ids = draft.request, draft.prompt
-    *_, last = grow(model.session, ids, request, None, None)
+    whole = bonnx.Model(engine).generate(prompt, n=6, **options)
+    request = read_request(engine, prompt, {"n": 6, **options})
+    ids, options = request.prompt, request.options
+    *_, last = decode_all(engine.session, ids, options, None, None)
     same = [np.array_equal(last.tokens[i, : last.lengths[i]], c.tokens) for i, c in enumerate(whole.candidates)]
     assert sum(same) >= 5

@@ -19,7 +19,9 @@ from bonnx.export.verify.agreement import HeldOut, measure, read_held_out
 from bonnx.models import build
 from bonnx.runtime.artifact.folder import read_verified
 from bonnx.runtime.artifact.manifest import Scoring
-from bonnx.runtime.generate.decoding import grow
+from bonnx.runtime.engine.engine import open_engine
+from bonnx.runtime.generate.decoding import decode_all
+from bonnx.runtime.generate.request import read_request
 from bonnx.runtime.verification import verify
 
 
@@ -121,14 +123,14 @@ def test_integer_products_rank_as_pytorch_computes_them(int8, language_model, rn
 
 
 def test_with_integers_too_a_candidate_is_the_same_in_any_company(int8, rng):
-    model, prompt = bonnx.load(int8), rng.integers(0, 130, 5)
-    options = {"max_new_tokens": 12, "seed": int(rng.integers(2**40))}
+    engine, prompt = open_engine(int8), rng.integers(0, 130, 5)
+    options, model = {"max_new_tokens": 12, "seed": int(rng.integers(2**40))}, bonnx.Model(engine)
     many, few = model.generate(prompt, n=9, **options), model.generate(prompt, n=4, **options)
     same = [np.array_equal(a.tokens, b.tokens) for a, b in zip(few.candidates, many.candidates, strict=False)]
     assert sum(same) >= 3
-    draft = model.draft(prompt, n=9, **options)
-    request, ids = draft.request, draft.prompt
-    *_, last = grow(model.session, ids, request, None, None)
+    request = read_request(engine, prompt, {"n": 9, **options})
+    ids, options = request.prompt, request.options
+    *_, last = decode_all(engine.session, ids, options, None, None)
     same = [
         np.array_equal(last.tokens[i, : last.lengths[i]], candidate.tokens)
         for i, candidate in enumerate(many.candidates)
@@ -154,7 +156,7 @@ def test_four_bits_and_the_decomposed_opset(network, tmp_path):
 
 def test_a_selection_below_the_bar_is_refused_and_nothing_is_left(network, tmp_path, rng):
     wrong = build(embed_dim=12, hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2, scorer_hidden=8).eval()
-    artifact = bonnx.load(_export(network, tmp_path / "right"))
+    artifact = open_engine(_export(network, tmp_path / "right"))
     cases = [
         HeldOut(rng.standard_normal((3, 12), np.float32), list(rng.standard_normal((6, 4, 12), np.float32)))
         for _ in range(20)

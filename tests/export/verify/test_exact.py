@@ -14,7 +14,7 @@ from bonnx.export.verify.generate import expected_token
 from bonnx.models import build
 from bonnx.runtime.artifact.folder import read_manifest
 from bonnx.runtime.artifact.manifest import PRECISIONS, Scoring
-from bonnx.runtime.generate.options import Request
+from bonnx.runtime.generate.options import CheckedOptions
 
 
 def test_layer_by_layer_is_the_whole_model_in_double_precision(language_model, rng):
@@ -74,7 +74,7 @@ def test_outputs_have_the_same_names_at_every_precision(language_model, tiny):
 def test_a_draw_between_two_tokens_as_likely_as_each_other_is_undecided():
     """With top_k or top_p the shares lie in the order of the logits, and rounding may swap two of them."""
     logits = np.array([0.0, 1.0, 1.0 + 1e-7, 3.0, -2.0])
-    plain = Request(1, 1, 1.0, 0, 1.0, 0, (), "last", 0, 0.5)
+    plain = CheckedOptions(1, 1, 1.0, 0, 1.0, 0, (), "last", 0, 0.5)
     sorted_ = dataclasses.replace(plain, top_p=0.999)
     likely = np.exp(logits - 3)
     # The middle of the share of the second and third most likely token, in the order of the logits and of the tokens.

@@ -17,21 +17,23 @@ from pyarrow import parquet
 import bonnx
 from bonnx.command import main
 from bonnx.runtime.batch import Task, here, run_batch
+from bonnx.runtime.batch import worker as batch_worker
 from bonnx.runtime.batch.output import Output, _take
 from bonnx.runtime.batch.ray_ranker import Ranker
 from bonnx.runtime.batch.worker import Worker
+from bonnx.runtime.engine.engine import open_engine
 from tests.tolerance import RUNTIME, within
 
 ROW = {"prompt": [1, 2], "candidates": [[3], [4, 5]]}
 
 
 @pytest.fixture(scope="module")
-def model(tiny):
-    return bonnx.load(tiny)
+def engine(tiny):
+    return open_engine(tiny)
 
 
 @pytest.fixture
-def batch(tiny, model, tmp_path):
+def batch(tiny, engine, tmp_path):
     """Rank lines of JSON, or a table; what came out, and the reasons of the rows that are bad."""
 
     def batch(rows, **options):
@@ -42,7 +44,7 @@ def batch(tiny, model, tmp_path):
             parquet.write_table(rows, source, row_group_size=2)
         else:
             source.write_bytes(rows if isinstance(rows, bytes) else b"\n".join(rows))
-        worker = Worker(Task(artifact=str(tiny), source=str(source), **options), model)
+        worker = Worker(Task(artifact=str(tiny), source=str(source), **options), engine)
         found = run_batch(worker.task, output, lambda _, chunks: map(worker, chunks), rows=3, overwrite=True)
         said = output.with_name(f"{output.name}.errors.jsonl")
         errors = [json.loads(line) for line in said.read_bytes().splitlines()] if said.exists() else []
@@ -85,14 +87,14 @@ def damaged(draw):
 
 @settings(max_examples=150, deadline=None)
 @given(st.lists(ROWS.map(dump) | damaged() | st.binary(max_size=9), min_size=1, max_size=5), st.booleans())
-def test_every_row_is_answered_or_said(tiny, tmp_path_factory, model, lines, votes):
+def test_every_row_is_answered_or_said(tiny, tmp_path_factory, engine, lines, votes):
     source = tmp_path_factory.getbasetemp() / "fuzz.jsonl"
     output = source.with_name("fuzzed.jsonl")
     # A byte order mark says of which encoding the whole file is.
     data = b"{}\n" + b"\n".join(lines)
     source.write_bytes(data)
     task = Task(artifact=str(tiny), source=str(source), answers="what" if votes else None)
-    worker = Worker(task, model)
+    worker = Worker(task, engine)
     found = run_batch(task, output, lambda _, chunks: map(worker, chunks), rows=2, overwrite=True)
     given = {i for i, line in enumerate(data.split(b"\n"), 1) if line.strip(b" \t\r")}
     ranked = output.read_bytes().split(b"\n")[:-1]
@@ -305,15 +307,15 @@ def test_no_rows_are_no_success(tiny, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["bad"] == 1
 
 
-def test_one_job_that_fails_does_not_end_the_others(batch, model, monkeypatch):
-    real = model.rank_all
+def test_one_row_that_fails_does_not_end_the_others(engine, batch, monkeypatch):
+    real = batch_worker.rank_all
 
-    def rank_all(jobs):
-        if any(len(job.candidates) == 3 for job in jobs):
+    def rank_all(engine, requests):
+        if any(len(request.candidates) == 3 for request in requests):
             raise RuntimeError("no memory")
-        return real(jobs)
+        return real(engine, requests)
 
-    monkeypatch.setattr(model, "rank_all", rank_all)
+    monkeypatch.setattr(batch_worker, "rank_all", rank_all)
     large = dump(ROW | {"candidates": [[1], [2], [3]]})
     ranked, errors = batch([dump(ROW), large, dump(ROW), large])
     assert len(ranked) == 2

@@ -15,8 +15,9 @@ from bonnx.export.verify.generate import uniform
 from bonnx.models import load_checkpoint
 from bonnx.models.countdown import CHECKPOINT
 from bonnx.models.countdown.vocabulary import END, encode
+from bonnx.runtime.engine.engine import open_engine
 from bonnx.runtime.generate.decoding import Growing
-from bonnx.runtime.generate.options import make_request
+from bonnx.runtime.generate.options import check_options
 from tests.tolerance import RUNTIME, within
 
 PUZZLE = "3,7,12,25>98:"
@@ -238,8 +239,9 @@ def test_a_scorer_that_gives_nan_has_no_winner(tiny):
     graph = onnx.load(str(tiny / "onnx/generate.onnx"))
     bias = next(tensor for tensor in graph.graph.initializer if tensor.name.endswith("dense2.bias"))
     bias.CopyFrom(onnx.numpy_helper.from_array(np.array([np.nan], np.float32), bias.name))
-    model = bonnx.load(tiny)
-    model.session("generate")._session = onnxruntime.InferenceSession(graph.SerializeToString())
+    engine = open_engine(tiny)
+    model = bonnx.Model(engine)
+    engine.session("generate")._session = onnxruntime.InferenceSession(graph.SerializeToString())
     for options in ({}, {"prune_every": 1}):
         with pytest.raises(bonnx.NoWinnerError, match="every score is NaN"):
             model.generate([1, 2], n=3, max_new_tokens=3, **options)
@@ -269,12 +271,13 @@ def test_logits_that_are_no_distribution_have_no_winner(tiny, value):
     weight = onnx.numpy_helper.to_array(head).copy()
     weight[:, 7] = value
     head.CopyFrom(onnx.numpy_helper.from_array(weight, head.name))
-    model = bonnx.load(tiny)
-    model.session("generate")._session = onnxruntime.InferenceSession(graph.SerializeToString())
+    engine = open_engine(tiny)
+    model = bonnx.Model(engine)
+    engine.session("generate")._session = onnxruntime.InferenceSession(graph.SerializeToString())
     for options in ({}, {"temperature": 0}, {"top_k": 3}, {"top_p": 0.5}, {"prune_every": 1}):
         with pytest.raises(bonnx.NoWinnerError, match="every score is NaN"):
             model.generate([1, 2], n=3, max_new_tokens=3, **options)
-    growing = Growing(make_request({"n": 2}, (), "last", 3), None)
+    growing = Growing(check_options({"n": 2}, (), "last", 3), None)
     growing.add(np.arange(2), np.array([4, 5]), np.array([0.3, 0.9], np.float32), np.array([-1.0, np.nan], np.float32))
     assert growing.select()[1] == 0
     assert np.isnan(growing.select()[0]).tolist() == [False, True]

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from bonnx.runtime.artifact.manifest import Limits, Scoring, Value
+from bonnx.runtime.engine.engine import Engine
 
 VOCABULARY, STEP, END = 6, 4, 5
 PROMPT = [1, 2]
@@ -36,8 +37,8 @@ class Table:
             scoring=Scoring(step_token=STEP, end_token=END, activation="sigmoid"),
             limits=Limits(max_tokens=len(PROMPT) + longest), seal="0" * 64, name="table",
         )  # fmt: skip
-        self.options = SimpleNamespace(memory_limit=None)
-        self.reader = SimpleNamespace(text=None, prompt=np.array, stops=lambda given, scoring: self.stops)
+        reader = SimpleNamespace(tokenizer=None, prompt=np.array, stops=lambda given, scoring: self.stops)
+        self.engine = Engine(self.manifest, reader, self.session)
 
     def _rng(self, *what):
         return np.random.default_rng([self.seed, *(int(w) + 1 for w in what)])

@@ -15,7 +15,7 @@ from tests.runtime.search.tabular import END, PROMPT, STEP, VOCABULARY, Table
 
 
 def run(table, method, budget, *, answers=None, vote=None, scorer=None, deadline=None, policy=None, **options):
-    return search(table, PROMPT, method, budget, answers, vote, scorer, deadline, policy, options)
+    return search(table.engine, PROMPT, method, budget, answers, vote, scorer, deadline, policy, options)
 
 
 def first(tokens):

@@ -15,9 +15,9 @@ COMMAND = [sys.executable, "-m", "bonnx", "serve"]
 
 
 @contextlib.contextmanager
-def served(model, settings=None):
-    """The address of a real server in this process, so that a test may reach into its model."""
-    app = create_app(model, settings)
+def served(engine, settings=None):
+    """The address of a real server in this process, so that a test may reach into its engine."""
+    app = create_app(engine, settings)
     server = make_server(app, "127.0.0.1", 0, grace=5)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

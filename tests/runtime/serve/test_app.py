@@ -15,7 +15,9 @@ from cohere import Client, ClientV2
 from tritonclient import http as triton
 
 import bonnx
-from bonnx.runtime.rank.run import Job
+from bonnx.runtime.engine.engine import open_engine
+from bonnx.runtime.rank import run as ranking
+from bonnx.runtime.rank.request import read_request
 from bonnx.runtime.serve import Settings
 from tests.runtime.serve.servers import Process, served
 from tests.tolerance import RUNTIME, within
@@ -25,13 +27,18 @@ NAME = "countdown"
 
 
 @pytest.fixture(scope="module")
-def model(countdown):
-    return bonnx.load(countdown)
+def engine(countdown):
+    return open_engine(countdown)
 
 
 @pytest.fixture(scope="module")
-def url(model):
-    with served(model) as url:
+def model(engine):
+    return bonnx.Model(engine)
+
+
+@pytest.fixture(scope="module")
+def url(engine):
+    with served(engine) as url:
         yield url
 
 
@@ -108,9 +115,9 @@ def test_tritons_client_runs_the_graphs(tritons, model, rng, binary):
     assert found.as_numpy("scores") is None
 
 
-def test_tritons_client_generates_and_scores(tritons, model, rng):
+def test_tritons_client_generates_and_scores(tritons, engine, model, rng):
     client = tritons
-    ids = np.array([model.reader.prompt(PUZZLE)])
+    ids = np.array([engine.reader.prompt(PUZZLE)])
     whole = {"num_candidates": 3, "max_new_tokens": 20, "top_k": 0, "seed": 5, "aggregation": 0}
     feeds = {
         "input_ids": ids,
@@ -177,7 +184,7 @@ def test_score_takes_one_text_against_many_and_pairs(client, model, rng):
     assert [entry["index"] for entry in pairs["data"]] == [0, 1, 2, 3]
 
 
-def test_best_of_given_candidates(client, model, rng):
+def test_best_of_given_candidates(client, engine, model, rng):
     candidates = draw_candidates(rng, 5)
     answers = ["a", "b", "a", None, "b"]
     body = {"prompt": PUZZLE, "candidates": candidates, "answers": answers, "vote": "weighted", "token_scores": True}
@@ -190,7 +197,7 @@ def test_best_of_given_candidates(client, model, rng):
         assert within(entry["token_scores"], scores, RUNTIME)
         assert within(entry["score"], score, RUNTIME)
     assert found["candidates"][3]["group_score"] is None
-    ids = [model.reader.prompt(PUZZLE).tolist(), [[5, 6], [7]]]
+    ids = [engine.reader.prompt(PUZZLE).tolist(), [[5, 6], [7]]]
     found = client.post("/v1/best-of-n", json={"prompt": ids[0], "candidates": ids[1]}).json()
     assert found["best_index"] == model.rank(*ids).best_index
 
@@ -229,11 +236,12 @@ def test_generation_is_watched(client, model):
 
 
 def test_embeddings(small, rng):
-    model = bonnx.load(small)
+    engine = open_engine(small)
+    model = bonnx.Model(engine)
     prompt, candidates = rng.standard_normal((4, 12)), rng.standard_normal((3, 5, 12))
     body = {"prompt": prompt.tolist(), "candidates": candidates.tolist(), "aggregation": "mean"}
     expected = model.rank(prompt.astype(np.float32), list(candidates.astype(np.float32)), aggregation="mean")
-    with served(model) as url:
+    with served(engine) as url:
         found = httpx.post(f"{url}/v1/best-of-n", json=body).json()
         assert within([entry["score"] for entry in found["candidates"]], expected.candidate_scores, RUNTIME)
         refused = httpx.post(f"{url}/v1/best-of-n", json={"prompt": prompt.tolist(), "n": 2})
@@ -276,29 +284,29 @@ def test_many_at_once_get_what_each_gets_alone(url, model, rng):
 
 
 class Gate:
-    """Holds a model's rankings until it is opened."""
+    """Holds rankings until it is opened."""
 
-    def __init__(self, model, monkeypatch):
+    def __init__(self, monkeypatch):
         self.open, self.entered, self.stopped = threading.Event(), threading.Event(), threading.Event()
-        run = type(model).run_together
+        run = ranking.run_together
 
-        def held(model, jobs, stop=None):
+        def held(engine, requests, stop=None):
             self.entered.set()
             while not self.open.wait(0.005):
                 if stop.terminate:
                     self.stopped.set()
                     raise RuntimeError("terminated")
-            return run(model, jobs, stop)
+            return run(engine, requests, stop)
 
-        monkeypatch.setattr(type(model), "run_together", held)
+        monkeypatch.setattr(ranking, "run_together", held)
 
 
 BODY = {"prompt": PUZZLE, "candidates": ["24-20=4;", "20-7=13;"]}
 
 
-def test_a_full_queue_answers_429(model, monkeypatch):
-    gate = Gate(model, monkeypatch)
-    with served(model, Settings(max_queue=2)) as url, ThreadPoolExecutor(3) as pool:
+def test_a_full_queue_answers_429(engine, monkeypatch):
+    gate = Gate(monkeypatch)
+    with served(engine, Settings(max_queue=2)) as url, ThreadPoolExecutor(3) as pool:
         post = lambda: httpx.post(f"{url}/v1/best-of-n", json=BODY, timeout=60)  # noqa: E731
         first = pool.submit(post)
         assert gate.entered.wait(20)
@@ -314,9 +322,9 @@ def test_a_full_queue_answers_429(model, monkeypatch):
         assert [future.result().status_code for future in (first, *waiting)] == [200] * 3
 
 
-def test_a_request_has_its_time(model, monkeypatch):
-    gate = Gate(model, monkeypatch)
-    with served(model) as url:
+def test_a_request_has_its_time(engine, monkeypatch):
+    gate = Gate(monkeypatch)
+    with served(engine) as url:
         late = httpx.post(f"{url}/v1/best-of-n", json=BODY, headers={"X-Request-Timeout": "0.2"}, timeout=60)
         assert late.status_code == 504
         assert late.json()["error"]["type"] == "deadline_exceeded"
@@ -329,9 +337,9 @@ def test_a_request_has_its_time(model, monkeypatch):
             assert refused.status_code == 400
 
 
-def test_a_client_that_goes_is_not_worked_for(model, monkeypatch):
-    gate = Gate(model, monkeypatch)
-    with served(model) as url:
+def test_a_client_that_goes_is_not_worked_for(engine, monkeypatch):
+    gate = Gate(monkeypatch)
+    with served(engine) as url:
 
         async def leave():
             async with httpx.AsyncClient(timeout=60) as client:
@@ -357,8 +365,8 @@ def raw(url, data, wait=20.0):
     return b"".join(parts)
 
 
-def test_bodies_are_bounded(model):
-    with served(model, Settings(max_body=2000, body_timeout=0.5, max_tokens=400)) as url:
+def test_bodies_are_bounded(engine):
+    with served(engine, Settings(max_body=2000, body_timeout=0.5, max_tokens=400)) as url:
         head = b"POST /v1/score HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
         # Refused by the announced size: not a byte of the body was sent.
         assert b" 413 " in raw(url, head + b"Content-Length: 2001\r\n\r\n").split(b"\r\n")[0]
@@ -372,8 +380,8 @@ def test_bodies_are_bounded(model):
         assert "characters are more than 64 tokens can hold" in long.json()["message"]
 
 
-def test_a_key(model):
-    with served(model, Settings(api_key="secret")) as url:
+def test_a_key(engine):
+    with served(engine, Settings(api_key="secret")) as url:
         for headers in ({}, {"Authorization": "Bearer other"}, {"Authorization": "secret"}):
             refused = httpx.post(f"{url}/v1/best-of-n", json=BODY, headers=headers)
             assert refused.status_code == 401
@@ -416,12 +424,12 @@ def test_bad_input_is_explained(client, body, message):
     assert not any(word in answer.text for word in ("Traceback", "/tmp", ".py"))
 
 
-def test_what_goes_wrong_inside_is_not_told(model, monkeypatch, caplog):
-    def fail(model, jobs, stop=None):
+def test_what_goes_wrong_inside_is_not_told(engine, monkeypatch, caplog):
+    def fail(engine, requests, stop=None):
         raise RuntimeError("/secret/place failed")
 
-    monkeypatch.setattr(type(model), "run_together", fail)
-    with served(model) as url:
+    monkeypatch.setattr(ranking, "run_together", fail)
+    with served(engine) as url:
         answer = httpx.post(f"{url}/v1/best-of-n", json=BODY)
     assert answer.status_code == 500
     assert "secret" not in answer.text
@@ -430,10 +438,10 @@ def test_what_goes_wrong_inside_is_not_told(model, monkeypatch, caplog):
     assert "/secret/place failed" in caplog.text
 
 
-def test_no_winner_is_said(model, monkeypatch):
+def test_no_winner_is_said(engine, monkeypatch):
     lost = bonnx.NoWinnerError("none of the candidates can win")
-    monkeypatch.setattr(type(model), "run_together", lambda model, jobs, stop=None: [lost] * len(jobs))
-    with served(model) as url:
+    monkeypatch.setattr(ranking, "run_together", lambda engine, requests, stop=None: [lost] * len(requests))
+    with served(engine) as url:
         answer = httpx.post(f"{url}/v1/best-of-n", json=BODY)
     assert answer.status_code == 422
     assert answer.json()["error"] == {"message": str(lost), "type": "no_winner", "code": 422}
@@ -466,8 +474,7 @@ def test_the_command_serves_logs_and_stops(countdown, tmp_path, monkeypatch):
     assert "prompt" not in line
 
 
-def test_jobs_are_told_apart(model):
-    job = model.job(PUZZLE, ["1+1=2;"])
-    assert isinstance(job, Job)
-    assert job.key == model.job("5,6,7>42:", ["1+1=2;"]).key
-    assert job.key != model.job(PUZZLE, ["1+1=2;"], aggregation="mean").key
+def test_requests_with_other_options_do_not_run_together(engine):
+    request = read_request(engine, PUZZLE, ["1+1=2;"])
+    assert request.key == read_request(engine, "5,6,7>42:", ["1+1=2;"]).key
+    assert request.key != read_request(engine, PUZZLE, ["1+1=2;"], aggregation="mean").key

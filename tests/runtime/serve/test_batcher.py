@@ -6,13 +6,13 @@ import time
 
 import pytest
 
-from bonnx.runtime.rank.run import Shape, padded_tokens
+from bonnx.runtime.batching import Shape, padded_tokens
 from bonnx.runtime.serve.batcher import Lane, LateError, OverfullError
 
 
-class Work:
+class Request:
     def __init__(self, name, key="same", length=1):
-        self.name, self.key, self.column, self.tokens = name, key, name, length
+        self.name, self.key, self.prompt_slot, self.tokens = name, key, name, length
         self.shape = Shape(1, 0, length)
 
 
@@ -73,7 +73,7 @@ def soon(seconds=10.0):
 async def behind_closed_gate(lane, model):
     """A run that holds the lane, so that others gather behind it."""
     model.gate.clear()
-    first = asyncio.ensure_future(lane.put([Work("first", key=None)], soon()))
+    first = asyncio.ensure_future(lane.put([Request("first", key=None)], soon()))
     while lane._running is None:
         await asyncio.sleep(0.001)
     return first
@@ -84,8 +84,8 @@ def test_what_waits_runs_together_within_bounds(make):
 
     async def main():
         first = await behind_closed_gate(lane, model)
-        others = [asyncio.ensure_future(lane.put([Work(f"w{i}")], soon())) for i in range(11)]
-        alone = asyncio.ensure_future(lane.put([Work("x", key="other")], soon()))
+        others = [asyncio.ensure_future(lane.put([Request(f"w{i}")], soon())) for i in range(11)]
+        alone = asyncio.ensure_future(lane.put([Request("x", key="other")], soon()))
         await asyncio.sleep(0.01)
         model.gate.set()
         assert await first == ["firstfirst"]
@@ -103,7 +103,7 @@ def test_an_idle_model_waits_for_company_only_if_told_to(make):
     lane, model, _ = make(tokens=4, patience=600.0)
 
     async def main():
-        works = [asyncio.ensure_future(lane.put([Work(f"w{i}")], soon())) for i in range(4)]
+        works = [asyncio.ensure_future(lane.put([Request(f"w{i}")], soon())) for i in range(4)]
         # The run is full, so nobody waits ten minutes.
         await asyncio.gather(*works)
 
@@ -116,14 +116,14 @@ def test_a_full_queue_refuses_and_says_when_to_come_back(make):
 
     async def main():
         first = await behind_closed_gate(lane, model)
-        waiting = [asyncio.ensure_future(lane.put([Work(name)], soon())) for name in ("a", "b")]
+        waiting = [asyncio.ensure_future(lane.put([Request(name)], soon())) for name in ("a", "b")]
         await asyncio.sleep(0.01)
         with pytest.raises(OverfullError) as e:
-            await lane.put([Work("c")], soon())
+            await lane.put([Request("c")], soon())
         assert e.value.retry_after >= 1
         model.gate.set()
         await asyncio.gather(first, *waiting)
-        assert await lane.put([Work("c")], soon()) == ["cc"]
+        assert await lane.put([Request("c")], soon()) == ["cc"]
 
     asyncio.run(main())
 
@@ -134,8 +134,8 @@ def test_several_are_taken_all_or_none(make):
     async def main():
         first = await behind_closed_gate(lane, model)
         with pytest.raises(OverfullError):
-            await lane.put([Work(str(i)) for i in range(4)], soon())
-        three = asyncio.ensure_future(lane.put([Work(str(i)) for i in range(3)], soon()))
+            await lane.put([Request(str(i)) for i in range(4)], soon())
+        three = asyncio.ensure_future(lane.put([Request(str(i)) for i in range(3)], soon()))
         await asyncio.sleep(0.01)
         model.gate.set()
         assert await three == ["00", "11", "22"]
@@ -151,10 +151,10 @@ def test_who_is_late_does_not_run(make):
     async def main():
         first = await behind_closed_gate(lane, model)
         with pytest.raises(LateError):
-            await lane.put([Work("late")], soon(0.02))
+            await lane.put([Request("late")], soon(0.02))
         model.gate.set()
         await first
-        assert await lane.put([Work("next")], soon()) == ["nextnext"]
+        assert await lane.put([Request("next")], soon()) == ["nextnext"]
 
     asyncio.run(main())
     assert ["late"] not in model.groups
@@ -169,7 +169,7 @@ def test_a_run_that_nobody_waits_for_is_ended(make):
         while not model.stopped:
             await asyncio.sleep(0.001)
         model.gate.set()
-        assert await lane.put([Work("next")], soon()) == ["nextnext"]
+        assert await lane.put([Request("next")], soon()) == ["nextnext"]
 
     asyncio.run(asyncio.wait_for(main(), 20))
 
@@ -187,7 +187,7 @@ def test_a_retry_that_nobody_waits_for_is_ended(make):
 
     async def main():
         first = await behind_closed_gate(lane, model)
-        works = [asyncio.ensure_future(lane.put([Work(name)], soon())) for name in "abc"]
+        works = [asyncio.ensure_future(lane.put([Request(name)], soon())) for name in "abc"]
         await asyncio.sleep(0.01)
         model.gate.set()
         await first
@@ -198,7 +198,7 @@ def test_a_retry_that_nobody_waits_for_is_ended(make):
         while not model.stopped:
             await asyncio.sleep(0.001)
         model.gate.set()
-        assert await lane.put([Work("next")], soon()) == ["nextnext"]
+        assert await lane.put([Request("next")], soon()) == ["nextnext"]
 
     asyncio.run(asyncio.wait_for(main(), 20))
     # Those that had given up before their turn were not run again.
@@ -211,7 +211,7 @@ def test_a_failure_is_its_own(make):
     async def main():
         first = await behind_closed_gate(lane, model)
         names = ["a", "bad", "error", "b"]
-        works = [asyncio.ensure_future(lane.put([Work(name)], soon())) for name in names]
+        works = [asyncio.ensure_future(lane.put([Request(name)], soon())) for name in names]
         await asyncio.sleep(0.01)
         model.gate.set()
         await first
@@ -233,9 +233,9 @@ def test_a_lane_survives_what_goes_wrong_in_it(make, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(lane, "_choose", fail)
             with pytest.raises(RuntimeError, match="cannot count"):
-                await lane.put([Work("a")], soon())
+                await lane.put([Request("a")], soon())
             patch.setattr(watcher, "ran", fail)
-        assert await lane.put([Work("b")], soon()) == ["bb"]
+        assert await lane.put([Request("b")], soon()) == ["bb"]
 
     asyncio.run(main())
 
@@ -245,7 +245,7 @@ def test_closing_finishes_what_was_taken(make):
 
     async def main():
         first = await behind_closed_gate(lane, model)
-        works = [asyncio.ensure_future(lane.put([Work(f"w{i}")], soon())) for i in range(3)]
+        works = [asyncio.ensure_future(lane.put([Request(f"w{i}")], soon())) for i in range(3)]
         await asyncio.sleep(0.01)
         closing = asyncio.get_running_loop().run_in_executor(None, lane.close)
         model.gate.set()

@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
-import bonnx
 from bonnx.errors import InputError
+from bonnx.runtime.engine.engine import open_engine
 from bonnx.runtime.serve import create_app
 from bonnx.runtime.serve.server import bind_to, make_server
 from tests.runtime.serve.servers import COMMAND, Process
@@ -131,7 +131,7 @@ def test_a_port_that_another_took_meanwhile(small):
     with first, second:
         first.listen()
         with pytest.raises(InputError, match=f"{port} of 127.0.0.1 is in use"):
-            make_server(create_app(bonnx.load(small))).run([second])
+            make_server(create_app(open_engine(small))).run([second])
 
 
 @pytest.mark.parametrize(("option", "value"), [("max-connections", "0"), ("grace", "-1")])

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import bonnx
+from bonnx.runtime.engine.engine import open_engine
 from bonnx.runtime.serve import Settings
 from tests.runtime.serve.servers import served
 
@@ -26,7 +26,7 @@ JSON = {"Content-Type": "application/json"}
 @pytest.fixture(scope="module")
 def client(tiny):
     with (
-        served(bonnx.load(tiny), Settings(max_body=300_000)) as url,
+        served(open_engine(tiny), Settings(max_body=300_000)) as url,
         httpx.Client(base_url=url, timeout=60, follow_redirects=False) as client,
     ):
         yield client

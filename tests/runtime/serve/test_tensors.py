@@ -7,7 +7,7 @@ import httpx
 import numpy as np
 import pytest
 
-import bonnx
+from bonnx.runtime.engine.engine import open_engine
 from bonnx.runtime.serve import Settings
 from bonnx.runtime.serve.routes.tensors import _BROADCAST, MOST_STOPS
 from tests.runtime.serve.servers import served
@@ -16,13 +16,13 @@ KINDS = {"int64": "INT64", "float32": "FP32"}
 
 
 @pytest.fixture(scope="module")
-def model(tiny):
-    return bonnx.load(tiny)
+def engine(tiny):
+    return open_engine(tiny)
 
 
 @pytest.fixture(scope="module")
-def client(model):
-    with served(model, Settings(max_tokens=64)) as url, httpx.Client(base_url=url, timeout=60) as client:
+def client(engine):
+    with served(engine, Settings(max_tokens=64)) as url, httpx.Client(base_url=url, timeout=60) as client:
         yield client
 
 
@@ -64,10 +64,10 @@ def post(client, graph, feeds, *, binary=False, change=None):
 
 @pytest.mark.parametrize("binary", [True, False])
 @pytest.mark.parametrize("graph", ["rank", "score", "generate"])
-def test_every_axis_of_every_tensor_is_checked(client, model, graph, binary):
+def test_every_axis_of_every_tensor_is_checked(client, engine, graph, binary):
     feeds = good(graph)
     assert post(client, graph, feeds, binary=binary).status_code == 200
-    for value in model.manifest.graphs[graph].inputs:
+    for value in engine.manifest.graphs[graph].inputs:
         for place, axis in enumerate(value.shape):
             if axis == "stops":
                 continue

@@ -11,11 +11,12 @@ from cohere import ClientV2
 
 import bonnx
 from bonnx.runtime.artifact.manifest import Limits, Scoring, TextRules
+from bonnx.runtime.engine.engine import Engine, open_engine
 from bonnx.runtime.serve import Settings
 from bonnx.runtime.text.chat import ChatTemplate
-from bonnx.runtime.text.compose import Writer
+from bonnx.runtime.text.compose import Composer
 from bonnx.runtime.text.reader import Reader
-from bonnx.runtime.text.tokenizer import Text
+from bonnx.runtime.text.tokenizer import Tokenizer
 from tests.runtime.serve.servers import served
 from tests.tolerance import RUNTIME, within
 
@@ -40,21 +41,26 @@ def tokenizer():
 
 
 @pytest.fixture(scope="module")
-def model(tiny, tokenizer, tmp_path_factory):
+def engine(tiny, tokenizer, tmp_path_factory):
     """The small language model, which reads text and messages; at most 60 tokens."""
-    model = bonnx.load(tiny)
+    opened = open_engine(tiny)
     place = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
     tokenizer.save(str(place))
     scoring = Scoring(end_token=tokenizer.token_to_id("[end]"))
-    model.manifest = msgspec.structs.replace(model.manifest, scoring=scoring, limits=Limits(max_tokens=60))
-    text = Text(place, scoring, TextRules())
-    model.reader = Reader(model.manifest, text, Writer(TextRules(), ChatTemplate(TEMPLATE, {})))
-    return model
+    manifest = msgspec.structs.replace(opened.manifest, scoring=scoring, limits=Limits(max_tokens=60))
+    text = Tokenizer(place, scoring, TextRules())
+    reader = Reader(manifest, text, Composer(TextRules(), ChatTemplate(TEMPLATE, {})))
+    return Engine(manifest, reader, opened.session)
 
 
 @pytest.fixture(scope="module")
-def url(model):
-    with served(model) as url:
+def model(engine):
+    return bonnx.Model(engine)
+
+
+@pytest.fixture(scope="module")
+def url(engine):
+    with served(engine) as url:
         yield url
 
 
@@ -124,7 +130,7 @@ def test_usage_of_ids_and_of_what_is_not_finished(post, tokenizer, rng):
     assert post("/v1/best-of-n", body).json()["usage"] == usage(count(tokenizer, "which", ["one", "other"], end=0))
 
 
-def test_usage_of_a_prompt_that_was_cut(post, model, tokenizer, rng):
+def test_usage_of_a_prompt_that_was_cut(post, tokenizer, rng):
     prompt, texts = "".join(draw(rng, 8) for _ in range(12)) + "c", ["one", "other one"]
     whole = count(tokenizer, prompt, texts)
     longest = max(len(tokenizer.encode(text).ids) + 1 for text in texts)
@@ -307,7 +313,7 @@ def test_documents_come_back_as_they_were_sent(post):
 # ---- where it is read
 
 
-def test_no_long_text_is_read_where_others_wait(model, monkeypatch):
+def test_no_long_text_is_read_where_others_wait(engine, monkeypatch):
     """Whatever makes a request long, its text is rendered and tokenized in a thread for that."""
     seen = []
 
@@ -320,7 +326,7 @@ def test_no_long_text_is_read_where_others_wait(model, monkeypatch):
 
         monkeypatch.setattr(kind, name, watched)
 
-    for kind, name in ((Text, "encode"), (Text, "rows"), (ChatTemplate, "render"), (ChatTemplate, "split")):
+    for kind, name in ((Tokenizer, "encode"), (Tokenizer, "rows"), (ChatTemplate, "render"), (ChatTemplate, "split")):
         watch(kind, name)
     long = "which of them " * 400
     parts = [{"role": "user", "content": [{"type": "text", "text": long}]}]
@@ -341,7 +347,7 @@ def test_no_long_text_is_read_where_others_wait(model, monkeypatch):
         ("/v1/score", {"text_1": ["which of them"] * 150, "text_2": ["a"] * 150}),
         ("/v1/score", {"text_1": long, "text_2": ["a"], "truncate": True}),
     ]
-    with served(model) as url, httpx.Client(base_url=url, timeout=60) as client:
+    with served(engine) as url, httpx.Client(base_url=url, timeout=60) as client:
         for path, body in requests:
             seen.clear()
             assert client.post(path, json=body).status_code in (200, 400)
@@ -349,8 +355,8 @@ def test_no_long_text_is_read_where_others_wait(model, monkeypatch):
             assert {name for _, name in seen if not name.startswith("bonnx-read")} == set(), (path, str(body)[:80])
 
 
-def test_text_that_is_read_again_with_each_candidate_is_bounded(model):
-    with served(model, Settings(max_body=5000)) as url, httpx.Client(base_url=url, timeout=60) as client:
+def test_text_that_is_read_again_with_each_candidate_is_bounded(engine):
+    with served(engine, Settings(max_body=5000)) as url, httpx.Client(base_url=url, timeout=60) as client:
         for prompt in ([{"role": "user", "content": "a" * 4000}], "a" * 4000):
             body = {"prompt": prompt, "candidates": ["a"] * 6, "truncate": True}
             answer = client.post("/v1/best-of-n", json=body)

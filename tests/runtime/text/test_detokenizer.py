@@ -1,4 +1,4 @@
-"""Text of completions: prompt and text together are what was generated, with every kind of decoder."""
+"""Tokenizer of completions: prompt and text together are what was generated, with every kind of decoder."""
 
 import itertools
 
@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerFast
 from bonnx.runtime.artifact.manifest import Scoring, TextRules
 from bonnx.runtime.generate.result import FINISH_REASONS
 from bonnx.runtime.generate.run import make_candidate
+from bonnx.runtime.text import tokenizer
 from bonnx.runtime.text.detokenizer import Detokenizer
-from bonnx.runtime.text.tokenizer import Text
 
 CORPUS = ["What is two and two? It is 4. The answer, of course.\n", " a  b\tc", "naïve café 🎉 数学"] * 3
 SPECIAL = ["<unk>", "<s>", "</s>", "<|assistant|>"]
@@ -164,7 +164,7 @@ def test_a_candidate_has_the_words_and_not_the_token_that_ended_it(reason, tmp_p
     core = KINDS["mistral"]
     core.save(str(tmp_path / "tokenizer.json"))
     end = core.token_to_id(".")
-    text = Text(tmp_path / "tokenizer.json", Scoring(end_token=end), TextRules(unknown="replace"))
+    text = tokenizer.Tokenizer(tmp_path / "tokenizer.json", Scoring(end_token=end), TextRules(unknown="replace"))
     prompt = np.array(core.encode("two").ids)
     own = np.array(core.encode("two It. is.").ids[len(prompt) :])
     given = FINISH_REASONS.index(reason) if reason else -1

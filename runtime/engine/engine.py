@@ -1,0 +1,128 @@
+"""What answers are computed with: an artifact's manifest, the reader of what callers pass, and its graphs' sessions."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from ...errors import ArtifactError
+from ..artifact.folder import locate, read_verified
+from ..artifact.manifest import Manifest
+from ..checks import check_path
+from ..text.chat import ChatTemplate
+from ..text.compose import Composer
+from ..text.reader import Reader
+from ..text.tokenizer import Tokenizer
+from .session import Provider, Session, SessionOptions
+
+__all__ = ["Engine", "Sessions", "make_engine", "open_engine"]
+
+
+class Sessions:
+    """The sessions of an artifact's graphs, each made at its first use. Safe to share between threads."""
+
+    def __init__(self, folder: Path, manifest: Manifest, options: SessionOptions) -> None:
+        self._folder, self._manifest, self._options = folder, manifest, options
+        self._sessions: dict[str, Session] = {}
+        self._lock = threading.Lock()
+
+    def __call__(self, name: str) -> Session:
+        """The session of one graph.
+
+        Raises:
+            ArtifactError: the artifact has no such graph, or ONNX Runtime cannot load it.
+        """
+        with self._lock:
+            if name not in self._sessions:
+                graph = self._manifest.graphs.get(name)
+                if graph is None:
+                    raise ArtifactError(
+                        f"{self._folder} has no graph '{name}', only {', '.join(sorted(self._manifest.graphs))}; "
+                        "export the model again with a bonnx that writes it"
+                    )
+                self._sessions[name] = Session(locate(self._folder, graph.file), graph, self._options)
+            return self._sessions[name]
+
+    def close(self) -> None:
+        """Give back the memory of the graphs that are loaded; one that is used again is loaded again."""
+        with self._lock:
+            self._sessions.clear()
+
+
+class Engine:
+    """An open artifact, for whatever computes with it: rank, generate, search, serve and batch.
+
+    Safe to share between threads.
+
+    Attributes:
+        manifest: of the artifact.
+        reader: turns what callers pass into arrays.
+        session: gives the session of a graph by its name.
+        provider: where the graphs run, `cpu` or `cuda`.
+        memory_limit: bytes that one run may take, or None.
+        close: gives back the memory of the graphs that are loaded; one that is used again is loaded again.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        reader: Reader,
+        session: Callable[[str], Session],
+        *,
+        provider: str = "cpu",
+        memory_limit: int | None = None,
+        close: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.manifest, self.reader, self.session = manifest, reader, session
+        self.provider, self.memory_limit, self.close = provider, memory_limit, close
+
+    @property
+    def input_suffix(self) -> str:
+        """How the names of the graphs' inputs end: `ids` or `embeds`."""
+        return "ids" if self.manifest.kind == "language_model" else "embeds"
+
+    @property
+    def joint_limit(self) -> int:
+        """The longest row, in tokens, that may run beside others.
+
+        Dynamic rope scaling goes by the longest row of a run that is longer than this: such rows run by themselves.
+        """
+        scaling = self.manifest.network.get("rope_scaling") or {}
+        if scaling.get("kind") == "dynamic":
+            return int(scaling["original_max_positions"])
+        return self.manifest.limits.max_tokens
+
+
+def open_engine(
+    path: str | os.PathLike[str],
+    *,
+    provider: Provider = "auto",
+    threads: int | None = None,
+    device_id: int = 0,
+    memory_limit: int | None = None,
+) -> Engine:
+    """Open an artifact: see `bonnx.load`, whose arguments and errors these are."""
+    options = SessionOptions(provider=provider, threads=threads, device_id=device_id, memory_limit=memory_limit)
+    folder = check_path("path", path)
+    manifest = read_verified(folder)
+    return make_engine(folder, manifest, options)
+
+
+def make_engine(folder: Path, manifest: Manifest, options: SessionOptions) -> Engine:
+    """The engine of a folder whose manifest has been read."""
+    sessions, reader = Sessions(folder, manifest, options), _reader(folder, manifest)
+    # One graph is loaded now, so that an unavailable provider is reported at once.
+    provider, limit = sessions("rank").provider, options.memory_limit
+    return Engine(manifest, reader, sessions, provider=provider, memory_limit=limit, close=sessions.close)
+
+
+def _reader(folder: Path, manifest: Manifest) -> Reader:
+    rules, tokenizer, chat = manifest.text, None, None
+    if manifest.tokenizer is not None:
+        tokenizer = Tokenizer(locate(folder, manifest.tokenizer), manifest.scoring, rules)
+    if rules.chat_template is not None:
+        source = locate(folder, rules.chat_template).read_bytes().decode()
+        chat = ChatTemplate(source, rules.template_tokens)
+    return Reader(manifest, tokenizer, Composer(rules, chat))

@@ -1,0 +1,84 @@
+"""What is to be generated, read and checked."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+from ...errors import InputError
+from ..arrays import Array
+from ..artifact.limits import check_size
+from ..batching import Shape
+from ..engine.engine import Engine
+from ..selection.aggregate import is_stepwise
+from ..text.reader import Item
+from .options import CheckedOptions, GenerateOptions, check_options
+
+__all__ = ["GenerateRequest", "options_within", "read_request"]
+
+
+@dataclass(frozen=True, eq=False)
+class GenerateRequest:
+    """A prompt and how to continue it.
+
+    Attributes:
+        prompt: (P,) int64.
+        options: how to generate.
+        joins: whether it may run beside others.
+    """
+
+    prompt: Array
+    options: CheckedOptions
+    joins: bool = True
+
+    @property
+    def key(self) -> Hashable:
+        # The options are scalars of the graph. The seed is one too, and still each prompt draws numbers of its own.
+        return self.options if self.joins else None
+
+    @property
+    def shape(self) -> Shape:
+        return Shape(self.options.n, len(self.prompt), self.options.max_new_tokens)
+
+    @property
+    def tokens(self) -> int:
+        return self.options.n * self.options.max_new_tokens
+
+    @property
+    def prompt_slot(self) -> Hashable:
+        # Each has a slot of its own, whatever its prompt.
+        return id(self)
+
+
+def read_request(engine: Engine, prompt: Item, options: GenerateOptions) -> GenerateRequest:
+    """Read and check what is to be generated.
+
+    Raises:
+        InputError: an option or the prompt is invalid.
+        ArtifactError: the artifact has no language model.
+    """
+    engine.session("generate")
+    ids = engine.reader.prompt(prompt)
+    checked = options_within(engine, ids, options, engine.manifest.limits.max_tokens - len(ids))
+    return GenerateRequest(ids, checked, len(ids) + checked.max_new_tokens <= engine.joint_limit)
+
+
+def options_within(engine: Engine, prompt: Array, options: GenerateOptions, room: int) -> CheckedOptions:
+    """The options of a generation, complete and checked.
+
+    Args:
+        engine: its limits count.
+        prompt: (P,) int64.
+        options: as they were passed.
+        room: the longest completion if the options do not say, in tokens.
+
+    Raises:
+        InputError: an option is invalid, or more than the artifact's limits allow.
+    """
+    scoring = engine.manifest.scoring
+    stops = engine.reader.stops(options.get("stop"), scoring)
+    checked = check_options(options, stops, scoring.aggregation, max(1, room))
+    if is_stepwise(checked.aggregation) and scoring.step_token is None:
+        raise InputError("a step aggregation needs a step token, and the artifact's scoring rule has none")
+    check_size(engine.manifest, checked.n, len(prompt), checked.max_new_tokens, engine.memory_limit)
+    return checked

@@ -1,0 +1,141 @@
+"""What is to be ranked, read and checked."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ...errors import InputError
+from ..arrays import Array
+from ..artifact.limits import check_size
+from ..batching import Shape
+from ..checks import check_flag, check_some
+from ..engine.engine import Engine
+from ..selection.aggregate import aggregation_code, is_stepwise
+from ..selection.vote import Answers, Ballot, make_ballot
+from ..text.padding import pad, step_mask
+from ..text.reader import Item, Rows
+
+__all__ = ["RankRequest", "pad_rows", "read_request", "readable_positions"]
+
+
+@dataclass(frozen=True, eq=False)
+class RankRequest:
+    """A prompt and its candidates.
+
+    Attributes:
+        candidates: as they were passed.
+        aggregation: how a candidate's scores become one.
+        ballot: how they vote.
+        rows: as they were read.
+        values: the candidates, padded, (N, T) int64 or (N, T, embed_dim) float32.
+        mask: (N, T) int64.
+        steps: (N, T) int64, where the aggregation may read, or (1, 1) for everywhere.
+        joins: whether it may run beside others.
+        prompt_slot: equal for requests of the same prompt, which share its slot.
+    """
+
+    candidates: Sequence[Item]
+    aggregation: str
+    ballot: Ballot
+    rows: Rows
+    values: Array
+    mask: Array
+    steps: Array
+    joins: bool = True
+    prompt_slot: Hashable = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prompt_slot", self.prompt.tobytes())
+
+    @property
+    def prompt(self) -> Array:
+        """(P,) int64 or (P, embed_dim) float32."""
+        assert self.rows.prompt is not None
+        return self.rows.prompt
+
+    @property
+    def key(self) -> Hashable:
+        # Without a prompt to share, another graph runs.
+        return (self.aggregation, self.ballot.vote) if self.joins and len(self.prompt) else None
+
+    @property
+    def shape(self) -> Shape:
+        return Shape(len(self.values), len(self.prompt), self.values.shape[1])
+
+    @property
+    def tokens(self) -> int:
+        return int(self.mask.sum())
+
+
+def read_request(
+    engine: Engine,
+    prompt: Item,
+    candidates: Sequence[Item],
+    *,
+    aggregation: str | None = None,
+    step_masks: Sequence[Sequence[int]] | None = None,
+    partial: bool = False,
+    truncate: bool = False,
+    vote: str = "score",
+    answers: Answers | None = None,
+) -> RankRequest:
+    """Read and check what is to be ranked; the arguments are those of `Model.rank`.
+
+    Raises:
+        InputError: nothing to rank, or something that cannot be ranked.
+    """
+    scoring = engine.manifest.scoring
+    name = scoring.aggregation if aggregation is None else aggregation
+    aggregation_code(name)
+    check_flag("partial", partial)
+    check_flag("truncate", truncate)
+    check_some(candidates, "candidates")
+    rows = engine.reader.pairs(prompt, candidates, partial=partial, truncate=truncate)
+    ballot = make_ballot(vote, answers, candidates, "candidates", rows.unreadable, scoring)
+    values, mask = pad_rows(engine, rows)
+    steps = readable_positions(engine, name, rows, values, step_masks)
+    assert rows.prompt is not None
+    joins = len(rows.prompt) + values.shape[1] <= engine.joint_limit
+    return RankRequest(candidates, name, ballot, rows, values, mask, steps, joins)
+
+
+def pad_rows(engine: Engine, rows: Rows) -> tuple[Array, Array]:
+    """Rows within limits, padded, and their mask.
+
+    Raises:
+        InputError: there are too many, or they are too long.
+    """
+    prompt = 0 if rows.prompt is None else len(rows.prompt)
+    check_size(engine.manifest, len(rows.items), prompt, max(map(len, rows.items)), engine.memory_limit)
+    return pad(rows.items, engine.manifest.scoring.pad_token)
+
+
+def readable_positions(
+    engine: Engine, aggregation: str, rows: Rows, values: Array, step_masks: Sequence[Sequence[int]] | None
+) -> Array:
+    """The positions that an aggregation may read, (rows, length) int64, or (1, 1) for all.
+
+    Raises:
+        InputError: the step masks do not fit, or the aggregation needs them and there are none.
+    """
+    scoring = engine.manifest.scoring
+    if not is_stepwise(aggregation):
+        if step_masks is not None:
+            raise InputError(
+                f"step_masks: aggregation '{aggregation}' does not read them; pass aggregation='step_{aggregation}', "
+                "or no marks"
+            )
+        mask = np.ones((1, 1), np.int64)
+    elif step_masks is None and rows.ends is not None:
+        mask, _ = pad([ends.astype(np.int64) for ends in rows.ends], 0)
+    else:
+        mask = step_mask(values, step_masks, rows.skip, scoring.step_token)
+    if aggregation == "last" and scoring.passes_pad and values.ndim == 2:
+        # A candidate that is padding from end to end is read at its last token, as one without a step's end.
+        mask = (values != scoring.pad_token).astype(np.int64)
+    if any(rows.skip):
+        mask = mask * (np.arange(values.shape[1]) >= np.array(rows.skip)[:, None])
+    return mask

@@ -1,0 +1,79 @@
+"""What a search method is, and what it tells the search around it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..arrays import Array
+from .choice import choose
+from .tree import Branch, Tree
+
+__all__ = ["Ballots", "Method"]
+
+
+@dataclass(frozen=True)
+class Ballots:
+    """The candidates to choose from.
+
+    Attributes:
+        branches: the candidates (n).
+        scores: (n,) float32, NaN for one that cannot win.
+        answer_ids: (n,) int64, equal for equal answers; below 0 where there is none.
+        vote: how they vote.
+        vote_weight: of `Scoring`: what a candidate adds to its answer in a weighted vote.
+    """
+
+    branches: Sequence[Branch]
+    scores: Array
+    answer_ids: Array
+    vote: str
+    vote_weight: str
+
+
+class Method:
+    """A way to spend a budget of completions. A method is a frozen dataclass whose fields are its settings.
+
+    Attributes:
+        needs_certainty: whether it reads the self-certainty of every token.
+        continues_probe: whether the completions by which a policy judged the prompt are its own first ones. Otherwise
+            they stand beside its candidates.
+        needs_own_tree: whether it cannot go on in the tree in which a policy judged the prompt.
+    """
+
+    needs_certainty: ClassVar[bool] = False
+    continues_probe: ClassVar[bool] = False
+    needs_own_tree: ClassVar[bool] = False
+
+    def run(self, tree: Tree, budget: int, begun: Sequence[Branch] = ()) -> list[Branch]:
+        """The candidates.
+
+        Args:
+            tree: without branches but for those in `begun`.
+            budget: completions that it may cost.
+            begun: finished branches that count as its first ones; only if `continues_probe`.
+
+        Raises:
+            InputError: the budget is less than the method needs.
+        """
+        raise NotImplementedError
+
+    def room(self, limit: int, prompt: int) -> int:
+        """Tokens of the longest completion, in an artifact that takes `limit` after a prompt of `prompt` tokens.
+
+        Raises:
+            InputError: there is no room.
+        """
+        return limit - prompt
+
+    def check_length(self, length: int, limit: int, prompt: int) -> None:
+        """Refuse a `max_new_tokens` of `length` that the method has no room for.
+
+        Raises:
+            InputError: says how long a completion may be.
+        """
+
+    def choose(self, ballots: Ballots) -> tuple[int, Array]:
+        """The index of the winner, -1 if nothing can win, and each candidate's group score (n,) float32."""
+        return choose(ballots.scores, ballots.answer_ids, ballots.vote, ballots.vote_weight)
