@@ -137,5 +137,5 @@ def engine(small):
 
 
 @pytest.fixture(scope="session")
-def model(engine):
-    return bonnx.Model(engine)
+def model(small):
+    return bonnx.load(small)

@@ -32,6 +32,11 @@ def engine(tiny):
     return open_engine(tiny)
 
 
+@pytest.fixture(scope="module")
+def model(engine):
+    return bonnx.Model(engine)
+
+
 @pytest.fixture
 def batch(tiny, engine, tmp_path):
     """Rank lines of JSON, or a table; what came out, and the reasons of the rows that are bad."""
