@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .artifact.manifest import AGGREGATIONS
     from .generate.result import FINISH_REASONS, Candidate, Generation
     from .model import Model, load
+    from .protocol import ModelLike
     from .rank.result import Ranking, Scored
     from .testing import FakeModel
     from .verification import Check, verify
@@ -29,6 +30,7 @@ _PLACES = {
     "Generation": "generate.result",
     "InputError": ".errors",
     "Model": "model",
+    "ModelLike": "protocol",
     "NoWinnerError": ".errors",
     "ProviderError": ".errors",
     "Ranking": "rank.result",
@@ -49,6 +51,7 @@ __all__ = [
     "Generation",
     "InputError",
     "Model",
+    "ModelLike",
     "NoWinnerError",
     "ProviderError",
     "Ranking",

@@ -26,6 +26,7 @@ from .text.reader import Item
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+    from .protocol import ModelLike
     from .search.policy import Policy
     from .search.result import SearchResult
     from .search.tree import Scorer
@@ -274,3 +275,7 @@ class Model:
         from .search import search
 
         return search(self._engine, prompt, method, budget, answers, vote, scorer, deadline, policy, options)
+
+
+if TYPE_CHECKING:
+    _fits: type[ModelLike] = Model

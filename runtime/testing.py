@@ -11,12 +11,13 @@ from ..errors import InputError
 from .arrays import Array
 from .checks import check_flag, check_function, check_some, is_list, shown
 from .generate.decoding import clock
-from .generate.options import GenerateOptions, check_options
+from .generate.options import GenerateOptions, check_options, shows_options
 from .generate.result import Candidate, Generation
+from .protocol import ModelLike
 from .rank.result import Ranking, winner
 from .selection.aggregate import aggregate, aggregation_code, elect, is_stepwise
 from .selection.vote import Answers, check_weight, make_ballot
-from .text.padding import check_masks
+from .text.padding import pad, step_mask
 from .text.reader import Item, check_stop, none_readable
 from .text.tokenizer import NO_TOKENS
 
@@ -65,10 +66,11 @@ class FakeModel:
         aggregation: str | None = None,
         step_masks: Sequence[Sequence[int]] | None = None,
         partial: bool = False,
+        truncate: bool = False,
         vote: str = "score",
         answers: Answers | None = None,
     ) -> Ranking:
-        """As `Model.rank`; `partial` changes nothing, and the only candidates that cannot be read are empty ones.
+        """As `Model.rank`; `partial` and `truncate` change nothing, and only empty candidates cannot be read.
 
         Raises:
             InputError: nothing to rank, an unknown aggregation or vote, a step aggregation without step_masks, a vote
@@ -76,6 +78,7 @@ class FakeModel:
             NoWinnerError: every score is NaN.
         """
         check_flag("partial", partial)
+        check_flag("truncate", truncate)
         _check_item(prompt, "prompt")
         check_some(candidates, "candidates")
         for i, candidate in enumerate(candidates):
@@ -107,23 +110,18 @@ class FakeModel:
             empty if i in unreadable else _scores(self._score(prompt, c), f"the score of candidates[{i}]")
             for i, c in enumerate(candidates)
         ]
-        if step_masks is not None:
-            check_masks(step_masks, [max(map(len, scores))] * len(scores))
-        longest = max(map(len, scores))
-        padded, mask, steps = (np.zeros((len(scores), 1, longest), kind) for kind in (np.float32, np.int64, np.int64))
-        for i, row in enumerate(scores):
-            padded[i, 0, : len(row)], mask[i, 0, : len(row)] = row, 1
-            marks = [1] * len(row) if step_masks is None else step_masks[i]
-            steps[i, 0, : len(marks)] = marks
-        found, _ = aggregate(padded, mask, steps, name.removeprefix("step_"))
+        padded, mask = pad(scores, 0)
+        steps = mask if step_masks is None else step_mask(padded, step_masks, [0] * len(scores), None)
+        rated, _ = aggregate(padded[:, None], mask[:, None], steps[:, None], name.removeprefix("step_"))
         if vote == "weighted":
             for i in np.flatnonzero(ballot.ids[:, 0] >= 0).tolist():
-                check_weight(float(found[i, 0]), f"the score of candidates[{i}]")
-        best, groups = elect(found, ballot.ids, vote)
+                check_weight(float(rated[i, 0]), f"the score of candidates[{i}]")
+        best, groups = elect(rated, ballot.ids, vote)
         index = winner(int(best[0]), "candidates")
-        standing = ballot.count(found[:, 0], groups[:, 0])
-        return Ranking(index, candidates[index], found[:, 0], scores, name, *standing, unreadable=unreadable)
+        standing = ballot.count(rated[:, 0], groups[:, 0])
+        return Ranking(index, candidates[index], rated[:, 0], scores, name, *standing, unreadable=unreadable)
 
+    @shows_options()
     def generate(
         self,
         prompt: Item,
@@ -133,6 +131,12 @@ class FakeModel:
         **options: Unpack[GenerateOptions],
     ) -> Generation:
         """As `Model.generate`, with the bytes of each text as its tokens; nothing is cut or pruned.
+
+        Args:
+            prompt: text, messages or token ids.
+            deadline: in seconds; it changes nothing.
+            on_progress: called once, with the result.
+            **options: how to generate.
 
         Raises:
             InputError: an option is invalid, the model was made without `complete`, or that gave no text.
@@ -164,11 +168,25 @@ class FakeModel:
             on_progress(result)
         return result
 
+    @shows_options()
     def stream(
         self, prompt: Item, *, deadline: float | None = None, **options: Unpack[GenerateOptions]
     ) -> Iterator[Generation]:
-        """As `Model.stream`: gives the finished candidates, once."""
+        """As `Model.stream`: gives the finished candidates, once.
+
+        Args:
+            prompt: text, messages or token ids.
+            deadline: in seconds; it changes nothing.
+            **options: how to generate.
+        """
         return iter([self.generate(prompt, deadline=deadline, **options)])
+
+    def close(self) -> None:
+        """As `Model.close`: there is nothing to give back."""
+
+
+if TYPE_CHECKING:
+    _fits: type[ModelLike] = FakeModel
 
 
 def _scores(given: object, what: str) -> Array:

@@ -51,6 +51,7 @@ def test_public_names():
         "Generation",
         "InputError",
         "Model",
+        "ModelLike",
         "NoWinnerError",
         "ProviderError",
         "Ranking",
