@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import gc
-import hashlib
 import importlib.metadata
 import platform
-import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
-import numpy as np
-import onnx_ir as ir
-import torch
-from torch import nn
 
 from ..errors import ExportError
+from ..models.config import LanguageModelConfig, NetworkConfig
 from ..models.network import LanguageModel, TwoHeadedNetwork
-from ..runtime.artifact.folder import CARD, MANIFEST, WEIGHTS, file_digest
+from ..runtime.artifact.folder import CARD, MANIFEST, file_digest
 from ..runtime.artifact.manifest import (
     PRECISIONS,
     SCHEMA_VERSION,
@@ -33,10 +25,8 @@ from ..runtime.artifact.manifest import (
     Precision,
     Scoring,
     TextRules,
-    Value,
     seal,
 )
-from ..runtime.artifact.unfinished import unfinished
 from ..runtime.engine.engine import make_engine
 from ..runtime.engine.session import SessionOptions
 from .card import model_card
@@ -44,19 +34,17 @@ from .checkpoint.source import check_scoring
 from .checkpoint.tokenizer import TextFiles
 from .graphs.trace import DEFAULT_OPSET, OPSETS, trace_graphs
 from .graphs.vote import weighed
+from .graphs.write import write_graphs
 from .precision.quantize import quantized
+from .staging import check_output, staged
 from .verify.agreement import HeldOut, measure, own_prompts
-from .verify.generate import check_generation
-from .verify.parity import Checker, check_structure
-from .verify.selection import selection_cases
+from .verify.run import verify_graphs
 
-__all__ = ["export_model", "staged"]
+__all__ = ["export_model"]
 
 TOKENIZER, TEMPLATE = "tokenizer.json", "chat_template.jinja"
 # As in transformers.js.
 _SUFFIXES: dict[Precision, str] = {"fp32": "", "fp16": "_fp16", "bf16": "_bf16", "int8": "_int8", "int4": "_q4"}
-# Smaller tensors stay in the graph: a program that reads shapes needs no second file, and pages stay aligned.
-_EXTERNAL_FROM, _ALIGNMENT = 1024, 64
 
 
 def export_model(
@@ -85,7 +73,7 @@ def export_model(
         name: of the model, for people.
         source: id and commit of a checkpoint from a hub.
         scoring: how positions become one number; the last position's score if not given.
-        limits: greatest sizes that the runtime accepts.
+        limits: maximum sizes that the runtime accepts.
         tokenizer: to put in, with its chat template.
         text: how text becomes tokens; `special_tokens` and what concerns the template are taken from the tokenizer.
         opset: 23, or 18 with every operator decomposed.
@@ -94,50 +82,28 @@ def export_model(
         min_agreement: share of these prompts, 0 to 1, for which a candidate as good as float32's must be selected.
         overwrite: replace an existing artifact; the old one stays until the new one has passed.
         seed: of the random inputs of the verification.
-        reload: gives the model once more. With it this one is used up: its memory is given back as soon as it has been
-            read, so that a model needs little more than its own size.
+        reload: loads the model again. If given, `model` is consumed: its memory is freed as soon as it has been read,
+            so that an export needs little more than the model's own size.
 
     Raises:
         ExportError: the folder exists, there is no room, or the verification failed; nothing is left behind.
     """
     scoring, limits = weighed(scoring or Scoring()), limits or Limits()
-    _check_options(model, scoring, opset, precision, min_agreement)
-    _check_cache(model, limits)
-    output = output.absolute()
+    _check_options(model, scoring, limits, opset, precision, min_agreement)
+    output, frugal = output.absolute(), reload is not None
     check_output(output, overwrite=overwrite)
-    config, is_language_model = model.config, isinstance(model, LanguageModel)
-    computed = quantized(model, precision, consume=reload is not None)
+    computed = quantized(model, precision, consume=frugal)
     with staged(output) as folder:
-        (folder / "onnx").mkdir()
-        graphs = _write_graphs(trace_graphs(computed, scoring, opset=opset), folder, _SUFFIXES[precision])
-        parity = _verify(computed, folder, graphs, scoring, limits, seed, frugal=reload is not None)
+        graphs = write_graphs(trace_graphs(computed, scoring, opset=opset), folder, _SUFFIXES[precision])
+        parity = verify_graphs(computed, folder, graphs, scoring, limits, seed, frugal=frugal)
         text = _write_tokenizer(tokenizer, text or TextRules(), folder)
-        manifest = Manifest(
-            schema_version=SCHEMA_VERSION,
-            seal="",
-            name=name,
-            source=source,
-            kind="language_model" if is_language_model else "network",
-            model=config.to_dict(),
-            precision=precision,
-            scoring=scoring,
-            limits=limits,
-            graphs=graphs,
-            tokenizer=TOKENIZER if tokenizer is not None else None,
-            text=text,
-            files={},
-            parity=parity,
-            tools=_tools(),
-        )
+        manifest = _manifest(model.config, name, source, precision, scoring, limits, graphs, tokenizer, text, parity)
         if precision != "fp32":
-            readable = None if tokenizer is None else text
-            cases, origin = held_out or own_prompts(config, readable, limits.max_tokens, seed)
+            prompts, origin = held_out or own_prompts(manifest, model.config, seed)
             engine = make_engine(folder, manifest, SessionOptions(provider="cpu"))
-            agreement = measure(reload or (lambda: model), engine, cases, source=origin, least=min_agreement)
+            agreement = measure(reload or (lambda: model), engine, prompts, source=origin, least=min_agreement)
             manifest = msgspec.structs.replace(manifest, agreement=agreement)
-        manifest = _with_files(manifest, folder)
-        (folder / CARD).write_text(model_card(manifest), encoding="utf-8")
-        (folder / MANIFEST).write_bytes(seal(manifest))
+        manifest = _write_manifest(manifest, folder)
     return manifest
 
 
@@ -158,7 +124,12 @@ def _write_tokenizer(tokenizer: TextFiles | None, text: TextRules, folder: Path)
 
 
 def _check_options(
-    model: LanguageModel | TwoHeadedNetwork, scoring: Scoring, opset: int, precision: Precision, min_agreement: float
+    model: LanguageModel | TwoHeadedNetwork,
+    scoring: Scoring,
+    limits: Limits,
+    opset: int,
+    precision: Precision,
+    min_agreement: float,
 ) -> None:
     check_scoring(model, scoring)
     if opset not in OPSETS:
@@ -167,6 +138,7 @@ def _check_options(
         raise ExportError(f"precision: expected one of {', '.join(PRECISIONS)}; got {precision!r}")
     if not 0 <= min_agreement <= 1:
         raise ExportError(f"min_agreement: expected a share between 0 and 1; got {min_agreement}")
+    _check_cache(model, limits)
 
 
 def _check_cache(model: LanguageModel | TwoHeadedNetwork, limits: Limits) -> None:
@@ -182,146 +154,55 @@ def _check_cache(model: LanguageModel | TwoHeadedNetwork, limits: Limits) -> Non
         )
 
 
-def _verify(
-    computed: LanguageModel | TwoHeadedNetwork,
-    folder: Path,
-    graphs: dict[str, Graph],
+def _manifest(
+    config: LanguageModelConfig | NetworkConfig,
+    name: str,
+    source: str | None,
+    precision: Precision,
     scoring: Scoring,
     limits: Limits,
-    seed: int,
-    *,
-    frugal: bool,
-) -> list[Parity]:
-    """Every check of the written graphs against PyTorch at their precision; some cases are kept for `bonnx verify`."""
-    for graph in graphs.values():
-        check_structure(folder / graph.file)
-    checker = Checker(computed, folder, graphs, scoring, limits, seed)
-    cases = [*checker.cases(), *selection_cases(checker)]
-    generates = isinstance(computed, LanguageModel) and computed.config.vocabulary_head
-    if frugal and not generates:
-        _give_back(computed)
-    parity = checker.run(cases)
-    if generates:
-        parity += check_generation(checker)
-    np.savez_compressed(folder / "golden.npz", **checker.recorded)  # type: ignore[arg-type]
-    return parity
+    graphs: dict[str, Graph],
+    tokenizer: TextFiles | None,
+    text: TextRules,
+    parity: list[Parity],
+) -> Manifest:
+    """The manifest, before its files are listed and it is sealed."""
+    return Manifest(
+        schema_version=SCHEMA_VERSION,
+        seal="",
+        name=name,
+        source=source,
+        kind="language_model" if isinstance(config, LanguageModelConfig) else "network",
+        model=config.to_dict(),
+        precision=precision,
+        scoring=scoring,
+        limits=limits,
+        graphs=graphs,
+        tokenizer=TOKENIZER if tokenizer is not None else None,
+        text=text,
+        files={},
+        parity=parity,
+        tools=_tools(),
+    )
 
 
-def _give_back(model: nn.Module) -> None:
-    """Free a module's memory, whoever still knows its tensors; the tracer does."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        storage = tensor.untyped_storage()
-        tensor.data = torch.empty(0)
-        if storage.resizable():
-            storage.resize_(0)
-    gc.collect()
-    # The C library keeps what is freed for itself; glibc's has a way to ask.
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def check_output(output: Path, *, overwrite: bool) -> None:
-    """Refuse an output folder before any work is done.
-
-    Raises:
-        ExportError: it exists and may not be replaced, or replacing it would delete what is not an artifact.
-    """
-    if not output.exists():
-        return
-    if not overwrite:
-        raise ExportError(f"{output} exists; choose another folder, or pass --overwrite to replace it")
-    if not (output / MANIFEST).is_file() and (not output.is_dir() or any(output.iterdir())):
-        raise ExportError(f"{output} is not an artifact, so --overwrite does not replace it; choose another folder")
-
-
-@contextlib.contextmanager
-def staged(output: Path) -> Iterator[Path]:
-    """A temporary folder beside `output` that takes its place if the block succeeds, and is deleted if not."""
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
-    except OSError as e:
-        raise ExportError(f"cannot write to {output.parent}: {e.strerror or e}; choose another folder") from e
-    try:
-        with unfinished(staging):
-            # mkdtemp makes a folder that only its owner can read.
-            staging.chmod(0o755)
-            yield staging
-            if output.exists():
-                _replace(output, staging)
-            else:
-                staging.rename(output)
-    except OSError as e:
-        raise ExportError(f"cannot write {output}: {e.strerror or e}; nothing was left behind") from e
-
-
-def _replace(output: Path, staging: Path) -> None:
-    """Put a new folder in the place of an old one, which goes back if that fails or is interrupted."""
-    aside = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
-    old = aside / "old"
-    try:
-        output.rename(old)
-        staging.rename(output)
-    finally:
-        if old.exists() and not output.exists():
-            old.rename(output)
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _write_graphs(models: Iterable[tuple[str, ir.Model]], folder: Path, suffix: str) -> dict[str, Graph]:
-    """Write every graph, equal tensors once for all of them."""
-    graphs, places = {}, dict[str, tuple[int, int]]()
-    with (folder / "onnx" / WEIGHTS).open("wb") as weights:
-        for name, model in models:
-            for value in model.graph.initializers.values():
-                tensor = value.const_value
-                assert tensor is not None
-                if tensor.nbytes < _EXTERNAL_FROM:
-                    continue
-                array = tensor.numpy()
-                shape = ir.Shape(array.shape)
-                # The bytes themselves where they lie in order, and not a copy.
-                data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-                digest = hashlib.sha256(data).hexdigest()
-                if digest not in places:
-                    weights.write(b"\0" * (-weights.tell() % _ALIGNMENT))
-                    places[digest] = (weights.tell(), len(data))
-                    weights.write(data)
-                offset, length = places[digest]
-                value.const_value = ir.ExternalTensor(
-                    WEIGHTS, offset, length, tensor.dtype, shape=shape, name=str(value.name)
-                )
-            file = f"onnx/{name}{suffix}.onnx"
-            (folder / file).write_bytes(ir.to_proto(model).SerializeToString())
-            inputs, outputs = ([_value(v) for v in values] for values in (model.graph.inputs, model.graph.outputs))
-            opset = model.graph.opset_imports[""]
-            graphs[name] = Graph(file=file, opset=opset, inputs=inputs, outputs=outputs)
-            # Let go before the next one is traced.
-            del model
-    return graphs
-
-
-def _value(value: ir.Value) -> Value:
-    assert value.name is not None
-    assert value.dtype is not None
-    assert value.shape is not None
-    shape = [axis if isinstance(axis, int) else str(axis.value) for axis in value.shape]
-    return Value(name=value.name, dtype=value.dtype.numpy().name, shape=shape)
-
-
-def _with_files(manifest: Manifest, folder: Path) -> Manifest:
+def _write_manifest(manifest: Manifest, folder: Path) -> Manifest:
+    """List the folder's files in the manifest; write the model card and the sealed manifest, which is returned."""
     files = {
         path.relative_to(folder).as_posix(): File(sha256=file_digest(path), size=path.stat().st_size)
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
-    return msgspec.structs.replace(manifest, files=files)
+    manifest = msgspec.structs.replace(manifest, files=files)
+    (folder / CARD).write_text(model_card(manifest), encoding="utf-8")
+    (folder / MANIFEST).write_bytes(seal(manifest))
+    return manifest
 
 
 def _tools() -> dict[str, str]:
     names = ["bonnx", "torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "numpy"]
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for name in names:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
+            versions[name] = importlib.metadata.version(name)
+    return versions

@@ -11,10 +11,11 @@ from typing import Any, get_args
 import msgspec
 
 from ..errors import InputError
-from ..export.artifact import check_output, export_model
+from ..export.artifact import export_model
 from ..export.checkpoint.source import Overrides, read_source
 from ..export.demo import demonstrate, draw_prompts, show
 from ..export.graphs.trace import DEFAULT_OPSET, OPSETS
+from ..export.staging import check_output
 from ..export.triton.repository import check_repository, write_repository
 from ..export.verify.agreement import HeldOut, read_held_out
 from ..models.countdown import CHECKPOINT

@@ -61,6 +61,69 @@ def random_uniform(stream, step, candidates):  # type: ignore[no-untyped-def]
 
 
 @script(this, default_opset=opset18)
+def draw_from_likely(probabilities, log_all, point, top_k, share):  # type: ignore[no-untyped-def]
+    """The token of each row among those that top-k and top-p keep.
+
+    Args:
+        probabilities: (N, B, V) float32, at the temperature.
+        log_all: (N, B, V) float32, which order the tokens.
+        point: (N, B, 1) float32 in [0, 1), where the cumulative distribution is cut.
+        top_k: int64 scalar; 0 keeps all.
+        share: float32 scalar in (0, 1], of `top_p`.
+
+    Returns:
+        (N, B, 1) int64.
+    """
+    one = op.Constant(value_float=1.0)
+    zero_real = op.Constant(value_float=0.0)
+    last = op.Constant(value_ints=[-1])
+    by_rank = op.Greater(top_k, op.Constant(value_int=0))
+    size = op.Shape(probabilities, start=2)
+    # Tokens less likely than (1 - share) / V hold less than 1 - share together, so none of them is kept; half of it
+    # leaves room for rounding.
+    floor = op.Div(op.Mul(op.Sub(one, share), op.Constant(value_float=0.5)), op.Cast(size, to=1))
+    likely = op.ReduceSum(op.Cast(op.GreaterOrEqual(probabilities, floor), to=1), last, keepdims=0)
+    most = op.Max(op.Cast(op.ReduceMax(likely, keepdims=0), to=7), op.Constant(value_int=1))
+    kept_count = op.Min(op.Where(by_rank, top_k, most), size)
+    _, order = op.TopK(log_all, kept_count, axis=-1)
+    by_size = op.GatherElements(probabilities, order, axis=2)
+    # Among the k best, probabilities are taken anew; without a k those left out count as they are.
+    by_size = op.Div(by_size, op.Where(by_rank, op.ReduceSum(by_size, last, keepdims=1), one))
+    before = op.CumSum(by_size, op.Constant(value_int=2), exclusive=1)
+    inside = op.Where(op.Or(op.Less(before, share), op.GreaterOrEqual(share, one)), by_size, zero_real)
+    sums = op.CumSum(inside, op.Constant(value_int=2))
+    target = op.Mul(point, op.Gather(sums, last, axis=2))
+    place = op.ReduceSum(op.Cast(op.LessOrEqual(sums, target), to=1), last, keepdims=1)
+    return op.Cast(op.GatherElements(order, op.Cast(place, to=7), axis=2), to=7)
+
+
+@script(this, default_opset=opset18)
+def draw_from_all(probabilities, point):  # type: ignore[no-untyped-def]
+    """The token of each row among all: probabilities (N, B, V) and point (N, B, 1) float32 -> (N, B, 1) int64.
+
+    First the block of 128 tokens, then the token in it: a running sum over the whole vocabulary is slow.
+    """
+    zero_real = op.Constant(value_float=0.0)
+    last = op.Constant(value_ints=[-1])
+    width = op.Constant(value_ints=[128])
+    missing = op.Mod(op.Neg(op.Shape(probabilities, start=2)), width)
+    padded = op.Pad(probabilities, op.Concat(op.Constant(value_ints=[0, 0, 0, 0, 0]), missing, axis=0))
+    blocks = op.Reshape(padded, op.Constant(value_ints=[0, 0, -1, 128]))
+    block_sums = op.ReduceSum(blocks, last, keepdims=0)
+    up_to = op.CumSum(block_sums, op.Constant(value_int=2))
+    goal = op.Mul(point, op.Gather(up_to, last, axis=2))
+    number = op.Cast(op.ReduceSum(op.Cast(op.LessOrEqual(up_to, goal), to=1), last, keepdims=1), to=7)
+    own_sum = op.GatherElements(block_sums, number, axis=2)
+    # Rounding may leave less than nothing, which would take a first token without any probability.
+    rest = op.Max(op.Sub(goal, op.Sub(op.GatherElements(up_to, number, axis=2), own_sum)), zero_real)
+    within = op.CumSum(op.GatherND(blocks, number, batch_dims=2), op.Constant(value_int=2))
+    # The block's own sum may round below what is left: then it is the last token that has any probability.
+    end = op.ReduceSum(op.Cast(op.Less(within, op.Gather(within, last, axis=2)), to=1), last, keepdims=1)
+    offset = op.ReduceSum(op.Cast(op.LessOrEqual(within, rest), to=1), last, keepdims=1)
+    return op.Add(op.Mul(number, width), op.Cast(op.Min(offset, end), to=7))
+
+
+@script(this, default_opset=opset18)
 def draw_token(logits, uniform, temperature, top_k, top_p):  # type: ignore[no-untyped-def]
     """One token of each row by inverting the cumulative distribution.
 
@@ -76,9 +139,6 @@ def draw_token(logits, uniform, temperature, top_k, top_p):  # type: ignore[no-u
         tokens (N, B) int64 and their log-probabilities (N, B) float32 by the model itself, at temperature 1 and
         unfiltered; NaN where logits that are NaN or infinite make no distribution, and then the token is any.
     """
-    zero = op.Constant(value_int=0)
-    zero_real = op.Constant(value_float=0.0)
-    one = op.Constant(value_float=1.0)
     last = op.Constant(value_ints=[-1])
     log_all = op.LogSoftmax(logits, axis=-1)
     # Not `Less`: NaN is greedy, too.
@@ -90,50 +150,17 @@ def draw_token(logits, uniform, temperature, top_k, top_p):  # type: ignore[no-u
         finite = op.Min(temperature, op.Constant(value_float=3.4028234663852886e38))
         probabilities = op.Softmax(op.Div(log_all, finite), axis=-1)
         point = op.Unsqueeze(uniform, last)
-        by_rank = op.Greater(top_k, zero)
         tiny = op.Constant(value_float=1.1754943508222875e-38)
         share = op.Where(op.Greater(top_p, tiny), top_p, tiny)
-        filtered = op.Or(by_rank, op.Less(share, one))
-        size = op.Shape(logits, start=2)
+        by_rank = op.Greater(top_k, op.Constant(value_int=0))
+        filtered = op.Or(by_rank, op.Less(share, op.Constant(value_float=1.0)))
         if filtered:
-            # Tokens less likely than (1 - share) / V hold less than 1 - share together, so none of them is kept; half
-            # of it leaves room for rounding.
-            floor = op.Div(op.Mul(op.Sub(one, share), op.Constant(value_float=0.5)), op.Cast(size, to=1))
-            likely = op.ReduceSum(op.Cast(op.GreaterOrEqual(probabilities, floor), to=1), last, keepdims=0)
-            most = op.Max(op.Cast(op.ReduceMax(likely, keepdims=0), to=7), op.Constant(value_int=1))
-            kept_count = op.Min(op.Where(by_rank, top_k, most), size)
-            _, order = op.TopK(log_all, kept_count, axis=-1)
-            by_size = op.GatherElements(probabilities, order, axis=2)
-            # Among the k best, probabilities are taken anew; without a k those left out count as they are.
-            by_size = op.Div(by_size, op.Where(by_rank, op.ReduceSum(by_size, last, keepdims=1), one))
-            before = op.CumSum(by_size, op.Constant(value_int=2), exclusive=1)
-            inside = op.Where(op.Or(op.Less(before, share), op.GreaterOrEqual(share, one)), by_size, zero_real)
-            sums = op.CumSum(inside, op.Constant(value_int=2))
-            target = op.Mul(point, op.Gather(sums, last, axis=2))
-            place = op.ReduceSum(op.Cast(op.LessOrEqual(sums, target), to=1), last, keepdims=1)
-            drawn = op.Cast(op.GatherElements(order, op.Cast(place, to=7), axis=2), to=7)
+            drawn = op.Cast(draw_from_likely(probabilities, log_all, point, top_k, share), to=7)
         else:
-            # First the block of 128 tokens, then the token in it: a running sum over the whole vocabulary is slow.
-            width = op.Constant(value_ints=[128])
-            missing = op.Mod(op.Neg(size), width)
-            padded = op.Pad(probabilities, op.Concat(op.Constant(value_ints=[0, 0, 0, 0, 0]), missing, axis=0))
-            blocks = op.Reshape(padded, op.Constant(value_ints=[0, 0, -1, 128]))
-            block_sums = op.ReduceSum(blocks, last, keepdims=0)
-            up_to = op.CumSum(block_sums, op.Constant(value_int=2))
-            goal = op.Mul(point, op.Gather(up_to, last, axis=2))
-            number = op.Cast(op.ReduceSum(op.Cast(op.LessOrEqual(up_to, goal), to=1), last, keepdims=1), to=7)
-            own_sum = op.GatherElements(block_sums, number, axis=2)
-            # Rounding may leave less than nothing, which would take a first token without any probability.
-            rest = op.Max(op.Sub(goal, op.Sub(op.GatherElements(up_to, number, axis=2), own_sum)), zero_real)
-            within = op.CumSum(op.GatherND(blocks, number, batch_dims=2), op.Constant(value_int=2))
-            # The block's own sum may round below what is left: then it is the last token that has any probability.
-            end = op.ReduceSum(op.Cast(op.Less(within, op.Gather(within, last, axis=2)), to=1), last, keepdims=1)
-            offset = op.ReduceSum(op.Cast(op.LessOrEqual(within, rest), to=1), last, keepdims=1)
-            drawn = op.Add(op.Mul(number, width), op.Cast(op.Min(offset, end), to=7))
-            drawn = op.Cast(drawn, to=7)
+            drawn = op.Cast(draw_from_all(probabilities, point), to=7)
         token = op.Cast(drawn, to=7)
     log_probability = op.GatherElements(log_all, token, axis=2)
     return op.Squeeze(token, last), op.Squeeze(log_probability, last)
 
 
-FUNCTIONS = (mix, prompt_stream, random_uniform, draw_token)
+FUNCTIONS = (mix, prompt_stream, random_uniform, draw_from_likely, draw_from_all, draw_token)

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from ...errors import ExportError
 from ...runtime.artifact.folder import WEIGHTS, read_verified
-from ..artifact import staged
+from ..staging import staged
 from ..verify.parity import check_structure
 from .graphs import batched, triton_graphs
 

@@ -16,7 +16,7 @@ import numpy as np
 from ...errors import ExportError, InputError
 from ...models.config import LanguageModelConfig, NetworkConfig
 from ...models.network import LanguageModel, TwoHeadedNetwork
-from ...runtime.artifact.manifest import Agreement, Scoring, TextRules
+from ...runtime.artifact.manifest import Agreement, Manifest, Scoring
 from ...runtime.engine.engine import Engine
 from ...runtime.files.lines import in_line, load_arrays, read_values
 from ...runtime.files.values import name_of, to_candidate, to_prompt
@@ -86,14 +86,15 @@ def _lines(path: Path) -> list[HeldOut]:
 
 
 def own_prompts(
-    config: LanguageModelConfig | NetworkConfig, text: TextRules | None, longest: int, seed: int
+    manifest: Manifest, config: LanguageModelConfig | NetworkConfig, seed: int
 ) -> tuple[list[HeldOut], str]:
-    """What there is without a file, and what to call it: questions where text is read, else noise, which tells little.
+    """Prompts for when no file gives any, and what to call them: questions if text is read, else noise, a weak test.
 
     A model that generates draws the candidates itself.
     """
     generates = isinstance(config, LanguageModelConfig) and config.vocabulary_head
-    if text is None or text.unknown == "refuse" or longest < _ROOM:
+    text, longest = manifest.text, manifest.limits.max_tokens
+    if manifest.tokenizer is None or text.unknown == "refuse" or longest < _ROOM:
         return _noise(config, longest, seed), "random tokens"
     questions = draw_questions(PROMPTS, CANDIDATES, seed)
     if generates:

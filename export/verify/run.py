@@ -1,0 +1,74 @@
+"""Every check of an exported folder, in the order in which memory allows them."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from ...models.network import LanguageModel, TwoHeadedNetwork
+from ...runtime.artifact.manifest import Graph, Limits, Parity, Scoring
+from .generate import check_generation
+from .parity import Checker, check_structure
+from .selection import selection_cases
+
+__all__ = ["verify_graphs"]
+
+
+def verify_graphs(
+    computed: LanguageModel | TwoHeadedNetwork,
+    folder: Path,
+    graphs: dict[str, Graph],
+    scoring: Scoring,
+    limits: Limits,
+    seed: int,
+    *,
+    frugal: bool,
+) -> list[Parity]:
+    """Check the written graphs against PyTorch at their precision, and record some cases for `bonnx verify`.
+
+    Args:
+        computed: the model as the graphs compute it, from `quantized`.
+        folder: the artifact's; `golden.npz` is written into it.
+        graphs: by their names, files relative to the folder.
+        scoring: the rule that the graphs follow.
+        limits: no row is longer than these allow.
+        seed: of the random inputs.
+        frugal: free the model's memory as soon as PyTorch has computed what the graphs are compared with.
+
+    Returns:
+        One result for each check.
+
+    Raises:
+        ExportError: a graph is not valid ONNX, or one of its outputs is further from PyTorch's than allowed.
+    """
+    for graph in graphs.values():
+        check_structure(folder / graph.file)
+    checker = Checker(computed, folder, graphs, scoring, limits, seed)
+    cases = [*checker.cases(), *selection_cases(checker)]
+    generates = isinstance(computed, LanguageModel) and computed.config.vocabulary_head
+    if frugal and not generates:
+        _free(computed)
+    parity = checker.run(cases)
+    if generates:
+        parity += check_generation(checker)
+    np.savez_compressed(folder / "golden.npz", **checker.recorded)  # type: ignore[arg-type]
+    return parity
+
+
+def _free(model: nn.Module) -> None:
+    """Free a module's memory, even where the tracer still refers to its tensors."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        storage = tensor.untyped_storage()
+        tensor.data = torch.empty(0)
+        if storage.resizable():
+            storage.resize_(0)
+    gc.collect()
+    # The C library keeps freed memory for itself; glibc's has a way to ask for it.
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
