@@ -1,7 +1,7 @@
 """Fields of config.json that would make another model of the same tensors, and are refused unless they change nothing.
 
-What `huggingface.py` reads is honoured; what is neither here nor there changes nothing in inference. The tests compare
-every field that transformers' classes read with what transformers gives.
+What `backbone.py`, `head.py` and `huggingface.py` read is honoured; a field that none of these modules names changes
+nothing in inference. The tests compare every field that transformers' classes read with what transformers gives.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from .config import ConfigError
+from .families import FAMILIES
 
-__all__ = ["FAMILIES", "check_fields", "remarks"]
+__all__ = ["check_fields", "remarks"]
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 _QUANTIZED = "the weights are quantized already; pass the checkpoint as it was before, and choose --precision"
 _BOTH_WAYS = (
     "tokens would attend to those after them; only causal attention is supported, with which a prompt is computed once "
@@ -58,7 +58,7 @@ def check_fields(config: Mapping[str, Any]) -> None:
         ConfigError: names the field, its value and what was expected.
     """
     family = config.get("model_type")
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         raise ConfigError(
             f"config.json, 'model_type': {family!r} is not supported; supported are {', '.join(FAMILIES)} and models "
             "that declare themselves as one of them"

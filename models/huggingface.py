@@ -1,29 +1,23 @@
 """Checkpoints as transformers writes them: the one place where their configs and tensor names become ours.
 
-Families are Llama, Mistral, Qwen2, Qwen3 and what declares itself as one of them. `fields.py` refuses what would change
-the mathematics, `head.py` reads the head.
+`families.py` lists the families, `fields.py` refuses what would change the mathematics, `backbone.py` reads the blocks
+and `head.py` the head.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from .adapters import check_adapter_names
-from .config import ConfigError, LanguageModelConfig, NetworkConfig, RopeScaling
-from .fields import FAMILIES, check_fields, remarks
-from .head import PARTS, Shapes, architecture, read_head
+from .backbone import FARTHEST, ConfigReader, backbone_options, block_names
+from .config import ConfigError, LanguageModelConfig, NetworkConfig
+from .fields import check_fields, remarks
+from .head import Head, Shapes, architecture, read_head
 
-__all__ = ["FAMILIES", "Translation", "is_huggingface", "translate"]
+__all__ = ["Translation", "is_huggingface", "translate"]
 
-# What no size and no position of a model comes near; beyond them numbers would overflow before they are refused.
-_LARGEST, _FARTHEST = 2**20, 2**31 - 1
-_ROPE_NUMBERS = (
-    *("rope_theta", "factor", "partial_rotary_factor", "original_max_position_embeddings", "low_freq_factor"),
-    *("high_freq_factor", "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim"),
-)
 # Parts of names that a module has when it is wrapped while it is saved: by torch.compile, DDP, FSDP, DeepSpeed.
 _WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
 
@@ -81,9 +75,9 @@ def translate(
     check_fields(config)
     check_adapter_names(shapes)
     shapes, stored = _unwrapped(shapes)
-    fields = _Fields(config)
+    fields = ConfigReader(config)
     prefix = _prefix(shapes)
-    network = _network(fields, len(shapes))
+    network = backbone_options(fields, len(shapes))
     head = read_head(config, shapes, _further(shapes, prefix), label_tokens, new_scorer)
     network |= head.options
     tied, vocabulary = fields.flag("tie_word_embeddings", False), fields.whole("vocab_size", most=2**24)
@@ -97,16 +91,7 @@ def translate(
     )
     if label_tokens is not None and (outside := [t for t in label_tokens if not 0 <= t < vocabulary]):
         raise ConfigError(f"label tokens: {outside[0]} is outside the vocabulary (0 to {vocabulary - 1})")
-    names = {
-        "embedding.weight": f"{prefix}embed_tokens.weight",
-        "network.final_norm.weight": f"{prefix}norm.weight",
-        **_block_names(model.network, prefix),
-        **head.names,
-    }
-    if generates and not tied:
-        names["head.weight"] = "lm_head.weight"
-    if label_tokens is not None:
-        names["network.scorer.dense2.weight"] = f"{prefix}embed_tokens.weight" if tied else "lm_head.weight"
+    names = _names(model, head, prefix, label_tokens is not None, tied)
     _check_extra(shapes, set(names.values()), _further(shapes, prefix), label_tokens is not None)
     pad = _token(config, "pad_token_id", vocabulary)
     scoring = head.scoring | {"pad_token": pad or 0, "stop_tokens": _stops(config, vocabulary)}
@@ -119,10 +104,25 @@ def translate(
         new_scorer=not head.names and label_tokens is None,
         scoring=scoring,
         steps=head.steps,
-        limits={"max_tokens": fields.whole("max_position_embeddings", 8192, _FARTHEST)},
+        limits={"max_tokens": fields.whole("max_position_embeddings", 8192, FARTHEST)},
         normal=head.normal,
         remarks=remarks(config),
     )
+
+
+def _names(config: LanguageModelConfig, head: Head, prefix: str, label_tokens: bool, tied: bool) -> dict[str, str]:
+    """Our parameter name -> the checkpoint's, without wrappers; a scorer of label tokens reads the vocabulary head."""
+    names = {
+        "embedding.weight": f"{prefix}embed_tokens.weight",
+        "network.final_norm.weight": f"{prefix}norm.weight",
+        **block_names(config.network, prefix),
+        **head.names,
+    }
+    if config.vocabulary_head and not tied:
+        names["head.weight"] = "lm_head.weight"
+    if label_tokens:
+        names["network.scorer.dense2.weight"] = f"{prefix}embed_tokens.weight" if tied else "lm_head.weight"
+    return names
 
 
 def _unwrapped(shapes: Shapes) -> tuple[Shapes, dict[str, str]]:
@@ -142,42 +142,6 @@ def _further(shapes: Shapes, prefix: str) -> list[str]:
     return sorted(name for name in shapes if not name.startswith(own))
 
 
-class _Fields:
-    """A config.json, whose errors name the field."""
-
-    def __init__(self, config: Mapping[str, Any]) -> None:
-        self.config = config
-        self.family = config["model_type"]
-
-    def whole(self, name: str, default: int | None = None, most: int = _LARGEST) -> int:
-        value = self.config.get(name)
-        value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-            raise ConfigError(
-                f"config.json, '{name}': expected a whole number of at least 1 and at most {most}; found {value!r:.40}"
-            )
-        return value
-
-    def flag(self, name: str, default: bool) -> bool:
-        value = self.config.get(name)
-        value = default if value is None else value
-        if not isinstance(value, bool):
-            raise ConfigError(f"config.json, '{name}': expected true or false; found {value!r}")
-        return value
-
-
-def _numbers(rope: Any, name: str) -> dict[str, Any]:
-    """The parameters of the rotation: an object whose numbers are numbers."""
-    if not isinstance(rope, Mapping):
-        raise ConfigError(f"config.json, '{name}': expected an object; found {rope!r:.80}")
-    for key in _ROPE_NUMBERS:
-        value = rope.get(key)
-        number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _FARTHEST
-        if value is not None and not number:
-            raise ConfigError(f"config.json, '{name}', '{key}': expected a number; found {value!r:.40}")
-    return dict(rope)
-
-
 def _prefix(shapes: Shapes) -> str:
     """What stands before `embed_tokens.weight` in every name of the backbone."""
     ending = "embed_tokens.weight"
@@ -185,144 +149,6 @@ def _prefix(shapes: Shapes) -> str:
     if len(found) != 1:
         raise ConfigError(f"the weights have {len(found)} tensors named '{ending}'; expected one")
     return found[0]
-
-
-def _network(fields: _Fields, tensors: int) -> dict[str, Any]:
-    """Options of the backbone."""
-    config, family = fields.config, fields.family
-    hidden, heads = fields.whole("hidden_size"), fields.whole("num_attention_heads")
-    # A layer has tensors, and a number that is far from true is not to be built first.
-    layers = fields.whole("num_hidden_layers", most=max(1, tensors))
-    if config.get("head_dim") is None and hidden % heads:
-        raise ConfigError(f"config.json: 'hidden_size' {hidden} is no multiple of 'num_attention_heads' {heads}")
-    default_head = 128 if family == "qwen3" else hidden // heads
-    bias = fields.flag("attention_bias", False) if family in ("llama", "qwen3") else False
-    window, sliding = _sliding(fields, layers)
-    # Where the field is missing; null stands for as many as there are heads.
-    kv_heads = 8 if family == "mistral" and "num_key_value_heads" not in config else heads
-    theta, scaling = _rope(fields)
-    return {
-        "embed_dim": hidden,
-        "hidden_size": hidden,
-        "num_layers": layers,
-        "num_heads": heads,
-        "num_kv_heads": fields.whole("num_key_value_heads", kv_heads),
-        "head_dim": fields.whole("head_dim", default_head),
-        "ffn_inner": fields.whole("intermediate_size"),
-        "dropout": 0.0,
-        "attention_bias": bias or family == "qwen2",
-        "attention_output_bias": bias,
-        "ffn_bias": family == "llama" and fields.flag("mlp_bias", False),
-        "norm_epsilon": config.get("rms_norm_eps", 1e-6),
-        "final_norm": "rms",
-        "final_norm_epsilon": config.get("rms_norm_eps", 1e-6),
-        "qk_norm": family == "qwen3",
-        "rope_theta": theta,
-        "rope_scaling": scaling,
-        "sliding_window": window,
-        "sliding_layers": sliding,
-    }
-
-
-def _sliding(fields: _Fields, layers: int) -> tuple[int | None, list[int] | None]:
-    """The window, and the layers that have it (None: all)."""
-    config, mistral = fields.config, fields.family == "mistral"
-    # The classes' own default is 4096; a config that was written by them says null where there is none.
-    has_window = mistral or (fields.family != "llama" and fields.flag("use_sliding_window", False))
-    window = config.get("sliding_window", 4096) if has_window else None
-    window = None if window is None else fields.whole("sliding_window", 4096, _FARTHEST)
-    kinds = config.get("layer_types")
-    if kinds is None:
-        if window is None or mistral:
-            return window, None
-        first = config.get("max_window_layers", 28)
-        if isinstance(first, bool) or not isinstance(first, int):
-            raise ConfigError(f"config.json, 'max_window_layers': expected a whole number; found {first!r:.40}")
-        kinds = ["full_attention" if i < first else "sliding_attention" for i in range(layers)]
-    known = ("full_attention", "sliding_attention")
-    if not isinstance(kinds, list) or len(kinds) != layers or not all(kind in known for kind in kinds):
-        raise ConfigError(
-            f"config.json, 'layer_types': expected 'full_attention' or 'sliding_attention' for each of {layers} "
-            f"layers; found {kinds!r:.200}"
-        )
-    sliding = [i for i, kind in enumerate(kinds) if kind == "sliding_attention"]
-    if sliding and window is None:
-        raise ConfigError(
-            f"config.json, 'layer_types': layer {sliding[0]} is 'sliding_attention', but there is no window: expected "
-            + ("a number as 'sliding_window'" if mistral else "'use_sliding_window' true and 'sliding_window'")
-        )
-    return (window, sliding) if sliding else (None, None)
-
-
-def _rope(fields: _Fields) -> tuple[float, dict[str, Any] | None]:
-    """Theta and scaling, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before)."""
-    config = fields.config
-    # As in transformers: where both are given, the older field counts.
-    name = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
-    rope: dict[str, Any] = {"rope_theta": config.get("rope_theta")} | _numbers(config.get(name) or {}, name)
-    _numbers(rope, "rope_theta")
-    if nested := [kind for kind, value in rope.items() if isinstance(value, Mapping)]:
-        raise ConfigError(
-            f"config.json, 'rope_parameters': found parameters for each kind of layer ({', '.join(nested)}); expected "
-            "one set for all layers"
-        )
-    theta = 10000.0 if rope["rope_theta"] is None else float(rope["rope_theta"])
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if rope.get("partial_rotary_factor") not in (None, 1.0):
-        raise ConfigError("config.json, 'partial_rotary_factor': only heads that are rotated whole are supported")
-    if kind == "default":
-        return theta, None
-    longest = fields.whole("max_position_embeddings", 8192, _FARTHEST)
-    original = rope.get("original_max_position_embeddings") or longest
-    if kind not in ("linear", "dynamic", "llama3", "yarn"):
-        raise ConfigError(
-            f"config.json, rope scaling: {kind!r} is not supported; supported are linear, dynamic, llama3 and yarn"
-        )
-    factor = rope.get("factor")
-    if factor is None and kind == "yarn":
-        factor = longest / original
-    if factor is None:
-        raise ConfigError(f"config.json, '{name}', 'factor': expected a number; found none")
-    options: dict[str, Any] = {"kind": kind, "factor": float(factor)}
-    # transformers stretches from here in dynamic scaling, whatever is said of an original context.
-    options["original_max_positions"] = longest if kind == "dynamic" else original
-    if kind == "llama3":
-        options |= {n: float(rope[n]) for n in ("low_freq_factor", "high_freq_factor") if rope.get(n) is not None}
-    if kind == "yarn":
-        options |= {n: float(rope[n]) for n in ("beta_fast", "beta_slow") if rope.get(n)}
-        options |= {"truncate": rope.get("truncate", True), "attention_factor": _attention_factor(rope, factor)}
-    return theta, RopeScaling.from_dict(options).to_dict()
-
-
-def _attention_factor(rope: Mapping[str, Any], factor: float) -> float:
-    """Of yarn (Peng et al., 2023, equation 22), with DeepSeek's two multipliers where they are given."""
-    if rope.get("attention_factor") is not None:
-        return float(rope["attention_factor"])
-
-    def scale(multiplier: float) -> float:
-        return 1.0 if factor <= 1 else 0.1 * multiplier * math.log(factor) + 1.0
-
-    above, below = rope.get("mscale"), rope.get("mscale_all_dim")
-    return scale(above) / scale(below) if above and below else scale(1.0)
-
-
-def _block_names(config: NetworkConfig, prefix: str) -> dict[str, str]:
-    names = {}
-    for i in range(config.num_layers):
-        ours, theirs = f"network.blocks.{i}", f"{prefix}layers.{i}"
-        names[f"{ours}.attention_norm.weight"] = f"{theirs}.input_layernorm.weight"
-        names[f"{ours}.ffn_norm.weight"] = f"{theirs}.post_attention_layernorm.weight"
-        for part in ("q_proj", "k_proj", "v_proj"):
-            for kind in PARTS if config.attention_bias else PARTS[:1]:
-                names[f"{ours}.attention.{part}.{kind}"] = f"{theirs}.self_attn.{part}.{kind}"
-        for kind in PARTS if config.attention_output_bias else PARTS[:1]:
-            names[f"{ours}.attention.out_proj.{kind}"] = f"{theirs}.self_attn.o_proj.{kind}"
-        for part in ("q_norm", "k_norm") if config.qk_norm else ():
-            names[f"{ours}.attention.{part}.weight"] = f"{theirs}.self_attn.{part}.weight"
-        for part in ("gate", "up", "down"):
-            for kind in PARTS if config.ffn_bias else PARTS[:1]:
-                names[f"{ours}.ffn.{part}.{kind}"] = f"{theirs}.mlp.{part}_proj.{kind}"
-    return names
 
 
 def _check_extra(shapes: Shapes, used: set[str], further: list[str], label_tokens: bool) -> None:

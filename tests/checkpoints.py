@@ -13,8 +13,9 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
 
 from bonnx.export.checkpoint.source import Overrides
+from bonnx.models import families
 
-FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
+FAMILIES = tuple(family.name for family in families.FAMILIES.values())
 QUESTION = "What is 2+2? Think in steps.\n"
 ANSWERS = [
     "First, take 2.\nThen add 2.\nIt is 4.\n",

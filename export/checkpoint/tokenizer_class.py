@@ -15,12 +15,14 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from ...models.config import ConfigError
+from ...models.families import FAMILIES
 
 __all__ = ["build_tokenizer"]
 
 GENERAL = "TokenizersBackend"
-# The class of a model's family, where it has one.
-FAMILIES = {"mistral": GENERAL} | dict.fromkeys(("qwen2", "qwen2_moe", "qwen3", "qwen3_moe"), "Qwen2Tokenizer")
+# The class of a model's family, where it has one; the tokenizer may come from a family whose models are not read.
+_CLASSES = {name: family.tokenizer_class for name, family in FAMILIES.items()}
+_CLASSES |= dict.fromkeys(("qwen2_moe", "qwen3_moe"), "Qwen2Tokenizer")
 # Words with the character before them, single digits, punctuation with line ends, spaces: what Qwen2's merges expect.
 QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -82,7 +84,7 @@ def _tokenizer_class(folder: Path, text: str, settings: dict[str, Any], config: 
     declared = str(settings.get("tokenizer_class") or config.get("tokenizer_class") or "").removesuffix("Fast")
     declared = GENERAL if declared == "PreTrainedTokenizer" else declared
     model_type = str(config.get("model_type"))
-    family = FAMILIES.get(model_type)
+    family = _CLASSES.get(model_type)
     if declared == "LlamaTokenizer" and model_type != "qwen2" and '"ByteLevel"' in text:
         return GENERAL  # Llama 3 declares the class of Llama 2
     if declared and family and (family == GENERAL or model_type == "qwen2"):

@@ -4,16 +4,18 @@ import importlib
 import inspect
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
 
-from bonnx.models import ConfigError, load_checkpoint
+from bonnx.models import ConfigError, families, load_checkpoint
 from tests.checkpoints import FAMILIES
 from tests.tolerance import RUNTIME, within
 
 VOCABULARY, LENGTH, ORIGINAL = 40, 29, 16
+BY_NAME = {family.name: family for family in families.FAMILIES.values()}
 YARN = {"rope_type": "yarn", "factor": 2.0, "rope_theta": 100.0, "original_max_position_embeddings": 12}
 LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 # Other values of every field. None stands for null; a field of no list is tried with what its name suggests.
@@ -49,7 +51,7 @@ VALUES = {
     "max_position_embeddings": [8, 64],
     "max_window_layers": [0, 1, 2],
     "mlp_bias": [True],
-    "model_type": ["llama", "mistral", "qwen2", "qwen3", "gemma", "phi3"],
+    "model_type": [*families.FAMILIES, "gemma", "phi3"],
     "num_attention_heads": [2, 8],
     "num_hidden_layers": [1, 3],
     "num_key_value_heads": [None, 1, 4],
@@ -133,6 +135,13 @@ def read_by_transformers(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_documented(family):
+    guide = (Path(__file__).parents[2] / "docs" / "reward_models.md").read_text(encoding="utf-8")
+    (line,) = [line for line in guide.splitlines() if line.startswith("Families: ")]
+    assert f"{family}," in line
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_field_that_transformers_reads_is_tried(family):
     assert read_by_transformers(family) - set(VALUES) - _OTHERS == set()
 
@@ -154,7 +163,7 @@ def write(folder, family, rng):
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,
-        **({"sliding_window": None} if family == "Mistral" else {}),
+        **({"sliding_window": None} if BY_NAME[family].sliding_window == "always" else {}),
     )
     model = getattr(transformers, f"{family}ForSequenceClassification")(config)
     for parameter in model.parameters():

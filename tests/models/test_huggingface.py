@@ -10,8 +10,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bonnx.models import ConfigError, load_checkpoint
-from tests.checkpoints import FAMILIES, HEADS, make
+from bonnx.models import ConfigError, families, load_checkpoint
+from tests.checkpoints import HEADS, make
 from tests.tolerance import RUNTIME, within
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -30,18 +30,18 @@ ROPES = [
 @st.composite
 def options(draw):
     """A family and what its configs may say."""
-    family = draw(st.sampled_from(FAMILIES))
+    entry = draw(st.sampled_from(list(families.FAMILIES.values())))
     rope = draw(st.sampled_from(ROPES)) | {"rope_theta": draw(st.sampled_from([100.0, 10000.0, 1e6]))}
     found = {"rope_parameters": rope, "max_position_embeddings": 48}
-    if family == "Mistral":
+    if entry.sliding_window == "always":
         found["sliding_window"] = draw(st.sampled_from([None, 3, 11]))
-    if family.startswith("Qwen") and draw(st.booleans()):
+    if entry.sliding_window == "optional" and draw(st.booleans()):
         found |= {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": draw(st.integers(0, 2))}
-    if family in ("Llama", "Qwen3"):
+    if entry.reads_attention_bias:
         found["attention_bias"] = draw(st.booleans())
-    if family == "Llama":
+    if entry.reads_mlp_bias:
         found["mlp_bias"] = draw(st.booleans())
-    return family, found
+    return entry.name, found
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
