@@ -12,7 +12,8 @@ from typing import Any, Protocol
 
 from ...errors import InputError
 from ..files.lines import check_mark, decode, opened
-from ..files.values import name_of, parse_json
+from ..files.strict_json import parse_json
+from ..files.values import name_of
 
 __all__ = ["Chunk", "JsonLines", "Part", "Row", "Source"]
 

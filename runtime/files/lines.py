@@ -18,7 +18,8 @@ import numpy as np
 
 from ...errors import InputError
 from ..text.reader import Item
-from .values import AS_TEXT, DECODER, name_of, parse_json, reason, to_candidate, to_prompt, to_value
+from .strict_json import DECODER, json_error, parse_json
+from .values import AS_TEXT, name_of, to_candidate, to_prompt, to_value
 
 __all__ = [
     "check_mark",
@@ -205,7 +206,7 @@ def _document(text: str, name: str | Path) -> list[Item]:
         json.loads(text)
     except json.JSONDecodeError as e:
         with in_line(name, e.lineno):
-            raise InputError(f"not JSON: {reason(e)}; {AS_TEXT}") from e
+            raise InputError(f"not JSON: {json_error(e)}; {AS_TEXT}") from e
     except (ValueError, RecursionError):
         # What the decoder says without a place is said below, of the element.
         pass
@@ -216,7 +217,7 @@ def _document(text: str, name: str | Path) -> list[Item]:
             try:
                 value, at = DECODER.raw_decode(text, at)
             except (ValueError, RecursionError) as e:
-                raise InputError(f"not JSON that can be read: {reason(e)}") from e
+                raise InputError(f"not JSON that can be read: {json_error(e)}") from e
             if isinstance(value, int | float | bool | None):
                 raise InputError(
                     f"expected a JSON list of candidates; its element {len(found)} is {name_of(value)} (the token ids "

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ...errors import InputError
 from ..text.reader import Item
+from .strict_json import parse_json
 
 __all__ = [
     "AS_TEXT",
-    "DECODER",
     "begins_as_json",
     "name_of",
-    "parse_json",
-    "reason",
     "to_candidate",
+    "to_embeddings",
     "to_item",
     "to_prompt",
     "to_value",
@@ -37,29 +36,6 @@ _NAMES = {
     dict: "an object",
     list: "a list",
 }
-
-
-def parse_json(text: str) -> Any:
-    """The value that a whole text holds as JSON.
-
-    Raises:
-        InputError: it is no JSON, an object has a key twice, or it is nested too deeply.
-    """
-    try:
-        return DECODER.decode(text)
-    except json.JSONDecodeError as e:
-        raise InputError(f"not JSON: {reason(e)}") from e
-    except (ValueError, RecursionError) as e:
-        raise InputError(f"not JSON that can be read: {reason(e)}") from e
-
-
-def reason(error: Exception) -> str:
-    """What Python's decoder says, in plain words where it speaks of its own workings."""
-    if isinstance(error, json.JSONDecodeError):
-        return f"{error.msg.removesuffix(' at')} at column {error.colno}"
-    if isinstance(error, RecursionError):
-        return "it is nested too deeply"
-    return "a number of thousands of digits" if "int_max_str_digits" in str(error) else str(error)
 
 
 def to_value(text: str, *, literal: bool = False) -> Any:
@@ -115,7 +91,7 @@ def to_item(value: Any) -> Any:
         if not kinds or kinds in ({int}, {str}, {dict}):
             return value
         if kinds == {list}:
-            return _embeddings(value)
+            return to_embeddings(value)
         got = f"a list of {' and of '.join(sorted({name_of(part) for part in value}))}"
     raise InputError(f"expected text, token ids, messages, steps as texts, or embeddings as lists; got {got}")
 
@@ -125,18 +101,23 @@ def begins_as_json(text: str) -> bool:
     return text.lstrip()[:1] in ("{", "[", '"')
 
 
-def _embeddings(rows: list[list[Any]]) -> Any:
-    """Lists of numbers as float32 (length, embed_dim)."""
-    kinds = {type(value) for row in rows for value in row}
-    if not kinds <= {int, float} or len({*map(len, rows)}) != 1:
-        raise InputError("a list of lists: expected embeddings, lists of equally many numbers")
+def to_embeddings(rows: Sequence[Sequence[float]]) -> NDArray[np.float32]:
+    """Lists of numbers as float32 embeddings (length, embed_dim).
+
+    Raises:
+        InputError: the lists differ in length, hold something else, or a number is out of range.
+    """
+    if any(type(value) not in (int, float) for row in rows for value in row):
+        raise InputError("a list of lists: expected embeddings, rows of numbers")
+    widths = {len(row) for row in rows}
+    if len(widths) > 1:
+        lengths = ", ".join(map(str, sorted(widths)[:5]))
+        raise InputError(f"a list of lists: expected embeddings, rows of one length; got {lengths}")
     try:
-        values = np.array(rows, np.float64)
-    except OverflowError:
-        values = np.array(np.inf)
-    if not (np.abs(values) <= np.finfo(np.float32).max).all():
-        raise InputError("embeddings: a number is beyond float32")
-    return values.astype(np.float32)
+        with np.errstate(over="raise"):
+            return np.array(rows, np.float64).astype(np.float32)
+    except (FloatingPointError, OverflowError) as e:
+        raise InputError("a number is out of range for float32 embeddings") from e
 
 
 def _only(value: dict[str, Any], names: Sequence[str]) -> Any:
@@ -152,19 +133,3 @@ def _only(value: dict[str, Any], names: Sequence[str]) -> Any:
 def name_of(value: Any) -> str:
     """What a value is called in a message."""
     return _NAMES.get(type(value), type(value).__name__)
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"an object has the key '{key:.40}' twice")
-        found[key] = value
-    return found
-
-
-def _refuse(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is no JSON number")
-
-
-DECODER = json.JSONDecoder(object_pairs_hook=_once, parse_constant=_refuse)

@@ -1,16 +1,16 @@
-"""JSON bodies, read strictly: what is not JSON, or what two readers would read in two ways, is refused."""
+"""Routes whose body is JSON, read strictly before FastAPI sees it."""
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Coroutine
-from typing import Any, NoReturn
+from typing import Any
 
 from fastapi.routing import APIRoute
 from starlette.requests import Request
 from starlette.responses import Response
 
+from ..files.strict_json import DECODER, json_error
 from .errors import Problem
 
 __all__ = ["JsonRoute", "parse_json"]
@@ -66,41 +66,15 @@ def parse_json(body: bytes) -> Any:
         body: UTF-8, with or without a byte order mark.
 
     Raises:
-        Problem: 400 for what is not JSON, an object that has a name twice, or a number that no 64-bit float holds.
+        Problem: 400 for what `strict_json` refuses.
     """
     if not body.strip():
         raise Problem(400, "expected a JSON object as the body; it is empty")
     try:
-        return _DECODER.decode(body.decode("utf-8-sig"))
+        return DECODER.decode(body.decode("utf-8-sig"))
     except UnicodeDecodeError as e:
-        raise Problem(400, f"the body is not JSON: expected UTF-8; byte {e.start} is none") from e
+        raise Problem(400, f"the body is not JSON: expected UTF-8; byte {e.start} is not") from e
     except json.JSONDecodeError as e:
         raise Problem(400, f"the body is not JSON: {e.msg} (line {e.lineno}, column {e.colno})") from e
-    except RecursionError as e:
-        raise Problem(400, "the body is nested too deeply") from e
-    except ValueError as e:
-        # Python converts no whole number of thousands of digits.
-        raise Problem(400, "a whole number in the body has too many digits") from e
-
-
-def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        seen: set[str] = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        raise Problem(400, f"the body has {twice!r:.80} twice in one object; expected it once")
-    return value
-
-
-def _float(digits: str) -> float:
-    value = float(digits)
-    if math.isinf(value):
-        raise Problem(400, f"a number in the body is out of range: {digits:.40}")
-    return value
-
-
-def _constant(name: str) -> NoReturn:
-    raise Problem(400, f"the body is not JSON: {name} is no number there")
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_pairs, parse_float=_float, parse_constant=_constant)
+    except (ValueError, RecursionError) as e:
+        raise Problem(400, f"the body is not JSON that can be read: {json_error(e)}") from e

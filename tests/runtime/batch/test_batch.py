@@ -68,7 +68,7 @@ BAD = [
     (b"\n", None),
     (b"{\n", "not JSON"),
     (b"[1]\n", "expected a JSON object; got a list"),
-    (b'{"prompt": [1], "candidates": NaN}\n', "NaN is no JSON number"),
+    (b'{"prompt": [1], "candidates": NaN}\n', "NaN is not a JSON number"),
     (b"\xff\n", "not UTF-8"),
     (b"[" * 5000 + b"\n", "not JSON"),
     (b'{"prompt": [1]}\n', "it has no 'candidates', only 'prompt'; name the field with --candidates-field"),

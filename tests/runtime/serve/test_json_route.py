@@ -72,9 +72,9 @@ def test_what_is_no_json(client, path, body, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"prompt": [1], "n": 1, "temperature": NaN}', "the body is not JSON: NaN"),
-        ('{"prompt": [1], "n": 1, "temperature": -Infinity}', "the body is not JSON: -Infinity"),
-        ('{"prompt": [1], "n": 1, "temperature": 1e999}', "a number in the body is out of range: 1e999"),
+        ('{"prompt": [1], "n": 1, "temperature": NaN}', "the body is not JSON that can be read: NaN"),
+        ('{"prompt": [1], "n": 1, "temperature": -Infinity}', "the body is not JSON that can be read: -Infinity"),
+        ('{"prompt": [1], "n": 1, "temperature": 1e999}', "the number 1e999 is out of range"),
         ('{"prompt": [[1e999]], "n": 1}', "out of range"),
         ('{"prompt": [{"role": "user", "content": "a", "weight": -1e999}], "n": 1}', "out of range"),
         ('{"prompt": [[1e300]], "candidates": [[[1]]]}', "prompt: a number is out of range for float32"),
@@ -82,8 +82,8 @@ def test_what_is_no_json(client, path, body, message):
             '{"prompt": [1], "candidates": [[2], [[1.0], [1e39]]]}',
             "candidates[1]: a number is out of range for float32",
         ),
-        ('{"prompt": [1], "n": 1, "n": 2}', "the body has 'n' twice"),
-        ('{"prompt": [{"role": "user", "role": "user", "content": "a"}], "n": 1}', "the body has 'role' twice"),
+        ('{"prompt": [1], "n": 1, "n": 2}', "an object has 'n' twice"),
+        ('{"prompt": [{"role": "user", "role": "user", "content": "a"}], "n": 1}', "an object has 'role' twice"),
         ('{"prompt": [1], "n": 1, "seed": 9223372036854775808}', "seed: "),
         ('{"prompt": [9223372036854775808], "n": 1}', "outside the vocabulary"),
         ('{"prompt": [' + "9" * 400 + '], "n": 1}', "prompt: expected"),
