@@ -9,6 +9,9 @@ import bonnx
 from bonnx import InputError
 from bonnx.command import main
 from bonnx.models.countdown.vocabulary import END, encode
+from bonnx.runtime.engine.engine import open_engine
+from bonnx.runtime.rank.request import read_request
+from bonnx.runtime.rank.run import rank_all
 from tests.tolerance import RUNTIME, within
 
 PUZZLE = "3,7,12,25>98:"
@@ -90,9 +93,11 @@ def test_embeddings(model, rng):
     check(found, found.row_scores, alone.row_scores, good, bad)
 
 
-def test_joint_runs(puzzles):
+def test_joint_runs(countdown):
+    engine = open_engine(countdown)
+    puzzles = bonnx.Model(engine)
     lists = [["", GOOD[0], "^"], [GOOD[1], []], GOOD]
-    together = puzzles.rank_all([puzzles.job(PUZZLE, items) for items in lists])
+    together = rank_all(engine, [read_request(engine, PUZZLE, items) for items in lists])
     for items, found in zip(lists, together, strict=True):
         alone = puzzles.rank(PUZZLE, items)
         assert within(

@@ -287,9 +287,9 @@ def test_an_existing_folder_is_kept_unless_export_wrote_all_of_it(small, tmp_pat
 
 
 def test_a_failure_leaves_nothing_and_keeps_what_was_there(small, tmp_path, monkeypatch):
-    repository = tmp_path / "repository"
-    write_repository(small, repository)
-    before = {path: path.read_bytes() for path in repository.rglob("*") if path.is_file()}
+    folder = tmp_path / "repository"
+    write_repository(small, folder)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     checked = []
 
     def refuse(path):
@@ -299,8 +299,8 @@ def test_a_failure_leaves_nothing_and_keeps_what_was_there(small, tmp_path, monk
 
     monkeypatch.setattr(repository, "check_structure", refuse)
     with pytest.raises(ExportError, match="second graph"):
-        write_repository(small, repository, overwrite=True)
-    assert {path: path.read_bytes() for path in repository.rglob("*") if path.is_file()} == before
+        write_repository(small, folder, overwrite=True)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
     checked.clear()
     with pytest.raises(ExportError, match="second graph"):
         write_repository(small, tmp_path / "another")

@@ -15,6 +15,7 @@ from bonnx.models import load_checkpoint
 from bonnx.models.countdown import CHECKPOINT
 from bonnx.models.countdown.puzzle import check, parse_prompt
 from bonnx.models.countdown.vocabulary import END, decode, encode
+from bonnx.runtime.engine.engine import open_engine
 from bonnx.runtime.search import Choice, Policy, cross_validated, fit_policy, revisions
 from tests.tolerance import RUNTIME, within
 
@@ -176,9 +177,10 @@ def test_fitting_takes_the_best_setting_of_each_bin(rng):
     assert policy.thresholds[0] == pytest.approx(0.49)
 
 
-def test_a_result_is_json(puzzler):
+def test_a_result_is_json(countdown, puzzler):
+    pieces = open_engine(countdown).reader.pieces
     found = puzzler.search(PUZZLE, "beam", 8, width=2, answers=lambda text: text.split(";")[0] or None)
-    again = json.loads(json.dumps(found.to_record(PUZZLE, puzzler.pieces), allow_nan=False))
+    again = json.loads(json.dumps(found.to_record(PUZZLE, pieces), allow_nan=False))
     assert again["vote"] == "weighted"
     for candidate, ours in zip(again["candidates"], found.candidates, strict=True):
         assert "".join(candidate["pieces"]).rstrip("\n") == candidate["text"] == ours.text
