@@ -13,26 +13,23 @@ from fastapi_offline import FastAPIOffline
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 
 import bonnx
 
 from ...errors import ArtifactError, InputError, NoWinnerError
 from ..engine.engine import Engine
-from .batcher import LateError, OverfullError
-from .errors import Problem, encode, respond
-from .json_route import JsonRoute
-from .metrics import Meter
-from .middleware import Guard
-from .routes.best_of_n import best_of_n_answer, rerank_answer, score_answer
+from .batcher import DeadlineError, QueueFullError
+from .errors import ApiError, respond
+from .metrics import Metrics
+from .middleware import RequestMiddleware
+from .routes import json_routes
 from .routes.open_inference import protocol_routes
-from .schemas import BestOfN, Rerank, Score, explain
+from .schemas import explain
 from .service import Service
 from .settings import Settings
 
 __all__ = ["create_app"]
-
-_BODIES: dict[str, type[BaseModel]] = {"rerank": Rerank, "score": Score, "best_of_n": BestOfN}
 
 
 def create_app(engine: Engine, settings: Settings | None = None) -> fastapi.FastAPI:
@@ -43,8 +40,8 @@ def create_app(engine: Engine, settings: Settings | None = None) -> fastapi.Fast
         settings: bounds; the defaults if not given.
     """
     settings = settings or Settings()
-    meter = Meter(engine.manifest.name, engine.provider, bonnx.__version__)
-    service = Service(engine, settings, meter)
+    metrics = Metrics(engine.manifest.name, engine.provider, bonnx.__version__)
+    service = Service(engine, settings, metrics)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: fastapi.FastAPI) -> AsyncIterator[None]:
@@ -61,75 +58,23 @@ def create_app(engine: Engine, settings: Settings | None = None) -> fastapi.Fast
         lifespan=lifespan,
     )
     app.state.service = service
-    for kind in (ArtifactError, InputError, NoWinnerError, OverfullError, LateError, Problem):
+    for kind in (ArtifactError, InputError, NoWinnerError, QueueFullError, DeadlineError, ApiError):
         app.add_exception_handler(kind, respond)
     app.add_exception_handler(RequestValidationError, _refuse)
     app.add_exception_handler(HTTPException, _not_here)
-    app.include_router(_routes(service))
+    app.include_router(json_routes(service))
     app.include_router(protocol_routes(service))
-    app.add_middleware(Guard, settings=settings, meter=meter)
+    app.add_middleware(RequestMiddleware, settings=settings, metrics=metrics)
     _document(app)
     return app
 
 
-def _routes(service: Service) -> fastapi.APIRouter:
-    routes = fastapi.APIRouter(route_class=JsonRoute)
-    name = service.engine.manifest.name
-
-    def check_name(model: str | None) -> None:
-        if model is not None and model != name:
-            raise Problem(404, f"model: this server has '{name}' only; got {model!r:.80}")
-
-    async def rerank(request: Request, body: Rerank) -> Response:
-        """Order documents by how well each answers the query, as Cohere's and vLLM's servers do."""
-        check_name(body.model)
-        return _json(await rerank_answer(service, request, body))
-
-    for path in ("/v1/rerank", "/v2/rerank", "/rerank"):
-        routes.post(path, name="rerank", include_in_schema=path == "/v1/rerank")(rerank)
-
-    async def score(request: Request, body: Score) -> Response:
-        """Scores of pairs of texts, as vLLM's server gives them."""
-        check_name(body.model)
-        return _json(await score_answer(service, request, body))
-
-    for path in ("/v1/score", "/score"):
-        routes.post(path, name="score", include_in_schema=path == "/v1/score")(score)
-
-    @routes.post("/v1/best-of-n", name="best_of_n")
-    async def best_of_n(request: Request, body: BestOfN) -> Response:
-        """Choose the best of given candidates, or of n that are generated now."""
-        check_name(body.model)
-        answer = await best_of_n_answer(service, request, body)
-        if isinstance(answer, dict):
-            return _json(answer)
-        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-        return StreamingResponse(answer, 200, headers, "text/event-stream")
-
-    @routes.get("/health")
-    async def health() -> dict[str, str]:
-        """Whether the server answers, and well."""
-        service.check_whole()
-        return {"status": "ok", "model": name}
-
-    @routes.get("/metrics")
-    async def metrics() -> Response:
-        """Counters in Prometheus' text format."""
-        return Response(service.meter.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
-
-    return routes
-
-
-def _json(value: Any) -> Response:
-    return Response(encode(value), media_type="application/json")
-
-
 async def _refuse(request: Request, error: Exception) -> Response:
-    """A body that is not as documented."""
+    """Explain a body that does not match its schema."""
     assert isinstance(error, RequestValidationError)
-    route = request.scope.get("route")
-    body = _BODIES.get(getattr(route, "name", ""))
-    return Problem(400, explain([*error.errors()], body)).response(request.url.path)
+    field = getattr(request.scope.get("route"), "body_field", None)
+    body: type[BaseModel] | None = None if field is None else field.field_info.annotation
+    return ApiError(400, explain([*error.errors()], body)).response(request.url.path)
 
 
 async def _not_here(request: Request, error: Exception) -> Response:
@@ -141,19 +86,19 @@ async def _not_here(request: Request, error: Exception) -> Response:
         405: f"{path[:100]} does not take {request.method}",
     }
     message = said.get(error.status_code, str(error.detail))
-    return Problem(error.status_code, message, dict(error.headers or {})).response(path)
+    return ApiError(error.status_code, message, dict(error.headers or {})).response(path)
 
 
 def _document(app: fastapi.FastAPI) -> None:
     """OpenAPI with the errors as they are: 400 for bad input, in this API's shape."""
     schema = app.openapi()
-    problem = {
+    error = {
         "type": "object",
         "properties": {"message": {"type": "string"}, "error": {}},
         "required": ["error"],
     }
-    schema.setdefault("components", {}).setdefault("schemas", {})["Problem"] = problem
-    content = {"application/json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    schema.setdefault("components", {}).setdefault("schemas", {})["Error"] = error
+    content = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
     said = {
         "400": "bad input", "401": "no key", "404": "no such model", "408": "the body came too slowly",
         "413": "the body is too large", "415": "the body is not JSON by its type, or it is compressed",

@@ -1,8 +1,8 @@
-"""A lane in front of a model: works wait in it, and those that are alike run together, in a thread of its own.
+"""A queue in front of a model: requests wait in it, and those that are alike run together, in a thread of its own.
 
-While one run is under way others arrive, so batches form by themselves as the load grows. After a run the lane waits a
-little for those who were just answered: clients that send one request after another would else fall into two halves,
-each waiting for the other's run. A single client never waits.
+While one run is under way, other requests arrive, so batches form by themselves as the load grows. After a run the
+batcher waits briefly for the clients that were just answered: without this pause, clients that send one request after
+another would split into two halves, each waiting for the other's run. A single client never waits.
 """
 
 from __future__ import annotations
@@ -19,51 +19,51 @@ from typing import Any, Protocol
 from ..batching import Batchable, Shape, batch_size, padded_tokens, plan
 from ..engine.session import Stop
 
-__all__ = ["Lane", "LateError", "OverfullError", "Watcher"]
+__all__ = ["Batcher", "DeadlineError", "Observer", "QueueFullError"]
 
 
 _LOG = logging.getLogger("bonnx.serve")
-# What a lane may wait for those who were just answered, as a share of the run that answered them.
+# How long a batcher may wait for the clients that were just answered, as a share of the run that answered them.
 _LULL = 0.1
 
 
-class OverfullError(Exception):
-    """So many works wait already.
+class QueueFullError(Exception):
+    """The queue has no room for the request.
 
     Attributes:
-        retry_after: seconds after which there will be room, as far as one can tell.
+        retry_after: estimated seconds until there is room.
     """
 
     def __init__(self, waiting: int, retry_after: int) -> None:
-        super().__init__(f"{waiting} requests wait already; try again in {retry_after} s")
+        super().__init__(f"{waiting} requests are waiting; try again in {retry_after} s")
         self.retry_after = retry_after
 
 
-class LateError(Exception):
-    """The request's time was over before its answer was there."""
+class DeadlineError(Exception):
+    """The request timed out before its answer was ready."""
 
 
-class Watcher(Protocol):
-    """Is told what a lane does."""
+class Observer(Protocol):
+    """Receives a batcher's measurements; `Metrics` is one."""
 
-    def waiting(self, lane: str, count: int) -> None: ...
+    def waiting(self, batcher: str, count: int) -> None: ...
 
-    def ran(self, lane: str, works: int, real: int, padded: int, seconds: float) -> None: ...
+    def ran(self, batcher: str, works: int, real: int, padded: int, seconds: float) -> None: ...
 
 
 @dataclass(eq=False)
-class _Ticket:
-    """A work that waits or runs, and who waits for it."""
+class _Pending:
+    """A request that waits or runs, and the future that its client awaits."""
 
-    work: Batchable
+    request: Batchable
     future: asyncio.Future[Any]
     loop: asyncio.AbstractEventLoop
     arrived: float
     given_up: bool = False
-    """The client is gone or its time is over: nobody reads the result."""
+    """The client has gone or the request timed out: nobody reads the result."""
 
     def finish(self, result: Any) -> None:
-        """Hand over a result or an error, from any thread."""
+        """Deliver a result or an error, from any thread."""
 
         def deliver() -> None:
             if not self.future.done():
@@ -75,21 +75,21 @@ class _Ticket:
         try:
             self.loop.call_soon_threadsafe(deliver)
         except RuntimeError:
-            # The loop is closed: the server was told to stop at once, and nobody waits any more.
+            # The loop is closed: the server was stopped at once, and nobody waits.
             self.given_up = True
 
 
-class Lane:
-    """Runs works one joint run after another.
+class Batcher:
+    """Runs requests that are alike together, one batch after another.
 
     Args:
-        name: for the watcher.
-        run: runs works of equal keys together; for each a result or an error.
+        name: passed to the observer.
+        run: runs requests of equal keys together, and gives a result or an error for each.
         fits: see `plan`.
-        stop: makes what `run` can be stopped with.
-        watcher: is told what happens.
-        most_waiting: works that may wait.
-        patience: seconds that the oldest may wait for company whatever is likely to come.
+        stop: makes the handle that stops a run.
+        observer: receives the measurements.
+        max_waiting: how many requests may wait.
+        patience: seconds that the oldest request may wait for others, whatever the load.
         waste: see `plan`.
     """
 
@@ -99,16 +99,16 @@ class Lane:
         run: Callable[[Sequence[Any], Stop], Sequence[Any]],
         fits: Callable[[int, Shape], bool],
         stop: Callable[[], Stop],
-        watcher: Watcher,
+        observer: Observer,
         *,
-        most_waiting: int,
+        max_waiting: int,
         patience: float,
         waste: float,
     ) -> None:
-        self.name, self._run, self._fits, self._stop, self._watcher = name, run, fits, stop, watcher
-        self._most, self._patience, self._waste = most_waiting, patience, waste
-        self._waiting: list[_Ticket] = []
-        self._running: tuple[list[_Ticket], Stop] | None = None
+        self.name, self._run, self._fits, self._stop, self._observer = name, run, fits, stop, observer
+        self._most, self._patience, self._waste = max_waiting, patience, waste
+        self._waiting: list[_Pending] = []
+        self._running: tuple[list[_Pending], Stop] | None = None
         self._ready = threading.Condition()
         self._closing = False
         self._expected, self._lull = 1, 0.0
@@ -117,55 +117,55 @@ class Lane:
         self._thread.start()
 
     def close(self) -> None:
-        """Finish what was taken, then end the thread."""
+        """Finish the queued requests, then end the thread."""
         with self._ready:
             self._closing = True
             self._ready.notify_all()
         self._thread.join()
 
-    async def put(self, works: Sequence[Batchable], until: float) -> list[Any]:
-        """The results of works, all or none of them taken.
+    async def put(self, requests: Sequence[Batchable], until: float) -> list[Any]:
+        """Queue all requests or none, and return their results.
 
         Args:
-            works: what to run, at least one.
-            until: on the clock of `time.monotonic`.
+            requests: what to run, at least one.
+            until: the deadline, on the clock of `time.monotonic`.
 
         Raises:
-            OverfullError: too many wait.
-            LateError: the time is over.
-            Exception: what the first that failed raised.
+            QueueFullError: too many requests are waiting.
+            DeadlineError: the deadline passed.
+            Exception: the error of the first request that failed.
         """
         loop, now = asyncio.get_running_loop(), time.monotonic()
-        tickets = [_Ticket(work, loop.create_future(), loop, now) for work in works]
+        entries = [_Pending(request, loop.create_future(), loop, now) for request in requests]
         with self._ready:
-            if len(self._waiting) + len(works) > self._most:
-                raise OverfullError(len(self._waiting), max(1, math.ceil(self._pace * len(self._waiting))))
-            self._waiting += tickets
-            self._watcher.waiting(self.name, len(self._waiting))
+            if len(self._waiting) + len(requests) > self._most:
+                raise QueueFullError(len(self._waiting), max(1, math.ceil(self._pace * len(self._waiting))))
+            self._waiting += entries
+            self._observer.waiting(self.name, len(self._waiting))
             self._ready.notify()
         try:
-            futures = [ticket.future for ticket in tickets]
+            futures = [entry.future for entry in entries]
             done, late = await asyncio.wait(
                 futures, timeout=max(0.0, until - time.monotonic()), return_when=asyncio.FIRST_EXCEPTION
             )
             for future in done:
                 future.result()
             if late:
-                raise LateError
+                raise DeadlineError
             return [future.result() for future in futures]
         finally:
-            for ticket in tickets:
-                if not ticket.future.done():
-                    self._give_up(ticket)
+            for entry in entries:
+                if not entry.future.done():
+                    self._give_up(entry)
 
-    def _give_up(self, ticket: _Ticket) -> None:
-        """Nobody reads this one; a run that nobody reads ends at its next operator."""
-        ticket.future.cancel()
+    def _give_up(self, entry: _Pending) -> None:
+        """Drop a request that nobody awaits; a run that nobody awaits ends at its next operator."""
+        entry.future.cancel()
         with self._ready:
-            ticket.given_up = True
-            if ticket in self._waiting:
-                self._waiting.remove(ticket)
-                self._watcher.waiting(self.name, len(self._waiting))
+            entry.given_up = True
+            if entry in self._waiting:
+                self._waiting.remove(entry)
+                self._observer.waiting(self.name, len(self._waiting))
             if self._running is not None and all(other.given_up for other in self._running[0]):
                 self._running[1].terminate = True
 
@@ -175,15 +175,15 @@ class Lane:
             try:
                 going = self._serve_once()
             except Exception as e:
-                # Whatever is wrong here, a lane that no longer runs would let everybody wait for ever.
-                _LOG.exception("a lane failed", extra={"notes": {"event": "failure", "lane": self.name}})
+                # A batcher that stopped would leave every client waiting, so it goes on whatever failed.
+                _LOG.exception("a batcher failed", extra={"notes": {"event": "failure", "batcher": self.name}})
                 with self._ready:
                     waiting, self._waiting, self._running = self._waiting, [], None
-                for ticket in waiting:
-                    ticket.finish(e)
+                for entry in waiting:
+                    entry.finish(e)
 
     def _serve_once(self) -> bool:
-        """One run; False when there will be none any more."""
+        """Run one batch; False once the batcher is closed."""
         with self._ready:
             while not self._waiting:
                 if self._closing:
@@ -191,58 +191,58 @@ class Lane:
                 self._ready.wait()
             self._wait_for_company()
             waiting = list(self._waiting)
-        tickets = self._choose(waiting) if waiting else []
+        entries = self._choose(waiting) if waiting else []
         with self._ready:
-            self._waiting = [ticket for ticket in self._waiting if ticket not in tickets]
-            self._watcher.waiting(self.name, len(self._waiting))
-        self._work(tickets)
+            self._waiting = [entry for entry in self._waiting if entry not in entries]
+            self._observer.waiting(self.name, len(self._waiting))
+        self._run_together(entries)
         with self._ready:
-            # Whoever was just answered may well ask again.
-            self._expected = len(tickets) + len(self._waiting)
+            # Clients that were just answered are likely to ask again.
+            self._expected = len(entries) + len(self._waiting)
         return True
 
     def _wait_for_company(self) -> None:
-        """Wait, the lock held, until all that are likely to come are there, or waited long enough, or a run is full."""
+        """Wait, holding the lock, until the expected requests have come, the time is up, or a batch is full."""
         start = time.monotonic()
         while self._waiting and not self._closing:
             until = self._waiting[0].arrived + self._patience
             if len(self._waiting) < self._expected:
                 until = max(until, start + self._lull)
             left = until - time.monotonic()
-            shapes = [ticket.work.shape for ticket in self._waiting]
+            shapes = [entry.request.shape for entry in self._waiting]
             if left <= 0 or not self._fits(len(shapes) + 1, max(shapes, key=lambda shape: padded_tokens(1, shape))):
                 return
             self._ready.wait(left)
 
-    def _choose(self, waiting: list[_Ticket]) -> list[_Ticket]:
-        """Those that run together with the oldest."""
-        groups = plan([ticket.work for ticket in waiting], self._fits, self._waste)
+    def _choose(self, waiting: list[_Pending]) -> list[_Pending]:
+        """The requests that run together with the oldest."""
+        groups = plan([entry.request for entry in waiting], self._fits, self._waste)
         return [waiting[i] for i in groups[0]]
 
-    def _work(self, tickets: list[_Ticket]) -> None:
-        """Run those that somebody still waits for, together; each by itself if that fails."""
+    def _run_together(self, entries: list[_Pending]) -> None:
+        """Run the requests that are still awaited together, or one by one if that fails."""
         with self._ready:
-            tickets = [ticket for ticket in tickets if not ticket.given_up]
-            if not tickets:
+            entries = [entry for entry in entries if not entry.given_up]
+            if not entries:
                 return
             stop = self._stop()
-            self._running = (tickets, stop)
+            self._running = (entries, stop)
         start, error = time.monotonic(), None
         results: Sequence[Any] = ()
         try:
-            results = self._run([ticket.work for ticket in tickets], stop)
+            results = self._run([entry.request for entry in entries], stop)
         except Exception as e:
             error = e
         with self._ready:
             self._running = None
-        if error is not None and len(tickets) > 1 and not stop.terminate:
-            # What one of them did must not fail the others.
-            for ticket in tickets:
-                self._work([ticket])
+        if error is not None and len(entries) > 1 and not stop.terminate:
+            # One bad request must not fail the others.
+            for entry in entries:
+                self._run_together([entry])
             return
         seconds = time.monotonic() - start
         self._lull = _LULL * seconds
-        self._pace += 0.1 * (seconds / len(tickets) - self._pace)
-        for ticket, result in zip(tickets, results if error is None else [error] * len(tickets), strict=True):
-            ticket.finish(result)
-        self._watcher.ran(self.name, len(tickets), *batch_size([ticket.work for ticket in tickets]), seconds)
+        self._pace += 0.1 * (seconds / len(entries) - self._pace)
+        for entry, result in zip(entries, results if error is None else [error] * len(entries), strict=True):
+            entry.finish(result)
+        self._observer.ran(self.name, len(entries), *batch_size([entry.request for entry in entries]), seconds)

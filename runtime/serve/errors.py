@@ -9,9 +9,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ...errors import ArtifactError, InputError, NoWinnerError
-from .batcher import LateError, OverfullError
+from .batcher import DeadlineError, QueueFullError
 
-__all__ = ["Problem", "as_problem", "encode", "respond"]
+__all__ = ["ApiError", "encode", "respond", "to_api_error"]
 
 _TYPES = {
     400: "invalid_request",
@@ -29,7 +29,7 @@ _TYPES = {
 }
 
 
-class Problem(Exception):  # noqa: N818 - it is an answer before it is an error
+class ApiError(Exception):
     """An answer that is an error.
 
     Attributes:
@@ -69,25 +69,25 @@ def _mended(value: Any) -> Any:
     return [_mended(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def as_problem(error: Exception) -> Problem | None:
+def to_api_error(error: Exception) -> ApiError | None:
     """The answer to an error that a client can do something about; None for one that it cannot."""
-    if isinstance(error, Problem):
+    if isinstance(error, ApiError):
         return error
     if isinstance(error, InputError):
-        return Problem(400, str(error))
+        return ApiError(400, str(error))
     if isinstance(error, ArtifactError):
-        return Problem(503, "the model's files were changed while it was served; this server must be started again")
+        return ApiError(503, "the model's files were changed while it was served; this server must be started again")
     if isinstance(error, NoWinnerError):
-        return Problem(422, str(error))
-    if isinstance(error, OverfullError):
-        return Problem(429, str(error), {"Retry-After": str(error.retry_after)})
-    if isinstance(error, LateError):
-        return Problem(504, "the request's time was over before its answer was there; try again, or allow more time")
+        return ApiError(422, str(error))
+    if isinstance(error, QueueFullError):
+        return ApiError(429, str(error), {"Retry-After": str(error.retry_after)})
+    if isinstance(error, DeadlineError):
+        return ApiError(504, "the request's time was over before its answer was there; try again, or allow more time")
     return None
 
 
 async def respond(request: Request, error: Exception) -> Response:
     """An exception handler."""
-    problem = as_problem(error)
+    problem = to_api_error(error)
     assert problem is not None
     return problem.response(request.url.path)

@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ..files.strict_json import DECODER, json_error
-from .errors import Problem
+from .errors import ApiError
 
 __all__ = ["JsonRoute", "parse_json"]
 
@@ -50,12 +50,12 @@ def _read_json(body: bytes, content_type: str | None) -> Any:
     """The value of a body whose content type is JSON.
 
     Raises:
-        Problem: 415 for another content type, 400 as `parse_json`.
+        ApiError: 415 for another content type, 400 as `parse_json`.
     """
     kind = (content_type or "").partition(";")[0].strip().lower()
     if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
         got = repr(content_type)[:80] if content_type else "none"
-        raise Problem(415, f"expected a JSON object as the body, with Content-Type: application/json; got {got}")
+        raise ApiError(415, f"expected a JSON object as the body, with Content-Type: application/json; got {got}")
     return parse_json(body)
 
 
@@ -66,15 +66,15 @@ def parse_json(body: bytes) -> Any:
         body: UTF-8, with or without a byte order mark.
 
     Raises:
-        Problem: 400 for what `strict_json` refuses.
+        ApiError: 400 for what `strict_json` refuses.
     """
     if not body.strip():
-        raise Problem(400, "expected a JSON object as the body; it is empty")
+        raise ApiError(400, "expected a JSON object as the body; it is empty")
     try:
         return DECODER.decode(body.decode("utf-8-sig"))
     except UnicodeDecodeError as e:
-        raise Problem(400, f"the body is not JSON: expected UTF-8; byte {e.start} is not") from e
+        raise ApiError(400, f"the body is not JSON: expected UTF-8; byte {e.start} is not") from e
     except json.JSONDecodeError as e:
-        raise Problem(400, f"the body is not JSON: {e.msg} (line {e.lineno}, column {e.colno})") from e
+        raise ApiError(400, f"the body is not JSON: {e.msg} (line {e.lineno}, column {e.colno})") from e
     except (ValueError, RecursionError) as e:
-        raise Problem(400, f"the body is not JSON that can be read: {json_error(e)}") from e
+        raise ApiError(400, f"the body is not JSON that can be read: {json_error(e)}") from e

@@ -8,7 +8,7 @@ from ...errors import InputError
 from ..batching import Shape, padded_tokens
 from ..engine.engine import Engine
 from ..text.reader import Item
-from .ranking import Asked
+from .ranking import ClientRequest
 from .settings import Settings
 
 __all__ = ["check_size", "check_texts"]
@@ -17,7 +17,7 @@ __all__ = ["check_size", "check_texts"]
 _TEXTS = 4
 
 
-def check_texts(asked: Sequence[Asked], engine: Engine, settings: Settings, *, truncate: bool) -> None:
+def check_texts(asked: Sequence[ClientRequest], engine: Engine, settings: Settings, *, truncate: bool) -> None:
     """Refuse what cannot fit or is more than is read at once, before it is tokenized.
 
     Args:
@@ -33,7 +33,7 @@ def check_texts(asked: Sequence[Asked], engine: Engine, settings: Settings, *, t
     for one in asked:
         if len(one.candidates) > limits.max_candidates:
             text = f"{len(one.candidates)} candidates: this model takes at most {limits.max_candidates} at once"
-            raise InputError(one.said(f"{text}; split them"))
+            raise InputError(one.in_client_words(f"{text}; split them"))
         texts: list[tuple[str, Item]] = [] if truncate else [(one.prompt_field, one.prompt)]
         texts += [(one.name(i), item) for i, item in enumerate(one.candidates)]
         for what, item in texts:
@@ -51,7 +51,7 @@ def check_texts(asked: Sequence[Asked], engine: Engine, settings: Settings, *, t
         )
 
 
-def check_size(shape: Shape, settings: Settings, asked: Asked | None = None) -> None:
+def check_size(shape: Shape, settings: Settings, asked: ClientRequest | None = None) -> None:
     """Refuse what would compute more tokens than the server allows.
 
     Raises:
@@ -63,4 +63,4 @@ def check_size(shape: Shape, settings: Settings, asked: Asked | None = None) -> 
             f"{shape.candidates} candidates of {shape.length} tokens after {shape.prompt} of the prompt are "
             f"{tokens} tokens, padding included: this server takes at most {most} at once; ask for less"
         )
-        raise InputError(text if asked is None else asked.said(text))
+        raise InputError(text if asked is None else asked.in_client_words(text))

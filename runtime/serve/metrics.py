@@ -1,4 +1,4 @@
-"""What a server counts, for Prometheus."""
+"""The server's metrics, for Prometheus."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
-__all__ = ["Meter"]
+__all__ = ["Metrics"]
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
-class Meter:
-    """Counters of one server. Safe to share between threads."""
+class Metrics:
+    """Metrics of one server. Safe to share between threads."""
 
     def __init__(self, model: str, provider: str, version: str) -> None:
         self._registry = CollectorRegistry()
@@ -25,29 +25,31 @@ class Meter:
         self._seconds = Histogram(
             "bonnx_request_seconds", "From the request's headers to its answer", ["endpoint"], buckets=_SECONDS, **own
         )
-        self._waiting = Gauge("bonnx_waiting_requests", "Requests that wait for the model", ["lane"], **own)
-        self._works = Histogram("bonnx_run_requests", "Requests that ran together", ["lane"], buckets=_COUNTS, **own)
-        self._runs = Histogram("bonnx_run_seconds", "One run of the model", ["lane"], buckets=_SECONDS, **own)
-        self._real = Counter("bonnx_tokens", "Tokens asked for; of a generation the most it may take", ["lane"], **own)
-        self._padded = Counter("bonnx_padded_tokens", "The same, padding included", ["lane"], **own)
+        self._waiting = Gauge("bonnx_waiting_requests", "Requests that wait for the model", ["batcher"], **own)
+        self._batch_sizes = Histogram(
+            "bonnx_run_requests", "Requests that ran together", ["batcher"], buckets=_COUNTS, **own
+        )
+        self._runs = Histogram("bonnx_run_seconds", "One run of the model", ["batcher"], buckets=_SECONDS, **own)
+        self._real = Counter("bonnx_tokens", "Tokens requested; for a generation the maximum", ["batcher"], **own)
+        self._padded = Counter("bonnx_padded_tokens", "The same, padding included", ["batcher"], **own)
 
     def answered(self, endpoint: str, status: int, seconds: float) -> None:
-        """One request is done."""
+        """Count an answer."""
         self._requests.labels(endpoint, str(status)).inc()
         self._seconds.labels(endpoint).observe(seconds)
 
-    def waiting(self, lane: str, count: int) -> None:
-        """So many wait now."""
-        self._waiting.labels(lane).set(count)
+    def waiting(self, batcher: str, count: int) -> None:
+        """Set how many requests are waiting."""
+        self._waiting.labels(batcher).set(count)
 
-    def ran(self, lane: str, works: int, real: int, padded: int, seconds: float) -> None:
-        """One run is done."""
-        self._works.labels(lane).observe(works)
-        self._runs.labels(lane).observe(seconds)
-        self._real.labels(lane).inc(real)
-        self._padded.labels(lane).inc(padded)
+    def ran(self, batcher: str, requests: int, real: int, padded: int, seconds: float) -> None:
+        """Count a run."""
+        self._batch_sizes.labels(batcher).observe(requests)
+        self._runs.labels(batcher).observe(seconds)
+        self._real.labels(batcher).inc(real)
+        self._padded.labels(batcher).inc(padded)
 
     def text(self) -> bytes:
-        """Everything in Prometheus' text format."""
+        """All metrics in Prometheus' text format."""
         found: bytes = generate_latest(self._registry)
         return found

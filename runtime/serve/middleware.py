@@ -13,11 +13,11 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .errors import Problem
-from .metrics import Meter
+from .errors import ApiError
+from .metrics import Metrics
 from .settings import Settings
 
-__all__ = ["Guard"]
+__all__ = ["RequestMiddleware"]
 
 _LOG = logging.getLogger("bonnx.serve")
 # Whoever watches over the server need not know its key.
@@ -25,15 +25,15 @@ _OPEN = {"/health", "/v2/health/live", "/v2/health/ready"}
 _NAME = re.compile(r"[\w.-]{1,64}")
 
 
-class Guard:
+class RequestMiddleware:
     """ASGI middleware, the outermost.
 
     A body is read here, whole, before the application sees the request: it is refused by its announced size before a
     byte of it is read, and by its real size as soon as that is too large.
     """
 
-    def __init__(self, app: ASGIApp, settings: Settings, meter: Meter) -> None:
-        self._app, self._settings, self._meter = app, settings, meter
+    def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics) -> None:
+        self._app, self._settings, self._metrics = app, settings, metrics
         self._buffered = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -64,7 +64,7 @@ class Guard:
             body = await self._read(receive, held)
             scope["state"]["size"] = len(body)
             await self._app(scope, _replay(body, receive), answer)
-        except Problem as problem:
+        except ApiError as problem:
             await problem.response(scope["path"])(scope, receive, answer)
         except _GoneError:
             notes["gone"] = True
@@ -72,18 +72,18 @@ class Guard:
             # The server was told to stop, and the time to finish in is over.
             if status == 499:
                 text = "this server is stopping; send the request again"
-                await Problem(503, text, {"Connection": "close"}).response(scope["path"])(scope, receive, answer)
+                await ApiError(503, text, {"Connection": "close"}).response(scope["path"])(scope, receive, answer)
         except Exception:
             _LOG.exception("failed", extra={"notes": {"event": "failure", **notes}})
             if status == 499:
                 text = f"something went wrong here; the server's log has it under {number}"
-                await Problem(500, text).response(scope["path"])(scope, receive, answer)
+                await ApiError(500, text).response(scope["path"])(scope, receive, answer)
         finally:
             self._buffered -= held
             seconds = time.monotonic() - start
             route = scope.get("route")
             endpoint = getattr(route, "path", None) or ("/v2" if scope["path"].startswith("/v2/") else "other")
-            self._meter.answered(endpoint, status, seconds)
+            self._metrics.answered(endpoint, status, seconds)
             line = {"event": "request", "method": scope["method"], "path": scope["path"][:200], "status": status}
             _LOG.info("request", extra={"notes": {**line, "seconds": round(seconds, 6), **notes}})
 
@@ -93,7 +93,7 @@ class Guard:
             return
         given = headers.get(b"authorization", b"")
         if not hmac.compare_digest(given, b"Bearer " + key.encode()):
-            raise Problem(401, "expected the header 'Authorization: Bearer KEY' with this server's key")
+            raise ApiError(401, "expected the header 'Authorization: Bearer KEY' with this server's key")
 
     def _announced(self, headers: dict[bytes, bytes]) -> int:
         """The size that the headers tell; the maximum if they tell none."""
@@ -102,12 +102,12 @@ class Guard:
         if b"content-length" in headers:
             digits = headers[b"content-length"].decode("latin-1")
             if not re.fullmatch(r"[0-9]{1,18}", digits):
-                raise Problem(400, "Content-Length: expected a number of bytes")
+                raise ApiError(400, "Content-Length: expected a number of bytes")
             size = int(digits)
         if size > limit:
-            raise Problem(413, f"a body of {size} bytes: this server takes at most {limit}", {"Connection": "close"})
+            raise ApiError(413, f"a body of {size} bytes: this server takes at most {limit}", {"Connection": "close"})
         if self._buffered + size > self._settings.max_buffered:
-            raise Problem(503, "this server holds as many bodies as it may; try again", {"Retry-After": "1"})
+            raise ApiError(503, "this server holds as many bodies as it may; try again", {"Retry-After": "1"})
         return size
 
     async def _read(self, receive: Receive, size: int) -> bytes:
@@ -119,14 +119,14 @@ class Guard:
                 message = await asyncio.wait_for(receive(), max(0.0, until - time.monotonic()))
             except asyncio.TimeoutError:
                 text = f"the body did not arrive within {seconds:g} s"
-                raise Problem(408, text, {"Connection": "close"}) from None
+                raise ApiError(408, text, {"Connection": "close"}) from None
             if message["type"] == "http.disconnect":
                 raise _GoneError
             parts.append(message.get("body", b""))
             total += len(parts[-1])
             if total > max(size, 0):
                 text = f"a body of more than {size} bytes: this server takes at most {self._settings.max_body}"
-                raise Problem(413, text, {"Connection": "close"})
+                raise ApiError(413, text, {"Connection": "close"})
             more = message.get("more_body", False)
         return b"".join(parts)
 
@@ -136,7 +136,7 @@ def _check_encoding(headers: dict[bytes, bytes]) -> None:
     given = headers.get(b"content-encoding", b"").decode("latin-1").strip()
     if given.lower() not in ("", "identity"):
         text = f"Content-Encoding: bodies are read as they come; got {given!r:.40}; send it uncompressed"
-        raise Problem(415, text, {"Accept-Encoding": "identity", "Connection": "close"})
+        raise ApiError(415, text, {"Accept-Encoding": "identity", "Connection": "close"})
 
 
 class _GoneError(Exception):

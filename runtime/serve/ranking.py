@@ -1,4 +1,4 @@
-"""A ranking as a client asked for it, and what is wrong with it in the client's own words."""
+"""A ranking as the client requested it, and its outcome in the client's own words."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from ..rank.request import RankRequest
 from ..rank.result import Ranking
 from ..text.reader import Item
 
-__all__ = ["Asked", "Found", "Usage"]
+__all__ = ["ClientRequest", "Outcome", "Usage"]
 
 
 @dataclass(frozen=True)
-class Asked:
+class ClientRequest:
     """One prompt and its candidates.
 
     Attributes:
@@ -34,7 +34,7 @@ class Asked:
     name: Callable[[int], str] = "candidates[{}]".format
     nouns: tuple[str, str, str] = ("prompt", "candidate", "candidates")
 
-    def said(self, message: str) -> str:
+    def in_client_words(self, message: str) -> str:
         """A message of the runtime, whose words are `prompt`, `messages` and `candidates`, in the client's."""
         prompt, candidate, candidates = self.nouns
         message = re.sub(r"^(prompt|messages)(?=[\[:])", self.prompt_field, message)
@@ -69,15 +69,15 @@ class Usage:
     def __add__(self, other: Usage) -> Usage:
         return Usage(self.prompt + other.prompt, self.completion + other.completion, self.cut + other.cut)
 
-    def shown(self) -> dict[str, int]:
+    def to_dict(self) -> dict[str, int]:
         """As an answer has it."""
         total = {"total_tokens": self.prompt + self.completion}
         return {"prompt_tokens": self.prompt, "completion_tokens": self.completion, **total, "cut_tokens": self.cut}
 
 
 @dataclass(frozen=True)
-class Found:
-    """What became of it.
+class Outcome:
+    """The outcome of a request.
 
     Attributes:
         ranking: None if no candidate can win.
@@ -92,28 +92,28 @@ class Found:
     usage: Usage
 
     @classmethod
-    def ranked(cls, asked: Asked, job: RankRequest, ranking: Ranking) -> Found:
+    def ranked(cls, asked: ClientRequest, rank_request: RankRequest, ranking: Ranking) -> Outcome:
         """Of a ranking that has a winner."""
         scores = [float(score) for score in ranking.candidate_scores]
         reasons = {i: ranking.unreadable.get(i, "its score is NaN") for i, score in enumerate(scores) if score != score}
-        return cls(ranking, scores, _warnings(asked, reasons), _usage(job))
+        return cls(ranking, scores, _warnings(asked, reasons), _usage(rank_request))
 
     @classmethod
-    def lost(cls, asked: Asked, reasons: Mapping[int, str], job: RankRequest | None = None) -> Found:
+    def lost(cls, asked: ClientRequest, reasons: Mapping[int, str], rank_request: RankRequest | None = None) -> Outcome:
         """Of one that has none."""
         nothing = [float("nan")] * len(asked.candidates)
-        return cls(None, nothing, _warnings(asked, reasons), Usage(0) if job is None else _usage(job))
+        return cls(None, nothing, _warnings(asked, reasons), Usage(0) if rank_request is None else _usage(rank_request))
 
 
-def _warnings(asked: Asked, reasons: Mapping[int, str]) -> list[str]:
+def _warnings(asked: ClientRequest, reasons: Mapping[int, str]) -> list[str]:
     return [f"{asked.name(i)}: {reason}" for i, reason in sorted(reasons.items())]
 
 
-def _usage(job: RankRequest) -> Usage:
+def _usage(rank_request: RankRequest) -> Usage:
     # Where a candidate's first characters change the tokens at the prompt's end, these lie in the candidate's row.
-    prompt = len(job.prompt) + max(job.rows.skip)
-    own = sum(len(item) - skip for item, skip in zip(job.rows.items, job.rows.skip, strict=True))
-    return Usage(prompt + own, cut=job.rows.cut)
+    prompt = len(rank_request.prompt) + max(rank_request.rows.skip)
+    own = sum(len(item) - skip for item, skip in zip(rank_request.rows.items, rank_request.rows.skip, strict=True))
+    return Usage(prompt + own, cut=rank_request.rows.cut)
 
 
 def _characters(item: Any) -> int:

@@ -15,7 +15,7 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from ...errors import InputError
-from .errors import Problem
+from .errors import ApiError
 from .middleware import JsonFormatter
 
 __all__ = ["bind_to", "log_to_stderr", "make_server"]
@@ -43,7 +43,7 @@ class _Impatient(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         """What is no HTTP is refused as JSON, too."""
-        body = bytes(Problem(400, "expected an HTTP request; this is none").response("/").body)
+        body = bytes(ApiError(400, "expected an HTTP request; this is none").response("/").body)
         head = f"HTTP/1.1 400 Bad Request\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
         self.transport.write(head.encode() + b"Connection: close\r\n\r\n" + body)
         self.transport.close()

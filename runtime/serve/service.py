@@ -1,4 +1,4 @@
-"""A model behind lanes: what the endpoints ask of it."""
+"""A model behind batchers: what the endpoints ask for."""
 
 from __future__ import annotations
 
@@ -26,28 +26,28 @@ from ..rank.request import RankRequest
 from ..rank.request import read_request as read_rank_request
 from ..rank.result import Ranking, winner
 from ..text.reader import Item, NoneReadableError
-from .batcher import Lane, LateError, OverfullError
-from .errors import Problem
+from .batcher import Batcher, DeadlineError, QueueFullError
+from .errors import ApiError
 from .limits import check_size, check_texts
-from .metrics import Meter
-from .ranking import Asked, Found
+from .metrics import Metrics
+from .ranking import ClientRequest, Outcome
 from .settings import Settings
-from .streaming import Growth
+from .streaming import GenerationStream
 
-__all__ = ["Call", "Service", "size"]
+__all__ = ["GraphRequest", "Service", "size"]
 
 T = TypeVar("T")
 _LONGEST_TIMEOUT = 3600.0
-# What is read or written in less time than it takes to hand them to another thread.
+# So little is read or written faster here than handed to another thread.
 _SHORT = 4000
 
 
-class Call:
-    """A run of a graph as it stands, by itself.
+class GraphRequest:
+    """A run of one graph on tensors that the client filled.
 
     Attributes:
-        run: takes what can end it.
-        shape: how large it is.
+        run: runs it; takes the handle that stops it.
+        shape: its size.
     """
 
     key = None
@@ -58,34 +58,34 @@ class Call:
 
 
 class Service:
-    """Answers requests with one model. Everything that it offers is loaded when it is made."""
+    """Answers requests with one model; every graph is loaded at the start."""
 
-    def __init__(self, engine: Engine, settings: Settings, meter: Meter) -> None:
-        self.engine, self.settings, self.meter = engine, settings, meter
+    def __init__(self, engine: Engine, settings: Settings, metrics: Metrics) -> None:
+        self.engine, self.settings, self.metrics = engine, settings, metrics
         for name in engine.manifest.graphs:
             # Loaded now: a file that is replaced while the server runs changes nothing.
             engine.session(name)
         self.generates = "generate" in engine.manifest.graphs
         options: dict[str, Any] = {
             "stop": engine.session("rank").make_stop,
-            "watcher": meter,
-            "most_waiting": settings.max_queue,
+            "observer": metrics,
+            "max_waiting": settings.max_queue,
             "patience": settings.batch_wait,
             "waste": settings.batch_waste,
         }
-        self._ranking = Lane("rank", self._run, ranking.fits(engine, settings.batch_tokens), **options)
+        self._ranking = Batcher("rank", self._run, ranking.fits(engine, settings.batch_tokens), **options)
         within = ranking.fits(engine, settings.max_tokens)
         # A step of a generation costs by its candidates, not by the tokens that they may come to have.
         rows = lambda columns, shape: columns * shape.candidates <= settings.batch_candidates and within(columns, shape)  # noqa: E731
-        # It lasts: rankings do not stand behind it.
-        self._generating = Lane("generate", self._run, rows, **options)
+        # A queue of its own, so that rankings need not wait for long generations.
+        self._generating = Batcher("generate", self._run, rows, **options)
         self._readers = ThreadPoolExecutor(2, "bonnx-read")
         self._streamers = ThreadPoolExecutor(settings.max_streams, "bonnx-stream")
         self._streams = 0
         self.broken = False
 
     def close(self) -> None:
-        """Finish what was taken."""
+        """Finish the queued requests."""
         self._ranking.close()
         self._generating.close()
         self._readers.shutdown()
@@ -101,10 +101,10 @@ class Service:
             raise ArtifactError("the artifact was changed")
 
     def until(self, request: Request) -> float:
-        """When the request's time is over, on the clock of `time.monotonic`.
+        """The request's deadline, on the clock of `time.monotonic`.
 
         Raises:
-            Problem: the header that says so is invalid.
+            ApiError: the header that says so is invalid.
         """
         seconds, given = self.settings.timeout, request.headers.get("x-request-timeout")
         if given is not None:
@@ -113,12 +113,12 @@ class Service:
             except ValueError:
                 asked = 0.0
             if not 0 < asked <= _LONGEST_TIMEOUT:
-                raise Problem(400, f"X-Request-Timeout: expected seconds above 0; got {given!r:.40}")
+                raise ApiError(400, f"X-Request-Timeout: expected seconds above 0; got {given!r:.40}")
             seconds = min(seconds, asked)
         started: float = request.scope["state"]["started"]
         return started + seconds
 
-    async def rank(self, request: Request, asked: Asked, **options: Any) -> tuple[Found, Ranking]:
+    async def rank(self, request: Request, asked: ClientRequest, **options: Any) -> tuple[Outcome, Ranking]:
         """One ranking.
 
         Raises:
@@ -129,7 +129,7 @@ class Service:
         assert found.ranking is not None
         return found, found.ranking
 
-    async def rank_all(self, request: Request, asked: Sequence[Asked], **options: Any) -> list[Found]:
+    async def rank_all(self, request: Request, asked: Sequence[ClientRequest], **options: Any) -> list[Outcome]:
         """Several rankings; of those that have no winner the first is raised only if no other has one."""
         if len(asked) > self.settings.max_queue:
             raise InputError(f"{len(asked)} pairs: this server takes at most {self.settings.max_queue} at once")
@@ -137,71 +137,77 @@ class Service:
         until = self.until(request)
         # Every candidate is read together with its prompt.
         total = size(request) + sum(one.characters for one in asked)
-        jobs = await self.aside(lambda: [self._job(one, options) for one in asked], request, total)
-        runs = [job for job in jobs if isinstance(job, RankRequest)]
+        requests = await self.aside(lambda: [self._read_ranking(one, options) for one in asked], request, total)
+        runs = [rank_request for rank_request in requests if isinstance(rank_request, RankRequest)]
         if not runs:
-            raise next(job for job in jobs if isinstance(job, InputError))
-        note(request, rankings=len(runs), tokens=sum(job.shape.prompt + job.tokens for job in runs))
-        for one, job in zip(asked, jobs, strict=True):
-            if isinstance(job, RankRequest):
-                check_size(job.shape, self.settings, one)
+            raise next(rank_request for rank_request in requests if isinstance(rank_request, InputError))
+        note(
+            request,
+            rankings=len(runs),
+            tokens=sum(rank_request.shape.prompt + rank_request.tokens for rank_request in runs),
+        )
+        for one, rank_request in zip(asked, requests, strict=True):
+            if isinstance(rank_request, RankRequest):
+                check_size(rank_request.shape, self.settings, one)
         results = iter(await self._unless_gone(request, self._ranking.put(runs, until)))
         found, lost = [], None
-        for one, job in zip(asked, jobs, strict=True):
-            if isinstance(job, NoneReadableError):
-                found.append(Found.lost(one, job.reasons))
+        for one, rank_request in zip(asked, requests, strict=True):
+            if isinstance(rank_request, NoneReadableError):
+                found.append(Outcome.lost(one, rank_request.reasons))
                 continue
             result = next(results)
             if isinstance(result, _Lost):
                 lost = lost or result
-                found.append(Found.lost(one, dict.fromkeys(range(len(one.candidates)), "its score is NaN"), job))
+                found.append(
+                    Outcome.lost(one, dict.fromkeys(range(len(one.candidates)), "its score is NaN"), rank_request)
+                )
             else:
-                found.append(Found.ranked(one, job, result))
+                found.append(Outcome.ranked(one, rank_request, result))
         if lost is not None and all(one.ranking is None for one in found):
             raise lost.error
         return found
 
-    def _job(self, asked: Asked, options: dict[str, Any]) -> RankRequest | NoneReadableError:
-        """What is to run, or that nothing of it can be read."""
+    def _read_ranking(self, asked: ClientRequest, options: dict[str, Any]) -> RankRequest | NoneReadableError:
+        """Read what is to be ranked; an error is returned if no candidate can be read."""
         try:
             return read_rank_request(self.engine, asked.prompt, asked.candidates, **options)
         except NoneReadableError as e:
-            e.args = (asked.said(str(e)),)
+            e.args = (asked.in_client_words(str(e)),)
             return e
         except InputError as e:
-            raise InputError(asked.said(str(e))) from e
+            raise InputError(asked.in_client_words(str(e))) from e
 
     async def generate(self, request: Request, prompt: Item, options: GenerateOptions) -> Generation:
         """One generation, in one run of one graph."""
         found: Generation
-        draft = await self._draft(request, prompt, options)
-        note(request, candidates=draft.options.n, tokens=len(draft.prompt))
-        (found,) = await self._unless_gone(request, self._generating.put([draft], self.until(request)))
+        generate_request = await self._read_generation(request, prompt, options)
+        note(request, candidates=generate_request.options.n, tokens=len(generate_request.prompt))
+        (found,) = await self._unless_gone(request, self._generating.put([generate_request], self.until(request)))
         winner(found.best_index, "candidates")
         return found
 
-    async def _draft(self, request: Request, prompt: Item, options: GenerateOptions) -> GenerateRequest:
-        """What is to be generated, read and checked."""
+    async def _read_generation(self, request: Request, prompt: Item, options: GenerateOptions) -> GenerateRequest:
+        """Read and check what is to be generated."""
         if not self.generates:
             raise InputError("n: this model has no language model to generate with; pass candidates")
-        asked = Asked(prompt, ())
+        asked = ClientRequest(prompt, ())
         check_texts([asked], self.engine, self.settings, truncate=False)
         try:
-            draft = await self.aside(
+            generate_request = await self.aside(
                 lambda: read_generate_request(self.engine, prompt, options), request, size(request)
             )
         except InputError as e:
-            raise InputError(asked.said(str(e))) from e
-        check_size(draft.shape, self.settings, asked)
-        return draft
+            raise InputError(asked.in_client_words(str(e))) from e
+        check_size(generate_request.shape, self.settings, asked)
+        return generate_request
 
     async def aside(self, work: Callable[[], T], request: Request, size: int) -> T:
-        """Do a piece of work: at once, or if it is long in another thread, so that others are not held up.
+        """Do a piece of work: at once, or in another thread if it is long, so that it does not delay others.
 
         Args:
-            work: reads what a request brought, or writes its answer.
-            request: whose work it is; it has the request's time.
-            size: characters, tokens or bytes that the work goes through, at the most.
+            work: reads a request, or writes an answer.
+            request: whose time limit applies.
+            size: maximum number of characters, tokens or bytes that the work processes.
         """
         if size <= _SHORT:
             return work()
@@ -212,31 +218,33 @@ class Service:
         try:
             return await self._unless_gone(request, asyncio.wait_for(waiting, self.until(request) - time.monotonic()))
         except asyncio.TimeoutError:
-            raise LateError from None
+            raise DeadlineError from None
 
     async def call(self, request: Request, graph: str, run: Callable[[Stop], Any], shape: Shape) -> Any:
         """One run of a graph, by its name."""
         check_size(shape, self.settings)
         note(request, tokens=shape.prompt + shape.candidates * shape.length)
-        lane = self._generating if graph == "generate" else self._ranking
-        (found,) = await self._unless_gone(request, lane.put([Call(run, shape)], self.until(request)))
+        batcher = self._generating if graph == "generate" else self._ranking
+        (found,) = await self._unless_gone(request, batcher.put([GraphRequest(run, shape)], self.until(request)))
         return found
 
-    async def watch(self, request: Request, prompt: Item, options: GenerateOptions, deadline: float | None) -> Growth:
-        """A generation while it grows, cut at its deadline or when the request's time is over.
+    async def watch(
+        self, request: Request, prompt: Item, options: GenerateOptions, deadline: float | None
+    ) -> GenerationStream:
+        """Stream a generation; it is cut at its deadline or when the request times out.
 
         Raises:
-            OverfullError: as many are watched as may be.
+            QueueFullError: the maximum number of streams is open.
             InputError: an option or the prompt is invalid.
         """
         if self._streams >= self.settings.max_streams:
-            raise OverfullError(self._streams, 1)
+            raise QueueFullError(self._streams, 1)
         self._streams += 1
         try:
-            draft = await self._draft(request, prompt, options)
+            generate_request = await self._read_generation(request, prompt, options)
             left = max(0.001, self.until(request) - time.monotonic())
-            states = generation.stream(self.engine, draft, clock(min(left, deadline or left)))
-            return Growth(states, self._streamers, self._release)
+            states = generation.stream(self.engine, generate_request, clock(min(left, deadline or left)))
+            return GenerationStream(states, self._streamers, self._release)
         except BaseException:
             self._release()
             raise
@@ -252,14 +260,14 @@ class Service:
         return found
 
     async def _unless_gone(self, request: Request, work: Awaitable[T]) -> T:
-        """Wait for work, and give it up when the client goes."""
+        """Wait for work, and cancel it when the client disconnects."""
         task = asyncio.ensure_future(work)
         leaving = asyncio.ensure_future(_left(request))
         try:
             await asyncio.wait({task, leaving}, return_when=asyncio.FIRST_COMPLETED)
             if not task.done():
                 note(request, gone=True)
-                raise LateError
+                raise DeadlineError
             return task.result()
         finally:
             for other in (task, leaving):
@@ -267,18 +275,18 @@ class Service:
                     other.cancel()
             await asyncio.gather(task, leaving, return_exceptions=True)
 
-    def _run(self, works: Sequence[Any], stop: Stop) -> Sequence[Any]:
-        """What a lane runs: works of one kind."""
+    def _run(self, requests: Sequence[Any], stop: Stop) -> Sequence[Any]:
+        """Run a batch of requests of one kind."""
         try:
-            if isinstance(works[0], Call):
-                return [work.run(stop) for work in works]
-            if isinstance(works[0], GenerateRequest):
-                return generation.run_together(self.engine, works, stop)
-            found = ranking.run_together(self.engine, works, stop)
-            # Not an error of the lane: others of the same request may have a winner.
+            if isinstance(requests[0], GraphRequest):
+                return [one.run(stop) for one in requests]
+            if isinstance(requests[0], GenerateRequest):
+                return generation.run_together(self.engine, requests, stop)
+            found = ranking.run_together(self.engine, requests, stop)
+            # Not an error of the batch: other rankings of the same HTTP request may have a winner.
             return [_Lost(one) if isinstance(one, NoWinnerError) else one for one in found]
         except ArtifactError:
-            # Its files were changed: from now on the server says so.
+            # The artifact was changed on disk: every answer says so from now on.
             self.broken = True
             raise
 
@@ -291,7 +299,7 @@ class _Lost:
 
 
 def note(request: Request, **notes: Any) -> None:
-    """Put more into the request's line of log."""
+    """Add fields to the request's log line."""
     request.scope["state"]["notes"].update(notes)
 
 
@@ -302,6 +310,6 @@ def size(request: Request) -> int:
 
 
 async def _left(request: Request) -> None:
-    """Returns when the client has gone."""
+    """Return when the client has disconnected."""
     while (await request.receive())["type"] != "http.disconnect":
         pass

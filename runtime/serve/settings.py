@@ -30,7 +30,7 @@ class Settings:
     timeout: float = 30.0
     """How long a request may take, if it does not ask for less in `X-Request-Timeout`."""
     max_queue: int = 256
-    """Requests that may wait for each of the two lanes, ranking and generating; beyond it the answer is 429."""
+    """Requests that may wait for each of the two batchers, ranking and generating; beyond it the answer is 429."""
     max_streams: int = 8
     """Generations that may be watched at once."""
     batch_wait: float = 0.0

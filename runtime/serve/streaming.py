@@ -8,10 +8,10 @@ from concurrent.futures import Executor
 
 from ..generate.result import Generation
 
-__all__ = ["Growth"]
+__all__ = ["GenerationStream"]
 
 
-class Growth:
+class GenerationStream:
     """Begins at once. Iterate to see the newest state whenever you are ready for it, the result last.
 
     A slow reader misses states and holds nothing up. To end it early, close the iteration, or call `stop`.

@@ -24,7 +24,7 @@ from ...arrays import Array
 from ...artifact.manifest import Value
 from ...engine.engine import Engine
 from ...engine.session import Stop
-from ..errors import Problem, encode
+from ..errors import ApiError, encode
 from ..json_route import parse_json
 from ..service import Service
 from .tensors import check_feeds, check_shapes
@@ -70,7 +70,7 @@ def protocol_routes(service: Service) -> fastapi.APIRouter:
 
     def graph_of(model: str, version: str | None) -> str:
         if model not in models or version not in (None, "1"):
-            raise Problem(404, f"no model '{model:.80}' here, or no such version of it; there are {', '.join(models)}")
+            raise ApiError(404, f"no model '{model:.80}' here, or no such version of it; there are {', '.join(models)}")
         return models[model]
 
     @routes.get("")
@@ -122,9 +122,9 @@ def protocol_routes(service: Service) -> fastapi.APIRouter:
         wanted = asked.outputs if asked.outputs else [_Wanted(output, asked.parameters) for output in known]
         for output in wanted:
             if output.name not in known:
-                raise Problem(400, f"outputs: there is no '{output.name:.80}', only {', '.join(known)}")
+                raise ApiError(400, f"outputs: there is no '{output.name:.80}', only {', '.join(known)}")
         if len({output.name for output in wanted}) < len(wanted):
-            raise Problem(400, "outputs: one is there twice; expected each once")
+            raise ApiError(400, "outputs: one is there twice; expected each once")
         shape = check_feeds(name, feeds, service.engine)
         names = [output.name for output in wanted]
         found = await service.call(request, name, lambda stop: _run(service, name, feeds, names, stop), shape)
@@ -142,7 +142,7 @@ def _run(service: Service, name: str, feeds: dict[str, Array], outputs: list[str
     except Exception as e:  # ONNX Runtime raises bare subclasses of Exception of its own
         if stop.terminate:
             raise
-        raise Problem(400, f"the graph cannot run on these inputs: {_plain(str(e))}") from e
+        raise ApiError(400, f"the graph cannot run on these inputs: {_plain(str(e))}") from e
 
 
 def _plain(message: str) -> str:
@@ -160,31 +160,31 @@ def _read(body: bytes, length: str | None, name: str, engine: Engine) -> tuple[_
     header, rest = body, memoryview(b"")
     if length is not None:
         if not re.fullmatch("[0-9]{1,12}", length) or int(length) > len(body):
-            raise Problem(400, f"Inference-Header-Content-Length: expected at most the body's {len(body)} bytes")
+            raise ApiError(400, f"Inference-Header-Content-Length: expected at most the body's {len(body)} bytes")
         header, rest = body[: int(length)], memoryview(body)[int(length) :]
     try:
         asked = msgspec.convert(parse_json(header), _Inference)
     except (msgspec.ValidationError, UnicodeEncodeError) as e:
         # The latter for half of a surrogate pair, which JSON may hold.
-        raise Problem(400, f"the request is not one of the Open Inference Protocol: {str(e)[:300]}") from e
+        raise ApiError(400, f"the request is not one of the Open Inference Protocol: {str(e)[:300]}") from e
     graph = engine.manifest.graphs[name]
     declared = {value.name: value for value in graph.inputs}
     shapes: dict[str, list[int]] = {}
     for tensor in asked.inputs:
         if tensor.name not in declared:
-            raise Problem(400, f"inputs: '{tensor.name:.80}' is not wanted; expected {', '.join(declared)}")
+            raise ApiError(400, f"inputs: '{tensor.name:.80}' is not wanted; expected {', '.join(declared)}")
         if tensor.name in shapes:
-            raise Problem(400, f"inputs: '{tensor.name}' is there twice; expected it once")
+            raise ApiError(400, f"inputs: '{tensor.name}' is there twice; expected it once")
         shapes[tensor.name] = _shape(tensor, declared[tensor.name])
     missing = [other for other in declared if other not in shapes]
     if missing:
-        raise Problem(400, f"inputs: {', '.join(missing)} not given")
+        raise ApiError(400, f"inputs: {', '.join(missing)} not given")
     check_shapes(name, graph, shapes, engine.manifest.limits)
     feeds: dict[str, Array] = {}
     for tensor in asked.inputs:
         feeds[tensor.name], rest = _tensor(tensor, shapes[tensor.name], rest)
     if rest:
-        raise Problem(400, f"{len(rest)} bytes behind the last input belong to none; see binary_data_size")
+        raise ApiError(400, f"{len(rest)} bytes behind the last input belong to none; see binary_data_size")
     return asked, feeds
 
 
@@ -192,14 +192,14 @@ def _shape(tensor: _Tensor, value: Value) -> list[int]:
     """An input's shape, checked against the graph's."""
     what, wanted = f"input '{tensor.name}'", _DATATYPES[value.dtype]
     if tensor.datatype != wanted:
-        raise Problem(400, f"{what}: expected datatype {wanted}; got {tensor.datatype:.40}")
+        raise ApiError(400, f"{what}: expected datatype {wanted}; got {tensor.datatype:.40}")
     # Clients whose tensors have at least one axis send a scalar as a list of one.
     shape = [] if not value.shape and tensor.shape == [1] else tensor.shape
     fits = len(shape) == len(value.shape) and all(
         not isinstance(axis, int) or axis == size for axis, size in zip(value.shape, shape, strict=True)
     )
     if not fits:
-        raise Problem(400, f"{what}: expected the shape {value.shape}; got {tensor.shape!s:.100}")
+        raise ApiError(400, f"{what}: expected the shape {value.shape}; got {tensor.shape!s:.100}")
     return shape
 
 
@@ -209,14 +209,14 @@ def _tensor(tensor: _Tensor, shape: list[int], rest: memoryview) -> tuple[Array,
     count, size = math.prod(shape), tensor.parameters.binary_data_size
     if size is not None:
         if tensor.data is not None:
-            raise Problem(400, f"{what}: expected 'data' or 'binary_data_size'; got both")
+            raise ApiError(400, f"{what}: expected 'data' or 'binary_data_size'; got both")
         if size != count * kind.itemsize or size > len(rest):
-            raise Problem(400, f"{what}: {count} values are {count * kind.itemsize} bytes; got {min(size, len(rest))}")
+            raise ApiError(400, f"{what}: {count} values are {count * kind.itemsize} bytes; got {min(size, len(rest))}")
         return np.frombuffer(rest[:size], kind).reshape(shape), rest[size:]
     try:
         return _flat(tensor.data, kind).reshape(shape), rest
     except (TypeError, ValueError, ArithmeticError) as e:
-        raise Problem(
+        raise ApiError(
             400, f"{what}: its data are not {tensor.datatype} values of the shape {tensor.shape}: {str(e)[:200]}"
         ) from e
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from bonnx.errors import InputError
 from bonnx.runtime.files.strict_json import parse_json
 from bonnx.runtime.serve import json_route
+from bonnx.runtime.serve.errors import ApiError
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -37,5 +38,5 @@ def test_what_json_holds_is_read_alike(value):
 def test_what_readers_would_read_differently_is_refused_alike(text, message):
     with pytest.raises(InputError, match=message):
         parse_json(text)
-    with pytest.raises(json_route.Problem, match=message):
+    with pytest.raises(ApiError, match=message):
         json_route.parse_json(text.encode())

@@ -273,9 +273,9 @@ def test_many_at_once_get_what_each_gets_alone(url, model, rng):
             assert within([c["score"] for c in found["candidates"]], expected.candidate_scores, RUNTIME)
     metrics = httpx.get(f"{url}/metrics").text
     runs = float(
-        next(line for line in metrics.splitlines() if line.startswith('bonnx_run_requests_count{lane="rank"}')).split()[
-            1
-        ]
+        next(
+            line for line in metrics.splitlines() if line.startswith('bonnx_run_requests_count{batcher="rank"}')
+        ).split()[1]
     )
     assert runs < 180
 
@@ -312,7 +312,7 @@ def test_a_full_queue_answers_429(engine, monkeypatch):
         assert gate.entered.wait(20)
         waiting = [pool.submit(post) for _ in range(2)]
         until = time.monotonic() + 20
-        while 'bonnx_waiting_requests{lane="rank"} 2.0' not in httpx.get(f"{url}/metrics").text:
+        while 'bonnx_waiting_requests{batcher="rank"} 2.0' not in httpx.get(f"{url}/metrics").text:
             assert time.monotonic() < until
         refused = post()
         assert refused.status_code == 429

@@ -1,0 +1,62 @@
+"""What the answers of several endpoints share."""
+
+from __future__ import annotations
+
+import uuid
+from typing import Any
+
+from starlette.responses import Response
+
+from ....errors import InputError
+from ...files.values import to_embeddings
+from ..errors import ApiError, encode
+from ..schemas import Message
+from ..service import Service
+
+__all__ = ["answer_head", "check_model", "json_response", "to_runtime", "warned"]
+
+
+def check_model(service: Service, model: str | None) -> None:
+    """Refuse a request for another model.
+
+    Raises:
+        ApiError: 404.
+    """
+    name = service.engine.manifest.name
+    if model is not None and model != name:
+        raise ApiError(404, f"model: this server has '{name}' only; got {model!r:.80}")
+
+
+def answer_head(service: Service) -> dict[str, Any]:
+    """The first fields of an answer: its id and the model."""
+    return {"id": uuid.uuid4().hex, "model": service.engine.manifest.name}
+
+
+def warned(warnings: list[str]) -> dict[str, Any]:
+    """The field `warnings`, if there are any."""
+    return {"warnings": warnings} if warnings else {}
+
+
+def to_runtime(value: Any, name: str) -> Any:
+    """A prompt or candidate as `rank` takes it: messages as mappings, embeddings as an array.
+
+    Args:
+        value: as pydantic checked it.
+        name: the field that errors name.
+
+    Raises:
+        InputError: lists of numbers that are not embeddings.
+    """
+    if isinstance(value, list) and value and isinstance(value[0], Message):
+        return [message.model_dump(exclude_unset=True) for message in value]
+    if isinstance(value, list) and value and isinstance(value[0], list):
+        try:
+            return to_embeddings(value)
+        except InputError as e:
+            raise InputError(f"{name}: {e}") from e
+    return value
+
+
+def json_response(value: Any) -> Response:
+    """An answer as JSON; null for NaN."""
+    return Response(encode(value), media_type="application/json")
