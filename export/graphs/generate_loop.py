@@ -114,6 +114,7 @@ def generate_graph(prompt: ir.Graph, step: ir.Graph, config: NetworkConfig, pad_
     carried = [*rows, *tables, *[own] * (2 * config.num_layers)]
     some = b.Greater(given.max_new_tokens, b.int(0))
     body = _body(given, step, mask, stream, cache, config, pad_token)
+    _own_integer_weights(body)
     outputs = b.loop(given.max_new_tokens, some, carried, body)
     results = _results(b, given, Tables(*outputs[len(rows) :][: len(tables)]))
     for name, value in results.items():
@@ -121,6 +122,24 @@ def generate_graph(prompt: ir.Graph, step: ir.Graph, config: NetworkConfig, pad_
     return ir.Graph(
         [ids, mask, *given], list(results.values()), nodes=b.nodes, initializers=b.initializers, name="generate"
     )
+
+
+def _own_integer_weights(body: ir.Graph) -> None:
+    """Give the loop's 8-bit products weights of its own: the same bytes of the weights file under another name.
+
+    On x64 processors without VNNI, 8-bit sums of signed weights overflow, so ONNX Runtime makes the weights unsigned
+    there, but only those of the graph that holds the product. With the weights of the graph around the loop, the sums
+    would silently be wrong.
+    """
+    own: dict[ir.Value, ir.Value] = {}
+    for node in body:
+        weight = node.inputs[1] if node.op_type == "MatMulInteger" else None
+        if weight is None or weight.const_value is None:
+            continue
+        if weight not in own:
+            own[weight] = ir.val(f"{weight.name}/loop", weight.dtype, weight.shape, const_value=weight.const_value)
+            body.register_initializer(own[weight])
+        node.replace_input_with(1, own[weight])
 
 
 def _body(

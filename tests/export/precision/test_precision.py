@@ -110,6 +110,21 @@ def test_an_int8_artifact_says_so_and_verifies(int8, tiny):
     assert len(checks) >= 8
 
 
+def test_every_8_bit_product_has_its_weights_in_its_own_graph(int8):
+    """Elsewhere ONNX Runtime does not make them unsigned on processors without VNNI, and sums overflow."""
+
+    def check(graph):
+        names = {tensor.name for tensor in graph.initializer}
+        products = [node for node in graph.node if node.op_type == "MatMulInteger"]
+        assert all(node.input[1] in names for node in products)
+        inner = [a.g for node in graph.node for a in node.attribute if a.type == onnx.AttributeProto.GRAPH]
+        return len(products) + sum(check(part) for part in inner)
+
+    counts = {path.name: check(onnx.load(str(path)).graph) for path in (int8 / "onnx").glob("*.onnx")}
+    assert counts["generate_int8.onnx"] == counts["prefill_int8.onnx"] + counts["decode_int8.onnx"]
+    assert min(counts.values()) > 10
+
+
 def test_integer_products_rank_as_pytorch_computes_them(int8, language_model, rng):
     model, twin = bonnx.load(int8), quantized(language_model, "int8")
     prompt, candidates = rng.integers(0, 130, 6), [rng.integers(0, 130, n) for n in (4, 9, 1)]
