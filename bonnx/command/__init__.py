@@ -38,6 +38,17 @@ _READER_LEFT = 141
 _EXTRAS = {"serve": "serve"}
 
 
+class _Help(argparse.HelpFormatter):
+    """Help in which every option shows its default, where it has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        # 0 equals False, and is a default to show.
+        silent = action.default is None or action.default is False or action.default in ([], argparse.SUPPRESS)
+        if action.option_strings and action.help and not silent:
+            return f"{action.help} (default: %(default)s)"
+        return action.help
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code."""
     argv = sys.argv[1:] if argv is None else list(argv)
@@ -70,7 +81,9 @@ def _run(argv: list[str], chosen: str | None, prefix: str, interrupt: Interrupt)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     module: Any = None
     for name, (path, summary) in _COMMANDS.items():
-        subparser = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+        subparser = commands.add_parser(
+            name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.", formatter_class=_Help
+        )
         if name == chosen:
             try:
                 module = importlib.import_module(path)

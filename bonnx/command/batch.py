@@ -26,28 +26,41 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("artifact", help="folder that `bonnx export` wrote")
     parser.add_argument("input", help="JSON lines (.jsonl, .ndjson) or Parquet (.parquet), one prompt a row")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="file of the same kind")
-    parser.add_argument("--overwrite", action="store_true", help="begin anew, and replace an output that is there")
-    parser.add_argument("--prompt-field", default="prompt", metavar="NAME")
-    parser.add_argument("--candidates-field", default="candidates", metavar="NAME")
-    parser.add_argument("--answers-field", metavar="NAME", help="with what each candidate votes for")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="file to write, of the same kind as the input")
+    parser.add_argument("--overwrite", action="store_true", help="start again, and replace an existing output")
+    parser.add_argument("--prompt-field", default="prompt", metavar="NAME", help="field with the prompt")
+    parser.add_argument("--candidates-field", default="candidates", metavar="NAME", help="field with the candidates")
+    parser.add_argument("--answers-field", metavar="NAME", help="field with what each candidate votes for")
     parser.add_argument("--answers", help="what candidates vote for: boxed, number or regex:PATTERN")
-    parser.add_argument("--vote", choices=VOTES, default="score", help="by the answers' scores, or by their number")
-    parser.add_argument("--aggregation", help="last, mean, min, max, prod, or step_ and one of these")
-    parser.add_argument("--partial", action="store_true", help="candidates are not finished: append no end token")
-    parser.add_argument("--truncate", action="store_true", help="leave out the beginning of a prompt that is too long")
+    parser.add_argument(
+        "--vote", choices=VOTES, default="score", help="choose by score, or vote by the answers' weights or number"
+    )
+    parser.add_argument(
+        "--aggregation",
+        help="last, mean, min, max, prod, or step_ and one of these; by default the artifact's own rule",
+    )
+    parser.add_argument("--partial", action="store_true", help="candidates are unfinished: append no end token")
+    parser.add_argument("--truncate", action="store_true", help="drop the beginning of a prompt that is too long")
     parser.add_argument("--token-scores", action="store_true", help="also write the score of every token")
     parser.add_argument("--strict", action="store_true", help="stop at the first bad row")
-    parser.add_argument("--chunk", type=int, default=256, metavar="ROWS", help="that are ranked and written together")
-    parser.add_argument("--max-line", type=int, default=16 * 2**20, metavar="BYTES", help="of a row of JSON")
-    parser.add_argument("--provider", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--threads", type=int, help="of one run; on Ray 1 if not given")
-    parser.add_argument("--ray", action="store_true", help="on Ray Data: workers rank, this process writes")
     parser.add_argument(
-        "--ray-address", metavar="ADDRESS", help="of a running cluster; one is started here if not given"
+        "--chunk", type=int, default=256, metavar="ROWS", help="rows that are ranked and written together"
     )
-    parser.add_argument("--ray-workers", type=int, default=1, metavar="N", help="each with a model of its own")
-    parser.add_argument("--ray-gpus", type=float, default=0, help="of each worker")
+    parser.add_argument(
+        "--max-line", type=int, default=16 * 2**20, metavar="BYTES", help="maximum length of a line of JSON"
+    )
+    parser.add_argument("--provider", choices=["auto", "cpu", "cuda"], default="auto", help="where the model runs")
+    parser.add_argument(
+        "--threads", type=int, help="CPU threads of one run; by default one for each physical core, on Ray 1"
+    )
+    parser.add_argument("--ray", action="store_true", help="run on Ray Data: workers rank, this process writes")
+    parser.add_argument(
+        "--ray-address", metavar="ADDRESS", help="address of a running cluster; by default one is started here"
+    )
+    parser.add_argument(
+        "--ray-workers", type=int, default=1, metavar="N", help="number of workers, each with its own model"
+    )
+    parser.add_argument("--ray-gpus", type=float, default=0, help="GPUs of each worker")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -8,7 +8,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args, get_type_hints
 
 import msgspec
 import numpy as np
@@ -20,7 +20,7 @@ from rich.text import Text
 from ..errors import BonnxError, InputError, NoWinnerError
 from ..runtime.engine.engine import Engine, open_engine
 from ..runtime.files.lines import read_prompts
-from ..runtime.generate.options import GenerateOptions
+from ..runtime.generate.options import DEFAULTS, GenerateOptions, option_help
 from ..runtime.generate.request import options_within
 from ..runtime.generate.result import Candidate, Generation
 from ..runtime.model import Model
@@ -31,8 +31,6 @@ from .rank import parse_prompt
 
 __all__ = ["configure", "run"]
 
-_OPTIONS = ["n", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop", "aggregation"]
-_OPTIONS += ["prune_every", "prune_keep"]
 # What `--json` says of a candidate.
 _CANDIDATE = ("text", "tokens", "score", "finish_reason")
 
@@ -41,35 +39,39 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("artifact", help="folder that `bonnx export` wrote")
     parser.add_argument("prompt", nargs="?", help="text, or as JSON a list of token ids or of messages")
-    parser.add_argument("--prompts", metavar="FILE", help="many prompts, one a line, text or JSON; '-' reads stdin")
-    parser.add_argument("--text", action="store_true", help="prompts are text, also where they begin as JSON")
-    parser.add_argument("-n", type=int, default=1, help="candidates of each prompt")
-    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same tokens everywhere")
-    parser.add_argument("--max-new-tokens", type=int, help="longest completion; what the limit leaves if not given")
-    parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the most likely token")
-    parser.add_argument("--top-k", type=int, default=0, help="draw from the k most likely tokens; 0 from all")
-    parser.add_argument("--top-p", type=float, default=1.0, help="draw from the smallest set with this probability")
-    parser.add_argument("--stop", action="append", help="text of one token that ends a completion; may be repeated")
-    parser.add_argument("--aggregation", help="last, mean, min, max, prod, or step_ and one of these")
-    parser.add_argument("--prune-every", type=int, default=0, metavar="TOKENS", help="drop the weakest so often")
-    parser.add_argument("--prune-keep", type=float, default=0.5, metavar="SHARE", help="how many go on")
-    parser.add_argument("--deadline", type=float, metavar="SECONDS", help="cut what still grows then")
+    parser.add_argument("--prompts", metavar="FILE", help="file of prompts, one a line, text or JSON; '-' reads stdin")
+    parser.add_argument("--text", action="store_true", help="read prompts as text even where they look like JSON")
+    _add_sampling(parser)
+    parser.add_argument("--deadline", type=float, metavar="SECONDS", help="cut what is not finished after this time")
     parser.add_argument("--method", help="another way to spend n completions: beam, lookahead, dvts, weighted, ...")
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the method, such as width=4"
     )
     parser.add_argument("--policy", metavar="FILE", help="choose the method by the prompt's difficulty")
     parser.add_argument("--answers", help="what candidates vote for: boxed, number or regex:PATTERN")
-    parser.add_argument("--vote", help="score, weighted or majority, if not the method's own")
+    parser.add_argument("--vote", help="score, weighted or majority; by default the method's own")
     parser.add_argument("--save", metavar="RUN", help="also append the search to this folder, for `bonnx report`")
-    parser.add_argument("--provider", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--threads", type=int)
+    parser.add_argument("--provider", choices=["auto", "cpu", "cuda"], default="auto", help="where the model runs")
+    parser.add_argument("--threads", type=int, help="CPU threads of one run; by default one for each physical core")
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    """An option for each of `GenerateOptions`, with its default and help."""
+    hints = get_type_hints(GenerateOptions)
+    for name, default in DEFAULTS.items():
+        flag = "-n" if name == "n" else f"--{name.replace('_', '-')}"
+        if name == "stop":
+            parser.add_argument(flag, action="append", help=f"{option_help(name)}; may be repeated; here texts only")
+            continue
+        kinds = get_args(hints[name]) or (hints[name],)
+        kind = next(kind for kind in (int, float, str) if kind in kinds)
+        parser.add_argument(flag, type=kind, default=default, help=option_help(name))
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Generate and print."""
     prompts = _prompts(arguments)
-    options: dict[str, Any] = {name: getattr(arguments, name) for name in _OPTIONS}
+    options: dict[str, Any] = {name: getattr(arguments, name) for name in DEFAULTS}
     engine = open_engine(arguments.artifact, provider=arguments.provider, threads=arguments.threads)
     answer = _answerer(engine, options, arguments)
     bad = 0

@@ -35,15 +35,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "array each",
     )
     parser.add_argument(
-        "--text", action="store_true", help="prompt and candidates are text, also where they begin as JSON"
+        "--text", action="store_true", help="read prompt and candidates as text even where they look like JSON"
     )
-    parser.add_argument("--aggregation", help="last, mean, min, max, prod, or step_ and one of these")
-    parser.add_argument("--vote", choices=VOTES, default="score", help="by the answers' scores, or by their number")
+    parser.add_argument(
+        "--aggregation",
+        help="last, mean, min, max, prod, or step_ and one of these; by default the artifact's own rule",
+    )
+    parser.add_argument(
+        "--vote", choices=VOTES, default="score", help="choose by score, or vote by the answers' weights or number"
+    )
     parser.add_argument("--answers", help="what candidates vote for: boxed, number or regex:PATTERN")
-    parser.add_argument("--partial", action="store_true", help="candidates are not finished: append no end token")
-    parser.add_argument("--truncate", action="store_true", help="leave out the beginning of a prompt that is too long")
-    parser.add_argument("--provider", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--threads", type=int)
+    parser.add_argument("--partial", action="store_true", help="candidates are unfinished: append no end token")
+    parser.add_argument("--truncate", action="store_true", help="drop the beginning of a prompt that is too long")
+    parser.add_argument("--provider", choices=["auto", "cpu", "cuda"], default="auto", help="where the model runs")
+    parser.add_argument("--threads", type=int, help="CPU threads of one run; by default one for each physical core")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -21,7 +21,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("run", metavar="RUN", help="folder with searches.jsonl, figures.json, or both")
     parser.add_argument("-o", "--output", help="write a page here; without it the first searches are printed")
-    parser.add_argument("--title", default="What the search did", help="of the page")
+    parser.add_argument("--title", default="What the search did", help="title of the page")
     parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
 
 

@@ -24,49 +24,72 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     default = Settings()
     parser.add_argument("artifact", help="folder that `bonnx export` wrote")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen at; this machine only if not given")
-    parser.add_argument("--port", type=int, default=8000, help="0 takes a free one; the log says which")
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on; the default accepts connections from this machine only",
+    )
+    parser.add_argument(
+        "--port", type=int, default=8000, help="port to listen on; 0 takes a free one, which the log names"
+    )
     parser.add_argument(
         "--api-key-file", type=Path, help=f"file with the key that clients must send; or set {_KEY} in the environment"
     )
-    parser.add_argument("--provider", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--threads", type=int, help="CPU threads of one run")
-    parser.add_argument("--memory-limit", type=int, metavar="BYTES", help="that one request's run may take")
+    parser.add_argument("--provider", choices=["auto", "cpu", "cuda"], default="auto", help="where the model runs")
+    parser.add_argument("--threads", type=int, help="CPU threads of one run; by default one for each physical core")
+    parser.add_argument(
+        "--memory-limit", type=int, metavar="BYTES", help="memory that one run may take; unlimited by default"
+    )
     bounds = (
-        ("timeout", float, "SECONDS", "that a request may take"),
-        ("body-timeout", float, "SECONDS", "that a body may take to arrive"),
-        ("max-body", int, "BYTES", "of one request"),
-        ("max-tokens", int, "TOKENS", "of one request, padding and all that it may generate included"),
-        ("max-queue", int, "REQUESTS", "that may wait; beyond them the answer is 429"),
-        ("max-streams", int, "STREAMS", "generations that may be watched at once"),
-        ("batch-tokens", int, "TOKENS", "of rankings that run together"),
-        ("batch-candidates", int, "CANDIDATES", "that are generated together"),
-        ("batch-waste", float, "SHARE", "of them that may be padding"),
-        ("batch-wait", float, "SECONDS", "to wait for company while the model is idle"),
+        ("timeout", float, "SECONDS", "maximum time for a request"),
+        ("body-timeout", float, "SECONDS", "maximum time for a body to arrive"),
+        ("max-body", int, "BYTES", "maximum size of a request's body"),
+        (
+            "max-tokens",
+            int,
+            "TOKENS",
+            "maximum size of a request, including padding and everything that it may generate",
+        ),
+        ("max-queue", int, "REQUESTS", "maximum number of waiting requests; further ones are answered with 429"),
+        ("max-streams", int, "STREAMS", "maximum number of generations that are streamed at once"),
+        ("batch-tokens", int, "TOKENS", "maximum size of rankings that run together"),
+        ("batch-candidates", int, "CANDIDATES", "maximum number of candidates that are generated together"),
+        ("batch-waste", float, "SHARE", "maximum share of a batch that may be padding"),
+        ("batch-wait", float, "SECONDS", "time to wait for more requests while the model is idle"),
     )
     for name, kind, unit, what in bounds:
         value = getattr(default, name.replace("-", "_"))
-        parser.add_argument(f"--{name}", type=kind, metavar=unit, default=value, help=f"{what}; {value} if not given")
+        parser.add_argument(f"--{name}", type=kind, metavar=unit, default=value, help=what)
     parser.add_argument(
-        "--ray", action="store_true", help="serve on Ray: replicas, each with bounds and queues of its own"
+        "--ray", action="store_true", help="serve on Ray: replicas, each with its own limits and queues"
     )
     parser.add_argument(
-        "--ray-address", metavar="ADDRESS", help="of a running cluster; one is started here if not given"
+        "--ray-address", metavar="ADDRESS", help="address of a running cluster; by default one is started here"
     )
-    parser.add_argument("--replicas", type=int, default=1, help="on Ray, at the least")
+    parser.add_argument("--replicas", type=int, default=1, help="minimum number of replicas on Ray")
     parser.add_argument(
-        "--max-replicas", type=int, help="on Ray, at the most, by load; as many as --replicas if not given"
+        "--max-replicas", type=int, help="maximum number of replicas on Ray, by load; by default as many as --replicas"
     )
-    parser.add_argument("--replica-gpus", type=float, default=0, help="of each; above 0 on CUDA")
-    parser.add_argument("--max-connections", type=int, default=1024, help="beyond them the answer is 503")
-    parser.add_argument("--grace", type=int, default=30, metavar="SECONDS", help="to finish in when told to stop")
+    parser.add_argument("--replica-gpus", type=float, default=0, help="GPUs of each replica; above 0 it runs on CUDA")
+    parser.add_argument(
+        "--max-connections",
+        type=int,
+        default=1024,
+        help="maximum number of connections; further ones are answered with 503",
+    )
+    parser.add_argument(
+        "--grace", type=int, default=30, metavar="SECONDS", help="time to finish requests in when the server is stopped"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Serve until told to stop."""
     settings = settings_of(arguments)
     if arguments.host not in ("127.0.0.1", "localhost", "::1") and settings.api_key is None:
-        print(f"bonnx serve: anyone who reaches {arguments.host} may use this; see --api-key-file", file=sys.stderr)
+        print(
+            f"bonnx serve: anyone who can reach {arguments.host} can use this server; see --api-key-file",
+            file=sys.stderr,
+        )
     return _on_ray(arguments, settings) if arguments.ray else _here(arguments, settings)
 
 

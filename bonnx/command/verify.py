@@ -13,7 +13,7 @@ __all__ = ["configure", "run"]
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("artifact", help="folder that `bonnx export` wrote")
-    parser.add_argument("--provider", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--provider", choices=["auto", "cpu", "cuda"], default="auto", help="where the model runs")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, FailFast, Field, PlainValidator, mod
 from pydantic_core import PydanticCustomError
 
 from ...errors import near_miss
+from ..generate.options import option_help
 
 __all__ = ["BestOfN", "Message", "Rerank", "Score", "explain"]
 
@@ -159,11 +160,11 @@ class BestOfN(_Request):
     partial: bool = Field(False, description="candidates are not finished: no end token is appended")
     truncate: bool = Field(False, description="leave out the beginning of a prompt that is too long")
     token_scores: bool = Field(False, description="also return the score of every token")
-    max_new_tokens: int | None = Field(None, ge=1, strict=True)
-    temperature: float | None = Field(None, ge=0)
-    top_k: int | None = Field(None, ge=0, strict=True)
-    top_p: float | None = Field(None, gt=0, le=1)
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63, strict=True)
+    max_new_tokens: int | None = Field(None, ge=1, strict=True, description=option_help("max_new_tokens"))
+    temperature: float | None = Field(None, ge=0, description=option_help("temperature"))
+    top_k: int | None = Field(None, ge=0, strict=True, description=option_help("top_k"))
+    top_p: float | None = Field(None, gt=0, le=1, description=option_help("top_p"))
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63, strict=True, description=option_help("seed"))
     stop: Text | Annotated[list[Text | int], _FIRST, Field(max_length=_MOST_STOPS)] | None = Field(
         None, description=f"expected a text of one token, or a list of at most {_MOST_STOPS} of them or of token ids"
     )

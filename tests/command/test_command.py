@@ -1,6 +1,7 @@
 """The installed `bonnx` command, in a folder away from the source."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 import bonnx
+from bonnx.command import main
 
 PUZZLE = "3,7,12,25>98:"
 CANDIDATES = ["12-3=9;9*7=63;63+25=88;", "25+7=32;32*3=96;96+12=98;"]
@@ -152,3 +154,21 @@ def test_dry_run_writes_nothing(tmp_path):
     assert done.returncode == 0
     assert "would write artifacts/countdown" in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("command", "defaults"),
+    [
+        ("generate", {"-n": 1, "--top-k": 0, "--top-p": 1.0, "--temperature": 1.0, "--seed": 0, "--prune-keep": 0.5}),
+        ("rank", {"--vote": "score", "--provider": "auto"}),
+        ("batch", {"--prompt-field": "prompt", "--chunk": 256, "--ray-gpus": 0, "--vote": "score"}),
+        ("serve", {"--port": 8000, "--batch-wait": 0.0, "--max-queue": 256, "--replica-gpus": 0, "--grace": 30}),
+    ],
+)
+def test_help_shows_every_default(capsys, command, defaults):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    options = re.split(r"\n  (?=-)", capsys.readouterr().out)
+    for option, default in defaults.items():
+        text = next(" ".join(part.split()) for part in options if part.startswith(f"{option} "))
+        assert f"(default: {default})" in text
