@@ -31,15 +31,15 @@ __all__ = [
     "spec_size",
 ]
 
-# Turns of all loops and calls of all macros; bytes made and read, and for each byte of the messages so many more.
-MAX_STEPS, MAX_BYTES, PER_BYTE = 200_000, 64_000_000, 100
-# Bits of an integer, and the maximum width, indent and the like: no text for a model needs more.
+# Turns of all loops and calls of all macros; bytes made and read, and how many more each byte of the messages adds.
+MAX_TURNS, MAX_BYTES, PER_BYTE = 200_000, 64_000_000, 100
+# Bits of an integer: no text for a model needs more.
 MAX_BITS = 10_000
 # What one operation costs, whatever it makes; a reference in a list; a short string of its own.
 OPERATION, REFERENCE, STRING = 200, 16, 64
-# A value in a list or dictionary that is gone through: it takes as long as so many bytes.
+# Visiting a value in a list or dictionary takes as long as this number of bytes.
 VISIT = 100
-# Escaped or shown by Python, a byte becomes at most so many; in another case, for example, so many.
+# Maximum growth of a byte that is escaped or shown by Python, and of one whose case changes, for example.
 ESCAPED, CHANGED = 6, 3
 
 
@@ -55,45 +55,45 @@ class Budget:
     """
 
     def __init__(self, given: int) -> None:
-        self._steps, self._all = MAX_STEPS, MAX_BYTES + PER_BYTE * given
+        self._turns, self._all = MAX_TURNS, MAX_BYTES + PER_BYTE * given
         self._left = self._all
 
-    def step(self, constant: int) -> None:
+    def turn(self, constant: int) -> None:
         """Pay for a turn of a loop or a call of a macro with `constant` bytes of the template's own text."""
-        self._steps -= 1
-        if self._steps < 0:
-            raise EndlessError(f"more than {MAX_STEPS} turns of its loops")
+        self._turns -= 1
+        if self._turns < 0:
+            raise EndlessError(f"more than {MAX_TURNS} turns of its loops")
         self.spend(constant, "a loop or macro")
 
-    def spend(self, size: int, what: str) -> None:
+    def spend(self, size: int, name: str) -> None:
         """Pay for an operation of `size` bytes."""
         self._left -= OPERATION + size
         if self._left < 0:
-            raise EndlessError(f"{what} would exceed the {self._all} bytes that it may make and read")
+            raise EndlessError(f"{name} would exceed the {self._all} bytes that it may make and read")
 
     @property
     def left(self) -> int:
         """Bytes that may still be made and read."""
         return self._left
 
-    def check(self, value: Any, what: str) -> Any:
-        """The value, if it is no huge integer; an iterator pays for each of its items as it gives them."""
+    def check(self, value: object, name: str) -> object:
+        """The value, unless it is a huge integer; an iterator pays for each of its items as it gives them."""
         if isinstance(value, int) and value.bit_length() > MAX_BITS:
             raise EndlessError(
-                f"{what} would be an integer of {value.bit_length()} bits; at most {MAX_BITS} are allowed"
+                f"{name} would be an integer of {value.bit_length()} bits; at most {MAX_BITS} are allowed"
             )
         if isinstance(value, Iterator):
-            return self._counted(value, what)
-        self.spend(shallow_size(value) if isinstance(value, (list, tuple, dict)) else 0, what)
+            return self._counted(value, name)
+        self.spend(shallow_size(value) if isinstance(value, (list, tuple, dict)) else 0, name)
         return value
 
-    def _counted(self, items: Iterator[Any], what: str) -> Iterator[Any]:
+    def _counted(self, items: Iterator[object], name: str) -> Iterator[object]:
         for item in items:
-            self.spend(REFERENCE + (shallow_size(item) if isinstance(item, (list, tuple)) else 0), what)
+            self.spend(REFERENCE + (shallow_size(item) if isinstance(item, (list, tuple)) else 0), name)
             yield item
 
 
-def shallow_size(value: Any) -> int:
+def shallow_size(value: object) -> int:
     """Bytes of a value without what it refers to."""
     if isinstance(value, str):
         return len(value) if value.isascii() else 4 * len(value)
@@ -106,11 +106,11 @@ def shallow_size(value: Any) -> int:
     return REFERENCE * (1 + operator.length_hint(value, 0)) if hasattr(value, "__iter__") else REFERENCE
 
 
-def deep_size(value: Any, limit: int) -> int:
+def deep_size(value: object, limit: int) -> int:
     """Bytes of a value with all that it refers to, each as often as it is referred to; counting stops above `limit`."""
     if isinstance(value, str):
         return shallow_size(value)
-    total, stack = 0, [iter((value,))]
+    total, stack = 0, [iter([value])]
     while stack and total <= limit:
         item = next(stack[-1], stack)
         if item is stack:
@@ -128,7 +128,7 @@ def deep_size(value: Any, limit: int) -> int:
     return total
 
 
-def shown_size(value: Any, limit: int) -> int:
+def shown_size(value: object, limit: int) -> int:
     """Bytes of a value as text."""
     return shallow_size(value) if isinstance(value, str) else ESCAPED * deep_size(value, limit // ESCAPED)
 
@@ -146,7 +146,7 @@ def _number(digits: str) -> int:
     return int(digits[:18] or 0)
 
 
-def format_size(form: str | bytes, values: Any, limit: int) -> int:
+def format_size(form: str | bytes, values: object, limit: int) -> int:
     """Bytes of `form % values`."""
     text = form.decode("latin-1") if isinstance(form, (bytes, bytearray)) else form
     fields = _FIELD.findall(text)
@@ -158,7 +158,7 @@ def format_size(form: str | bytes, values: Any, limit: int) -> int:
     return shallow_size(form) + 4 * widths + times * shown_size(values, limit)
 
 
-def operator_size(sign: str, left: Any, right: Any, limit: int) -> int:
+def operator_size(sign: str, left: object, right: object, limit: int) -> int:
     """Bytes that a binary operator makes."""
     if isinstance(left, (int, float)) and isinstance(right, (int, float)):
         if isinstance(left, int) and isinstance(right, int):
@@ -175,7 +175,7 @@ def operator_size(sign: str, left: Any, right: Any, limit: int) -> int:
     return shallow_size(left) + shallow_size(right)
 
 
-def filter_size(name: str, value: Any, values: Sequence[Any], limit: int) -> int:
+def filter_size(name: str, value: object, values: Sequence[object], limit: int) -> int:
     """Bytes that a filter of a value and further values reads and makes."""
     if name in _LAZY:
         return STRING * len(value) if isinstance(value, str) and name in ("list", "reverse") else 0
@@ -185,7 +185,7 @@ def filter_size(name: str, value: Any, values: Sequence[Any], limit: int) -> int
     return read if rule is None or read > limit else read + rule(value, values, limit)
 
 
-def method_size(name: str, owner: Any, values: Sequence[Any], limit: int) -> int:
+def method_size(name: str, owner: object, values: Sequence[object], limit: int) -> int:
     """Bytes that a method of a built-in type reads and makes."""
     if isinstance(owner, dict) and name in ("get", "items", "keys", "values"):
         return 0
@@ -194,53 +194,54 @@ def method_size(name: str, owner: Any, values: Sequence[Any], limit: int) -> int
     return read if rule is None or read > limit else read + rule(owner, values, limit)
 
 
-def _sizes(values: Sequence[Any], limit: int) -> int:
+def _sizes(values: Sequence[object], limit: int) -> int:
     return sum(deep_size(value, limit) for value in values)
 
 
-def _texts(values: Sequence[Any]) -> int:
+def _texts(values: Sequence[object]) -> int:
     return sum(shallow_size(value) for value in values if isinstance(value, str))
 
 
-def _largest(values: Sequence[Any]) -> int:
+def _largest(values: Sequence[object]) -> int:
     return max((abs(value) for value in values if isinstance(value, int)), default=0)
 
 
-def _padded(value: Any, values: Sequence[Any], limit: int) -> int:
+def _padded(value: object, values: Sequence[object], limit: int) -> int:
     return 4 * _largest(values)
 
 
-def _squared(value: Any, values: Sequence[Any], limit: int) -> int:
+def _squared(value: object, values: Sequence[object], limit: int) -> int:
     size = deep_size(value, limit)
     return size * (size + _texts(values))
 
 
-def _searched_backwards(value: Any, values: Sequence[Any], limit: int) -> int:
+def _searched_backwards(value: object, values: Sequence[object], limit: int) -> int:
     return shallow_size(value) * max(_texts(values), 1)
 
 
-def _replaced(value: Any, values: Sequence[Any], limit: int) -> int:
+def _replaced(value: object, values: Sequence[object], limit: int) -> int:
     text, old, new = str(value), *(*map(str, values[:2]), "", "")[:2]
     return int(text.count(old)) * shallow_size(new)
 
 
-def _split(value: Any, values: Sequence[Any], limit: int) -> int:
+def _split(value: Any, values: Sequence[object], limit: int) -> int:
     if not values or not isinstance(values[0], type(value)) or not values[0]:
         return STRING * len(value) // 2
     return STRING * (1 + int(value.count(values[0])))
 
 
-def _indented(value: Any, values: Sequence[Any], limit: int) -> int:
+def _indented(value: object, values: Sequence[object], limit: int) -> int:
     return (str(value).count("\n") + 2) * (_largest(values) + _texts(values))
 
 
-def _json(value: Any, values: Sequence[Any], limit: int) -> int:
+def _json(value: object, values: Sequence[object], limit: int) -> int:
     beside = _largest(values) + _texts(
         [*values, *(text for pair in values if isinstance(pair, tuple) for text in pair)]
     )
     if not beside:
         return 0
-    lines, depth, level = 0, 1, [value]
+    level: list[Any] = [value]
+    lines, depth = 0, 1
     while level:
         lines, depth = lines + len(level), depth + 1
         inner = ((v._parts if isinstance(v, Parts) else v.values() if isinstance(v, dict) else v) for v in level)
@@ -248,17 +249,17 @@ def _json(value: Any, values: Sequence[Any], limit: int) -> int:
     return lines * depth * beside
 
 
-def _translated(value: Any, values: Sequence[Any], limit: int) -> int:
+def _translated(value: Any, values: Sequence[object], limit: int) -> int:
     tables = [table.values() for table in values if isinstance(table, dict)]
     return len(value) * max(map(shallow_size, chain(*tables)), default=0)
 
 
-def _codec(value: Any, values: Sequence[Any], limit: int) -> int:
+def _codec(value: Any, values: Sequence[object], limit: int) -> int:
     usual = not values or str(values[0]).lower() in ("utf-8", "utf8", "ascii", "latin-1", "utf-16", "utf-32")
     return 0 if usual else shallow_size(value) ** 2
 
 
-_Rule = Callable[[Any, Sequence[Any], int], int]
+_Rule = Callable[[Any, Sequence[object], int], int]
 # Filters that take no longer for a longer value; the lists and iterators that they give pay for themselves.
 _LAZY = frozenset(("attr", "batch", "count", "d", "default", "first", "items", "last", "length", "list", "map"))
 _LAZY |= {"random", "reject", "rejectattr", "reverse", "select", "selectattr", "slice"}

@@ -21,8 +21,8 @@ _PROBE = {"role": "user", "content": _MARK}
 class ChatTemplate:
     """A compiled chat template. Safe to share between threads.
 
-    Templates come with checkpoints and are code of strangers: they run in Jinja2's immutable sandbox, which keeps them
-    away from Python's inside, the file system and the messages' own objects; loops and output are bounded.
+    Templates come with checkpoints and are untrusted code: they run in Jinja2's immutable sandbox, which withholds
+    Python's internals, the file system and the messages' own objects; loops and output are bounded.
 
     Args:
         source: the template.
