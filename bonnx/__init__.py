@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 _here = os.path.dirname(os.path.realpath(__file__))
 if not os.path.isdir(os.path.join(_here, "runtime")):
-    # A source tree or an editable install: the rooms stand beside this folder, not in it.
+    # A source tree or an editable install: the other folders are beside this one, not in it.
     __path__.append(os.path.dirname(_here))
 
 __version__ = "0.1.0"

@@ -116,7 +116,7 @@ class TextRules(_Frozen, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class Limits(_Frozen, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Greatest prompt + candidate tokens, and candidates per prompt; checked before anything is allocated."""
+    """Maximum prompt + candidate tokens, and candidates per prompt; checked before anything is allocated."""
 
     max_tokens: int = 8192
     max_candidates: int = 4096

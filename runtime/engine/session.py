@@ -1,4 +1,4 @@
-"""ONNX Runtime sessions: which provider, with which options, and what to say when it is not to be had."""
+"""ONNX Runtime sessions: which provider, with which options, and what to say when it is unavailable."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ def interruptibly(work: Callable[[], Any], stop: Stop) -> Any:
     results, errors, done, begun = list[Any](), list[BaseException](), threading.Event(), threading.Lock()
 
     def run() -> None:
-        # Whoever comes first: after an interruption there is nothing left to do.
+        # After an interruption there is nothing left to do.
         if not begun.acquire(blocking=False):
             return
         try:
@@ -199,9 +199,9 @@ def interruptibly(work: Callable[[], Any], stop: Stop) -> Any:
 
 
 class _Weights:
-    """The file that ONNX Runtime has mapped: whoever writes into it changes the model that runs.
+    """The file that ONNX Runtime has mapped: writing into it changes the running model.
 
-    A file that takes its place, as an export makes it, is another one and harms nobody.
+    A file that takes its place, as an export makes it, is another file, and the model keeps the old one.
     """
 
     def __init__(self, path: Path, graph: Path) -> None:

@@ -16,7 +16,7 @@ from ..engine.engine import Engine
 from ..selection.aggregate import aggregation_code, is_stepwise
 from ..selection.vote import Answers, Ballot, make_ballot
 from ..text.padding import pad, step_mask
-from ..text.reader import Item, Rows
+from ..text.reader import EncodedRows, Item
 
 __all__ = ["RankRequest", "pad_rows", "read_request", "readable_positions"]
 
@@ -40,7 +40,7 @@ class RankRequest:
     candidates: Sequence[Item]
     aggregation: str
     ballot: Ballot
-    rows: Rows
+    rows: EncodedRows
     values: Array
     mask: Array
     steps: Array
@@ -102,7 +102,7 @@ def read_request(
     return RankRequest(candidates, name, ballot, rows, values, mask, steps, joins)
 
 
-def pad_rows(engine: Engine, rows: Rows) -> tuple[Array, Array]:
+def pad_rows(engine: Engine, rows: EncodedRows) -> tuple[Array, Array]:
     """Rows within limits, padded, and their mask.
 
     Raises:
@@ -114,7 +114,7 @@ def pad_rows(engine: Engine, rows: Rows) -> tuple[Array, Array]:
 
 
 def readable_positions(
-    engine: Engine, aggregation: str, rows: Rows, values: Array, step_masks: Sequence[Sequence[int]] | None
+    engine: Engine, aggregation: str, rows: EncodedRows, values: Array, step_masks: Sequence[Sequence[int]] | None
 ) -> Array:
     """The positions that an aggregation may read, (rows, length) int64, or (1, 1) for all.
 

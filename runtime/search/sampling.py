@@ -68,7 +68,7 @@ class Adaptive(Method):
     Attributes:
         batch: completions at a time.
         price: of one completion, in units of the score.
-        ceiling: no score is greater; 1 for probabilities.
+        ceiling: the maximum score; 1 for probabilities.
         confidence: that the leader stays ahead, 0.5 to 1.
         rule: `gain` or `leader` is the first or the second rule whatever the vote; `auto` goes by the vote.
     """

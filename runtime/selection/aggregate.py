@@ -64,7 +64,7 @@ def aggregate(scores: Array, mask: Array, step_mask: Array, name: str) -> tuple[
 
 
 def best_of_n(candidate_scores: Array) -> Array:
-    """(N, B) -> (B) int64: the greatest, ties to the lowest index, NaN never, -1 when nothing can win."""
+    """(N, B) -> (B) int64: the index of the maximum, ties to the lowest index, NaN never, -1 when nothing can win."""
     usable = ~np.isnan(candidate_scores)
     best = np.where(usable, candidate_scores, -np.inf)
     winners = usable & (best == best.max(axis=0))
@@ -105,7 +105,7 @@ def elect(candidate_scores: Array, answer_ids: Array, vote: str, vote_weight: st
 
 
 def _softmax(scores: Array) -> Array:
-    """Shares (n,) float32 of scores (n,) float32; those that are the greatest share all of it if it is infinite."""
+    """Shares (n,) float32 of scores (n,) float32; the maxima share all of it if they are infinite."""
     behind = np.where(scores == scores.max(), np.float32(0), scores - scores.max())
     weights = np.exp(behind.astype(np.float64))
     shares: Array = (weights / weights.sum()).astype(np.float32)

@@ -15,13 +15,13 @@ from ..arrays import Array
 from ..artifact.manifest import Manifest, Scoring
 from ..checks import is_list, shown
 from .compose import Composer, is_text
-from .tokenizer import NO_TOKENS, Row, Tokenizer
+from .tokenizer import NO_TOKENS, TokenizedRow, Tokenizer
 
 __all__ = [
+    "EncodedRows",
     "Item",
     "NoneReadableError",
     "Reader",
-    "Rows",
     "check_stop",
     "none_readable",
 ]
@@ -64,7 +64,7 @@ def none_readable(what: str, reasons: Mapping[int, str]) -> str:
 
 
 @dataclass(frozen=True)
-class Rows:
+class EncodedRows:
     """What a graph is to score.
 
     Attributes:
@@ -93,7 +93,7 @@ class _Given:
     blank: Array
     texts: dict[int, Item] = field(default_factory=dict)
     arrays: dict[int, Array] = field(default_factory=dict)
-    read: dict[int, Row] = field(default_factory=dict)
+    read: dict[int, TokenizedRow] = field(default_factory=dict)
     unreadable: dict[int, str] = field(default_factory=dict)
 
     def names(self) -> list[str]:
@@ -106,7 +106,7 @@ class _Given:
         self.arrays.pop(i, None)
         self.unreadable[i] = reason
 
-    def take(self, read: Sequence[Row | str]) -> None:
+    def take(self, read: Sequence[TokenizedRow | str]) -> None:
         """The rows of the texts, or why one cannot be read."""
         for i, row in zip([*self.texts], read, strict=True):
             if isinstance(row, str):
@@ -120,7 +120,7 @@ class _Given:
         if len(self.unreadable) == self.count:
             raise NoneReadableError(self.what, self.unreadable)
 
-    def rows_behind_prompt(self) -> Rows:
+    def rows_behind_prompt(self) -> EncodedRows:
         """Of texts that begin with the same prompt."""
         rows = [*self.read.values()]
         shared = min(min(row.first, len(row.ids) - 1) for row in rows)
@@ -130,7 +130,7 @@ class _Given:
             shared = int(differs[0]) if len(differs) else shared
         return self.rows(first[:shared], shared)
 
-    def rows(self, prompt: Array | None, shared: int = 0) -> Rows:
+    def rows(self, prompt: Array | None, shared: int = 0) -> EncodedRows:
         """All items; the first `shared` tokens of each text are the prompt's."""
         ids = {i: np.array(row.ids[shared:], np.int64) for i, row in self.read.items()}
         items = [ids[i] if i in ids else self.arrays.get(i, self.blank) for i in range(self.count)]
@@ -139,7 +139,7 @@ class _Given:
         if not self.arrays and all(row.ends is not None for row in self.read.values()):
             places = [self.read[i].ends or [] if i in ids else [] for i in range(self.count)]
             ends = [np.isin(np.arange(len(item)) + shared, own) for item, own in zip(items, places, strict=True)]
-        return Rows(prompt, items, skip, ends, self.unreadable)
+        return EncodedRows(prompt, items, skip, ends, self.unreadable)
 
 
 class Reader:
@@ -172,7 +172,7 @@ class Reader:
         """A text with more cannot fit into the limit of tokens; None without a tokenizer."""
         return None if self.tokenizer is None else self._limit * self.tokenizer.longest_token
 
-    def rows(self, items: Sequence[Item], what: str, *, partial: bool) -> Rows:
+    def rows(self, items: Sequence[Item], what: str, *, partial: bool) -> EncodedRows:
         """Rows that stand alone.
 
         Raises:
@@ -184,7 +184,7 @@ class Reader:
             given.take(self._require_tokenizer(what).rows(passages, special=special, partial=partial))
         return given.rows(None)
 
-    def pairs(self, prompt: Item, candidates: Sequence[Item], *, partial: bool, truncate: bool) -> Rows:
+    def pairs(self, prompt: Item, candidates: Sequence[Item], *, partial: bool, truncate: bool) -> EncodedRows:
         """A prompt and its candidates.
 
         Args:
@@ -228,7 +228,7 @@ class Reader:
         given.check()
         return given
 
-    def _truncated(self, rows: Rows) -> Rows:
+    def _truncated(self, rows: EncodedRows) -> EncodedRows:
         """Without the oldest tokens of the prompt, if that is too long; a special token that begins it stays."""
         prompt, longest = rows.prompt, max(map(len, rows.items))
         assert prompt is not None

@@ -18,7 +18,7 @@ from ...errors import ArtifactError, InputError
 from ..artifact.manifest import Scoring, TextRules
 from .detokenizer import Detokenizer
 
-__all__ = ["NO_TOKENS", "Passage", "Row", "Tokenizer"]
+__all__ = ["NO_TOKENS", "Passage", "TokenizedRow", "Tokenizer"]
 
 NO_TOKENS = "it has no tokens; expected at least one"
 
@@ -41,7 +41,7 @@ class Passage:
 
 
 @dataclass(frozen=True)
-class Row:
+class TokenizedRow:
     """Its tokens.
 
     Attributes:
@@ -101,7 +101,7 @@ class Tokenizer:
         ids: list[int] = encoding.ids
         return ids
 
-    def rows(self, passages: Sequence[Passage], *, special: bool, partial: bool) -> list[Row | str]:
+    def rows(self, passages: Sequence[Passage], *, special: bool, partial: bool) -> list[TokenizedRow | str]:
         """Token ids of whole texts, each finished with the end token as the scoring rule says, unless partial.
 
         Returns:
@@ -110,13 +110,13 @@ class Tokenizer:
         Raises:
             InputError: a piece of the prompt has no token.
         """
-        found: list[Row | str | None] = [_blame(p, _no_unicode(p.text)) for p in passages]
+        found: list[TokenizedRow | str | None] = [_blame(p, _no_unicode(p.text)) for p in passages]
         known = [p for p, reason in zip(passages, found, strict=True) if reason is None]
         encodings = self._tokenizer.encode_batch([p.text for p in known], add_special_tokens=special)
         rows = (self._row(p, encoding, partial) for p, encoding in zip(known, encodings, strict=True))
         return [next(rows) if reason is None else reason for reason in found]
 
-    def _row(self, passage: Passage, encoding: Any, partial: bool) -> Row | str:
+    def _row(self, passage: Passage, encoding: Any, partial: bool) -> TokenizedRow | str:
         reason = _blame(passage, self._no_token(encoding, passage.text))
         if reason is not None:
             return reason
@@ -130,7 +130,7 @@ class Tokenizer:
         if not partial and end_token is not None and ids[-1:] != [end_token]:
             ids.append(end_token)
         if self._rules.step_text is None:
-            return Row(ids, first, None)
+            return TokenizedRow(ids, first, None)
         # Tokens that a tokenizer adds cover no character; their span would be out of order.
         order = [i for i, (start, end) in enumerate(spans) if end > start]
         starts, ends = [spans[i][0] for i in order], set()
@@ -138,7 +138,7 @@ class Tokenizer:
             place = bisect_right(starts, last) - 1
             if place >= 0 and spans[order[place]][1] > last:
                 ends.add(order[place])
-        return Row(ids, first, sorted(ends))
+        return TokenizedRow(ids, first, sorted(ends))
 
     def _no_token(self, encoding: Any, text: str) -> _Fault | None:
         if self._unknown is None or self._unknown not in encoding.ids:
