@@ -1,0 +1,82 @@
+"""What MkDocs reads beside mkdocs.yml: the pages of the site stand where their files stand in the repository.
+
+So a link between README.md, docs/ and CHANGELOG.md is the same on the site as where the code is shown.
+"""
+
+import importlib
+import re
+from pathlib import Path
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).parents[1]
+# The public names of these packages are the reference, in this order.
+REFERENCE = {
+    "bonnx": "Load a model, rank, score, generate, search.",
+    "bonnx.runtime.search": "What `Model.search` runs and returns, and policies that choose a method.",
+    "bonnx.models": "Networks in PyTorch, their configurations and checkpoints.",
+    "bonnx.export.artifact": "From a network to an artifact.",
+    "bonnx.runtime.batch": "Files ranked row by row.",
+    "bonnx.runtime.batch.ray_ranker": "For datasets of Ray Data.",
+    "bonnx.runtime.serve": "A model behind HTTP.",
+}
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Replace what MkDocs found in docs/ by the pages, all that they link to, and the reference."""
+    for file in list(files.documentation_pages()) + list(files.media_files()):
+        if file.src_dir == config.docs_dir:
+            files.remove(file)
+    linked = _with_links(["README.md", "CHANGELOG.md", "CONTRIBUTING.md", *sorted(_below("docs/*.md"))])
+    reference = {f"reference/{package}.md": _reference(package, about) for package, about in REFERENCE.items()}
+    for name in linked:
+        files.append(File.generated(config, name, abs_src_path=str(ROOT / name)))
+    for name, content in reference.items():
+        files.append(File.generated(config, name, content=content))
+    config.nav = [
+        {"bonnx": "README.md"},
+        {"Guides": [name for name in linked if re.fullmatch(r"docs/\w+\.md", name)]},
+        {"Reference": [{name.removeprefix("reference/").removesuffix(".md"): name} for name in reference]},
+        {"Project": ["CHANGELOG.md", *(name for name in linked if name.endswith(".md") and not _elsewhere(name))]},
+    ]
+    return files
+
+
+def _elsewhere(name: str) -> bool:
+    return name in ("README.md", "CHANGELOG.md") or name.startswith("docs/")
+
+
+def _below(pattern: str) -> list[str]:
+    return [path.relative_to(ROOT).as_posix() for path in ROOT.glob(pattern)]
+
+
+def _with_links(pages: list[str]) -> list[str]:
+    """The pages and every file of the repository that they link to, in the order of the links."""
+    names: dict[str, None] = {}
+    waiting = list(pages)
+    while waiting:
+        name = waiting.pop(0)
+        if name in names:
+            continue
+        names[name] = None
+        if name.endswith(".md"):
+            text = re.sub(
+                r"^```.*?^```$", "", (ROOT / name).read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL
+            )
+            targets = [(ROOT / name).parent / target for target in re.findall(r"\]\((?!\w+:|#)([^)#\s]+)", text)]
+            found = [target.resolve().relative_to(ROOT).as_posix() for target in targets if target.is_file()]
+            waiting = found + waiting
+    return list(names)
+
+
+def _reference(package: str, about: str) -> str:
+    """A page of the public names of a package: for each an instruction to mkdocstrings to show its docstring."""
+    module = importlib.import_module(package)
+    shown = []
+    for name in module.__all__:
+        value = getattr(module, name)
+        # Constants do not know where they are defined, and have no docstring.
+        if hasattr(value, "__qualname__"):
+            shown.append(f"::: {value.__module__}.{value.__qualname__}\n")
+    return "\n".join([f"# {package}\n\n{about}\n", *shown])
