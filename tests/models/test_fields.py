@@ -15,7 +15,7 @@ from tests.checkpoints import FAMILIES
 from tests.tolerance import RUNTIME, within
 
 VOCABULARY, LENGTH, ORIGINAL = 40, 29, 16
-BY_NAME = {family.name: family for family in families.FAMILIES.values()}
+MODEL_TYPES = {family.name: model_type for model_type, family in families.FAMILIES.items()}
 YARN = {"rope_type": "yarn", "factor": 2.0, "rope_theta": 100.0, "original_max_position_embeddings": 12}
 LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 # Other values of every field. None stands for null; a field of no list is tried with what its name suggests.
@@ -126,7 +126,8 @@ _MODULES = ("masking_utils", "modeling_rope_utils", "modeling_layers")
 def read_by_transformers(family):
     """Names of every field that a family's classes have, or that the code of its models reads."""
     config = getattr(transformers, f"{family}Config")()
-    names = [*_MODULES, f"models.{family.lower()}.modeling_{family.lower()}"]
+    model_type = MODEL_TYPES[family]
+    names = [*_MODULES, f"models.{model_type}.modeling_{model_type}"]
     source = "\n".join(inspect.getsource(importlib.import_module(f"transformers.{name}")) for name in names)
     found = set(re.findall(r"\bconfig\.([a-z]\w*)", source))
     found |= set(re.findall(r"getattr\(\s*(?:self\.)?\w*config,\s*\"(\w+)\"", source))
@@ -163,7 +164,7 @@ def write(folder, family, rng):
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,
-        **({"sliding_window": None} if BY_NAME[family].sliding_window == "always" else {}),
+        **({"sliding_window": None} if families.FAMILIES[MODEL_TYPES[family]].sliding_window == "always" else {}),
     )
     model = getattr(transformers, f"{family}ForSequenceClassification")(config)
     for parameter in model.parameters():
