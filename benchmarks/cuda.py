@@ -54,7 +54,7 @@ def parity(folder: Path) -> list[tuple[str, str]]:
         try:
             _, checks = bonnx.verify(path, provider="cuda")
             worst = max(check.max_difference for check in checks)
-            rows.append((f"recorded cases, {name}", f"ok, greatest difference {worst:.1e}"))
+            rows.append((f"recorded cases, {name}", f"ok, largest difference {worst:.1e}"))
             if path.name == "countdown":
                 rows.append(("generate, countdown", generated(path)))
             else:
@@ -96,7 +96,7 @@ def ragged(path: Path, cases: int = 20) -> str:
             close = a.candidate_scores[a.best_index] - a.candidate_scores[b.best_index] <= TOLERANCE
             if worst > TOLERANCE or not close:
                 return f"FAILED: difference {worst:.1e}, chose {a.best_index} and {b.best_index}"
-    return f"ok, greatest difference {worst:.1e}"
+    return f"ok, largest difference {worst:.1e}"
 
 
 def timed(way: Callable[[], Any], repeats: int = 10) -> float:

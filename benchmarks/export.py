@@ -2,7 +2,7 @@
 
 `python -m benchmarks.export FOLDER` makes a random Qwen2 reward model in FOLDER with transformers (bfloat16, three
 shards; the sizes of Qwen2-0.5B), exports it at each precision by `bonnx export` in a process of its own, and prints the
-table. Peak memory is the process's greatest resident set, the libraries and the file pages that it maps included.
+table. Peak memory is the process's maximum resident set, the libraries and the file pages that it maps included.
 """
 
 from __future__ import annotations

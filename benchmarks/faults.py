@@ -168,7 +168,7 @@ def shared(artifact: Path) -> str:
     same = sum(a == b for a, b in zip(found, expected, strict=True))
     pairs = zip(found[:192], expected[:192], strict=True)
     worst = max(float(np.abs(np.subtract(a, b)).max()) for a, b in pairs)
-    return f"{same} of {len(numbers)} answers equal, bit for bit; greatest difference of a score {worst:g}"
+    return f"{same} of {len(numbers)} answers equal, bit for bit; largest difference of a score {worst:g}"
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""`bonnx batch` killed at random moments and started again, until it ends: are its bytes those of a run in peace?
+"""`bonnx batch` killed at random moments and started again, until it ends: are its bytes those of an undisturbed run?
 
 `python -m benchmarks.kill artifacts/countdown` does 20 rounds. With `--ray`, on Ray Data, the driver is killed, and in
 another run of each round a worker, after which the run must end by itself.
@@ -40,9 +40,9 @@ def check_ended(process: subprocess.Popen[bytes], what: str) -> None:
 
 
 def run(arguments: Sequence[str]) -> float:
-    """Run it in peace; how many seconds that took."""
+    """Run it undisturbed; how many seconds that took."""
     begin = time.monotonic()
-    check_ended(start(arguments), "in peace")
+    check_ended(start(arguments), "undisturbed")
     return time.monotonic() - begin
 
 
@@ -51,7 +51,7 @@ def kill_again_and_again(
 ) -> int:
     """kill -9 at random moments of a run that takes so long, until it ends; how many kills came in its midst.
 
-    After `most` of them it may end in peace.
+    After `most` of them it may end undisturbed.
     """
     killed = 0
     while True:

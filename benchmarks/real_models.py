@@ -3,7 +3,7 @@
 `python -m benchmarks.real_models FOLDER` takes the folder of a trained language model, as transformers writes it,
 trains a scorer for it on its own answers to sums, and exports it at each precision, by the command. `--text` compares
 the float32 artifact's text on 50 chat prompts with transformers'. What was measured stands in
-FOLDER-bonnx/real_models.jsonl: a run that was broken off goes on from there.
+FOLDER-bonnx/real_models.jsonl: a run that was interrupted resumes from there.
 """
 
 from __future__ import annotations

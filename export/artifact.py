@@ -33,7 +33,7 @@ from .card import model_card
 from .checkpoint.source import check_scoring
 from .checkpoint.tokenizer import TextFiles
 from .graphs.trace import DEFAULT_OPSET, OPSETS, trace_graphs
-from .graphs.vote import weighed
+from .graphs.vote import with_vote_weight
 from .graphs.write import write_graphs
 from .precision.quantize import quantized
 from .staging import check_output, staged
@@ -88,7 +88,7 @@ def export_model(
     Raises:
         ExportError: the folder exists, there is no room, or the verification failed; nothing is left behind.
     """
-    scoring, limits = weighed(scoring or Scoring()), limits or Limits()
+    scoring, limits = with_vote_weight(scoring or Scoring()), limits or Limits()
     _check_options(model, scoring, limits, opset, precision, min_agreement)
     output, frugal = output.absolute(), reload is not None
     check_output(output, overwrite=overwrite)

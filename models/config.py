@@ -23,7 +23,7 @@ def ffn_inner_size(hidden_size: int) -> int:
     return raw + (-raw) % 8
 
 
-class _Frozen(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class _ValidatedConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Shared JSON reading and writing."""
 
     def to_dict(self) -> dict[str, Any]:
@@ -50,7 +50,7 @@ class _Frozen(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             raise ConfigError(f"{cls.__name__}: {e}") from e
 
 
-class RopeScaling(_Frozen, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class RopeScaling(_ValidatedConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How the rotary frequencies are stretched beyond the trained context.
 
     `linear` divides every frequency by `factor` (Chen et al., 2023). `dynamic` raises the base with the length of the
@@ -87,7 +87,7 @@ class RopeScaling(_Frozen, frozen=True, kw_only=True, forbid_unknown_fields=True
             raise ConfigError(f"attention_factor must be above 0; got {self.attention_factor}")
 
 
-class NetworkConfig(_Frozen, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class NetworkConfig(_ValidatedConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A causal backbone (grouped-query attention, rotary positions, SwiGLU) and a scorer that rates every position.
 
     The defaults are the original's. The options below `dropout` exist for the backbones that reward models are made
@@ -175,7 +175,7 @@ class NetworkConfig(_Frozen, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return self.ffn_inner if self.ffn_inner is not None else ffn_inner_size(self.hidden_size)
 
 
-class LanguageModelConfig(_Frozen, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class LanguageModelConfig(_ValidatedConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A token embedding, the two-headed network, and a vocabulary head after its backbone."""
 
     network: NetworkConfig

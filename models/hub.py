@@ -121,7 +121,7 @@ def _reason(error: Exception) -> str:
             f"{constants.ENDPOINT} cannot be reached, and the cache does not hold the checkpoint whole ({said}); check "
             "the connection, HF_ENDPOINT and HF_HUB_OFFLINE, or pass a folder"
         )
-    return f"the download failed ({type(error).__name__}: {said}); try again, it goes on where it stopped"
+    return f"the download failed ({type(error).__name__}: {said}); try again: it resumes where it stopped"
 
 
 def _refusal(source: HubSource, files: list[str]) -> str:

@@ -81,7 +81,7 @@ def train_scorer(
         model: in inference mode; nothing but `network.scorer` changes.
         examples: labelled completions.
         steps: optimizer steps.
-        learning_rate: the greatest, see `schedule`.
+        learning_rate: the peak, see `schedule`.
         batch_size: labelled tokens of a step, drawn at random.
         seed: of the fresh weights and of the batches.
         progress: called after each step with the number of steps done and the loss.

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import bonnx
-from bonnx.export.verify.generate import expected_token, uniform
+from bonnx.export.verify.draws import expected_token, uniform
 from bonnx.runtime.generate.options import CheckedOptions
 
 PROMPTS = (

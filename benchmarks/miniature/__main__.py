@@ -1,6 +1,6 @@
 """`python -m benchmarks.miniature RUN` computes what is missing in RUN and draws; `--draw` only draws.
 
-A run that was stopped, in whatever way, goes on where it was: every finished task is one line of `results.jsonl`.
+A run that was stopped, in whatever way, resumes where it was: every finished task is one line of `results.jsonl`.
 `python -m benchmarks.miniature RUN --models shipped --puzzles 20 --table` runs every method on 20 puzzles and prints
 accuracy and cost.
 """

@@ -12,7 +12,7 @@ import msgspec
 
 from ..errors import InputError
 from ..export.artifact import export_model
-from ..export.checkpoint.source import Overrides, read_source
+from ..export.checkpoint.source import Overrides, read_checkpoint
 from ..export.demo import demonstrate, draw_prompts, show
 from ..export.graphs.trace import DEFAULT_OPSET, OPSETS
 from ..export.staging import check_output
@@ -35,18 +35,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--checkpoint",
         metavar="DIR",
         help="folder with config.json and safetensors files, or the id of one on a hub (org/name or "
-        "org/name@revision); Countdown if not given",
+        "org/name@revision) (default: Countdown, the model that ships)",
     )
-    parser.add_argument("-o", "--output", type=Path, help=f"folder to write; {DEFAULT_OUTPUT} for Countdown")
-    parser.add_argument("--overwrite", action="store_true", help="replace an artifact that is there")
-    parser.add_argument("--name", help="of the model, for people; the checkpoint folder's name if not given")
-    parser.add_argument("--opset", type=int, choices=OPSETS, default=DEFAULT_OPSET)
+    parser.add_argument("-o", "--output", type=Path, help=f"folder to write (default for Countdown: {DEFAULT_OUTPUT})")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing artifact")
+    parser.add_argument("--name", help="name of the model, shown to people (default: the checkpoint folder's)")
+    parser.add_argument(
+        "--opset", type=int, choices=OPSETS, default=DEFAULT_OPSET, help="ONNX operator set (default: %(default)s)"
+    )
     parser.add_argument(
         "--precision",
         choices=PRECISIONS,
         default="fp32",
         help="fp16, bf16: weights of half the size; int8: 8-bit products, the fastest on a CPU with VNNI; "
-        "int4: 4-bit weights, the smallest",
+        "int4: 4-bit weights, the smallest (default: %(default)s)",
     )
     parser.add_argument(
         "--held-out",
@@ -54,13 +56,45 @@ def configure(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="FILE",
         help="prompts on which fewer bits must select as float32 does: one a line, or a JSON object with 'prompt' "
-        "and 'candidates' a line, or for embeddings an .npz file with 'prompts' and 'candidates'; random if not given",
+        "and 'candidates' a line, or for embeddings an .npz file with 'prompts' and 'candidates' (default: built-in "
+        "questions, or random tokens if the model reads no text)",
     )
     parser.add_argument(
-        "--min-agreement", type=float, default=0.85, help="share of these prompts, 0 to 1, below which export refuses"
+        "--min-agreement",
+        type=float,
+        default=0.85,
+        help="share of these prompts, 0 to 1, below which export refuses (default: %(default)s)",
     )
-    parser.add_argument("--aggregation", choices=get_args(Aggregation), help="how positions become one score")
-    parser.add_argument("--activation", choices=["none", "sigmoid", "softmax"], help="applied to every score")
+    _configure_scoring(parser)
+    parser.add_argument(
+        "--max-tokens",
+        type=int,
+        help="maximum length, in tokens, of prompt and candidate together (default: the checkpoint's)",
+    )
+    parser.add_argument(
+        "--max-candidates", type=int, help="maximum number of candidates of a prompt (default: the checkpoint's)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the verification's random inputs (default: %(default)s)"
+    )
+    parser.add_argument("--triton", type=Path, metavar="DIR", help="also write a model repository for Triton here")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check the arguments and the checkpoint, and write nothing"
+    )
+
+
+def _configure_scoring(parser: argparse.ArgumentParser) -> None:
+    """The options of the scoring rule, where the checkpoint's own is not meant."""
+    parser.add_argument(
+        "--aggregation",
+        choices=get_args(Aggregation),
+        help="how the scores of the positions become one (default: the checkpoint's)",
+    )
+    parser.add_argument(
+        "--activation",
+        choices=["none", "sigmoid", "softmax"],
+        help="applied to every score (default: the checkpoint's)",
+    )
     parser.add_argument("--label", help="which of several labels is the score: its name, or its number from 0")
     parser.add_argument(
         "--label-tokens",
@@ -72,11 +106,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--label-token-ids", nargs="+", type=int, metavar="ID", help="the same tokens by their ids")
     parser.add_argument("--step-text", help="the text that ends each step of a candidate")
     parser.add_argument("--step-split", help="where a candidate without it is split into steps")
-    parser.add_argument("--max-tokens", type=int, help="maximum prompt + candidate length that the runtime accepts")
-    parser.add_argument("--max-candidates", type=int, help="maximum number of candidates that the runtime accepts")
-    parser.add_argument("--seed", type=int, default=0, help="of the verification's random inputs")
-    parser.add_argument("--triton", type=Path, metavar="DIR", help="also write a model repository for Triton here")
-    parser.add_argument("--dry-run", action="store_true", help="check everything that can be, write nothing")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -91,35 +120,35 @@ def run(arguments: argparse.Namespace) -> int:
     check_output(output, overwrite=overwrite)
     if arguments.triton is not None:
         check_repository(arguments.triton, output, overwrite=arguments.overwrite)
-    checkpoint, name, revision = (CHECKPOINT, "countdown", None) if shipped else _fetch(arguments.checkpoint)
-    source = read_source(
-        checkpoint, Overrides(**{name: getattr(arguments, name) for name in Overrides.__annotations__})
+    folder, name, revision = (CHECKPOINT, "countdown", None) if shipped else _fetch(arguments.checkpoint)
+    checkpoint = read_checkpoint(
+        folder, Overrides(**{name: getattr(arguments, name) for name in Overrides.__annotations__})
     )
     held_out = _held_out(arguments, shipped)
-    parameters = sum(p.numel() for p in source.model.parameters())
-    print(f"{revision or checkpoint}: {parameters:,} parameters", file=sys.stderr)
-    for remark in source.remarks:
+    parameters = sum(p.numel() for p in checkpoint.model.parameters())
+    print(f"{revision or folder}: {parameters:,} parameters", file=sys.stderr)
+    for remark in checkpoint.remarks:
         print(f"note: {remark}", file=sys.stderr)
     if arguments.dry_run:
         print(f"would write {output}{f' and {arguments.triton}' if arguments.triton else ''}", file=sys.stderr)
         return 0
     start = time.perf_counter()
     manifest = export_model(
-        source.model,
+        checkpoint.model,
         output,
         name=arguments.name or name,
         source=revision,
-        scoring=source.scoring,
-        limits=source.limits,
-        tokenizer=source.tokenizer,
-        text=source.text,
+        scoring=checkpoint.scoring,
+        limits=checkpoint.limits,
+        tokenizer=checkpoint.tokenizer,
+        text=checkpoint.text,
         opset=arguments.opset,
         precision=arguments.precision,
         held_out=held_out,
         min_agreement=arguments.min_agreement,
         overwrite=overwrite,
         seed=arguments.seed,
-        reload=source.reload,
+        reload=checkpoint.reload,
     )
     print(f"wrote {output} and verified it in {time.perf_counter() - start:.0f} s", file=sys.stderr)
     models = None
@@ -130,7 +159,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         summary: dict[str, Any] = {"output": str(output), "parity": msgspec.to_builtins(manifest.parity)}
         summary["agreement"] = msgspec.to_builtins(manifest.agreement)
-        summary["remarks"] = source.remarks
+        summary["remarks"] = checkpoint.remarks
         summary |= {} if models is None else {"triton": models}
         print_json(summary | ({"demonstration": demonstration} if demonstration else {}))
         return 0

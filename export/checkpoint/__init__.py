@@ -1,1 +1,1 @@
-"""What a checkpoint says: network, scoring rule, tokenizer, text."""
+"""Read what is exported: the network, its scoring rule, its limits, and how text becomes its tokens."""

@@ -21,7 +21,7 @@ from ...runtime.selection.aggregate import is_stepwise
 from .tokenizer import TextFiles, check_vocabulary, read_tokenizer
 from .tokenizer_check import check_against_transformers
 
-__all__ = ["Overrides", "Source", "check_scoring", "read_source"]
+__all__ = ["Checkpoint", "Overrides", "check_scoring", "read_checkpoint"]
 
 
 class Overrides(NamedTuple):
@@ -39,7 +39,7 @@ class Overrides(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Source:
+class Checkpoint:
     """A checkpoint.
 
     Attributes:
@@ -61,7 +61,7 @@ class Source:
     remarks: list[str]
 
 
-def read_source(folder: Path, overrides: Overrides) -> Source:
+def read_checkpoint(folder: Path, overrides: Overrides) -> Checkpoint:
     """Read a checkpoint's folder.
 
     Raises:
@@ -94,7 +94,7 @@ def read_source(folder: Path, overrides: Overrides) -> Source:
     if isinstance(model, LanguageModel) and is_stepwise(scoring.aggregation):
         _check_steps(scoring, text)
     limits = _limits(_convert(metadata.get("limits", {}), "limits", Limits), overrides)
-    return Source(model, reload, scoring, text, limits, tokenizer, metadata.get("remarks", []))
+    return Checkpoint(model, reload, scoring, text, limits, tokenizer, metadata.get("remarks", []))
 
 
 def check_scoring(model: LanguageModel | TwoHeadedNetwork, scoring: Scoring) -> None:

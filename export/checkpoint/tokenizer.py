@@ -88,13 +88,13 @@ def check_vocabulary(files: TextFiles, vocab_size: int) -> None:
         ConfigError: names the token, its id and the file that it comes from.
     """
     vocabulary = tokenizers.Tokenizer.from_str(files.json.decode()).get_vocab(with_added_tokens=True)
-    token, greatest = max(vocabulary.items(), key=lambda item: item[1], default=("", -1))
-    if greatest < vocab_size:
+    token, largest = max(vocabulary.items(), key=lambda item: item[1], default=("", -1))
+    if largest < vocab_size:
         return
     data = _read_json(files.folder / TOKENIZER)
     own = token in data["model"]["vocab"] or any(added["content"] == token for added in data.get("added_tokens", ()))
     raise ConfigError(
-        f"{files.folder / (TOKENIZER if own else SETTINGS)}: token {token!r} has the id {greatest}, but "
+        f"{files.folder / (TOKENIZER if own else SETTINGS)}: token {token!r} has the id {largest}, but "
         f"{files.folder / CONFIG} says vocab_size {vocab_size}; resize the model's embeddings, or remove the token"
     )
 

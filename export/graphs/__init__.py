@@ -1,1 +1,1 @@
-"""What is traced and appended: one graph for each question that the runtime asks."""
+"""PyTorch modules and ONNX functions that become the graphs score, rank, generate, prefill and decode."""

@@ -3,7 +3,7 @@
 A candidate's queries read the prompt's keys and values, which every candidate shares, and the candidate's own. The two
 softmaxes are merged without joining their weights, the largest tensors of the graph: the own part enters the attention
 to the prompt as one more key, whose logit is the own part's log-sum-exp and whose value is the own part's result. The
-prompt's padding enters as one more column of the queries (1) and of the keys (0 or MASKED), inside the matrix product.
+prompt's padding enters as one more feature of the queries (1) and of the keys (0 or MASKED), inside the matrix product.
 
 Shapes: N candidates, S queries of one candidate and kv head; the others as in `layers.py`.
 """
@@ -77,7 +77,7 @@ def attend_own(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Te
     if mask is not None:
         shape = logits.shape
         logits = (logits.reshape(*shape[:-2], mask.shape[-3], -1, shape[-1]) + mask).reshape(shape)
-    # The first two steps of a softmax, so that its sum is at hand for the log-sum-exp.
+    # The first two operations of a softmax, so that its sum is at hand for the log-sum-exp.
     top = logits.amax(-1, keepdim=True)
     # Below exp(-80) lie denormal numbers, on which processors are many times slower.
     raised = (logits - top).clamp(min=-80.0).exp()

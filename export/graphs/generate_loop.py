@@ -1,7 +1,7 @@
 """`generate`: prompt pass, a loop that samples and scores a token of every candidate, and the selection, in one graph.
 
 The prompts' keys and values are read from the outer scope, so they are never copied and never repeated. A candidate
-that has ended, or that pruning dropped, leaves the loop's rows at the next step and costs nothing more. There is one
+that has ended, or that pruning dropped, leaves the loop's rows at the next token and costs nothing more. There is one
 loop and not two: ONNX Runtime packs weights for a loop's body, but not for a loop inside a loop, which takes twice as
 long.
 
@@ -16,6 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ...models.config import NetworkConfig
+from ..precision.loop_weights import own_integer_weights
 from .builder import Builder, name_value
 from .sampling import draw_token, prompt_stream, random_uniform
 from .selection import aggregate
@@ -38,7 +39,7 @@ RESULTS: dict[str, list[str]] = {
 }
 
 
-class Options(NamedTuple):
+class LoopInputs(NamedTuple):
     """What steers generation, all graph inputs: scalars, and the list of stop tokens."""
 
     num_candidates: ir.Value
@@ -54,7 +55,7 @@ class Options(NamedTuple):
     prune_keep: ir.Value
 
 
-class Rows(NamedTuple):
+class RunningRows(NamedTuple):
     """Of the candidates that still run, each (n, B)."""
 
     tokens: ir.Value
@@ -85,18 +86,18 @@ class Tables(NamedTuple):
     """int64 scalar: tokens that the network has read, without the prompts'."""
 
 
-def generate_graph(prompt: ir.Graph, step: ir.Graph, config: NetworkConfig, pad_token: int) -> ir.Graph:
-    """Join the traced passes of `generate_graph.py`, which are used up, into one graph that is yet to be finished."""
-    kinds: dict[str, tuple[ir.DataType, list[str]]] = {name: (INT, []) for name in Options._fields}
+def generate_graph(prompt_pass: ir.Graph, token_pass: ir.Graph, config: NetworkConfig, pad_token: int) -> ir.Graph:
+    """Join the traced passes of `generate_passes.py`, which are used up, into one graph that is yet to be finished."""
+    kinds: dict[str, tuple[ir.DataType, list[str]]] = {name: (INT, []) for name in LoopInputs._fields}
     kinds |= {name: (FLOAT, []) for name in ("temperature", "top_p", "prune_keep")}
     kinds["stop_tokens"] = (INT, ["stops"])
-    given = Options(*(ir.val(name, dtype, shape) for name, (dtype, shape) in kinds.items()))
-    ids, mask = prompt.inputs
-    logits, *cache = prompt.outputs
+    given = LoopInputs(*(ir.val(name, dtype, shape) for name, (dtype, shape) in kinds.items()))
+    ids, mask = prompt_pass.inputs
+    logits, *cache = prompt_pass.outputs
     b = Builder("generate")
-    for part in (prompt, step):
+    for part in (prompt_pass, token_pass):
         b.hoist(part)
-    b.adopt(prompt)
+    b.adopt(prompt_pass)
     count = b.Unsqueeze(given.num_candidates, b.ints(0))
     grid = b.Concat(count, b.Shape(ids, start=0, end=1), axis=0)
     numbers = b.Expand(b.Unsqueeze(b.Range(b.int(0), given.num_candidates, b.int(1)), b.ints(1)), grid)
@@ -109,12 +110,12 @@ def generate_graph(prompt: ir.Graph, step: ir.Graph, config: NetworkConfig, pad_
     no_ids, no_values = (b.Expand(zero, nothing) for zero in (b.int(0), b.float(0)))
     head = b.ints(config.num_kv_heads, 0, config.size_of_head)
     own = b.Expand(b.float(0), b.Concat(grid, head, axis=0))
-    rows = Rows(tokens, log_probs, yes, numbers)
+    rows = RunningRows(tokens, log_probs, yes, numbers)
     tables = Tables(no_ids, no_values, no_values, b.Expand(b.int(0), grid), yes, no, b.int(0))
     carried = [*rows, *tables, *[own] * (2 * config.num_layers)]
     some = b.Greater(given.max_new_tokens, b.int(0))
-    body = _body(given, step, mask, stream, cache, config, pad_token)
-    _own_integer_weights(body)
+    body = _body(given, token_pass, mask, stream, cache, config, pad_token)
+    own_integer_weights(body)
     outputs = b.loop(given.max_new_tokens, some, carried, body)
     results = _results(b, given, Tables(*outputs[len(rows) :][: len(tables)]))
     for name, value in results.items():
@@ -124,27 +125,9 @@ def generate_graph(prompt: ir.Graph, step: ir.Graph, config: NetworkConfig, pad_
     )
 
 
-def _own_integer_weights(body: ir.Graph) -> None:
-    """Give the loop's 8-bit products weights of its own: the same bytes of the weights file under another name.
-
-    On x64 processors without VNNI, 8-bit sums of signed weights overflow, so ONNX Runtime makes the weights unsigned
-    there, but only those of the graph that holds the product. With the weights of the graph around the loop, the sums
-    would silently be wrong.
-    """
-    own: dict[ir.Value, ir.Value] = {}
-    for node in body:
-        weight = node.inputs[1] if node.op_type == "MatMulInteger" else None
-        if weight is None or weight.const_value is None:
-            continue
-        if weight not in own:
-            own[weight] = ir.val(f"{weight.name}/loop", weight.dtype, weight.shape, const_value=weight.const_value)
-            body.register_initializer(own[weight])
-        node.replace_input_with(1, own[weight])
-
-
 def _body(
-    given: Options,
-    step: ir.Graph,
+    given: LoopInputs,
+    token_pass: ir.Graph,
     mask: ir.Value,
     stream: ir.Value,
     prompt_cache: list[ir.Value],
@@ -152,13 +135,13 @@ def _body(
     pad_token: int,
 ) -> ir.Graph:
     """Each running candidate's token is read and rated, and the next one is drawn; the weakest may be dropped."""
-    b = Builder("step")
-    iteration, go = ir.val("step", INT, []), ir.val("step/go", BOOL, [])
+    b = Builder("token")
+    iteration, go = ir.val("iteration", INT, []), ir.val("iteration/go", BOOL, [])
     rows, tables, own = _rows(), _tables(), _own(config)
     inputs = [iteration, go, *rows, *tables, *own]
 
     compacted, fewer, index = _compact(b, rows)
-    scores, logits, *grown = _network(b, step, compacted.tokens, mask, prompt_cache, own, (fewer, index))
+    scores, logits, *grown = _network(b, token_pass, compacted.tokens, mask, prompt_cache, own, (fewer, index))
     tokens, log_probs, running, numbers = compacted
     done = b.Add(iteration, b.int(1))
     uniform = b.call(random_uniform, stream, done, numbers)
@@ -183,11 +166,11 @@ def _body(
     pruned = b.Or(tables.pruned, b.Greater(dropped, b.int(0)))
     running = b.And(running, stays)
     tables = tables._replace(kept=kept, pruned=pruned)
-    rows = Rows(b.Where(running, drawn, pad), drawn_log_probs, running, b.Identity(numbers))
+    rows = RunningRows(b.Where(running, drawn, pad), drawn_log_probs, running, b.Identity(numbers))
     return b.body(inputs, [_any(b, running), *rows, *tables, *grown])
 
 
-def _compact(b: Builder, rows: Rows) -> tuple[Rows, ir.Value, ir.Value]:
+def _compact(b: Builder, rows: RunningRows) -> tuple[RunningRows, ir.Value, ir.Value]:
     """Only as many rows as the prompt with the most running candidates needs, their order kept.
 
     Also whether that is fewer than there were, and which rows of (n, B) flattened these are.
@@ -204,24 +187,24 @@ def _compact(b: Builder, rows: Rows) -> tuple[Rows, ir.Value, ir.Value]:
     runs = b.Greater(b.GatherElements(running, index, axis=0), b.float(0))
     columns = b.Range(b.int(0), b.Squeeze(batch, b.ints(0)), b.int(1))
     flat = b.Add(b.Mul(index, batch), columns)
-    return Rows(tokens, log_probs, runs, numbers), fewer, flat
+    return RunningRows(tokens, log_probs, runs, numbers), fewer, flat
 
 
 def _network(
     b: Builder,
-    step: ir.Graph,
+    token_pass: ir.Graph,
     tokens: ir.Value,
     mask: ir.Value,
     prompt_cache: list[ir.Value],
     own: list[ir.Value],
     kept_rows: tuple[ir.Value, ir.Value],
 ) -> list[ir.Value]:
-    """The traced step; where it appends to the candidates' cache, it first takes the rows that are left."""
+    """The traced pass; where it appends to the candidates' cache, it first takes the rows that are left."""
     cache = [x for i in range(0, len(own), 2) for x in (*prompt_cache[i : i + 2], *own[i : i + 2])]
-    for parameter, value in zip(list(step.inputs), (tokens, mask, *cache), strict=True):
+    for parameter, value in zip(list(token_pass.inputs), (tokens, mask, *cache), strict=True):
         parameter.replace_all_uses_with(value)
-    outputs = list(step.outputs)
-    b.adopt(step)
+    outputs = list(token_pass.outputs)
+    b.adopt(token_pass)
     for i, node in enumerate(b.nodes):
         if node.op_type == "Concat" and node.inputs[0] in own:
             b.nodes[i] = _joined(node, kept_rows)
@@ -254,15 +237,15 @@ def _joined(node: ir.Node, kept_rows: tuple[ir.Value, ir.Value]) -> ir.Node:
 
 
 def _append(b: Builder, table: ir.Value, new: ir.Value, numbers: ir.Value, fill: ir.Value) -> ir.Value:
-    """One step's entries (n, B) to the end of a table (N, B, T)."""
+    """One iteration's entries (n, B) to the end of a table (N, B, T)."""
     blank = b.Expand(fill, b.Shape(table, start=0, end=2))
     entries = b.ScatterElements(blank, numbers, new, axis=0)
     joined: ir.Value = b.Concat(table, b.Unsqueeze(entries, b.ints(2)), axis=2)
     return joined
 
 
-def _prune(b: Builder, given: Options, done: ir.Value, tables: Tables) -> ir.Value:
-    """Which candidates (N, B) stay in the race after `done` steps, ended ones included.
+def _prune(b: Builder, given: LoopInputs, done: ir.Value, tables: Tables) -> ir.Value:
+    """Which candidates (N, B) stay in the race after `done` tokens, ended ones included.
 
     Speculative rejection (Sun et al., 2024), with the scorer's own running score.
     """
@@ -279,14 +262,14 @@ def _prune(b: Builder, given: Options, done: ir.Value, tables: Tables) -> ir.Val
     return chosen
 
 
-def _keep_best(b: Builder, given: Options, tables: Tables) -> ir.Value:
+def _keep_best(b: Builder, given: LoopInputs, tables: Tables) -> ir.Value:
     """(N, B) bool: the best `prune_keep` of those in the race, rounded up."""
-    found = _aggregate(b, given, tables, _mask(b, tables))
+    scores = _aggregate(b, given, tables, _mask(b, tables))
     low = b.float(-np.inf)
-    found = b.Where(b.And(tables.kept, b.Not(b.IsNaN(found))), found, low)
-    _, order = b.TopK(found, b.Shape(found, start=0, end=1), axis=0, _outputs=2)
+    scores = b.Where(b.And(tables.kept, b.Not(b.IsNaN(scores))), scores, low)
+    _, order = b.TopK(scores, b.Shape(scores, start=0, end=1), axis=0, _outputs=2)
     ranks = b.Unsqueeze(b.Range(b.int(0), given.num_candidates, b.int(1)), b.ints(1))
-    place = b.ScatterElements(order, order, b.Expand(ranks, b.Shape(found)), axis=0)
+    place = b.ScatterElements(order, order, b.Expand(ranks, b.Shape(scores)), axis=0)
     in_race = b.ReduceSum(b.Cast(tables.kept, to=FLOAT), b.ints(0), keepdims=1)
     # The fraction of a whole number may come out a little above it.
     limit = b.Ceil(b.Sub(b.Mul(in_race, given.prune_keep), b.float(1e-4)))
@@ -301,23 +284,23 @@ def _mask(b: Builder, tables: Tables) -> ir.Value:
     return mask
 
 
-def _aggregate(b: Builder, given: Options, tables: Tables, mask: ir.Value) -> ir.Value:
+def _aggregate(b: Builder, given: LoopInputs, tables: Tables, mask: ir.Value) -> ir.Value:
     """Candidate scores (N, B) of the tables."""
     at_step = b.Or(b.Equal(tables.sequences, given.step_token), b.Less(given.step_token, b.int(0)))
-    found: ir.Value = b.call(aggregate, tables.scores, mask, b.Cast(at_step, to=INT), given.aggregation)
-    return found
+    scores: ir.Value = b.call(aggregate, tables.scores, mask, b.Cast(at_step, to=INT), given.aggregation)
+    return scores
 
 
-def _stops(b: Builder, given: Options, tokens: ir.Value) -> ir.Value:
+def _stops(b: Builder, given: LoopInputs, tokens: ir.Value) -> ir.Value:
     """Whether each token (...) ends its candidate."""
     # -1 is no token: the list is never empty.
     stops = b.Concat(given.stop_tokens, b.ints(-1), axis=0)
     equal = b.Cast(b.Equal(b.Unsqueeze(tokens, b.ints(-1)), stops), to=FLOAT)
-    found: ir.Value = b.Greater(b.ReduceMax(equal, b.ints(-1), keepdims=0), b.float(0))
-    return found
+    is_stop: ir.Value = b.Greater(b.ReduceMax(equal, b.ints(-1), keepdims=0), b.float(0))
+    return is_stop
 
 
-def _results(b: Builder, given: Options, tables: Tables) -> dict[str, ir.Value]:
+def _results(b: Builder, given: LoopInputs, tables: Tables) -> dict[str, ir.Value]:
     """The graph's outputs."""
     mask = _mask(b, tables)
     ended = b.Mul(b.Cast(_stops(b, given, tables.sequences), to=INT), mask)
@@ -344,13 +327,13 @@ def _results(b: Builder, given: Options, tables: Tables) -> dict[str, ir.Value]:
 
 def _any(b: Builder, values: ir.Value) -> ir.Value:
     """Whether any of them is true: a bool scalar."""
-    found: ir.Value = b.Greater(b.ReduceMax(b.Cast(values, to=FLOAT), keepdims=0), b.float(0))
-    return found
+    any_true: ir.Value = b.Greater(b.ReduceMax(b.Cast(values, to=FLOAT), keepdims=0), b.float(0))
+    return any_true
 
 
-def _rows() -> Rows:
+def _rows() -> RunningRows:
     kinds = {"log_probs": FLOAT, "running": BOOL}
-    return Rows(*(ir.val(f"rows/{name}", kinds.get(name, INT), ROWS) for name in Rows._fields))
+    return RunningRows(*(ir.val(f"rows/{name}", kinds.get(name, INT), ROWS) for name in RunningRows._fields))
 
 
 def _tables() -> Tables:

@@ -12,10 +12,10 @@ from ..precision.products import VocabularyHead
 from .attention import allowed, attend, attend_own, attend_prompt, shared_keys, shared_values
 from .layers import Layer, Trunk, additive
 
-__all__ = ["PromptGraph", "StepGraph"]
+__all__ = ["PromptPass", "TokenPass"]
 
 
-class PromptGraph(nn.Module):
+class PromptPass(nn.Module):
     """Prompts -> logits of the first token, and the keys and values that every candidate will read."""
 
     def __init__(self, trunk: Trunk, head: VocabularyHead) -> None:
@@ -59,7 +59,7 @@ class PromptGraph(nn.Module):
         return self.head(trunk.final_norm(x)), *cache
 
 
-class StepGraph(nn.Module):
+class TokenPass(nn.Module):
     """The newest token of every candidate -> its score, the logits of the next one, and the grown cache."""
 
     def __init__(self, trunk: Trunk, head: VocabularyHead) -> None:
@@ -67,12 +67,12 @@ class StepGraph(nn.Module):
         self.trunk, self.head = trunk, head
 
     def forward(self, tokens: Tensor, attention_mask: Tensor, *cache: Tensor) -> tuple[Tensor, ...]:
-        """One step.
+        """One token of every candidate.
 
         Args:
             tokens: (N, B) int64.
             attention_mask: of the prompts, (B, P) int64.
-            cache: for each layer keys and values of the prompts, as `PromptGraph` gave them, and then of the
+            cache: for each layer keys and values of the prompts, as `PromptPass` gave them, and then of the
                 candidates, (N, B, G, T, K) each; T may be 0.
 
         Returns:
@@ -114,7 +114,7 @@ class StepGraph(nn.Module):
 def _window(
     window: int | None, attention_mask: Tensor, position: Tensor, done: int
 ) -> tuple[Tensor | None, Tensor | None]:
-    """What a sliding window lets the step read: of the own tokens (1, 1, T + 1), of the prompts (B, 1, 1, 1, P)."""
+    """What a window lets the newest token read: of the own tokens (1, 1, T + 1), of the prompts (B, 1, 1, 1, P)."""
     if window is None:
         return None, None
     near = additive(torch.arange(done, -1, -1) < window)

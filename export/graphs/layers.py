@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 # Far below any attention logit, far above the float32 minimum: two of them can be added.
 MASKED = -1e30
-# The operator that stands where a layer begins, until `repeat.py` takes it out.
+# The operator that stands where a layer begins, until `repeat_layers.py` takes it out.
 MARK = "Layer"
 
 
@@ -93,7 +93,7 @@ class Layer(nn.Module):
 
 
 class Trunk(nn.Module):
-    """What both graphs share: the way in, the layers, the final norm and the scorer."""
+    """What all graphs share: the way in, the layers, the final norm and the scorer."""
 
     def __init__(self, model: LanguageModel | TwoHeadedNetwork, *, activation: str, label: int, fused: bool) -> None:
         super().__init__()

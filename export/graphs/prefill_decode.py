@@ -21,10 +21,10 @@ def _draw_inputs() -> list[ir.Value]:
     return [ir.val("temperature", FLOAT, []), ir.val("top_k", INT, []), ir.val("top_p", FLOAT, [])]
 
 
-def prefill_graph(prompt: ir.Graph) -> ir.Graph:
+def prefill_graph(prompt_pass: ir.Graph) -> ir.Graph:
     """The traced prompt pass and the draw of each candidate's first token."""
     b = Builder("prefill")
-    (ids, mask), (logits, *_) = prompt.inputs, prompt.outputs
+    (ids, mask), (logits, *_) = prompt_pass.inputs, prompt_pass.outputs
     count, seed, drawing = ir.val("num_candidates", INT, []), ir.val("seed", INT, []), _draw_inputs()
     rows = b.Unsqueeze(count, b.ints(0))
     numbers = b.Unsqueeze(b.Range(b.int(0), count, b.int(1)), b.ints(1))
@@ -33,29 +33,29 @@ def prefill_graph(prompt: ir.Graph) -> ir.Graph:
     uniform = b.call(random_uniform, stream, b.int(0), numbers)
     wide = b.Expand(logits, b.Concat(rows, b.Shape(logits), axis=0))
     tokens, log_probs = b.call(draw_token, wide, uniform, *drawing)
-    prompt.inputs.extend([count, seed, *drawing])
+    prompt_pass.inputs.extend([count, seed, *drawing])
     added = [
         name_value(tokens, "tokens", INT, ROWS),
         name_value(log_probs, "log_probs", FLOAT, ROWS),
         name_value(stream, "stream", INT, ["batch"]),
     ]
-    b.extend(prompt)
-    prompt.outputs[:0] = added
-    return prompt
+    b.extend(prompt_pass)
+    prompt_pass.outputs[:0] = added
+    return prompt_pass
 
 
-def decode_graph(step: ir.Graph) -> ir.Graph:
-    """The traced step and the draw of each candidate's next token."""
+def decode_graph(token_pass: ir.Graph) -> ir.Graph:
+    """The traced token pass and the draw of each candidate's next token."""
     b = Builder("decode")
-    key, logits = step.inputs[4], step.outputs[1]
+    key, logits = token_pass.inputs[4], token_pass.outputs[1]
     stream, numbers = ir.val("stream", INT, ["batch"]), ir.val("numbers", INT, ROWS)
     drawing = _draw_inputs()
-    # Token 0 came from the prompt pass, so with T own tokens in the cache this step draws token T + 1.
+    # Token 0 came from the prompt pass, so with T own tokens in the cache token T + 1 is drawn here.
     drawn = b.Add(b.Squeeze(b.Shape(key, start=3, end=4), b.ints(0)), b.int(1))
     uniform = b.call(random_uniform, stream, drawn, numbers)
     following, log_probs = b.call(draw_token, logits, uniform, *drawing)
-    step.inputs[2:2] = [stream, numbers, *drawing]
+    token_pass.inputs[2:2] = [stream, numbers, *drawing]
     added = [name_value(following, "next_tokens", INT, ROWS), name_value(log_probs, "log_probs", FLOAT, ROWS)]
-    b.extend(step)
-    step.outputs[1:1] = added
-    return step
+    b.extend(token_pass)
+    token_pass.outputs[1:1] = added
+    return token_pass

@@ -197,9 +197,9 @@ def _copies(nodes: Iterable[ir.Node], new: dict[ir.Value, ir.Value]) -> list[ir.
 
 def _tidy(graph: ir.Graph) -> None:
     """Remove what nothing reads, as the traced nodes, and do what an exporter does only with weights that it knows."""
-    for step in (
+    for graph_pass in (
         common.RemoveUnusedNodesPass(),
         common.DeduplicateInitializersPass(),
         common.CommonSubexpressionEliminationPass(),
     ):
-        step(ir.Model(graph, ir_version=IR_VERSION))
+        graph_pass(ir.Model(graph, ir_version=IR_VERSION))

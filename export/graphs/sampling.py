@@ -1,8 +1,9 @@
 """Sampling as ONNX subgraphs: a counter-based random generator in integer operators, and one draw from the logits.
 
-A random number depends on the seed, the prompt's tokens, the step and the candidate's number, and on nothing else: the
-same tokens come out in every runtime, for any batch that a prompt sits in, and N = 8 gives the first 8 candidates of
-N = 16. Counters are mixed with the finalizer of MurmurHash3 (Appleby, 2011), a bijection of 32 bits.
+A random number depends on the seed, the prompt's tokens, the token's position in its candidate and the candidate's
+number, and on nothing else: the same tokens come out in every runtime, for any batch that a prompt sits in, and N = 8
+gives the first 8 candidates of N = 16. Counters are mixed with the finalizer of MurmurHash3 (Appleby, 2011), a
+bijection of 32 bits.
 """
 
 from __future__ import annotations
@@ -50,9 +51,9 @@ def prompt_stream(input_ids, attention_mask, seed):  # type: ignore[no-untyped-d
 
 
 @script(this, default_opset=opset18)
-def random_uniform(stream, step, candidates):  # type: ignore[no-untyped-def]
-    """Uniform in [0, 1): stream (B) int64, step int64 scalar, candidates (N, B) int64 -> (N, B) float32."""
-    moved = op.Mul(op.Cast(step, to=12), op.Cast(op.Constant(value_int=0x9E3779B1), to=12))
+def random_uniform(stream, position, candidates):  # type: ignore[no-untyped-def]
+    """Uniform in [0, 1): stream (B) int64, position int64 scalar, candidates (N, B) int64 -> (N, B) float32."""
+    moved = op.Mul(op.Cast(position, to=12), op.Cast(op.Constant(value_int=0x9E3779B1), to=12))
     row = mix(op.Add(op.Cast(stream, to=12), moved))
     number = op.Mul(op.Cast(candidates, to=12), op.Cast(op.Constant(value_int=0x85EBCA77), to=12))
     bits = op.BitShift(mix(op.Add(row, number)), op.Cast(op.Constant(value_int=9), to=12), direction="RIGHT")

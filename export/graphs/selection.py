@@ -50,7 +50,7 @@ def aggregate(scores, mask, step_mask, aggregation):  # type: ignore[no-untyped-
 
     real = op.Greater(mask, zero_index)
     ends = op.And(real, op.Greater(step_mask, zero_index))
-    # Positions 1..T, 0 where nothing is read: the greatest is the last.
+    # Positions 1..T, 0 where nothing is read: the maximum is the last.
     places = op.CumSum(op.Cast(op.Or(real, op.Not(real)), to=1), op.Constant(value_int=2))
     last_token = op.ReduceMax(op.Where(real, places, zero), last_axis, keepdims=1)
     last_end = op.ReduceMax(op.Where(ends, places, zero), last_axis, keepdims=1)
@@ -63,11 +63,11 @@ def aggregate(scores, mask, step_mask, aggregation):  # type: ignore[no-untyped-
 
     count = op.ReduceSum(op.Cast(read, to=1), last_axis, keepdims=0)
     mean = op.Div(op.ReduceSum(op.Where(read, scores, zero), last_axis, keepdims=0), count)
-    least = op.ReduceMin(op.Where(read, scores, high), last_axis, keepdims=0)
-    greatest = op.ReduceMax(op.Where(read, scores, low), last_axis, keepdims=0)
+    smallest = op.ReduceMin(op.Where(read, scores, high), last_axis, keepdims=0)
+    largest = op.ReduceMax(op.Where(read, scores, low), last_axis, keepdims=0)
     product = op.ReduceProd(op.Where(read, scores, one), last_axis, keepdims=0)
-    value = op.Where(op.Equal(aggregation, op.Constant(value_int=2)), least, mean)
-    value = op.Where(op.Equal(aggregation, op.Constant(value_int=3)), greatest, value)
+    value = op.Where(op.Equal(aggregation, op.Constant(value_int=2)), smallest, mean)
+    value = op.Where(op.Equal(aggregation, op.Constant(value_int=3)), largest, value)
     value = op.Where(op.Equal(aggregation, op.Constant(value_int=4)), product, value)
     spoiled = op.Cast(op.And(read, op.IsNaN(scores)), to=1)
     invalid = op.Or(op.Greater(op.ReduceMax(spoiled, last_axis, keepdims=0), zero), op.Not(op.Greater(count, zero)))

@@ -19,7 +19,7 @@ from ..precision.widen import widened
 from . import sampling, selection
 from .builder import Builder, finish, name_value
 from .generate_loop import generate_graph
-from .generate_passes import PromptGraph, StepGraph
+from .generate_passes import PromptPass, TokenPass
 from .layers import Trunk
 from .prefill_decode import decode_graph, prefill_graph
 from .rank import RankGraph
@@ -34,7 +34,7 @@ DEFAULT_OPSET = 23
 OPSETS = (18, 23)
 
 
-class _Source(NamedTuple):
+class _Traced(NamedTuple):
     """What is traced, and how."""
 
     trunk: Trunk
@@ -69,28 +69,28 @@ def _graphs(
 ) -> Iterator[tuple[str, ir.Graph]]:
     trunk = Trunk(model, activation=scoring.activation, label=scoring.label, fused=opset >= 23).eval()
     width = None if isinstance(model, LanguageModel) else trunk.config.embed_dim
-    source = _Source(trunk, opset, None if whole else Repetition(trunk))
-    yield "score", _trace_score(source, width, scoring)
-    yield "rank", _trace_rank(source, width, scoring)
+    traced = _Traced(trunk, opset, None if whole else Repetition(trunk))
+    yield "score", _trace_score(traced, width, scoring)
+    yield "rank", _trace_rank(traced, width, scoring)
     if isinstance(model, LanguageModel) and model.config.vocabulary_head:
         head = VocabularyHead(model)
-        prompt, step = _trace_prompt(source, head), _trace_step(source, head)
-        ours = widened(prompt.clone(), ir.DataType.FLOAT16), widened(step.clone(), ir.DataType.FLOAT16)
+        prompt_pass, token_pass = _trace_prompt_pass(traced, head), _trace_token_pass(traced, head)
+        ours = (widened(prompt_pass.clone(), ir.DataType.FLOAT16), widened(token_pass.clone(), ir.DataType.FLOAT16))
         yield "generate", generate_graph(*ours, trunk.config, scoring.pad_token)
-        yield "prefill", prefill_graph(prompt)
-        yield "decode", decode_graph(step)
+        yield "prefill", prefill_graph(prompt_pass)
+        yield "decode", decode_graph(token_pass)
 
 
 def _example(*shape: int, width: int | None = None) -> Tensor:
     return torch.zeros(shape, dtype=torch.int64) if width is None else torch.zeros((*shape, width))
 
 
-def _trace_score(source: _Source, width: int | None, scoring: Scoring) -> ir.Graph:
+def _trace_score(traced: _Traced, width: int | None, scoring: Scoring) -> ir.Graph:
     # Sizes that no other axis has: equal ones would be taken for the same axis, and 1 for a constant.
     examples = {"input_ids" if width is None else "inputs_embeds": _example(6, 5, width=width)}
     examples["attention_mask"] = torch.ones(6, 5, dtype=torch.int64)
     rows = ["rows", "sequence"]
-    graph = _trace(source, ScoreGraph(source.trunk), examples, [rows, rows], {"backbone": rows, "scores": rows})
+    graph = _trace(traced, ScoreGraph(traced.trunk), examples, [rows, rows], {"backbone": rows, "scores": rows})
     count = ir.val("num_candidates", ir.DataType.INT64, [])
     graph.inputs.append(count)
     b = Builder("selection")
@@ -100,7 +100,7 @@ def _trace_score(source: _Source, width: int | None, scoring: Scoring) -> ir.Gra
     return graph
 
 
-def _trace_rank(source: _Source, width: int | None, scoring: Scoring) -> ir.Graph:
+def _trace_rank(traced: _Traced, width: int | None, scoring: Scoring) -> ir.Graph:
     suffix = "ids" if width is None else "embeds"
     examples = {
         f"prompt_{suffix}": _example(2, 5, width=width),
@@ -110,37 +110,37 @@ def _trace_rank(source: _Source, width: int | None, scoring: Scoring) -> ir.Grap
     }
     prompt, candidate = ["batch", "prompt_length"], ["num_candidates", "batch", "length"]
     axes = [prompt, prompt, candidate, candidate]
-    graph = _trace(source, RankGraph(source.trunk), examples, axes, {"scores": candidate})
+    graph = _trace(traced, RankGraph(traced.trunk), examples, axes, {"scores": candidate})
     append_selection(graph, Builder("selection"), graph.outputs[0], graph.inputs[3], scoring.vote_weight)
     return graph
 
 
-def _trace_prompt(source: _Source, head: VocabularyHead) -> ir.Graph:
+def _trace_prompt_pass(traced: _Traced, head: VocabularyHead) -> ir.Graph:
     examples = {"input_ids": _example(2, 5), "attention_mask": torch.ones(2, 5, dtype=torch.int64)}
     prompt = ["batch", "prompt_length"]
     outputs: dict[str, Sequence[str | None]] = {"logits": ["batch"]}
-    outputs |= dict(_cache_axes(source.layers, own=False))
-    return _trace(source, PromptGraph(source.trunk, head), examples, [prompt, prompt], outputs)
+    outputs |= dict(_cache_axes(traced.layers, own=False))
+    return _trace(traced, PromptPass(traced.trunk, head), examples, [prompt, prompt], outputs)
 
 
-def _trace_step(source: _Source, head: VocabularyHead) -> ir.Graph:
-    config = source.trunk.config
+def _trace_token_pass(traced: _Traced, head: VocabularyHead) -> ir.Graph:
+    config = traced.trunk.config
     heads, size = config.num_kv_heads, config.size_of_head
     rows = ["num_candidates", "batch"]
     examples = {"tokens": _example(3, 2), "attention_mask": torch.ones(2, 5, dtype=torch.int64)}
     axes: list[list[str | None]] = [[*rows], ["batch", "prompt_length"]]
     shapes: dict[str, tuple[int, ...]] = {"prompt_key": (2, heads, size + 2, 6), "prompt_value": (2, heads, 6, size)}
     shapes |= dict.fromkeys(("key", "value"), (3, 2, heads, 4, size))
-    for name, names in _cache_axes(source.layers, own=True):
+    for name, names in _cache_axes(traced.layers, own=True):
         examples[name] = torch.zeros(shapes[name.split(".")[0]])
         axes.append(names)
     outputs: dict[str, Sequence[str | None]] = {"scores": rows, "logits": rows}
     outputs |= {
         f"grown_{name}": [*rows, None, "grown_length"]
-        for name, _ in _cache_axes(source.layers, own=True)
+        for name, _ in _cache_axes(traced.layers, own=True)
         if not name.startswith("prompt")
     }
-    return _trace(source, StepGraph(source.trunk, head), examples, axes, outputs)
+    return _trace(traced, TokenPass(traced.trunk, head), examples, axes, outputs)
 
 
 def _cache_axes(layers: Iterable[int], *, own: bool) -> Iterator[tuple[str, list[str | None]]]:
@@ -154,7 +154,7 @@ def _cache_axes(layers: Iterable[int], *, own: bool) -> Iterator[tuple[str, list
 
 
 def _trace(
-    source: _Source,
+    traced: _Traced,
     module: nn.Module,
     examples: dict[str, Tensor],
     axes: Sequence[Sequence[str | None]],
@@ -162,7 +162,7 @@ def _trace(
 ) -> ir.Graph:
     """Trace with the named axes dynamic; an axis without a name, or beyond `axes`, is of fixed size."""
     shapes = tuple({i: torch.export.Dim.DYNAMIC for i, name in enumerate(names) if name} for names in axes)
-    weights = {} if source.repetition is None else source.repetition.weights()
+    weights = {} if traced.repetition is None else traced.repetition.weights()
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
             Opened(module, weights).eval(),
@@ -170,7 +170,7 @@ def _trace(
             input_names=[*weights, *examples],
             output_names=list(outputs),
             dynamic_shapes=(({},) * len(weights), shapes),
-            opset_version=source.opset,
+            opset_version=traced.opset,
             dynamo=True,
             verbose=False,
         )
@@ -181,13 +181,13 @@ def _trace(
             assert value.shape is not None
             assert value.dtype is not None
             assert value.name is not None
-            found: list[int | str | ir.SymbolicDim] = [*value.shape]
-            found[: len(dimensions)] = [name or size for name, size in zip(dimensions, found, strict=False)]
-            name_value(value, value.name, value.dtype, found)
+            shape: list[int | str | ir.SymbolicDim] = [*value.shape]
+            shape[: len(dimensions)] = [name or size for name, size in zip(dimensions, shape, strict=False)]
+            name_value(value, value.name, value.dtype, shape)
     for value in [*graph.initializers.values()]:
         value.name = str(value.name).removeprefix("inner.")
-    if source.repetition is not None:
-        source.repetition.repeat(graph)
+    if traced.repetition is not None:
+        traced.repetition.repeat(graph)
     widened(graph, ir.DataType.BFLOAT16)
     _keep_fusable(graph)
     # What the tracer noted about inner values and their places in the source is of no use to a runtime.

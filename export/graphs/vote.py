@@ -23,7 +23,7 @@ from onnxscript.values import Opset
 from ...runtime.artifact.manifest import Scoring
 from .builder import DOMAIN
 
-__all__ = ["best_of_n", "elect", "share", "weighed"]
+__all__ = ["best_of_n", "elect", "share", "with_vote_weight"]
 
 # The operators' type variables are too narrow for values that onnxscript infers.
 op: Any = opset18
@@ -32,7 +32,7 @@ this: Any = Opset(DOMAIN, 1)
 
 @script(this, default_opset=opset18)
 def best_of_n(candidate_scores):  # type: ignore[no-untyped-def]
-    """The greatest: (N, B) float32 -> (B) int64."""
+    """The index of the maximum: (N, B) float32 -> (B) int64."""
     low = op.Constant(value_float=float("-inf"))
     axis = op.Constant(value_ints=[0])
     usable = op.Not(op.IsNaN(candidate_scores))
@@ -45,8 +45,8 @@ def best_of_n(candidate_scores):  # type: ignore[no-untyped-def]
     return op.Where(found, first, op.Constant(value_int=-1))
 
 
-def weighed(scoring: Scoring) -> Scoring:
-    """The rule with the weights that belong to its activation."""
+def with_vote_weight(scoring: Scoring) -> Scoring:
+    """The scoring rule with the vote weights that suit its activation."""
     return msgspec.structs.replace(scoring, vote_weight="softmax" if scoring.activation == "none" else "score")
 
 

@@ -1,4 +1,4 @@
-"""Write graphs as files whose larger weights lie in one file that all of them share."""
+"""Write graphs as files that share one file of weights."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def write_graphs(models: Iterable[tuple[str, ir.Model]], folder: Path, suffix: s
                     continue
                 array = tensor.numpy()
                 shape = ir.Shape(array.shape)
-                # The bytes themselves where they lie in order, and not a copy.
+                # The bytes themselves, without a copy where they are contiguous.
                 data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
                 digest = hashlib.sha256(data).hexdigest()
                 if digest not in places:

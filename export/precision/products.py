@@ -64,9 +64,9 @@ class Product32(_Biased):
 
 
 class Product16(_Biased):
-    """`Linear16`: products of 16 bits; `widen.py` turns them into products of float32 where those are not to be had.
+    """`Linear16`: products of 16 bits; where these are unavailable, `widen.py` turns them into products of float32.
 
-    Rows without a bound are divided by their greatest value. Their products with any weights then sum up to no more
+    Rows without a bound are divided by their largest value. Their products with any weights then sum up to no more
     than these weights do, and `Linear16` has seen to it that float16 holds that.
 
     Weights that an embedding reads too are `shared`: left as (out, in) in the file.
@@ -103,7 +103,7 @@ class Product8(_Biased):
         super().__init__(linear.bias, scale)
         self.shared = shared
         self.weight = linear.weight if shared else _fixed(linear.weight.T)
-        # Rows without a fixed range are divided by their greatest value, so a step is 1/127 of it.
+        # Rows without a fixed range are divided by their largest value, so a step is 1/127 of it.
         step = NORMED_STEP if linear.normed else 1 / 127
         self.scale = _fixed(linear.scale * (scale * step))
         self.step, self.zero = _fixed(torch.tensor(step)), _fixed(torch.tensor(128, dtype=torch.uint8))

@@ -53,7 +53,7 @@ _ROWS, _LARGE = 4096, 2**21
 # At int4 these have 8 bits, as they lose the most: on SmolLM2 that halves the divergence from float32.
 _EIGHT_OF_FOUR = ("k_proj", "v_proj", "down")
 _HALVES: dict[str, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16}
-# Half of the largest number of float16; a greatest weight below which the others may be too small for it; and what an
+# Half of the largest number of float16; a largest weight below which the others may be too small for it; and what an
 # output's weights then sum up to.
 _HALF_RANGE, _HALF_SMALL, _HALF_SUM = 2.0**15, 2.0**-8, 2.0**8
 
@@ -80,7 +80,7 @@ class Linear16(nn.Module):
         self.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
         """(out, in)."""
         self.bias = linear.bias
-        self.bounded = dtype == torch.bfloat16 or (norm is not None and _greatest(weight, norm) < _HALF_RANGE)
+        self.bounded = dtype == torch.bfloat16 or (norm is not None and _largest(weight, norm) < _HALF_RANGE)
         """Whether neither an input nor a sum of products can exceed the type."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -274,7 +274,7 @@ def _layer(linear: nn.Linear, precision: Precision, norm: nn.Module | None, outl
     return Linear8(linear, normed=norm is not None) if precision == "int8" else Linear4(linear)
 
 
-def _greatest(weight: Tensor, norm: nn.Module) -> float:
+def _largest(weight: Tensor, norm: nn.Module) -> float:
     """What no input from a norm, and no sum of its products with weights (out, in), can exceed.
 
     Before its own weights a norm gives vectors of length sqrt(in) at most: Cauchy-Schwarz.

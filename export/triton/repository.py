@@ -64,12 +64,14 @@ def check_repository(repository: Path, artifact: Path, *, overwrite: bool) -> No
     """Refuse a repository's folder before any work is done.
 
     Raises:
-        ExportError: it and the artifact's folder lie in each other, it exists and may not be replaced, or replacing it
+        ExportError: it or the artifact's folder contains the other, it exists and may not be replaced, or replacing it
             would delete what export did not write.
     """
     ours, theirs = repository.resolve(), artifact.resolve()
     if ours.is_relative_to(theirs) or theirs.is_relative_to(ours):
-        raise ExportError(f"{repository} and the artifact's folder {artifact} lie in each other; choose another folder")
+        raise ExportError(
+            f"{repository} and the artifact's folder {artifact}: one contains the other; choose another folder"
+        )
     if not repository.exists():
         return
     if not overwrite:

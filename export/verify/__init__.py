@@ -1,1 +1,1 @@
-"""The proof: ONNX Runtime beside PyTorch, and fewer bits beside float32."""
+"""Prove an export: the graphs' outputs against PyTorch's, and the choices of fewer bits against float32's."""

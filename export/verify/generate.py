@@ -1,25 +1,26 @@
-"""Prove `generate`, `prefill` and `decode` against PyTorch: every token, score and choice."""
+"""Prove `generate` against PyTorch: every token, score and choice."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from ...errors import ExportError
 from ...models.network import LanguageModel
 from ...runtime.artifact.manifest import Parity
-from ...runtime.engine.session import Session
-from ...runtime.generate.decoding import decode_all, generate_feeds
+from ...runtime.generate.decoding import generate_feeds
 from ...runtime.generate.options import CheckedOptions
 from ...runtime.generate.result import FINISH_REASONS
 from ...runtime.selection.aggregate import aggregate
+from .decode import check_decode
+from .draws import edge_width, expected_token, log_softmax, uniform
 from .parity import Array, Checker
 
-__all__ = ["check_generation", "expected_token", "uniform"]
+__all__ = ["check_generation"]
 
 # (prompts, longest prompt, candidates, new tokens): 1 on every axis.
 _SHAPES = [(1, 1, 1, 1), (1, 7, 5, 9), (3, 5, 4, 6), (2, 12, 9, 7), (1, 23, 3, 12)]
@@ -27,9 +28,6 @@ _SHAPES = [(1, 1, 1, 1), (1, 7, 5, 9), (3, 5, 4, 6), (2, 12, 9, 7), (1, 23, 3, 1
 _DRAWS = [(1.0, 0, 1.0, 0), (0.7, 5, 0.9, 2), (0.0, 0, 1.0, 0), (1.3, 0, 0.6, 3)]
 # For `bonnx verify`, in this order until one is certain: shape, temperature, how many are tried.
 _RECORDED = [((2, 4, 3, 5), 1.0, 20), ((2, 4, 3, 5), 0.0, 20), ((1, 4, 2, 2), 0.0, 40)]
-# What rounding to float32 may move the border between two tokens by, where the logits are known to the last bit.
-_ROUNDING = 2e-5
-_WORD = 2**32
 
 
 class _Run(NamedTuple):
@@ -77,7 +75,7 @@ def check_generation(checker: Checker) -> list[Parity]:
             alone = {name: _column(value, b) for name, value in run.outputs.items()}
             certain = all(_is_certain(checker, run.request, rows[n, b].draws) for n in range(run.request.n))
             certain = certain and not _is_close_race(checker, run.request, alone)
-            _check_decode(checker, run.prompts[b][run.mask[b] > 0], run.request, alone if certain else None)
+            check_decode(checker, run.prompts[b][run.mask[b] > 0], run.request, alone if certain else None)
     _record(checker)
     results = {
         "generate, tokens and scores": ("scores", scores),
@@ -124,7 +122,7 @@ def _read(checker: Checker, runs: Sequence[_Run]) -> list[dict[tuple[int, int], 
             prompt, tokens = runs[r].row(n, b)
             start = len(prompt)
             logits, same = checker.exact.logits(exact.backbone[i, start - 1 : -1], own.backbone[i, start - 1 : -1])
-            log_probs, near = (_log_softmax(x)[np.arange(len(tokens)), tokens] for x in (logits, same))
+            log_probs, near = (log_softmax(x)[np.arange(len(tokens)), tokens] for x in (logits, same))
             checker.bar.see("logits", logits, same)
             checker.bar.see("log_probs", log_probs, near)
             rows[r][n, b] = _Exact(
@@ -136,22 +134,9 @@ def _read(checker: Checker, runs: Sequence[_Run]) -> list[dict[tuple[int, int], 
 def _draws(logits: Array, request: CheckedOptions, prompt: Array, n: int) -> list[tuple[int, float]]:
     """The draws of a candidate from the logits (length, V) of its tokens."""
     wide = logits.astype(np.float64)
-    return [expected_token(row, uniform(request.seed, prompt, step, n), request) for step, row in enumerate(wide)]
-
-
-def _log_softmax(logits: Array) -> Array:
-    shifted = logits.astype(np.float64) - logits.max(1, keepdims=True)
-    result: Array = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
-    return result
-
-
-def _edge(error: float, request: CheckedOptions) -> float:
-    """How near to the border between two tokens a draw is undecided, if logits may be off by an error.
-
-    Greedy, a difference of two logits. Else a share of probability, which moves by less than the error divided by the
-    temperature.
-    """
-    return 2 * error if request.temperature == 0 else error / request.temperature + _ROUNDING
+    return [
+        expected_token(row, uniform(request.seed, prompt, position, n), request) for position, row in enumerate(wide)
+    ]
 
 
 def _is_certain(checker: Checker, request: CheckedOptions, draws: Sequence[tuple[int, float]]) -> bool:
@@ -159,7 +144,7 @@ def _is_certain(checker: Checker, request: CheckedOptions, draws: Sequence[tuple
 
     With a large vocabulary and flat probabilities, as of a model that is not trained, many are.
     """
-    edge = _edge(checker.bar.allowed("logits"), request)
+    edge = edge_width(checker.bar.allowed("logits"), request)
     return all(margin > edge for _, margin in draws)
 
 
@@ -172,10 +157,10 @@ def _is_far(checker: Checker, run: _Run, n: int, b: int) -> bool:
 
 def _check_tokens(checker: Checker, run: _Run, n: int, b: int, draws: Sequence[tuple[int, float]], what: str) -> None:
     _, tokens = run.row(n, b)
-    edge = _edge(checker.bar.allowed("logits"), run.request)
-    for step, (token, margin) in enumerate(draws):
-        if token != tokens[step] and margin > edge:
-            raise ExportError(f"{what}: token {step} is {tokens[step]}, PyTorch and the seed give {token}")
+    edge = edge_width(checker.bar.allowed("logits"), run.request)
+    for position, (token, margin) in enumerate(draws):
+        if token != tokens[position] and margin > edge:
+            raise ExportError(f"{what}: token {position} is {tokens[position]}, PyTorch and the seed give {token}")
     _check_end(run.request, what, tokens, FINISH_REASONS[run.outputs["finish_reasons"][n, b]])
 
 
@@ -205,66 +190,12 @@ def _is_close_race(checker: Checker, request: CheckedOptions, outputs: dict[str,
         return False
     close = 2 * checker.bar.allowed("scores")
     scores, lengths = outputs["scores"][:, 0], outputs["lengths"][:, 0]
-    for step in range(request.prune_every, scores.shape[1] + 1, request.prune_every):
-        reached = np.minimum(lengths, step)
-        found = np.sort(scores[np.arange(len(scores)), reached - 1])
-        if (np.diff(found) <= close).any():
+    for position in range(request.prune_every, scores.shape[1] + 1, request.prune_every):
+        reached = np.minimum(lengths, position)
+        in_order = np.sort(scores[np.arange(len(scores)), reached - 1])
+        if (np.diff(in_order) <= close).any():
             return True
     return False
-
-
-class _Listening:
-    """A session whose logits are kept, run by run."""
-
-    def __init__(self, session: Session) -> None:
-        self._session, self.logits = session, list[Array]()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._session, name)
-
-    def values(self, feeds: dict[str, Any], *, logits: bool = False) -> dict[str, Any]:
-        """As the session's."""
-        outputs = self._session.values(feeds, logits=True)
-        self.logits.append(outputs["logits"].numpy())
-        return outputs
-
-
-def _check_decode(checker: Checker, prompt: Array, request: CheckedOptions, outputs: dict[str, Array] | None) -> None:
-    """The host's loop over `prefill` and `decode`, for a prompt that stands alone.
-
-    Every token is the one that the seed gives for the graphs' own logits, at any precision. Where rounding decides no
-    draw, the candidates are those of `generate`, its `outputs`.
-    """
-    heard = {name: _Listening(checker.session(name)) for name in ("prefill", "decode")}
-    *_, last = decode_all(heard.__getitem__, prompt, request, None, None)  # type: ignore[arg-type]
-    for n, step, logits in _heard(heard["prefill"].logits, heard["decode"].logits, last.lengths):
-        given, what = int(last.tokens[n, step]), f"decode, candidate {n}, token {step}"
-        token, margin = expected_token(logits, uniform(request.seed, prompt, step, n), request)
-        if token != given and margin > _edge(0.0, request):
-            raise ExportError(f"{what} is {given}; its logits and the seed give {token}")
-        log_prob = _log_softmax(logits[None])[0, given]
-        size = float(np.abs(logits).max())
-        checker.compare(f"{what}, log-probability", last.log_probs[n, step], np.asarray(log_prob), size)
-    if outputs is None:
-        return
-    lengths = outputs["lengths"][:, 0]
-    if not np.array_equal(last.lengths, lengths) or not np.array_equal(last.reasons, outputs["finish_reasons"][:, 0]):
-        raise ExportError(f"decode ended candidates after {last.lengths} tokens, generate after {lengths}")
-    for n, length in enumerate(lengths):
-        if not np.array_equal(last.tokens[n, :length], outputs["sequences"][n, 0, :length]):
-            raise ExportError(f"decode gave {last.tokens[n, :length]}, generate {outputs['sequences'][n, 0, :length]}")
-        checker.near("scores", "decode, scores", last.scores[n, :length], outputs["scores"][n, 0, :length])
-
-
-def _heard(first: Sequence[Array], others: Sequence[Array], lengths: Array) -> Iterator[tuple[int, int, Array]]:
-    """Each candidate and step with the logits (V,) float64 that its token was drawn from."""
-    for step in range(int(lengths.max())):
-        # One prefill for all; then a row for each candidate that has the token before.
-        rows = np.flatnonzero(lengths >= step)
-        for row, n in enumerate(rows):
-            if lengths[n] > step:
-                logits = first[0][0] if step == 0 else others[step - 1][row, 0]
-                yield int(n), step, logits.astype(np.float64)
 
 
 def _record(checker: Checker) -> None:
@@ -279,54 +210,3 @@ def _record(checker: Checker) -> None:
             if all(_is_far(checker, run, n, b) for n, b in np.ndindex(run.outputs["lengths"].shape)):
                 checker.record("generate/1", generate_feeds(*run[:3], None), run.outputs)
                 return
-
-
-def uniform(seed: int, prompt: Array, step: int, candidate: int) -> float:
-    """The number in [0, 1) that decides a token: what `sampling.py` does, in Python's own integers."""
-    start = _mix(_mix((seed // _WORD + 0x9E3779B9) % _WORD) ^ (seed % _WORD))
-    total = sum(_mix((int(token) + _mix(i + 1)) % _WORD) for i, token in enumerate(prompt)) % _WORD
-    row = _mix((_mix(total ^ start) + step * 0x9E3779B1) % _WORD)
-    return (_mix((row + candidate * 0x85EBCA77) % _WORD) >> 9) / 2**23
-
-
-def _mix(x: int) -> int:
-    """MurmurHash3's finalizer (Appleby, 2011)."""
-    x ^= x >> 16
-    x = x * 0x85EBCA6B % _WORD
-    x ^= x >> 13
-    x = x * 0xC2B2AE35 % _WORD
-    return x ^ x >> 16
-
-
-def expected_token(logits: Array, point: float, request: CheckedOptions) -> tuple[int, float]:
-    """The token of one row of logits (V,) float64, and how far the draw is from another one's share."""
-    order = np.argsort(-logits, kind="stable")
-    if request.temperature == 0:
-        gap = logits[order[0]] - logits[order[1]] if len(order) > 1 else 1.0
-        return int(order[0]), float(gap)
-    scaled = logits / np.float64(np.float32(request.temperature))
-    likely = np.exp(scaled - scaled.max())
-    likely /= likely.sum()
-    edge = 1.0
-    if request.top_k or request.top_p < 1:
-        if request.top_k and request.top_k < len(order):
-            # Which token is the k-th may itself be a close thing.
-            edge = float(np.min(likely[order[request.top_k - 1]] - likely[order[request.top_k]]))
-            order = order[: request.top_k]
-        likely = likely[order] / (likely[order].sum() if request.top_k else 1.0)
-        before = np.cumsum(likely) - likely
-        kept = before < np.float32(request.top_p)
-        if request.top_p < 1:
-            edge = min(edge, float(np.abs(before[1:] - np.float32(request.top_p)).min(initial=1.0)))
-        order, likely = order[kept], likely[kept]
-    else:
-        order = np.arange(len(logits))
-    sums = np.cumsum(likely)
-    target = point * sums[-1]
-    place = min(int((sums <= target).sum()), len(order) - 1)
-    if request.top_k or request.top_p < 1:
-        # The shares lie in order: two that are nearly equal may change places, wherever the draw falls within them.
-        # A logit's error moves each of the two, hence the half.
-        gaps = np.abs(np.diff(scaled[order[max(0, place - 1) : place + 2]]))
-        edge = min(edge, float(gaps.min(initial=2.0)) / 2)
-    return int(order[place]), min(edge, float(np.abs(sums - target).min()))

@@ -1,4 +1,4 @@
-"""Questions with answers of every quality, for ranking models whose user gave no prompts of his own."""
+"""Questions with answers of every quality, to measure ranking models for which no prompts were given."""
 
 from __future__ import annotations
 

@@ -150,7 +150,9 @@ def revise(folder: Path, *, steps: int = 600, rows: int = 64, seed: int = 0, sav
 def main() -> None:
     """The command line of the recipe."""
     parser = argparse.ArgumentParser(description="Fine-tune the Countdown model to revise its attempts.")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="folder; a run that is in it goes on")
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, help="folder to write; a run that it holds is resumed"
+    )
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--rows", type=int, default=64, help="batch size")
     parser.add_argument("--seed", type=int, default=0)

@@ -1,4 +1,4 @@
-"""A training run that may be stopped at any time and goes on where it was: phases, optimizer and state on disk."""
+"""A training run that can be stopped at any time and resumed: phases, optimizer and state on disk."""
 
 from __future__ import annotations
 

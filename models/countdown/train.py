@@ -9,7 +9,7 @@
    rank completions from elsewhere too, and a scorer that has seen only its own model's may like what that never writes.
 
 For another task, replace `solved_batch` (solved examples) and `label` (the checker). Every step draws its data from
-(seed, step), so a run that was stopped goes on as if it had not been, and two runs with one seed are the same.
+(seed, step), so a run that was stopped resumes as if it had not been, and two runs with one seed are the same.
 `--size small` is a network with a fourteenth of the parameters. With `--labels outcome` the scorer is told only whether
 the whole completion is right, not which steps are.
 """
@@ -36,7 +36,7 @@ from .vocabulary import END, PAD, STEP, VOCABULARY, decode, encode, make_tokeniz
 
 __all__ = [
     "NETWORKS",
-    "Labels",
+    "Supervision",
     "label",
     "label_losses",
     "main",
@@ -66,7 +66,7 @@ NETWORKS = {
     ),
 }
 # What the scorer learns at the end of a step: whether that step is right, or whether the whole completion is.
-Labels: TypeAlias = Literal["process", "outcome"]
+Supervision: TypeAlias = Literal["process", "outcome"]
 
 
 def solved_batch(rng: random.Random, rows: int) -> tuple[Tensor, Tensor]:
@@ -83,7 +83,7 @@ def solved_batch(rng: random.Random, rows: int) -> tuple[Tensor, Tensor]:
     return inputs, targets
 
 
-def label(puzzle: Puzzle, completion: list[int], kind: Labels = "process") -> list[float]:
+def label(puzzle: Puzzle, completion: list[int], kind: Supervision = "process") -> list[float]:
     """What the scorer should say at each token of a completion: 0 or 1 at step tokens and at the end, else IGNORED."""
     text = decode([token for token in completion if token != PAD])
     right = check(puzzle, text)
@@ -116,7 +116,7 @@ def spoil(rng: random.Random, completion: list[int]) -> list[int]:
 
 
 def scored_batch(
-    model: LanguageModel, rng: random.Random, count: int, rows: int, spoiled: float, kind: Labels
+    model: LanguageModel, rng: random.Random, count: int, rows: int, spoiled: float, kind: Supervision
 ) -> tuple[Tensor, Tensor]:
     """The model's own completions for fresh training puzzles -> ids (rows, T) int64, labels (rows, T) float32.
 
@@ -158,7 +158,7 @@ def language_loss(model: LanguageModel, rng: random.Random, rows: int) -> Tensor
     return next_token_loss(model, *solved_batch(rng, rows))
 
 
-def scorer_loss(model: LanguageModel, rng: random.Random, rows: int, spoiled: float, kind: Labels) -> Tensor:
+def scorer_loss(model: LanguageModel, rng: random.Random, rows: int, spoiled: float, kind: Supervision) -> Tensor:
     """Mean binary loss of the scorer at the labelled places of the model's own completions."""
     # Four numbers are harder and get three rows in four.
     shares = ((3, rows // 4), (4, rows - rows // 4))
@@ -176,7 +176,7 @@ def train(
     folder: Path,
     *,
     size: str = "default",
-    labels: Labels = "process",
+    labels: Supervision = "process",
     language_steps: int = 3000,
     joint_steps: int = 1800,
     spoiled_steps: int = 600,
@@ -220,9 +220,11 @@ def train(
 def main() -> None:
     """The command line of the recipe."""
     parser = argparse.ArgumentParser(description="Train the Countdown model and its scorer.")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="folder; a run that is in it goes on")
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, help="folder to write; a run that it holds is resumed"
+    )
     parser.add_argument("--size", choices=list(NETWORKS), default="default", help="of the network")
-    parser.add_argument("--labels", choices=get_args(Labels), default="process", help="of the scorer")
+    parser.add_argument("--labels", choices=get_args(Supervision), default="process", help="of the scorer")
     parser.add_argument("--language-steps", type=int, default=3000)
     parser.add_argument("--joint-steps", type=int, default=1800)
     parser.add_argument("--spoiled-steps", type=int, default=600)

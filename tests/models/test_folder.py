@@ -15,7 +15,7 @@ import torch
 import transformers
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 
-from bonnx.export.checkpoint.source import Overrides, read_source
+from bonnx.export.checkpoint.source import Overrides, read_checkpoint
 from bonnx.models import ConfigError, load_checkpoint
 from bonnx.models.adapters import check_adapter_names
 from tests.checkpoints import make
@@ -94,7 +94,7 @@ def test_an_adapter_is_refused_and_the_advice_merges_it(reward, copy, tmp_path):
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copy(tmp_path / "adapter" / name, copy)
         with pytest.raises(ConfigError, match=rf"adapter_\w+\.\w+: an adapter .*take .*{name} out of the folder"):
-            read_source(copy, Overrides())
+            read_checkpoint(copy, Overrides())
         if name == "adapter_config.json":
             (copy / name).unlink()
     (copy / "adapter_model.safetensors").unlink()
@@ -169,11 +169,11 @@ def test_pointers_of_git_lfs_and_links_to_nothing_are_named(name, copy):
     """A chat template that is a pointer would even be a template."""
     (copy / name).write_text(POINTER)
     with pytest.raises(ConfigError, match=rf"{re.escape(name)} is a pointer of Git LFS.*git lfs pull"):
-        read_source(copy, Overrides())
+        read_checkpoint(copy, Overrides())
     (copy / name).unlink()
     (copy / name).symlink_to("../../blobs/0a0a")
     with pytest.raises(ConfigError, match=rf"{re.escape(name)} is a link to \.\./\.\./blobs/0a0a, which is not there"):
-        read_source(copy, Overrides())
+        read_checkpoint(copy, Overrides())
 
 
 def test_a_cache_of_links_is_read_and_its_root_names_the_snapshot(reward, tmp_path):
@@ -184,12 +184,12 @@ def test_a_cache_of_links_is_read_and_its_root_names_the_snapshot(reward, tmp_pa
         shutil.copy(path, blobs / str(i))
         (snapshot / path.name).symlink_to(f"../../blobs/{i}")
     assert within(last(snapshot), theirs(reward), RUNTIME)
-    assert read_source(snapshot, Overrides()).tokenizer is not None
+    assert read_checkpoint(snapshot, Overrides()).tokenizer is not None
     with pytest.raises(ConfigError, match=r"is the hub's cache of a repository: .*pass .*models--o--n/snapshots/0a0a"):
         load_checkpoint(tmp_path / "models--o--n")
     shutil.copytree(reward, tmp_path / "run" / "checkpoint-500")
     with pytest.raises(ConfigError, match=r"not a checkpoint itself: .*pass .*run/checkpoint-500"):
-        read_source(tmp_path / "run", Overrides())
+        read_checkpoint(tmp_path / "run", Overrides())
 
 
 def test_an_adapter_that_cannot_be_merged_gets_no_advice_to_merge_it(copy):
@@ -234,7 +234,7 @@ def test_the_family_is_refused_before_anything_else(copy):
     (copy / "tokenizer.json").unlink()
     (copy / "model.safetensors").unlink()
     with pytest.raises(ConfigError, match="'model_type': 'deberta-v2' is not supported; supported are llama"):
-        read_source(copy, Overrides())
+        read_checkpoint(copy, Overrides())
     with pytest.raises(ConfigError, match="'model_type'"):
         load_checkpoint(copy)
 
@@ -268,6 +268,6 @@ def test_what_is_not_followed_is_said(copy):
             | {"sentence_transformers": {"activation_fn": "torch.nn.modules.activation.Sigmoid"}}
         )
     )
-    code, activation = read_source(copy, Overrides()).remarks
+    code, activation = read_checkpoint(copy, Overrides()).remarks
     assert "own Python code (modeling_own) is not run" in code
     assert "Sigmoid is not applied" in activation

@@ -14,7 +14,7 @@ import transformers
 
 import bonnx
 from bonnx.command import main
-from bonnx.export.checkpoint.source import Overrides, read_source
+from bonnx.export.checkpoint.source import Overrides, read_checkpoint
 from bonnx.export.checkpoint.tokenizer import read_tokenizer
 from bonnx.models import ConfigError, draw_examples, load_checkpoint, save_checkpoint, train_scorer
 from tests.checkpoints import FAMILIES, QUESTION, make, make_tokenizer
@@ -201,7 +201,7 @@ def test_a_saved_checkpoint_has_the_tokens_and_the_rules_of_the_first(family, tm
     save_checkpoint(model, tmp_path / "b", metadata=metadata, tokenizer_from=tmp_path / "a")
     expected, theirs = read_tokenizer(first), transformers.AutoTokenizer.from_pretrained(first)
     for folder in (tmp_path / "a", tmp_path / "b"):
-        files, source = read_tokenizer(folder), read_source(folder, Overrides())
+        files, source = read_tokenizer(folder), read_checkpoint(folder, Overrides())
         assert files.json == expected.json
         assert (files.chat_template, files.special_tokens) == (expected.chat_template, expected.special_tokens)
         ours = tokenizers.Tokenizer.from_buffer(files.json)
@@ -238,4 +238,4 @@ def test_the_documented_example_runs(tmp_path, rng, monkeypatch, capsys):
         code = code.replace(full, quick)
     exec(code.replace("[:-1600]", "[:-16]"), {})
     assert "held-out" in capsys.readouterr().out
-    assert read_source(tmp_path / "my-scorer", Overrides()).tokenizer is not None
+    assert read_checkpoint(tmp_path / "my-scorer", Overrides()).tokenizer is not None

@@ -11,7 +11,7 @@ import pytest
 import bonnx
 from bonnx import InputError
 from bonnx.export.artifact import export_model
-from bonnx.export.checkpoint.source import read_source
+from bonnx.export.checkpoint.source import read_checkpoint
 from bonnx.models import ConfigError
 from bonnx.runtime.artifact.folder import read_verified
 from tests.checkpoints import ANSWERS, QUESTION, make, rewards
@@ -22,7 +22,7 @@ CHAT = [{"role": "user", "content": QUESTION}]
 
 
 def exported(folder, case):
-    source = read_source(folder / "checkpoint", case.overrides)
+    source = read_checkpoint(folder / "checkpoint", case.overrides)
     export_model(
         source.model,
         folder / "out",
@@ -152,10 +152,10 @@ def test_the_commands(tmp_path, rng):
 def test_what_is_refused_before_anything_is_written(tmp_path, rng):
     case = make(tmp_path / "checkpoint", "Llama", "labels", rng)
     with pytest.raises(InputError, match=r"3 labels .*say with --label"):
-        read_source(tmp_path / "checkpoint", case.overrides._replace(label=None))
+        read_checkpoint(tmp_path / "checkpoint", case.overrides._replace(label=None))
     with pytest.raises(InputError, match="--label: expected one of bad, fair, good"):
-        read_source(tmp_path / "checkpoint", case.overrides._replace(label="best"))
-    assert read_source(tmp_path / "checkpoint", case.overrides).scoring.label == 2
+        read_checkpoint(tmp_path / "checkpoint", case.overrides._replace(label="best"))
+    assert read_checkpoint(tmp_path / "checkpoint", case.overrides).scoring.label == 2
     config = json.loads((tmp_path / "checkpoint" / "config.json").read_text())
     (tmp_path / "checkpoint" / "chat_template.jinja").write_text("{% for %}")
     command = [sys.executable, str(ROOT / "export.py"), "--checkpoint", "checkpoint", "-o", "out", "--label", "good"]
@@ -166,4 +166,4 @@ def test_what_is_refused_before_anything_is_written(tmp_path, rng):
     assert not (tmp_path / "out").exists()
     (tmp_path / "checkpoint" / "config.json").write_text(json.dumps(config | {"model_type": "gemma3"}))
     with pytest.raises(ConfigError, match="'model_type'"):
-        read_source(tmp_path / "checkpoint", case.overrides)
+        read_checkpoint(tmp_path / "checkpoint", case.overrides)

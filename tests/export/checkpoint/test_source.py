@@ -11,7 +11,7 @@ import torch
 from bonnx.command import main
 from bonnx.errors import BonnxError, ExportError, InputError
 from bonnx.export.artifact import export_model
-from bonnx.export.checkpoint.source import Overrides, read_source
+from bonnx.export.checkpoint.source import Overrides, read_checkpoint
 from bonnx.models import ConfigError, save_checkpoint
 from bonnx.runtime.artifact.manifest import Scoring
 from tests.checkpoints import make
@@ -59,14 +59,14 @@ def test_label_tokens_are_texts_and_ids_have_an_option_of_their_own(causal, copy
     assert texts not in ([1, 0], [0, 1])
     with torch.no_grad():
         logits = case.model(IDS).logits[0]
-    as_texts = read_source(folder, Overrides(label_tokens=["1", "0"]))
-    as_ids = read_source(folder, Overrides(label_token_ids=[1, 0]))
+    as_texts = read_checkpoint(folder, Overrides(label_tokens=["1", "0"]))
+    as_ids = read_checkpoint(folder, Overrides(label_token_ids=[1, 0]))
     assert within(scores(as_texts), logits[:, texts], RUNTIME)
     assert within(scores(as_ids), logits[:, [1, 0]], RUNTIME)
     # Nothing says that there are steps.
     assert as_texts.scoring.aggregation == "last"
     assert as_texts.scoring.steps_from is None
-    stepwise = read_source(folder, Overrides(label_tokens=["1", "0"], step_text="\n")).scoring
+    stepwise = read_checkpoint(folder, Overrides(label_tokens=["1", "0"], step_text="\n")).scoring
     assert (stepwise.aggregation, stepwise.steps_from) == ("step_last", "--step-text")
     assert stepwise.step_token == case.tokenizer("\n", add_special_tokens=False)["input_ids"][0]
     for overrides, message in (
@@ -82,23 +82,23 @@ def test_label_tokens_are_texts_and_ids_have_an_option_of_their_own(causal, copy
         (Overrides(label_tokens=["1", "0"], label="1"), "--label: of label tokens the first is the score"),
     ):
         with pytest.raises(InputError, match=message):
-            read_source(folder, overrides)
+            read_checkpoint(folder, overrides)
     with pytest.raises(ConfigError, match="label tokens: 720 is outside the vocabulary"):
-        read_source(folder, Overrides(label_token_ids=[1, 720]))
+        read_checkpoint(folder, Overrides(label_token_ids=[1, 720]))
     (copy / "tokenizer.json").unlink()
     (copy / "tokenizer_config.json").unlink()
     with pytest.raises(InputError, match="has no tokenizer; pass --label-token-ids"):
-        read_source(copy, Overrides(label_tokens=["1", "0"]))
-    assert read_source(copy, Overrides(label_token_ids=[1, 0])).scoring.aggregation == "last"
+        read_checkpoint(copy, Overrides(label_tokens=["1", "0"]))
+    assert read_checkpoint(copy, Overrides(label_token_ids=[1, 0])).scoring.aggregation == "last"
 
 
 def test_labels_of_one_name_need_a_number(copy, tmp_path, rng):
     make(tmp_path / "labels", "Qwen2", "labels", rng)
     edit(tmp_path / "labels", id2label={"0": "same", "1": "other", "2": "same"})
     with pytest.raises(InputError, match="2 labels have the name 'same'; pass its number"):
-        read_source(tmp_path / "labels", Overrides(label="same"))
-    assert read_source(tmp_path / "labels", Overrides(label="2")).scoring.label == 2
-    assert read_source(tmp_path / "labels", Overrides(label="other")).scoring.label == 1
+        read_checkpoint(tmp_path / "labels", Overrides(label="same"))
+    assert read_checkpoint(tmp_path / "labels", Overrides(label="2")).scoring.label == 2
+    assert read_checkpoint(tmp_path / "labels", Overrides(label="other")).scoring.label == 1
 
 
 @pytest.mark.parametrize("name", ["v_head.weight", "v_head.summary.weight"])
@@ -112,17 +112,17 @@ def test_a_value_head_is_an_outcome_score_unless_something_says_steps(name, caus
     # Tied embeddings are a vocabulary head for a causal model, and for no other.
     for architectures, generates in ((["AtheneForSequenceClassification"], False), (["Qwen2ForCausalLM"], True)):
         edit(copy, architectures=architectures)
-        source = read_source(copy, Overrides())
+        source = read_checkpoint(copy, Overrides())
         assert (source.scoring.aggregation, source.scoring.activation) == ("last", "none")
         assert source.scoring.steps_from is source.scoring.step_token is None
         assert source.model.config.vocabulary_head == generates
         assert within(scores(source), raw, RUNTIME)
-    said = read_source(copy, Overrides(step_text="\n", activation="sigmoid")).scoring
+    said = read_checkpoint(copy, Overrides(step_text="\n", activation="sigmoid")).scoring
     assert (said.aggregation, said.activation, said.steps_from) == ("step_last", "sigmoid", "--step-text")
-    chosen = read_source(copy, Overrides(step_text="\n", aggregation="step_min")).scoring
+    chosen = read_checkpoint(copy, Overrides(step_text="\n", aggregation="step_min")).scoring
     assert (chosen.aggregation, chosen.activation) == ("step_min", "none")
     edit(copy, architectures=["Qwen2ForPrmModel"])
-    process = read_source(copy, Overrides())
+    process = read_checkpoint(copy, Overrides())
     assert process.scoring.aggregation == "step_last"
     assert process.scoring.activation == "sigmoid"
     assert process.scoring.steps_from == "config.json, 'architectures': Qwen2ForPrmModel"
@@ -132,9 +132,9 @@ def test_a_value_head_is_an_outcome_score_unless_something_says_steps(name, caus
     with pytest.raises(
         InputError, match=r"aggregation step_last .*ProcessRewardModel.* reads the ends of steps, but noth"
     ):
-        read_source(copy, Overrides())
-    assert read_source(copy, Overrides(step_text="\n")).scoring.aggregation == "step_last"
-    assert read_source(copy, Overrides(aggregation="last")).scoring.aggregation == "last"
+        read_checkpoint(copy, Overrides())
+    assert read_checkpoint(copy, Overrides(step_text="\n")).scoring.aggregation == "step_last"
+    assert read_checkpoint(copy, Overrides(aggregation="last")).scoring.aggregation == "last"
 
 
 def test_a_step_rule_needs_to_know_where_steps_end(causal, copy, language_model, tmp_path):
@@ -143,34 +143,34 @@ def test_a_step_rule_needs_to_know_where_steps_end(causal, copy, language_model,
     with pytest.raises(
         InputError, match=r"aggregation step_min \(--aggregation\) reads the ends of steps.*--step-text"
     ):
-        read_source(folder, labels._replace(aggregation="step_min"))
+        read_checkpoint(folder, labels._replace(aggregation="step_min"))
     for overrides, message in (
         (labels._replace(step_split="\n\n"), "--step-split: expected --step-text too"),
         (labels._replace(step_text=""), "--step-text: expected a text; got an empty one"),
     ):
         with pytest.raises(InputError, match=message):
-            read_source(folder, overrides)
+            read_checkpoint(folder, overrides)
     # Without a tokenizer there is no text whose ends could be found.
     own = tmp_path / "own"
     save_checkpoint(language_model, own)
     with pytest.raises(InputError, match="--step-text: the checkpoint has no tokenizer"):
-        read_source(own, Overrides(step_text="\n"))
+        read_checkpoint(own, Overrides(step_text="\n"))
     for scoring in ({"aggregation": "step_mean"}, {"aggregation": "step_last", "step_token": None}):
         save_checkpoint(language_model, own, metadata={"scoring": scoring})
         with pytest.raises(InputError, match=r"aggregation step_\w+ \(config\.json\) reads the ends of steps"):
-            read_source(own, Overrides())
+            read_checkpoint(own, Overrides())
     save_checkpoint(language_model, own, metadata={"scoring": {"aggregation": "step_mean", "step_token": 3}})
-    assert read_source(own, Overrides()).scoring.steps_from == "config.json, 'scoring': step_token"
+    assert read_checkpoint(own, Overrides()).scoring.steps_from == "config.json, 'scoring': step_token"
 
 
 def test_a_stated_step_text_replaces_the_config_s_token(causal, copy):
     case, _ = causal
-    source = read_source(copy, Overrides(label_tokens=["+", "-"], step_text="\n"))
+    source = read_checkpoint(copy, Overrides(label_tokens=["+", "-"], step_text="\n"))
     metadata = {"scoring": {"step_token": 5, "aggregation": "step_last"}}
     own = copy.parent / "own"
     save_checkpoint(source.model, own, metadata=metadata, tokenizer_from=copy)
-    assert read_source(own, Overrides()).scoring.step_token == 5
-    found = read_source(own, Overrides(step_text="\n")).scoring
+    assert read_checkpoint(own, Overrides()).scoring.step_token == 5
+    found = read_checkpoint(own, Overrides(step_text="\n")).scoring
     assert found.step_token == case.tokenizer("\n", add_special_tokens=False)["input_ids"][0] != 5
 
 
@@ -187,7 +187,7 @@ def test_rules_that_the_model_cannot_have(language_model, tmp_path):
     ):
         save_checkpoint(language_model, tmp_path / "own", metadata={"scoring": scoring})
         with pytest.raises(ExportError, match=message):
-            read_source(tmp_path / "own", Overrides())
+            read_checkpoint(tmp_path / "own", Overrides())
         with pytest.raises(ExportError, match=message):
             export_model(language_model, tmp_path / "out", name="x", scoring=Scoring(**scoring))
     assert not (tmp_path / "out").exists()

@@ -14,7 +14,7 @@ from onnx.reference import ReferenceEvaluator
 
 from bonnx.export.graphs.builder import Builder, finish, name_value
 from bonnx.export.graphs.sampling import FUNCTIONS, draw_token, prompt_stream, random_uniform
-from bonnx.export.verify.generate import uniform
+from bonnx.export.verify.draws import uniform
 from tests.tolerance import RUNTIME, within
 
 INT, FLOAT = ir.DataType.INT64, ir.DataType.FLOAT

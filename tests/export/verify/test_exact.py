@@ -9,8 +9,8 @@ import torch
 
 from bonnx.export.graphs.trace import trace_graphs
 from bonnx.export.precision.quantize import quantized
+from bonnx.export.verify.draws import expected_token
 from bonnx.export.verify.exact import FACTOR, Bar, Exact
-from bonnx.export.verify.generate import expected_token
 from bonnx.models import build
 from bonnx.runtime.artifact.folder import read_manifest
 from bonnx.runtime.artifact.manifest import PRECISIONS, Scoring

@@ -11,7 +11,7 @@ import torch
 
 import bonnx
 from bonnx import ArtifactError, InputError
-from bonnx.export.verify.generate import uniform
+from bonnx.export.verify.draws import uniform
 from bonnx.models import load_checkpoint
 from bonnx.models.countdown import CHECKPOINT
 from bonnx.models.countdown.vocabulary import END, encode

@@ -1,0 +1,71 @@
+"""Prove `prefill` and `decode`: the host's loop over them gives the seed's tokens, and the candidates of `generate`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from ...errors import ExportError
+from ...runtime.engine.session import Session
+from ...runtime.generate.decoding import decode_all
+from ...runtime.generate.options import CheckedOptions
+from .draws import edge_width, expected_token, log_softmax, uniform
+from .parity import Array, Checker
+
+__all__ = ["check_decode"]
+
+
+class _Recording:
+    """A session whose logits are kept, run by run."""
+
+    def __init__(self, session: Session) -> None:
+        self._session, self.logits = session, list[Array]()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._session, name)
+
+    def values(self, feeds: dict[str, Any], *, logits: bool = False) -> dict[str, Any]:
+        """As the session's."""
+        outputs = self._session.values(feeds, logits=True)
+        self.logits.append(outputs["logits"].numpy())
+        return outputs
+
+
+def check_decode(checker: Checker, prompt: Array, request: CheckedOptions, outputs: dict[str, Array] | None) -> None:
+    """The host's loop over `prefill` and `decode`, for a prompt that stands alone.
+
+    Every token is the one that the seed gives for the graphs' own logits, at any precision. Where rounding decides no
+    draw, the candidates are those of `generate`, its `outputs`.
+    """
+    recorded = {name: _Recording(checker.session(name)) for name in ("prefill", "decode")}
+    *_, last = decode_all(recorded.__getitem__, prompt, request, None, None)  # type: ignore[arg-type]
+    for n, position, logits in _logits_of(recorded["prefill"].logits, recorded["decode"].logits, last.lengths):
+        given, what = int(last.tokens[n, position]), f"decode, candidate {n}, token {position}"
+        token, margin = expected_token(logits, uniform(request.seed, prompt, position, n), request)
+        if token != given and margin > edge_width(0.0, request):
+            raise ExportError(f"{what} is {given}; its logits and the seed give {token}")
+        log_prob = log_softmax(logits[None])[0, given]
+        size = float(np.abs(logits).max())
+        checker.compare(f"{what}, log-probability", last.log_probs[n, position], np.asarray(log_prob), size)
+    if outputs is None:
+        return
+    lengths = outputs["lengths"][:, 0]
+    if not np.array_equal(last.lengths, lengths) or not np.array_equal(last.reasons, outputs["finish_reasons"][:, 0]):
+        raise ExportError(f"decode ended candidates after {last.lengths} tokens, generate after {lengths}")
+    for n, length in enumerate(lengths):
+        if not np.array_equal(last.tokens[n, :length], outputs["sequences"][n, 0, :length]):
+            raise ExportError(f"decode gave {last.tokens[n, :length]}, generate {outputs['sequences'][n, 0, :length]}")
+        checker.near("scores", "decode, scores", last.scores[n, :length], outputs["scores"][n, 0, :length])
+
+
+def _logits_of(first: Sequence[Array], others: Sequence[Array], lengths: Array) -> Iterator[tuple[int, int, Array]]:
+    """Each candidate and position with the logits (V,) float64 that its token was drawn from."""
+    for position in range(int(lengths.max())):
+        # One prefill for all; then a row for each candidate that has the token before.
+        rows = np.flatnonzero(lengths >= position)
+        for row, n in enumerate(rows):
+            if lengths[n] > position:
+                logits = first[0][0] if position == 0 else others[position - 1][row, 0]
+                yield int(n), position, logits.astype(np.float64)
