@@ -114,24 +114,28 @@ def protocol_routes(service: Service) -> fastapi.APIRouter:
     @routes.post("/models/{model}/infer", openapi_extra={"requestBody": _BODY})
     async def infer(request: Request, model: str, version: str | None = None) -> Response:
         """Run a graph."""
-        name = graph_of(model, version)
-        graph, body = artifact.graphs[name], await request.body()
-        read = lambda: _read(body, request.headers.get(_HEADER), name, service.engine)  # noqa: E731
-        asked, feeds = await service.aside(read, request, len(body))
-        known = [value.name for value in graph.outputs]
-        wanted = asked.outputs if asked.outputs else [_Wanted(output, asked.parameters) for output in known]
-        for output in wanted:
-            if output.name not in known:
-                raise ApiError(400, f"outputs: there is no '{output.name:.80}', only {', '.join(known)}")
-        if len({output.name for output in wanted}) < len(wanted):
-            raise ApiError(400, "outputs: one is there twice; expected each once")
-        shape = check_feeds(name, feeds, service.engine)
-        names = [output.name for output in wanted]
-        found = await service.call(request, name, lambda stop: _run(service, name, feeds, names, stop), shape)
-        write = lambda: _written(model, asked, wanted, found)  # noqa: E731
-        return await service.aside(write, request, sum(array.size for array in found))
+        return await _infer(service, request, model, graph_of(model, version))
 
     return routes
+
+
+async def _infer(service: Service, request: Request, model: str, name: str) -> Response:
+    """Run the graph `name` on the request's tensors."""
+    graph, body = service.engine.manifest.graphs[name], await request.body()
+    read = lambda: _read(body, request.headers.get(_HEADER), name, service.engine)  # noqa: E731
+    asked, feeds = await service.aside(read, request, len(body))
+    known = [value.name for value in graph.outputs]
+    wanted = asked.outputs if asked.outputs else [_Wanted(output, asked.parameters) for output in known]
+    for output in wanted:
+        if output.name not in known:
+            raise ApiError(400, f"outputs: there is no '{output.name:.80}', only {', '.join(known)}")
+    if len({output.name for output in wanted}) < len(wanted):
+        raise ApiError(400, "outputs: one is there twice; expected each once")
+    shape = check_feeds(name, feeds, service.engine)
+    names = [output.name for output in wanted]
+    found = await service.call(request, name, lambda stop: _run(service, name, feeds, names, stop), shape)
+    write = lambda: _written(model, asked, wanted, found)  # noqa: E731
+    return await service.aside(write, request, sum(array.size for array in found))
 
 
 def _run(service: Service, name: str, feeds: dict[str, Array], outputs: list[str], stop: Stop) -> Sequence[Array]:
