@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ...models.config import NetworkConfig
-from ..precision.loop_weights import own_integer_weights
+from .loop_weights import own_integer_weights
 from .builder import Builder, name_value
 from .sampling import draw_token, prompt_stream, random_uniform
 from .selection import aggregate

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +33,7 @@ def write_graphs(models: Iterable[tuple[str, ir.Model]], folder: Path, suffix: s
     graphs, places = {}, dict[str, tuple[int, int]]()
     with (folder / "onnx" / WEIGHTS).open("wb") as weights:
         for name, model in models:
-            for value in _initializers(model):
+            for value in model.graph.initializers.values():
                 tensor = value.const_value
                 assert tensor is not None
                 if tensor.nbytes < _EXTERNAL_FROM:
@@ -59,12 +59,6 @@ def write_graphs(models: Iterable[tuple[str, ir.Model]], folder: Path, suffix: s
             # Freed before the next one is traced.
             del model
     return graphs
-
-
-def _initializers(model: ir.Model) -> Iterator[ir.Value]:
-    """Those of the graph and of the graphs inside it."""
-    for graph in (model.graph, *model.graph.subgraphs()):
-        yield from graph.initializers.values()
 
 
 def _value(value: ir.Value) -> Value:
