@@ -1,4 +1,4 @@
-"""What pyproject.toml cannot say: the README for the package index, with links that need no checkout."""
+"""The README for the package index, where links to files of the repository lead nowhere. The rest: pyproject.toml."""
 
 import re
 from pathlib import Path
@@ -6,16 +6,21 @@ from pathlib import Path
 from setuptools import setup
 
 ROOT = Path(__file__).parent
-SOURCE = re.search(r'^Source = "(.+)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)[1]
+# The address of the repository, once pyproject.toml has one.
+SOURCE = re.search(r'^Source = "(.+)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
 
 
-def absolute(match: re.Match[str]) -> str:
-    """A link of Markdown, `](docs/search.md)`, from the root of the repository to its public address."""
-    target = match[1]
-    view = "raw" if target.endswith((".png", ".svg")) else "blob"
-    return f"]({SOURCE}/{view}/main/{target})"
+def outward(match: re.Match[str]) -> str:
+    """A link of Markdown to a file, with the file's public address; without one its text alone, and no picture."""
+    picture, text, target = match.groups()
+    if SOURCE is None:
+        return "" if picture else text
+    view = "raw" if picture else "blob"
+    return f"{picture}[{text}]({SOURCE[1]}/{view}/main/{target})"
 
 
 # Neither an address, https://..., nor a place in the page itself, #...
-readme = re.sub(r"\]\((?!https?:|#)([^)\s]+)\)", absolute, (ROOT / "README.md").read_text(encoding="utf-8"))
+readme = re.sub(
+    r"(!?)\[([^\]]*)\]\((?!https?:|#)([^)\s]+)\)", outward, (ROOT / "README.md").read_text(encoding="utf-8")
+)
 setup(long_description=readme, long_description_content_type="text/markdown")

@@ -16,8 +16,8 @@ import numpy as np
 import onnx_ir as ir
 
 from ...models.config import NetworkConfig
-from .loop_weights import own_integer_weights
 from .builder import Builder, name_value
+from .loop_weights import own_integer_weights
 from .sampling import draw_token, prompt_stream, random_uniform
 from .selection import aggregate
 from .vote import best_of_n
