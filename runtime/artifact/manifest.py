@@ -13,6 +13,7 @@ __all__ = [
     "PRECISIONS",
     "SCHEMA_VERSION",
     "VOTES",
+    "Aggregation",
     "Agreement",
     "File",
     "Graph",

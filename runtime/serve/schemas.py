@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, FailFast, Field, PlainValidator, mod
 from pydantic_core import PydanticCustomError
 
 from ...errors import near_miss
+from ..artifact.manifest import Aggregation
 from ..generate.options import option_help
 
 __all__ = ["BestOfN", "Message", "Rerank", "Score", "explain"]
@@ -69,9 +70,6 @@ Embeddings: TypeAlias = Annotated[list[Annotated[list[float], _FIRST]], _FIRST]
 Prompt: TypeAlias = Text | Messages | Tokens | Embeddings
 Candidate: TypeAlias = Text | Texts | Messages | Tokens | Embeddings
 Answer: TypeAlias = str | Annotated[int, Field(ge=-(2**63), lt=2**63)] | None
-Aggregation: TypeAlias = Literal[
-    "last", "mean", "min", "max", "prod", "step_last", "step_mean", "step_min", "step_max", "step_prod"
-]
 
 
 class Document(BaseModel):
