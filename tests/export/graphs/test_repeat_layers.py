@@ -94,7 +94,13 @@ def _differences(found, expected, rng):
     return different
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+# Those that take a minute and a half, and show little that the others do not.
+SLOW = {"opset 18, windows", "bf16"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in NETWORKS]
+)
 def test_the_graphs_are_those_of_a_full_trace(name, rng):
     opset, precision, options = NETWORKS[name]
     # Fresh biases and norms equal each other: an exporter merges them, which no other layer may notice.
@@ -107,8 +113,10 @@ def test_the_graphs_are_those_of_a_full_trace(name, rng):
 
 @pytest.mark.parametrize(
     ("precision", "layers", "windows"),
-    [("fp16", 4, {"sliding_window": 3, "sliding_layers": [1]}), ("int8", 3, {})],
-    ids=["fp16", "int8"],
+    [
+        pytest.param("fp16", 4, {"sliding_window": 3, "sliding_layers": [1]}, marks=pytest.mark.slow, id="fp16"),
+        pytest.param("int8", 3, {}, id="int8"),
+    ],
 )
 def test_generation_and_its_cache_are_those_of_a_full_trace(precision, layers, windows, rng):
     model = quantized(_language_model(num_layers=layers, **windows), precision)

@@ -78,7 +78,7 @@ BAD = [
     (b'{"prompt": [1], "candidates": [[]]}\n', "candidates[0]"),
     (b'{"prompt": {"a": 1}, "candidates": [[1]]}\n', "prompt"),
     (b'{"prompt": [1, [2]], "candidates": [[1]]}\n', ""),
-    (b'{"prompt": [1e400], "candidates": [[1]]}\n', "prompt"),
+    (b'{"prompt": [1e400], "candidates": [[1]]}\n', "the number 1e400 is out of range"),
     (b'{"prompt": [1], "candidates": [[1]], "best": 3}\n', "'best' already"),
     (b'{"prompt": ' + json.dumps([1] * 9000).encode() + b', "candidates": [[1]]}\n', "takes at most"),
     (b'{"prompt": [1], "candidates": [[1]], "note": "' + b"x" * 200_000 + b'"}\n', "more than 100000 bytes"),

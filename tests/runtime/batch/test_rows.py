@@ -116,8 +116,6 @@ def test_every_row_is_answered_or_said(tiny, tmp_path_factory, engine, lines, vo
 
 def test_fields_come_back_to_the_last_digit(batch):
     more = [
-        b'"x": 1e999',
-        b'"x": [-1e999, {"y": 1E400}]',
         b'"x": 0.1000000000000000055511151231257827, "y": -0, "z": 1.0e0',
         b'"x": 123456789012345678901234567890',
         rb'"x": "\ud800 \u0041 \/"',
@@ -129,6 +127,11 @@ def test_fields_come_back_to_the_last_digit(batch):
     assert not errors
     for line, answer in zip(lines, ranked, strict=True):
         assert answer.startswith(line[:-2] + b', "best_index": ')
+    # Numbers that no reader of JSON has room for.
+    for field in (b'"x": 1e999', b'"x": [-1e999, {"y": 1E400}]'):
+        ranked, errors = batch([dump(ROW)[:-1] + b", " + field + b" }", dump(ROW)])
+        assert len(ranked) == 1
+        assert "is out of range" in errors[1]
     numbers = b'{"prompt": [1], "candidates": [[1]], "x": ' + b"9" * 5000 + b"}"
     if hasattr(sys, "get_int_max_str_digits"):
         assert "a number of thousands of digits" in batch([numbers])[1][1]
@@ -150,7 +153,7 @@ def test_fields_come_back_to_the_last_digit(batch):
         (ROW | {"prompt": [2**63]}, "outside the vocabulary"),
         (ROW | {"candidates": [[], []]}, "none can be read"),
         (ROW | {"candidates": ["\ud800"]}, "no tokenizer"),
-        (ROW | {"candidates": [[[1.0], [2.0, 3.0]]]}, "equally many numbers"),
+        (ROW | {"candidates": [[[1.0], [2.0, 3.0]]]}, "rows of one length; got 1, 2"),
         (ROW | {"what": [[1], [2]]}, "hashable"),
         (ROW | {"what": ["a"]}, "one for each of 2 candidates"),
         (ROW | {"what": "ab"}, "'what': expected a list"),

@@ -63,7 +63,7 @@ def test_long_generations_are_cut_off(tiny):
         post = lambda more: httpx.post(f"{server.url}/v1/best-of-n", json=body | more, timeout=60)  # noqa: E731
         run, stream = pool.submit(post, {}), pool.submit(post, {"stream": True})
         until = time.monotonic() + 20
-        while not any('bonnx_waiting_requests{lane="generate"}' in line for line in metrics(server)):
+        while not any('bonnx_waiting_requests{batcher="generate"}' in line for line in metrics(server)):
             assert time.monotonic() < until
         time.sleep(0.3)
         start = time.monotonic()
