@@ -18,12 +18,12 @@ def own_integer_weights(body: ir.Graph) -> None:
     """
     b = Builder("own")
     own: dict[ir.Value, ir.Value] = {}
-    for node in body:
-        weight = node.inputs[1] if node.op_type == "MatMulInteger" else None
-        if weight is None or weight.const_value is None:
-            continue
+    for node in [node for node in body if node.op_type == "MatMulInteger"]:
+        weight = node.inputs[1]
+        assert weight is not None
         if weight not in own:
-            own[weight] = b.Reshape(weight, b.ints(*weight.const_value.shape.numpy()))
+            # To its own shape: the weight of a head that shares the embedding's is a transpose around the loop.
+            own[weight] = b.Reshape(weight, b.ints(0, 0))
         node.replace_input_with(1, own[weight])
     for value in b.initializers:
         body.register_initializer(value)

@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,10 +14,13 @@ from torch import nn
 import bonnx
 from bonnx import ExportError, InputError
 from bonnx.export.artifact import export_model
+from bonnx.export.graphs.trace import trace_graphs
 from bonnx.export.precision.quantize import Linear4, Linear8, quantized
 from bonnx.export.precision.rotate import rotate
 from bonnx.export.verify.agreement import HeldOut, measure, read_held_out
 from bonnx.models import build
+from bonnx.models.config import LanguageModelConfig, NetworkConfig
+from bonnx.models.network import LanguageModel
 from bonnx.runtime.artifact.folder import read_verified
 from bonnx.runtime.artifact.manifest import Scoring
 from bonnx.runtime.engine.engine import open_engine
@@ -112,6 +116,10 @@ def test_an_int8_artifact_says_so_and_verifies(int8, tiny):
 
 def test_every_8_bit_product_has_its_weights_in_its_own_graph(int8):
     """Elsewhere ONNX Runtime does not make them unsigned on processors without VNNI, and sums overflow."""
+    # One whose head shares the embedding's weights, too.
+    network = NetworkConfig(embed_dim=16, hidden_size=16, num_layers=1, num_heads=4, num_kv_heads=2, scorer_hidden=8)
+    tied = LanguageModel(LanguageModelConfig(network=network, vocab_size=50)).eval()
+    traced = dict(trace_graphs(quantized(tied, "int8"), Scoring()))
 
     def check(graph):
         names = {tensor.name for tensor in graph.initializer}
@@ -125,6 +133,7 @@ def test_every_8_bit_product_has_its_weights_in_its_own_graph(int8):
     counts = {path.name: check(onnx.load(str(path)).graph) for path in (int8 / "onnx").glob("*.onnx")}
     assert counts["generate_int8.onnx"] == counts["prefill_int8.onnx"] + counts["decode_int8.onnx"]
     assert min(counts.values()) > 10
+    assert check(ir.to_proto(traced["generate"]).graph) > 10
 
 
 def test_integer_products_rank_as_pytorch_computes_them(int8, language_model, rng):
