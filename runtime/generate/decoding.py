@@ -15,7 +15,7 @@ import numpy as np
 from ..arrays import Array
 from ..checks import check_number
 from ..engine.session import Session
-from ..selection.aggregate import aggregate, aggregation_code, is_stepwise
+from ..selection.aggregate import aggregate_tokens, aggregation_code, is_stepwise
 from .options import CheckedOptions
 from .result import FINISH_REASONS
 
@@ -77,12 +77,7 @@ class Growing:
         return self._select(mask & (self.reasons != PRUNED)[:, None])
 
     def _select(self, mask: Array) -> tuple[Array, int]:
-        name = self.options.aggregation
-        steps = self.tokens == self.step_token if is_stepwise(name) else np.ones_like(mask)
-        plain = name.removeprefix("step_")
-        arrays = (self.scores[:, None], mask[:, None].astype(np.int64), steps[:, None].astype(np.int64))
-        found, best = aggregate(*arrays, plain)
-        return found[:, 0], int(best[0])
+        return aggregate_tokens(self.scores, mask, self.tokens, self.step_token, self.options.aggregation)
 
     def prune(self) -> None:
         """Keep the best of those in the race, ended ones included, as `generate` does."""

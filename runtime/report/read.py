@@ -103,7 +103,7 @@ class Search(msgspec.Struct, frozen=True):
         return found
 
     def range(self) -> tuple[float, float]:
-        """Least and greatest score of a token: 0 and 1 if they are probabilities."""
+        """Minimum and maximum score of a token: 0 and 1 if they are probabilities."""
         scores = [s for part in (self.candidates, self.nodes) for row in part for s in row.scores if s is not None]
         low, high = min(scores, default=0.0), max(scores, default=1.0)
         return (0.0, 1.0) if low >= 0 and high <= 1 else (low, high)

@@ -21,7 +21,7 @@ from ..arrays import Array
 from ..engine.engine import Engine
 from ..generate.decoding import DEADLINE, LENGTH, PRUNED, STOP, CachedRows, prefill
 from ..generate.options import CheckedOptions
-from ..selection.aggregate import aggregate, is_stepwise
+from ..selection.aggregate import aggregate_tokens
 from ..selection.vote import check_weight
 from .result import Cost, Node
 
@@ -241,14 +241,12 @@ class Tree:
         if not branches:
             return np.zeros(0, np.float32)
         width = max(len(branch.tokens) for branch in branches)
-        scores, mask = np.zeros((len(branches), 1, width), np.float32), np.zeros((len(branches), 1, width), np.int64)
+        scores, mask = np.zeros((len(branches), width), np.float32), np.zeros((len(branches), width), np.int64)
         tokens = np.full(mask.shape, -1)
         for i, branch in enumerate(branches):
             size = len(branch.tokens)
-            scores[i, 0, :size], mask[i, 0, :size], tokens[i, 0, :size] = branch.scores, 1, branch.tokens
-        name = self.options.aggregation
-        steps = tokens == self.step_token if is_stepwise(name) else mask
-        return aggregate(scores, mask, steps, name.removeprefix("step_"))[0][:, 0]
+            scores[i, :size], mask[i, :size], tokens[i, :size] = branch.scores, 1, branch.tokens
+        return aggregate_tokens(scores, mask, tokens, self.step_token, self.options.aggregation)[0]
 
     def _ask(self, scorer: Scorer, branch: Branch) -> float:
         ids = [*self.prompt.tolist(), *branch.tokens]

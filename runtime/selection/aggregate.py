@@ -11,7 +11,7 @@ from ..arrays import Array
 from ..artifact.manifest import AGGREGATIONS
 from ..checks import shown
 
-__all__ = ["aggregate", "aggregation_code", "best_of_n", "elect", "is_stepwise"]
+__all__ = ["aggregate", "aggregate_tokens", "aggregation_code", "best_of_n", "elect", "is_stepwise"]
 
 _READ: dict[str, Callable[[Array], float]] = {
     "last": lambda x: float(x[-1]),
@@ -61,6 +61,26 @@ def aggregate(scores: Array, mask: Array, step_mask: Array, name: str) -> tuple[
             places = np.flatnonzero(ends[n, b]) if ends[n, b].any() else np.flatnonzero(real[n, b])[-1:]
             found[n, b] = _READ[name](scores[n, b, places])
     return found, best_of_n(found)
+
+
+def aggregate_tokens(
+    scores: Array, mask: Array, tokens: Array, step_token: int | None, aggregation: str
+) -> tuple[Array, int]:
+    """Scores of the candidates of one prompt, and the best index, -1 for no winner; steps end at the step token.
+
+    Args:
+        scores: (N, T) float32.
+        mask: (N, T), above 0 where a token is real.
+        tokens: (N, T) int64.
+        step_token: ends a step, for the step forms.
+        aggregation: one of `AGGREGATIONS`, or its step form.
+
+    Returns:
+        candidate_scores (N,) float32, NaN for a candidate with no tokens, and the index.
+    """
+    steps = tokens == step_token if is_stepwise(aggregation) else mask
+    rated, best = aggregate(scores[:, None], mask[:, None], steps[:, None], aggregation.removeprefix("step_"))
+    return rated[:, 0], int(best[0])
 
 
 def best_of_n(candidate_scores: Array) -> Array:
