@@ -12,11 +12,12 @@ if not os.path.isdir(os.path.join(_here, "runtime")):
 
 __version__ = "0.1.0"
 
+from bonnx.runtime import __all__  # noqa: E402
+
 from . import runtime  # noqa: E402 - the path above comes first
-from .runtime import __all__  # noqa: E402
 
 if TYPE_CHECKING:
-    from .runtime import *  # noqa: F403
+    from bonnx.runtime import *  # noqa: F403
 
 
 def __getattr__(name: str) -> Any:

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import msgspec
 
-from ..errors import ExportError
-from ..models.config import LanguageModelConfig, NetworkConfig
-from ..models.network import LanguageModel, TwoHeadedNetwork
-from ..runtime.artifact.folder import CARD, MANIFEST, file_digest
-from ..runtime.artifact.manifest import (
+from bonnx.errors import ExportError
+from bonnx.models.config import LanguageModelConfig, NetworkConfig
+from bonnx.models.network import LanguageModel, TwoHeadedNetwork
+from bonnx.runtime.artifact.folder import CARD, MANIFEST, file_digest
+from bonnx.runtime.artifact.manifest import (
     PRECISIONS,
     SCHEMA_VERSION,
     File,
@@ -27,8 +27,9 @@ from ..runtime.artifact.manifest import (
     TextRules,
     seal,
 )
-from ..runtime.engine.engine import make_engine
-from ..runtime.engine.session import SessionOptions
+from bonnx.runtime.engine.engine import make_engine
+from bonnx.runtime.engine.session import SessionOptions
+
 from .card import model_card
 from .checkpoint.source import check_scoring
 from .checkpoint.tokenizer import TextFiles

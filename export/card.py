@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ..runtime.artifact.describe import describe_scoring, describe_text
-from ..runtime.artifact.manifest import Manifest
+from bonnx.runtime.artifact.describe import describe_scoring, describe_text
+from bonnx.runtime.artifact.manifest import Manifest
 
 __all__ = ["model_card"]
 

@@ -8,8 +8,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from ..models.countdown.puzzle import Puzzle, check, draw_puzzles
-from ..runtime.model import load
+from bonnx.models.countdown.puzzle import Puzzle, check, draw_puzzles
+from bonnx.runtime.model import load
 
 __all__ = ["demonstrate", "draw_prompts", "show"]
 

@@ -8,9 +8,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..errors import ExportError
-from ..runtime.artifact.folder import MANIFEST
-from ..runtime.artifact.unfinished import unfinished
+from bonnx.errors import ExportError
+from bonnx.runtime.artifact.folder import MANIFEST
+from bonnx.runtime.artifact.unfinished import unfinished
 
 __all__ = ["check_output", "staged"]
 

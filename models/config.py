@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from ..errors import BonnxError
+from bonnx.errors import BonnxError
 
 __all__ = ["ConfigError", "LanguageModelConfig", "NetworkConfig", "RopeScaling", "ffn_inner_size"]
 

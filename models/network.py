@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import InputError
+from bonnx.errors import InputError
+
 from .config import LanguageModelConfig, NetworkConfig, RopeScaling
 
 __all__ = [

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import InputError
+from bonnx.errors import InputError
+
 from .config import ConfigError
 from .decoding import sample
 from .network import LanguageModel, Scorer, initialize

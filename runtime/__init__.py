@@ -9,7 +9,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ..errors import ArtifactError, BonnxError, ExportError, InputError, NoWinnerError, ProviderError
+    from bonnx.errors import ArtifactError, BonnxError, ExportError, InputError, NoWinnerError, ProviderError
+
     from .artifact.manifest import AGGREGATIONS
     from .generate.result import FINISH_REASONS, Candidate, Generation
     from .model import Model, load

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import InputError
+from bonnx.errors import InputError
 
 __all__ = [
     "check_flag",

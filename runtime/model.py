@@ -6,7 +6,8 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..errors import NoWinnerError
+from bonnx.errors import NoWinnerError
+
 from .artifact.manifest import Manifest
 from .checks import check_function
 from .engine.engine import Engine, open_engine

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..errors import InputError
+from bonnx.errors import InputError
+
 from .arrays import Array
 from .checks import check_flag, check_function, check_some, is_list, shown
 from .generate.decoding import clock

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..errors import ArtifactError
+from bonnx.errors import ArtifactError
+
 from .arrays import Array
 from .artifact.folder import locate
 from .checks import check_path

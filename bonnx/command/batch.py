@@ -10,13 +10,14 @@ from typing import Any
 
 import msgspec
 
+from bonnx.runtime.artifact.manifest import VOTES
+from bonnx.runtime.batch import Summary, Task, here, run_batch
+from bonnx.runtime.batch.source import Chunk
+from bonnx.runtime.batch.worker import Result
+from bonnx.runtime.selection.aggregate import aggregation_code
+from bonnx.runtime.selection.answers import extractor
+
 from ..errors import BonnxError, InputError
-from ..runtime.artifact.manifest import VOTES
-from ..runtime.batch import Summary, Task, here, run_batch
-from ..runtime.batch.source import Chunk
-from ..runtime.batch.worker import Result
-from ..runtime.selection.aggregate import aggregation_code
-from ..runtime.selection.answers import extractor
 from . import print_json
 
 __all__ = ["configure", "run"]
@@ -135,7 +136,7 @@ def _ray(arguments: argparse.Namespace, task: Task) -> Callable[[Task, Iterable[
     try:
         import ray
 
-        from ..runtime.batch.ray_data import on_ray
+        from bonnx.runtime.batch.ray_data import on_ray
     except ModuleNotFoundError as e:
         raise InputError(f"--ray: {e.name} is not installed; run `pip install bonnx[ray]`") from e
     ray.init(address=arguments.ray_address, include_dashboard=False, log_to_driver=False)

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from importlib.machinery import PathFinder
 from typing import Any
 
-from ..runtime.engine.providers import FLAVOURS, installed_flavours
+from bonnx.runtime.engine.providers import FLAVOURS, installed_flavours
+
 from . import print_json
 
 __all__ = ["configure", "diagnose", "run"]

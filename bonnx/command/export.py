@@ -10,17 +10,18 @@ from typing import Any, get_args
 
 import msgspec
 
+from bonnx.export.artifact import export_model
+from bonnx.export.checkpoint.source import Overrides, read_checkpoint
+from bonnx.export.demo import demonstrate, draw_prompts, show
+from bonnx.export.graphs.trace import DEFAULT_OPSET, OPSETS
+from bonnx.export.staging import check_output
+from bonnx.export.triton.repository import check_repository, write_repository
+from bonnx.export.verify.agreement import HeldOut, read_held_out
+from bonnx.models.countdown import CHECKPOINT
+from bonnx.models.hub import download, parse_source
+from bonnx.runtime.artifact.manifest import PRECISIONS, Aggregation, Manifest
+
 from ..errors import InputError
-from ..export.artifact import export_model
-from ..export.checkpoint.source import Overrides, read_checkpoint
-from ..export.demo import demonstrate, draw_prompts, show
-from ..export.graphs.trace import DEFAULT_OPSET, OPSETS
-from ..export.staging import check_output
-from ..export.triton.repository import check_repository, write_repository
-from ..export.verify.agreement import HeldOut, read_held_out
-from ..models.countdown import CHECKPOINT
-from ..models.hub import download, parse_source
-from ..runtime.artifact.manifest import PRECISIONS, Aggregation, Manifest
 from . import print_json
 
 __all__ = ["configure", "run"]

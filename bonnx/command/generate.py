@@ -17,15 +17,16 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from bonnx.runtime.engine.engine import Engine, open_engine
+from bonnx.runtime.files.lines import read_prompts
+from bonnx.runtime.generate.options import DEFAULTS, GenerateOptions, option_help
+from bonnx.runtime.generate.request import options_within
+from bonnx.runtime.generate.result import Candidate, Generation
+from bonnx.runtime.model import Model
+from bonnx.runtime.report import Search, show
+from bonnx.runtime.text.reader import Item
+
 from ..errors import BonnxError, InputError, NoWinnerError
-from ..runtime.engine.engine import Engine, open_engine
-from ..runtime.files.lines import read_prompts
-from ..runtime.generate.options import DEFAULTS, GenerateOptions, option_help
-from ..runtime.generate.request import options_within
-from ..runtime.generate.result import Candidate, Generation
-from ..runtime.model import Model
-from ..runtime.report import Search, show
-from ..runtime.text.reader import Item
 from . import print_json
 from .rank import parse_prompt
 

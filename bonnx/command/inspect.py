@@ -8,8 +8,9 @@ from pathlib import Path
 
 import msgspec
 
-from ..runtime.artifact.describe import describe_scoring, describe_text, listed
-from ..runtime.artifact.folder import read_verified
+from bonnx.runtime.artifact.describe import describe_scoring, describe_text, listed
+from bonnx.runtime.artifact.folder import read_verified
+
 from . import print_json
 
 __all__ = ["configure", "run"]

@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator
 from types import FrameType
 
-from ..runtime.artifact.unfinished import discard_unfinished
+from bonnx.runtime.artifact.unfinished import discard_unfinished
 
 __all__ = ["STOPPED", "Interrupt", "interruptible"]
 

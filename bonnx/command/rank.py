@@ -6,13 +6,14 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from bonnx.runtime.artifact.manifest import VOTES
+from bonnx.runtime.files.lines import load_arrays, read_candidates
+from bonnx.runtime.files.values import to_prompt, to_value
+from bonnx.runtime.model import load
+from bonnx.runtime.rank.result import Ranking
+from bonnx.runtime.text.reader import Item
+
 from ..errors import InputError
-from ..runtime.artifact.manifest import VOTES
-from ..runtime.files.lines import load_arrays, read_candidates
-from ..runtime.files.values import to_prompt, to_value
-from ..runtime.model import load
-from ..runtime.rank.result import Ranking
-from ..runtime.text.reader import Item
 from . import print_json, print_text
 
 __all__ = ["configure", "parse_prompt", "run"]

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from rich.console import Console
 
+from bonnx.runtime.artifact.folder import replace_file
+from bonnx.runtime.report import page, read_run, show
+
 from ..errors import InputError
-from ..runtime.artifact.folder import replace_file
-from ..runtime.report import page, read_run, show
 from . import print_json
 
 __all__ = ["configure", "run"]

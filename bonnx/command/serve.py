@@ -9,11 +9,12 @@ import signal
 import sys
 from pathlib import Path
 
+from bonnx.runtime.artifact.folder import read_verified
+from bonnx.runtime.engine.engine import open_engine
+from bonnx.runtime.serve import Settings, create_app
+from bonnx.runtime.serve.server import bind_to, log_to_stderr, make_server
+
 from ..errors import InputError
-from ..runtime.artifact.folder import read_verified
-from ..runtime.engine.engine import open_engine
-from ..runtime.serve import Settings, create_app
-from ..runtime.serve.server import bind_to, log_to_stderr, make_server
 
 __all__ = ["configure", "run", "settings_of"]
 
@@ -124,7 +125,7 @@ def _here(arguments: argparse.Namespace, settings: Settings) -> int:
 
 def _on_ray(arguments: argparse.Namespace, settings: Settings) -> int:
     try:
-        from ..runtime.serve.ray_serve import Scale, deploy, run_until_told
+        from bonnx.runtime.serve.ray_serve import Scale, deploy, run_until_told
     except ModuleNotFoundError as e:
         if (e.name or "").split(".")[0] != "ray":
             raise

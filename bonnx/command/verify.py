@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from ..runtime.verification import verify
+from bonnx.runtime.verification import verify
+
 from . import print_json
 
 __all__ = ["configure", "run"]

@@ -10,14 +10,15 @@ from typing import Any, NamedTuple
 import msgspec
 import tokenizers
 
-from ...errors import ExportError, InputError
-from ...models.checkpoint import load_checkpoint, read_config
-from ...models.config import ConfigError
-from ...models.fields import check_fields
-from ...models.huggingface import is_huggingface
-from ...models.network import LanguageModel, TwoHeadedNetwork
-from ...runtime.artifact.manifest import Limits, Scoring, TextRules
-from ...runtime.selection.aggregate import is_stepwise
+from bonnx.errors import ExportError, InputError
+from bonnx.models.checkpoint import load_checkpoint, read_config
+from bonnx.models.config import ConfigError
+from bonnx.models.fields import check_fields
+from bonnx.models.huggingface import is_huggingface
+from bonnx.models.network import LanguageModel, TwoHeadedNetwork
+from bonnx.runtime.artifact.manifest import Limits, Scoring, TextRules
+from bonnx.runtime.selection.aggregate import is_stepwise
+
 from .tokenizer import TextFiles, check_vocabulary, read_tokenizer
 from .tokenizer_check import check_against_transformers
 

@@ -10,9 +10,10 @@ from typing import Any
 import msgspec
 import tokenizers
 
-from ...models.config import ConfigError
-from ...models.files import check_present
-from ...models.tokenizer_files import class_fields
+from bonnx.models.config import ConfigError
+from bonnx.models.files import check_present
+from bonnx.models.tokenizer_files import class_fields
+
 from .tokenizer_class import build_tokenizer
 
 __all__ = ["TextFiles", "check_vocabulary", "read_tokenizer"]

@@ -9,8 +9,9 @@ from typing import Any
 
 import tokenizers
 
-from ...errors import BonnxError, ExportError
-from ...runtime.text.chat import ChatTemplate
+from bonnx.errors import BonnxError, ExportError
+from bonnx.runtime.text.chat import ChatTemplate
+
 from .tokenizer import TextFiles
 
 __all__ = ["check_against_transformers"]

@@ -14,8 +14,8 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from ...models.config import ConfigError
-from ...models.families import FAMILIES
+from bonnx.models.config import ConfigError
+from bonnx.models.families import FAMILIES
 
 __all__ = ["build_tokenizer"]
 

@@ -15,7 +15,8 @@ from typing import NamedTuple
 import numpy as np
 import onnx_ir as ir
 
-from ...models.config import NetworkConfig
+from bonnx.models.config import NetworkConfig
+
 from .builder import Builder, name_value
 from .loop_weights import own_integer_weights
 from .sampling import draw_token, prompt_stream, random_uniform

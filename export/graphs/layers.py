@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...models.config import NetworkConfig
-from ...models.network import Block, LanguageModel, TwoHeadedNetwork, rotation
+from bonnx.models.config import NetworkConfig
+from bonnx.models.network import Block, LanguageModel, TwoHeadedNetwork, rotation
+
 from ..precision.products import QuantizedNorm, product
 from ..precision.quantize import Linear8
 from .builder import DOMAIN

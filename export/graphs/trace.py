@@ -12,8 +12,9 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from ...models.network import LanguageModel, TwoHeadedNetwork
-from ...runtime.artifact.manifest import Scoring
+from bonnx.models.network import LanguageModel, TwoHeadedNetwork
+from bonnx.runtime.artifact.manifest import Scoring
+
 from ..precision.products import VocabularyHead
 from ..precision.widen import widened
 from . import sampling, selection

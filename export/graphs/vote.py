@@ -20,7 +20,8 @@ import msgspec
 from onnxscript import opset18, script
 from onnxscript.values import Opset
 
-from ...runtime.artifact.manifest import Scoring
+from bonnx.runtime.artifact.manifest import Scoring
+
 from .builder import DOMAIN
 
 __all__ = ["best_of_n", "elect", "share", "with_vote_weight"]

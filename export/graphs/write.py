@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from ...runtime.artifact.folder import WEIGHTS
-from ...runtime.artifact.manifest import Graph, Value
+from bonnx.runtime.artifact.folder import WEIGHTS
+from bonnx.runtime.artifact.manifest import Graph, Value
 
 __all__ = ["write_graphs"]
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ...models.network import LanguageModel, TwoHeadedNetwork
+from bonnx.models.network import LanguageModel, TwoHeadedNetwork
 
 __all__ = ["SplitLinear", "find_outliers"]
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...models.network import LanguageModel
+from bonnx.models.network import LanguageModel
+
 from .outliers import SplitLinear
 from .quantize import BLOCK, LEAST, NORMED_STEP, Linear4, Linear8, Linear16
 

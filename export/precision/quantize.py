@@ -25,8 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...models.network import LanguageModel, TwoHeadedNetwork
-from ...runtime.artifact.manifest import Precision
+from bonnx.models.network import LanguageModel, TwoHeadedNetwork
+from bonnx.runtime.artifact.manifest import Precision
+
 from .outliers import SplitLinear, find_outliers
 from .rotate import rotate
 

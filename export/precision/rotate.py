@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ...models.network import TwoHeadedNetwork
+from bonnx.models.network import TwoHeadedNetwork
 
 __all__ = ["rotate"]
 

@@ -17,9 +17,10 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from ...runtime.artifact.folder import locate
-from ...runtime.artifact.manifest import Manifest, Scoring
-from ...runtime.selection.aggregate import aggregation_code, is_stepwise
+from bonnx.runtime.artifact.folder import locate
+from bonnx.runtime.artifact.manifest import Manifest, Scoring
+from bonnx.runtime.selection.aggregate import aggregation_code, is_stepwise
+
 from ..graphs.builder import Builder, finish, name_value
 
 __all__ = ["batched", "triton_graphs"]

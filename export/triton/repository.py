@@ -8,8 +8,9 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from ...errors import ExportError
-from ...runtime.artifact.folder import WEIGHTS, read_verified
+from bonnx.errors import ExportError
+from bonnx.runtime.artifact.folder import WEIGHTS, read_verified
+
 from ..staging import staged
 from ..verify.parity import check_structure
 from .graphs import batched, triton_graphs

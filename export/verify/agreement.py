@@ -13,18 +13,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ...errors import ExportError, InputError
-from ...models.config import LanguageModelConfig, NetworkConfig
-from ...models.network import LanguageModel, TwoHeadedNetwork
-from ...runtime.artifact.manifest import Agreement, Manifest, Scoring
-from ...runtime.engine.engine import Engine
-from ...runtime.files.lines import in_line, load_arrays, read_values
-from ...runtime.files.values import name_of, to_candidate, to_prompt
-from ...runtime.model import Model
-from ...runtime.rank.request import read_request
-from ...runtime.selection.aggregate import aggregate, best_of_n
-from ...runtime.text.padding import pad
-from ...runtime.text.reader import Item
+from bonnx.errors import ExportError, InputError
+from bonnx.models.config import LanguageModelConfig, NetworkConfig
+from bonnx.models.network import LanguageModel, TwoHeadedNetwork
+from bonnx.runtime.artifact.manifest import Agreement, Manifest, Scoring
+from bonnx.runtime.engine.engine import Engine
+from bonnx.runtime.files.lines import in_line, load_arrays, read_values
+from bonnx.runtime.files.values import name_of, to_candidate, to_prompt
+from bonnx.runtime.model import Model
+from bonnx.runtime.rank.request import read_request
+from bonnx.runtime.selection.aggregate import aggregate, best_of_n
+from bonnx.runtime.text.padding import pad
+from bonnx.runtime.text.reader import Item
+
 from .exact import score_rows
 from .questions import draw_questions
 

@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from ...errors import ExportError
-from ...runtime.engine.session import Session
-from ...runtime.generate.decoding import decode_all
-from ...runtime.generate.options import CheckedOptions
+from bonnx.errors import ExportError
+from bonnx.runtime.engine.session import Session
+from bonnx.runtime.generate.decoding import decode_all
+from bonnx.runtime.generate.options import CheckedOptions
+
 from .draws import edge_width, expected_token, log_softmax, uniform
 from .parity import Array, Checker
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from ...runtime.generate.options import CheckedOptions
+from bonnx.runtime.generate.options import CheckedOptions
+
 from .parity import Array
 
 __all__ = ["edge_width", "expected_token", "log_softmax", "uniform"]

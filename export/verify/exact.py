@@ -17,8 +17,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ...models.network import LanguageModel, TwoHeadedNetwork
-from ...runtime.artifact.manifest import Scoring
+from bonnx.models.network import LanguageModel, TwoHeadedNetwork
+from bonnx.runtime.artifact.manifest import Scoring
+
 from ..precision.quantize import Linear4, Linear8, Linear16, table
 
 __all__ = ["FACTOR", "Bar", "Exact", "Outputs", "activated", "score_rows"]

@@ -9,13 +9,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ...errors import ExportError
-from ...models.network import LanguageModel
-from ...runtime.artifact.manifest import Parity
-from ...runtime.generate.decoding import generate_feeds
-from ...runtime.generate.options import CheckedOptions
-from ...runtime.generate.result import FINISH_REASONS
-from ...runtime.selection.aggregate import aggregate
+from bonnx.errors import ExportError
+from bonnx.models.network import LanguageModel
+from bonnx.runtime.artifact.manifest import Parity
+from bonnx.runtime.generate.decoding import generate_feeds
+from bonnx.runtime.generate.options import CheckedOptions
+from bonnx.runtime.generate.result import FINISH_REASONS
+from bonnx.runtime.selection.aggregate import aggregate
+
 from .decode import check_decode
 from .draws import edge_width, expected_token, log_softmax, uniform
 from .parity import Array, Checker

@@ -13,12 +13,13 @@ import torch
 from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 
-from ...errors import ExportError
-from ...models.network import LanguageModel, TwoHeadedNetwork, select_best_of_n
-from ...runtime.artifact.manifest import Graph, Limits, Parity, Scoring
-from ...runtime.engine.compare import maximum_difference
-from ...runtime.engine.session import Session, SessionOptions
-from ...runtime.selection.aggregate import aggregate, elect
+from bonnx.errors import ExportError
+from bonnx.models.network import LanguageModel, TwoHeadedNetwork, select_best_of_n
+from bonnx.runtime.artifact.manifest import Graph, Limits, Parity, Scoring
+from bonnx.runtime.engine.compare import maximum_difference
+from bonnx.runtime.engine.session import Session, SessionOptions
+from bonnx.runtime.selection.aggregate import aggregate, elect
+
 from ..graphs.selection import plain_selection
 from .exact import Bar, Exact, Outputs
 from .reference import MatMulNBits

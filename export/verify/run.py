@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from ...models.network import LanguageModel, TwoHeadedNetwork
-from ...runtime.artifact.manifest import Graph, Limits, Parity, Scoring
+from bonnx.models.network import LanguageModel, TwoHeadedNetwork
+from bonnx.runtime.artifact.manifest import Graph, Limits, Parity, Scoring
+
 from .generate import check_generation
 from .parity import Checker, check_structure
 from .selection import selection_cases

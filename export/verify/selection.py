@@ -7,9 +7,10 @@ from functools import partial
 
 import numpy as np
 
-from ...errors import ExportError
-from ...runtime.artifact.manifest import AGGREGATIONS, VOTES
-from ...runtime.selection.aggregate import aggregate, elect
+from bonnx.errors import ExportError
+from bonnx.runtime.artifact.manifest import AGGREGATIONS, VOTES
+from bonnx.runtime.selection.aggregate import aggregate, elect
+
 from .parity import Array, Case, Checker
 
 __all__ = ["selection_cases"]

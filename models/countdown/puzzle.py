@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
-from ...errors import InputError
+from bonnx.errors import InputError
 
 __all__ = [
     "MAX_RESULT",

@@ -8,7 +8,8 @@ from pathlib import Path, PurePosixPath
 
 import msgspec
 
-from ...errors import ArtifactError
+from bonnx.errors import ArtifactError
+
 from .decode_json import decode_json
 from .manifest import SCHEMA_VERSION, Manifest, seal_is_intact
 from .unfinished import unfinished

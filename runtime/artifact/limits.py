@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ...errors import InputError
+from bonnx.errors import InputError
+
 from .manifest import Manifest
 
 __all__ = ["check_size", "estimate_memory"]

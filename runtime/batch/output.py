@@ -13,7 +13,8 @@ from typing import IO, Any
 
 import msgspec
 
-from ...errors import BonnxError, InputError
+from bonnx.errors import BonnxError, InputError
+
 from ..artifact.decode_json import decode_json
 from .tables import join
 from .worker import Result

@@ -9,7 +9,8 @@ from typing import Any
 import ray
 import ray.data
 
-from ...errors import BonnxError
+from bonnx.errors import BonnxError
+
 from .source import Chunk
 from .worker import Result, Task, Worker
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from ...errors import BonnxError
+from bonnx.errors import BonnxError
+
 from ..engine.engine import open_engine
 from ..rank.request import RankRequest, read_request
 from ..rank.result import Ranking

@@ -16,7 +16,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from ...errors import InputError
+from bonnx.errors import InputError
+
 from ..artifact.folder import read_manifest
 from ..engine.providers import installed_flavours
 from ..files.lines import opened

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from ...errors import InputError
+from bonnx.errors import InputError
+
 from ..files.lines import check_mark, decode, opened
 from ..files.strict_json import parse_json
 from ..files.values import name_of

@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...errors import InputError
+from bonnx.errors import InputError
+
 from .source import Chunk, Part, Row
 
 __all__ = ["Parquet", "join"]

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...errors import BonnxError, InputError
+from bonnx.errors import BonnxError, InputError
+
 from ..engine.engine import Engine, open_engine
 from ..files.values import name_of, to_candidate, to_item
 from ..rank.request import RankRequest, read_request

@@ -7,7 +7,8 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from ...errors import ArtifactError
+from bonnx.errors import ArtifactError
+
 from ..artifact.folder import locate, read_verified
 from ..artifact.manifest import Manifest
 from ..checks import check_path

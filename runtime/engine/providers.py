@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 from typing import Any
 
-from ...errors import ProviderError
+from bonnx.errors import ProviderError
 
 __all__ = ["FLAVOURS", "installed_flavours", "runtime_module"]
 

@@ -12,7 +12,8 @@ from typing import Any, Literal, Protocol, TypeAlias
 import msgspec
 import numpy as np
 
-from ...errors import ArtifactError, InputError, ProviderError
+from bonnx.errors import ArtifactError, InputError, ProviderError
+
 from ..arrays import Array
 from ..artifact.folder import WEIGHTS
 from ..artifact.manifest import Graph

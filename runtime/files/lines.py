@@ -16,7 +16,8 @@ from typing import IO, Any
 
 import numpy as np
 
-from ...errors import InputError
+from bonnx.errors import InputError
+
 from ..text.reader import Item
 from .strict_json import DECODER, json_error, parse_json
 from .values import AS_TEXT, name_of, to_candidate, to_prompt, to_value

@@ -9,7 +9,7 @@ import json
 import math
 from typing import Any, NoReturn
 
-from ...errors import InputError
+from bonnx.errors import InputError
 
 __all__ = ["DECODER", "json_error", "parse_json"]
 

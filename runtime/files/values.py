@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...errors import InputError
+from bonnx.errors import InputError
+
 from ..text.reader import Item
 from .strict_json import parse_json
 

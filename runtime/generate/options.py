@@ -11,7 +11,8 @@ from typing import Annotated, Any, TypedDict, TypeVar, get_type_hints
 
 import numpy as np
 
-from ...errors import InputError, near_miss
+from bonnx.errors import InputError, near_miss
+
 from ..arrays import Array
 from ..checks import check_number, check_whole
 from ..selection.aggregate import aggregation_code

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ...errors import InputError
+from bonnx.errors import InputError
+
 from ..arrays import Array
 from ..artifact.limits import check_size
 from ..batching import Shape

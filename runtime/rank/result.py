@@ -9,7 +9,8 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ...errors import NoWinnerError
+from bonnx.errors import NoWinnerError
+
 from ..results import Result
 from ..text.reader import Item
 

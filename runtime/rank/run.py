@@ -6,7 +6,8 @@ from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
 
-from ...errors import InputError, NoWinnerError
+from bonnx.errors import InputError, NoWinnerError
+
 from ..arrays import Array
 from ..artifact.limits import estimate_memory
 from ..batching import Shape, padded_tokens, plan

@@ -6,7 +6,8 @@ import io
 import re
 from typing import Any
 
-from ...errors import InputError
+from bonnx.errors import InputError
+
 from .read import Figure
 
 __all__ = ["picture", "plot"]

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from ...errors import InputError
+from bonnx.errors import InputError
 
 __all__ = ["FIGURES", "SEARCHES", "Candidate", "Figure", "Node", "Point", "Report", "Search", "Series", "read_run"]
 

@@ -11,7 +11,8 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from ...errors import InputError
+from bonnx.errors import InputError
+
 from ..artifact.decode_json import decode_json
 from ..artifact.folder import replace_file
 from ..artifact.manifest import Manifest

@@ -10,7 +10,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from ...errors import InputError
+from bonnx.errors import InputError
+
 from ..arrays import Array
 from ..checks import check_whole
 from ..generate.decoding import LENGTH, generate_feeds

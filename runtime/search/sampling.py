@@ -10,7 +10,8 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from ...errors import InputError
+from bonnx.errors import InputError
+
 from ..arrays import Array
 from ..checks import check_number, check_whole, shown
 from .method import Ballots, Method

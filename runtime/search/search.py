@@ -12,7 +12,8 @@ from typing import Any, cast
 
 import numpy as np
 
-from ...errors import InputError, near_miss
+from bonnx.errors import InputError, near_miss
+
 from ..arrays import Array
 from ..artifact.manifest import VOTES
 from ..checks import check_function, check_whole, shown

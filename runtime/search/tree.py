@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from ...errors import InputError
+from bonnx.errors import InputError
+
 from ..arrays import Array
 from ..engine.engine import Engine
 from ..generate.decoding import DEADLINE, LENGTH, PRUNED, STOP, CachedRows, prefill

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ...errors import InputError
+from bonnx.errors import InputError
+
 from ..arrays import Array
 from ..artifact.manifest import AGGREGATIONS
 from ..checks import shown

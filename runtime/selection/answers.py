@@ -9,7 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from ...errors import InputError
+from bonnx.errors import InputError
+
 from . import numerals
 
 __all__ = ["boxed", "canonical", "extractor", "number"]

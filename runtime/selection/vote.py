@@ -9,7 +9,8 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from ...errors import InputError
+from bonnx.errors import InputError
+
 from ..arrays import Array
 from ..artifact.manifest import VOTES, Scoring
 from ..checks import is_list, shown

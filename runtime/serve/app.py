@@ -16,8 +16,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 import bonnx
+from bonnx.errors import ArtifactError, InputError, NoWinnerError
 
-from ...errors import ArtifactError, InputError, NoWinnerError
 from ..engine.engine import Engine
 from .batcher import DeadlineError, QueueFullError
 from .errors import ApiError, respond

@@ -8,7 +8,8 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ...errors import ArtifactError, InputError, NoWinnerError
+from bonnx.errors import ArtifactError, InputError, NoWinnerError
+
 from .batcher import DeadlineError, QueueFullError
 
 __all__ = ["ApiError", "encode", "respond", "to_api_error"]

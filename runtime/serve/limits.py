@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ...errors import InputError
+from bonnx.errors import InputError
+
 from ..batching import Shape, padded_tokens
 from ..engine.engine import Engine
 from ..text.reader import Item

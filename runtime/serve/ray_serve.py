@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray import serve
 
-from ...errors import InputError
+from bonnx.errors import InputError
+
 from ..engine.engine import open_engine
 from .app import create_app
 from .server import log_to_stderr

@@ -7,7 +7,8 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 from pydantic import BaseModel, ConfigDict, FailFast, Field, PlainValidator, model_validator
 from pydantic_core import PydanticCustomError
 
-from ...errors import near_miss
+from bonnx.errors import near_miss
+
 from ..artifact.manifest import Aggregation
 from ..generate.options import option_help
 

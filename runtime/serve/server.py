@@ -14,7 +14,8 @@ import fastapi
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from ...errors import InputError
+from bonnx.errors import InputError
+
 from .errors import ApiError
 from .middleware import JsonFormatter
 

@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 
 from starlette.requests import Request
 
-from ...errors import ArtifactError, InputError, NoWinnerError
+from bonnx.errors import ArtifactError, InputError, NoWinnerError
+
 from ..batching import Shape
 from ..engine.engine import Engine
 from ..engine.session import Stop

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ...errors import InputError
+from bonnx.errors import InputError
 
 __all__ = ["Settings"]
 

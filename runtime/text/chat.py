@@ -7,7 +7,8 @@ from datetime import datetime
 from functools import cached_property
 from typing import Any
 
-from ...errors import ArtifactError, BonnxError, InputError
+from bonnx.errors import ArtifactError, BonnxError, InputError
+
 from .parts import Parts, TakesTextError, joined, lost_words, was_read
 
 __all__ = ["ChatTemplate", "Messages", "is_messages"]

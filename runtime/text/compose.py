@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ...errors import InputError
+from bonnx.errors import InputError
+
 from ..artifact.manifest import TextRules
 from .chat import ChatTemplate, is_messages
 from .tokenizer import NO_TOKENS, Passage

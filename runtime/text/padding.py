@@ -7,7 +7,8 @@ from numbers import Real
 
 import numpy as np
 
-from ...errors import InputError
+from bonnx.errors import InputError
+
 from ..arrays import Array
 from ..checks import is_list, shown
 

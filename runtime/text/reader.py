@@ -10,7 +10,8 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from ...errors import InputError
+from bonnx.errors import InputError
+
 from ..arrays import Array
 from ..artifact.manifest import Manifest, Scoring
 from ..checks import is_list, shown

@@ -14,7 +14,8 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedEscapeFormatter, SandboxedFormatter
 from markupsafe import Markup
 
-from ...errors import ArtifactError, InputError
+from bonnx.errors import ArtifactError, InputError
+
 from .budget import EndlessError, deep_size, method_size, operator_size, shallow_size, spec_size
 from .parts import TakesTextError
 from .rendering import current_budget, rendering, spend_shown

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 import tokenizers
 
-from ...errors import ArtifactError, InputError
+from bonnx.errors import ArtifactError, InputError
+
 from ..artifact.manifest import Scoring, TextRules
 from .detokenizer import Detokenizer
 

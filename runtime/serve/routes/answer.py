@@ -7,7 +7,8 @@ from typing import Any
 
 from starlette.responses import Response
 
-from ....errors import InputError
+from bonnx.errors import InputError
+
 from ...files.values import to_embeddings
 from ..errors import ApiError, encode
 from ..schemas import Message

@@ -11,7 +11,8 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
-from ....errors import InputError
+from bonnx.errors import InputError
+
 from ...generate.options import GenerateOptions
 from ...generate.result import Generation
 from ...rank.result import Ranking, winner

@@ -18,8 +18,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 import bonnx
+from bonnx.errors import ArtifactError
 
-from ....errors import ArtifactError
 from ...arrays import Array
 from ...artifact.manifest import Value
 from ...engine.engine import Engine

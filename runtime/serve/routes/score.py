@@ -9,7 +9,8 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ....errors import InputError
+from bonnx.errors import InputError
+
 from ..ranking import ClientRequest, Usage
 from ..schemas import Score
 from ..service import Service

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ....errors import InputError
+from bonnx.errors import InputError
+
 from ...arrays import Array
 from ...artifact.limits import check_size
 from ...artifact.manifest import AGGREGATIONS, VOTES, Graph, Limits
