@@ -71,9 +71,9 @@ def generated(path: Path, prompts: int = 50, count: int = 16) -> str:
     cpu, cuda = bonnx.load(path, provider="cpu"), bonnx.load(path, provider="cuda")
     same, steered = 0, 0
     for seed, prompt in enumerate(puzzles):
-        expected, found = (m.generate(prompt, n=count, seed=seed).candidates for m in (cpu, cuda))
+        expected, actual = (m.generate(prompt, n=count, seed=seed).candidates for m in (cpu, cuda))
         *_, last = cuda.stream(prompt, n=count, seed=seed)
-        pairs = list(zip(expected, found, last.candidates, strict=True))
+        pairs = list(zip(expected, actual, last.candidates, strict=True))
         same += sum(np.array_equal(a.tokens, b.tokens) for a, b, _ in pairs)
         steered += sum(np.array_equal(b.tokens, c.tokens) for _, b, c in pairs)
     total = len(puzzles) * count
@@ -139,10 +139,10 @@ def main() -> int:
     torch.set_default_device("cpu")
     with tempfile.TemporaryDirectory() as name:
         rows = [*parity(Path(name)), *speed(Path(name))]
-    width = max(len(what) for what, _ in rows)
+    width = max(len(name) for name, _ in rows)
     print(f"{torch.cuda.get_device_name()}, {installed_flavours()}\n")
-    for what, result in rows:
-        print(f"{what:<{width}}  {result}")
+    for name, result in rows:
+        print(f"{name:<{width}}  {result}")
     return int(any("FAILED" in result for _, result in rows))
 
 

@@ -72,11 +72,11 @@ def main() -> None:
         seconds = time.perf_counter() - start
         manifest = json.loads((output / "manifest.json").read_text())
         size = sum(file["size"] for file in manifest["files"].values())
-        found = manifest["agreement"]
+        agreement = manifest["agreement"]
         quality = (
             "- | -"
-            if found is None
-            else f"{100 * found['share']:.0f}% of {found['prompts']} | {found['mean_error']:.2g}"
+            if agreement is None
+            else f"{100 * agreement['share']:.0f}% of {agreement['prompts']} | {agreement['mean_error']:.2g}"
         )
         print(
             f"| {precision} | {size / 1e6:.0f} | {seconds:.0f} | {usage.ru_maxrss / 1e3:.0f} | {quality} |", flush=True

@@ -30,8 +30,8 @@ from benchmarks.soak import request, status_of
 def ask(port: int, body: dict[str, Any]) -> Any:
     data = json.dumps(body).encode()
     headers = {"Content-Type": "application/json"}
-    asked = urllib.request.Request(f"http://127.0.0.1:{port}/v1/best-of-n", data, headers)
-    answer = json.loads(urllib.request.urlopen(asked, timeout=60).read())
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/best-of-n", data, headers)
+    answer = json.loads(urllib.request.urlopen(request, timeout=60).read())
     answer.pop("id")
     return answer
 
@@ -46,12 +46,12 @@ def killed(artifact: Path) -> str:
     with server(command(artifact, port), port, "/health") as process:
         expected = ask(port, requests[0])
         threading.Timer(2.0, process.kill).start()
-        found = load(port, "/v1/best-of-n", requests, 32, 3.0)
+        result = load(port, "/v1/best-of-n", requests, 32, 3.0)
         process.wait()
-    others = {status: count for status, count in found.statuses.items() if status not in (0, 200)}
+    others = {status: count for status, count in result.statuses.items() if status not in (0, 200)}
     with server(command(artifact, port), port, "/health"):
         same = ask(port, requests[0]) == expected
-    return f"{found.statuses.get(200, 0)} answers before, {others or 'no'} error answers; same answer after: {same}"
+    return f"{result.statuses.get(200, 0)} answers before, {others or 'no'} error answers; same answer after: {same}"
 
 
 def replaced(artifact: Path) -> str:
@@ -164,9 +164,9 @@ def shared(artifact: Path) -> str:
     numbers = range(256)
     expected = [answer(number) for number in numbers]
     with ThreadPoolExecutor(64) as pool:
-        found = [*pool.map(answer, numbers)]
-    same = sum(a == b for a, b in zip(found, expected, strict=True))
-    pairs = zip(found[:192], expected[:192], strict=True)
+        answers = [*pool.map(answer, numbers)]
+    same = sum(a == b for a, b in zip(answers, expected, strict=True))
+    pairs = zip(answers[:192], expected[:192], strict=True)
     worst = max(float(np.abs(np.subtract(a, b)).max()) for a, b in pairs)
     return f"{same} of {len(numbers)} answers equal, bit for bit; largest difference of a score {worst:g}"
 

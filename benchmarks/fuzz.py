@@ -118,13 +118,13 @@ async def send(port: int, data: bytes) -> int:
             await writer.wait_closed()
 
 
-async def raw(port: int, count: int, found: Counter[int]) -> None:
+async def raw(port: int, count: int, statuses: Counter[int]) -> None:
     rng = random.Random()
     slots = asyncio.Semaphore(32)
 
     async def one() -> None:
         async with slots:
-            found[await send(port, spoilt(rng))] += 1
+            statuses[await send(port, spoilt(rng))] += 1
 
     await asyncio.gather(*(one() for _ in range(count)))
 
@@ -141,10 +141,10 @@ def by_schema(port: int, examples: int) -> str:
 def answered(port: int) -> Counter[str]:
     """Answers by status, as the server counts them."""
     text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics").read().decode()
-    found: Counter[str] = Counter()
+    statuses: Counter[str] = Counter()
     for status, count in re.findall(r'bonnx_requests_total\{.*status="(\d+)"\} (\S+)', text):
-        found[status] += int(float(count))
-    return found
+        statuses[status] += int(float(count))
+    return statuses
 
 
 def main() -> None:
@@ -156,16 +156,16 @@ def main() -> None:
     port = free_port()
     command = ["-m", "bonnx", "serve", arguments.artifact, "--port", str(port), "--body-timeout", "1"]
     with server(command, port, "/health") as process:
-        found: Counter[int] = Counter()
-        asyncio.run(raw(port, 500, found))
+        statuses: Counter[int] = Counter()
+        asyncio.run(raw(port, 500, statuses))
         before = status_of(process.pid)["VmRSS"]
         print(by_schema(port, max(20, arguments.requests // 25)))
         sent = sum(answered(port).values())
-        asyncio.run(raw(port, max(1000, arguments.requests - sent), found))
+        asyncio.run(raw(port, max(1000, arguments.requests - sent), statuses))
         after = status_of(process.pid)["VmRSS"]
         total = answered(port)
         alive = process.poll() is None
-    print("raw bytes, answers by status (0: closed, -1: still waiting for the rest):", dict(sorted(found.items())))
+    print("raw bytes, answers by status (0: closed, -1: still waiting for the rest):", dict(sorted(statuses.items())))
     print("all requests that reached the application, by status:", dict(sorted(total.items())))
     print(f"resident memory, MB: {before / 1000:.0f} before, {after / 1000:.0f} after")
     print("the server runs" if alive else "the server DIED")

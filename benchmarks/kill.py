@@ -33,10 +33,10 @@ def start(arguments: Sequence[str]) -> subprocess.Popen[bytes]:
         return subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
-def check_ended(process: subprocess.Popen[bytes], what: str) -> None:
+def check_ended(process: subprocess.Popen[bytes], moment: str) -> None:
     """Stop here, with what it said, if a run failed."""
     if process.wait():
-        raise SystemExit(f"{what} the run failed with {process.returncode}: {_LOG.read_text()[-2000:]}")
+        raise SystemExit(f"{moment} the run failed with {process.returncode}: {_LOG.read_text()[-2000:]}")
 
 
 def run(arguments: Sequence[str]) -> float:
@@ -81,8 +81,8 @@ def kill_a_worker(arguments: Sequence[str], output: Path, name: str = "^ray::Map
     while process.poll() is None and not killed:
         time.sleep(0.05)
         if progress.is_file() and json.loads(progress.read_bytes())["chunks"] > 0:
-            found = subprocess.run(["pgrep", "-f", name], capture_output=True, text=True, check=False).stdout.split()
-            for number in found[:1]:
+            workers = subprocess.run(["pgrep", "-f", name], capture_output=True, text=True, check=False).stdout.split()
+            for number in workers[:1]:
                 killed += not subprocess.run(["kill", "-9", number], check=False).returncode
     check_ended(process, "after a worker was killed")
     return killed

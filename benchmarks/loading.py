@@ -104,20 +104,20 @@ def load(port: int, path: str, bodies: Sequence[Any], clients: int, seconds: flo
 
 async def _load(port: int, requests: Sequence[bytes], clients: int, seconds: float) -> Load:
     start = time.perf_counter()
-    found = Load(seconds)
+    load = Load(seconds)
     until = start + seconds
-    await asyncio.gather(*(_client(port, requests, i, clients, until, found) for i in range(clients)))
-    found.seconds = time.perf_counter() - start
-    return found
+    await asyncio.gather(*(_client(port, requests, i, clients, until, load) for i in range(clients)))
+    load.seconds = time.perf_counter() - start
+    return load
 
 
-async def _client(port: int, requests: Sequence[bytes], first: int, step: int, until: float, found: Load) -> None:
+async def _client(port: int, requests: Sequence[bytes], first: int, step: int, until: float, load: Load) -> None:
     number = first
     while time.perf_counter() < until:
         try:
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
         except OSError:
-            found.statuses[0] = found.statuses.get(0, 0) + 1
+            load.statuses[0] = load.statuses.get(0, 0) + 1
             await asyncio.sleep(0.05)
             continue
         try:
@@ -126,14 +126,14 @@ async def _client(port: int, requests: Sequence[bytes], first: int, step: int, u
                 writer.write(requests[number % len(requests)])
                 number += step
                 status, body, stays = await _answer(reader)
-                found.times.append(time.perf_counter() - start)
-                found.statuses[status] = found.statuses.get(status, 0) + 1
+                load.times.append(time.perf_counter() - start)
+                load.statuses[status] = load.statuses.get(status, 0) + 1
                 if status != 200:
-                    found.bodies.append(body)
+                    load.bodies.append(body)
                 if not stays:
                     break
         except (OSError, asyncio.IncompleteReadError, ValueError):
-            found.statuses[0] = found.statuses.get(0, 0) + 1
+            load.statuses[0] = load.statuses.get(0, 0) + 1
         finally:
             writer.close()
 

@@ -184,11 +184,11 @@ class Llama:
         vocabulary = self.lib.llama_vocab_n_tokens(self.lib.llama_model_get_vocab(self.models["generate"]))
         sequences, ones = np.arange(count), np.ones(count, np.int8)
         self.share(context, prompt, count, True)
-        found = [sample(np.repeat(self.logits(context, 1, vocabulary), count, 0), self.rng)]
+        tokens = [sample(np.repeat(self.logits(context, 1, vocabulary), count, 0), self.rng)]
         for step in range(self.new - 1):
-            self.decode(context, found[-1], np.full(count, len(prompt) + step), sequences, ones)
-            found.append(sample(self.logits(context, count, vocabulary), self.rng))
-        return np.stack(found, 1)
+            self.decode(context, tokens[-1], np.full(count, len(prompt) + step), sequences, ones)
+            tokens.append(sample(self.logits(context, count, vocabulary), self.rng))
+        return np.stack(tokens, 1)
 
     def rank(self, prompt: Any, candidates: Any) -> Any:
         count, length = candidates.shape
@@ -282,9 +282,9 @@ def main() -> None:
         if hasattr(peer, "start"):  # what a program would do once, before its first prompt
             peer.start(count, arguments.prompt, bool(task))
         start = time.perf_counter()
-        found = peer.rank(prompt, candidates) if task else peer.generate(prompt, count)
+        outputs = peer.rank(prompt, candidates) if task else peer.generate(prompt, count)
         seconds = time.perf_counter() - start
-        assert found.shape == (count, arguments.new), found.shape
+        assert outputs.shape == (count, arguments.new), outputs.shape
         print(json.dumps(seconds), flush=True)
 
 

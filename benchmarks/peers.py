@@ -119,14 +119,14 @@ def install(folder: Path, libraries: list[str]) -> None:
 def prepare(folder: Path, libraries: list[str], layers: int) -> None:
     """The checkpoint, made by transformers, then each library's form of it, under FOLDER/models."""
     (folder / "models").mkdir(parents=True, exist_ok=True)
-    for what in ["checkpoint", *libraries]:
-        if what == "transformers":  # reads the checkpoint as it is
+    for task in ["checkpoint", *libraries]:
+        if task == "transformers":  # reads the checkpoint as it is
             continue
-        command = python(folder, "transformers" if what == "checkpoint" else what)
+        command = python(folder, "transformers" if task == "checkpoint" else task)
         if not command.exists():
-            print(f"skipped {what}: no environment, run `python -m benchmarks.peers install {folder}`", file=sys.stderr)
+            print(f"skipped {task}: no environment, run `python -m benchmarks.peers install {folder}`", file=sys.stderr)
             continue
-        options = [what, str(folder / "models"), "--layers", str(layers)]
+        options = [task, str(folder / "models"), "--layers", str(layers)]
         environment = os.environ | {"HF_HUB_OFFLINE": "1"}
         subprocess.run([str(command), str(HERE / "peer_convert.py"), *options], check=True, env=environment)
 

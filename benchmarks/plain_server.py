@@ -34,8 +34,8 @@ def best_of_n(body: Body) -> dict[str, Any]:
         ranking = model.rank(body.prompt, body.candidates)
         return {"best_index": ranking.best_index, "scores": ranking.candidate_scores.tolist()}
     assert body.n is not None
-    found = model.generate(body.prompt, n=body.n, seed=body.seed)
-    return {"best_index": found.best_index, "texts": [candidate.text for candidate in found.candidates]}
+    generation = model.generate(body.prompt, n=body.n, seed=body.seed)
+    return {"best_index": generation.best_index, "texts": [candidate.text for candidate in generation.candidates]}
 
 
 if __name__ == "__main__":

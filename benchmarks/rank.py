@@ -259,8 +259,8 @@ def compare(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
             given |= plain_selection()
             ways["rank, opset 18"] = lambda: decomposed.run(None, given)  # noqa: B023
         expected = net(rows)[1][:, PROMPT:, 0].numpy()
-        for found in (np.stack(model.rank(prompt, candidates).scores), by_hand(p, c).numpy()):
-            assert np.abs(found - expected).max() < 1e-4
+        for scores in (np.stack(model.rank(prompt, candidates).scores), by_hand(p, c).numpy()):
+            assert np.abs(scores - expected).max() < 1e-4
         seconds = interleave(ways, arguments.repeats if count <= 16 else max(2, arguments.repeats // 2), pause=0.2)
         share = work(arguments.layers, count) / seconds["rank"] / limit
         share8 = work(arguments.layers, count) / seconds["rank, int8"] / rates["ONNX Runtime int8"]

@@ -47,7 +47,7 @@ def rank(folder: Path, prompt: str) -> Any:
 
 def chat_rewards(case: Case, messages: list[dict[str, str]]) -> Any:
     """What transformers gives for the answers of a conversation."""
-    found = []
+    rewards = []
     opening = case.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     for answer in ANSWERS:
         if case.step == "<extra_0>":
@@ -56,8 +56,8 @@ def chat_rewards(case: Case, messages: list[dict[str, str]]) -> Any:
         text = case.tokenizer.apply_chat_template([*messages, turn], tokenize=False)
         # The template's own line end, behind the answer, ends no step.
         stop = len(text) if case.step is None else text.index(answer.strip(), len(opening)) + len(answer)
-        found.append(case.reward(text, len(opening), special=False, stop=stop))
-    return np.array(found)
+        rewards.append(case.reward(text, len(opening), special=False, stop=stop))
+    return np.array(rewards)
 
 
 def main() -> None:
@@ -82,10 +82,10 @@ def main() -> None:
                     (QUESTION, rewards(case)),
                     (json.dumps(messages), chat_rewards(case, messages)),
                 ):
-                    found = rank(folder, prompt)
-                    scores = np.array(found["candidate_scores"])
+                    ranking = rank(folder, prompt)
+                    scores = np.array(ranking["candidate_scores"])
                     worst.append(float(np.max(np.abs(scores - expected) / np.abs(expected))))
-                    same &= found["best_index"] == int(expected.argmax())
+                    same &= ranking["best_index"] == int(expected.argmax())
             shown = " | ".join(f"{value:.1e}" for value in worst)
             print(f"| {family} | {head} | {shown} | {'yes' if same else 'NO'} |", flush=True)
 

@@ -31,15 +31,15 @@ def bodies(work: str, count: int = 256) -> list[dict[str, Any]]:
         draw = lambda length: [rng.randrange(1000) for _ in range(length)]  # noqa: E731
         prompts = [draw(384) for _ in range(count // 16)]
         return [{"prompt": prompts[i // 16], "candidates": [draw(32)]} for i in range(count)]
-    found = []
+    requests = []
     for _ in range(count):
         puzzle, solution = draw_solution(rng, 4)
         if work == "generate":
-            found.append({"prompt": puzzle.prompt, "n": 4})
+            requests.append({"prompt": puzzle.prompt, "n": 4})
         else:
             candidates = [solution, *(draw_solution(rng, 4)[1] for _ in range(3))]
-            found.append({"prompt": puzzle.prompt, "candidates": candidates})
-    return found
+            requests.append({"prompt": puzzle.prompt, "candidates": candidates})
+    return requests
 
 
 def random_model(folder: Path) -> str:
@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--timeout", type=float, default=30, help="that a request may take, in seconds")
     arguments = parser.parse_args()
-    found: dict[tuple[str, int, str], list[Load]] = {}
+    loads_by_run: dict[tuple[str, int, str], list[Load]] = {}
     with tempfile.TemporaryDirectory() as place:
         other = random_model(Path(place)) if "shared" in arguments.work else None
         for _ in range(arguments.repeats):
@@ -87,14 +87,14 @@ def main() -> None:
                 for work in arguments.work:
                     artifact = other if work == "shared" else arguments.artifact
                     for clients, measured in measure(name, artifact, work, arguments):
-                        found.setdefault((work, clients, name), []).append(measured)
+                        loads_by_run.setdefault((work, clients, name), []).append(measured)
     print("| work | clients | server | requests/s | times plain | p50, ms | p95, ms | p99, ms | not answered |")
     print("|---|---|---|---|---|---|---|---|---|")
     for work in arguments.work:
         for clients in arguments.clients:
-            plain = statistics.median(m.rate for m in found[work, clients, "plain"])
+            plain = statistics.median(m.rate for m in loads_by_run[work, clients, "plain"])
             for name in ("bonnx serve", "plain"):
-                loads = found[work, clients, name]
+                loads = loads_by_run[work, clients, name]
                 rate = statistics.median(m.rate for m in loads)
                 times = [1e3 * statistics.median(m.percentile(q) for m in loads) for q in (0.5, 0.95, 0.99)]
                 lost = sum(count for m in loads for status, count in m.statuses.items() if status != 200)

@@ -22,8 +22,8 @@ from benchmarks.serve import bodies
 def status_of(pid: int) -> dict[str, int]:
     """Resident memory in kB, threads, open files."""
     text = Path(f"/proc/{pid}/status").read_text()
-    found = {name: int(re.search(rf"{name}:\s+(\d+)", text)[1]) for name in ("VmRSS", "Threads")}  # type: ignore[index]
-    return found | {"files": len([*Path(f"/proc/{pid}/fd").iterdir()])}
+    status = {name: int(re.search(rf"{name}:\s+(\d+)", text)[1]) for name in ("VmRSS", "Threads")}  # type: ignore[index]
+    return status | {"files": len([*Path(f"/proc/{pid}/fd").iterdir()])}
 
 
 def request(body: bytes, path: str = "/v1/best-of-n") -> bytes:
@@ -31,8 +31,8 @@ def request(body: bytes, path: str = "/v1/best-of-n") -> bytes:
     return head.encode() + body
 
 
-async def client(port: int, numbers: asyncio.Queue[int], found: Load) -> None:
-    rng = random.Random(id(found))
+async def client(port: int, numbers: asyncio.Queue[int], answers: Load) -> None:
+    rng = random.Random(id(answers))
     ranks, generations = bodies("rank"), bodies("generate")
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     while not numbers.empty():
@@ -59,18 +59,18 @@ async def client(port: int, numbers: asyncio.Queue[int], found: Load) -> None:
             continue
         writer.write(data)
         status, _, stays = await _answer(reader)
-        found.statuses[status] = found.statuses.get(status, 0) + 1
+        answers.statuses[status] = answers.statuses.get(status, 0) + 1
         if not stays:
             writer.close()
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.close()
 
 
-async def work(port: int, count: int, clients: int, found: Load) -> None:
+async def work(port: int, count: int, clients: int, answers: Load) -> None:
     numbers: asyncio.Queue[int] = asyncio.Queue()
     for i in range(count):
         numbers.put_nowait(i)
-    await asyncio.gather(*(client(port, numbers, found) for _ in range(clients)))
+    await asyncio.gather(*(client(port, numbers, answers) for _ in range(clients)))
 
 
 def main() -> None:
@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=36_000)
     parser.add_argument("--clients", type=int, default=16)
     arguments = parser.parse_args()
-    port, found = free_port(), Load(0.0)
+    port, answers = free_port(), Load(0.0)
     with server(["-m", "bonnx", "serve", arguments.artifact, "--port", str(port)], port, "/health") as process:
         print("| requests | seconds | resident memory, MB | threads | open files |\n|---|---|---|---|---|")
         start = time.perf_counter()
@@ -89,8 +89,8 @@ def main() -> None:
             cells = [part * arguments.requests // 10, round(time.perf_counter() - start), now["VmRSS"] // 1000]
             print(f"| {' | '.join(map(str, [*cells, now['Threads'], now['files']]))} |", flush=True)
             if part < 10:
-                asyncio.run(work(port, arguments.requests // 10, arguments.clients, found))
-    print("answers by status:", dict(sorted(found.statuses.items())))
+                asyncio.run(work(port, arguments.requests // 10, arguments.clients, answers))
+    print("answers by status:", dict(sorted(answers.statuses.items())))
 
 
 if __name__ == "__main__":

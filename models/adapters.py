@@ -43,22 +43,22 @@ def check_adapter_files(folder: Path) -> None:
     Raises:
         ConfigError: names the file, and how it is merged.
     """
-    found = [name for name in ADAPTER_FILES if (folder / name).is_file()]
-    if not found:
+    names = [name for name in ADAPTER_FILES if (folder / name).is_file()]
+    if not names:
         return
     settings = _settings(folder)
     kind = settings.get("peft_type") or "peft"
     base = settings.get("base_model_name_or_path")
     if kind in _PROMPTS:
         raise ConfigError(
-            f"{folder / found[0]}: an adapter ({kind}{f' of {base}' if base else ''}) that puts trained vectors before "
+            f"{folder / names[0]}: an adapter ({kind}{f' of {base}' if base else ''}) that puts trained vectors before "
             "the text; they cannot be merged into weights, so it is not supported. To export the model without it, "
-            f"take {' and '.join(found)} out of the folder"
+            f"take {' and '.join(names)} out of the folder"
         )
     raise ConfigError(
-        f"{folder / found[0]}: an adapter ({kind}{f' of {base}' if base else ''}) that is not merged into its model; "
+        f"{folder / names[0]}: an adapter ({kind}{f' of {base}' if base else ''}) that is not merged into its model; "
         f"expected the merged weights. Merge it once: {_merge(folder, settings)}; then pass MERGED. Where the weights "
-        f"beside it are merged already, take {' and '.join(found)} out of the folder"
+        f"beside it are merged already, take {' and '.join(names)} out of the folder"
     )
 
 

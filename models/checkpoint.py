@@ -109,32 +109,37 @@ def _load_huggingface(
         # Where both name tokens that end a text, generation goes by this file: it often has more of them.
         config = {**config, **{k: v for k, v in read_json(folder / GENERATION_FILE).items() if k == "eos_token_id"}}
     try:
-        found = translate(config, weights.shapes, label_tokens=label_tokens, new_scorer=new_scorer)
+        translation = translate(config, weights.shapes, label_tokens=label_tokens, new_scorer=new_scorer)
         with torch.device("meta"):
-            model = LanguageModel(found.config)
-        rows = found.label_rows
+            model = LanguageModel(translation.config)
+        rows = translation.label_rows
         expected = {
-            found.names[ours]: (found.config.vocab_size, *tensor.shape[1:])
+            translation.names[ours]: (translation.config.vocab_size, *tensor.shape[1:])
             if rows is not None and ours == "network.scorer.dense2.weight"
             else tuple(tensor.shape)
             for ours, tensor in model.state_dict().items()
-            if ours in found.names
+            if ours in translation.names
         }
         _check_shapes(expected, {name: shape for name, shape in weights.shapes.items() if name in expected})
     except ConfigError as e:
         raise ConfigError(f"{folder}: {e}") from e
-    state = weights.read(found.names)
+    state = weights.read(translation.names)
     if rows is not None:
         state["network.scorer.dense2.weight"] = state["network.scorer.dense2.weight"][list(rows)].clone()
-    if found.new_scorer:
-        model.network.scorer = Scorer(found.config.network)
+    if translation.new_scorer:
+        model.network.scorer = Scorer(translation.config.network)
         model.network.scorer.apply(initialize)
         state |= {f"network.scorer.{name}": value for name, value in model.network.scorer.state_dict().items()}
-    if found.normal is not None:
-        _normalize(state, *found.normal)
+    if translation.normal is not None:
+        _normalize(state, *translation.normal)
     _fill(model, state)
-    text = {"unknown": "replace", **found.steps}
-    return model, {"scoring": found.scoring, "text": text, "limits": found.limits, "remarks": found.remarks}
+    text = {"unknown": "replace", **translation.steps}
+    return model, {
+        "scoring": translation.scoring,
+        "text": text,
+        "limits": translation.limits,
+        "remarks": translation.remarks,
+    }
 
 
 def _supported_weights(folder: Path, config: Mapping[str, Any]) -> Weights:
@@ -177,18 +182,18 @@ def read_config(folder: Path) -> dict[str, Any]:
         ) from e
 
 
-def _check_shapes(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:
+def _check_shapes(expected: Mapping[str, tuple[int, ...]], actual: Mapping[str, tuple[int, ...]]) -> None:
     """Refuse tensors that do not fit.
 
     Raises:
         ConfigError: names the tensors that are missing, unexpected, or of another shape.
     """
-    missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    missing, extra = sorted(set(expected) - set(actual)), sorted(set(actual) - set(expected))
     if missing or extra:
         raise ConfigError(
             f"the weights do not fit the config; missing: {', '.join(missing) or 'none'}; "
             f"unexpected: {', '.join(extra) or 'none'}"
         )
     for name, shape in expected.items():
-        if shape != found[name]:
-            raise ConfigError(f"tensor '{name}': the config needs {shape}, the weights have {found[name]}")
+        if shape != actual[name]:
+            raise ConfigError(f"tensor '{name}': the config needs {shape}, the weights have {actual[name]}")

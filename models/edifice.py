@@ -53,22 +53,22 @@ def from_edifice(config: Mapping[str, Any], params: Mapping[str, NDArray[np.floa
         ConfigError: an option, a tensor's name or a tensor's shape does not fit (the tensor is named).
     """
     network = TwoHeadedNetwork(NetworkConfig.from_dict({k: v for k, v in config.items() if k not in _RECORDING_KEYS}))
-    given = {name.removeprefix("param:"): array for name, array in params.items()}
+    arrays = {name.removeprefix("param:"): array for name, array in params.items()}
     names = edifice_names(network.config)
-    missing = sorted(set(names.values()) - set(given))
-    extra = sorted(set(given) - set(names.values()))
+    missing = sorted(set(names.values()) - set(arrays))
+    extra = sorted(set(arrays) - set(names.values()))
     if missing or extra:
         raise ConfigError(
             f"parameters do not fit the config; missing: {missing or 'none'}, unexpected: {extra or 'none'}"
         )
     state = {}
     for ours, expected in network.state_dict().items():
-        array = np.asarray(given[names[ours]], dtype=np.float32)
+        array = np.asarray(arrays[names[ours]], dtype=np.float32)
         if names[ours].endswith(".kernel"):
             array = array.T
         if array.shape != tuple(expected.shape):
-            found = given[names[ours]].shape
-            raise ConfigError(f"tensor '{names[ours]}': the config needs {tuple(expected.shape)}, found {found}")
+            shape = arrays[names[ours]].shape
+            raise ConfigError(f"tensor '{names[ours]}': the config needs {tuple(expected.shape)}, found {shape}")
         state[ours] = torch.from_numpy(array.copy())
     network.load_state_dict(state)
     return network.eval()

@@ -89,26 +89,26 @@ def _check_classes(config: Mapping[str, Any]) -> None:
 
 def remarks(config: Mapping[str, Any]) -> list[str]:
     """What a config says that is not followed, each a sentence for people."""
-    found = []
+    notes = []
     if isinstance(config.get("auto_map"), Mapping):
         code = ", ".join(sorted({str(value).split(".")[0] for value in config["auto_map"].values()}))
-        found.append(
+        notes.append(
             f"config.json, 'auto_map': the checkpoint's own Python code ({code}) is not run; the model is read as "
             f"{config.get('model_type')}, its head by the names of the tensors"
         )
     settings = config.get("sentence_transformers")
     activation = settings.get("activation_fn") if isinstance(settings, Mapping) else None
     if activation is not None and not str(activation).endswith("Identity"):
-        found.append(
+        notes.append(
             f"config.json, 'sentence_transformers': the activation {activation} is not applied; scores keep "
             "their order without it (--activation sigmoid applies that one)"
         )
     if not normalizes(config) and (config.get("mean"), config.get("std")) != (None, None):
-        found.append(
+        notes.append(
             "config.json, 'mean' and 'std' of rewards are not applied, since 'normalize_reward' is not true; scores "
             "keep their order without them"
         )
-    return found
+    return notes
 
 
 def normalizes(config: Mapping[str, Any]) -> bool:

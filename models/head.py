@@ -165,8 +165,8 @@ def _normal(config: Mapping[str, Any], labels: int) -> tuple[float, float] | Non
 
 def _no_head(config: Mapping[str, Any], shapes: Shapes, further: list[str]) -> str:
     name = architecture(config)
-    what = f"'architectures' says {name}" if name else "'architectures' is not given"
-    start = f"the checkpoint has no scorer that is read here (config.json, {what}): "
+    declared = f"'architectures' says {name}" if name else "'architectures' is not given"
+    start = f"the checkpoint has no scorer that is read here (config.json, {declared}): "
     if further:
         shown = ", ".join(f"{tensor} {shapes[tensor]}" for tensor in further[:6])
         more = f" and {len(further) - 6} more" if len(further) > 6 else ""

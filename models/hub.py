@@ -63,9 +63,9 @@ def parse_source(text: str) -> Path | HubSource:
         return Path(text)
     match = None if os.path.lexists(text) else _ID.fullmatch(text)
     if match is None:
-        found = "is a file" if os.path.isfile(text) else "is neither, and no folder of this name is there"
+        state = "is a file" if os.path.isfile(text) else "is neither, and no folder of this name is there"
         raise ConfigError(
-            f"checkpoint {text!r} {found}; expected a folder with config.json, or an id on the hub "
+            f"checkpoint {text!r} {state}; expected a folder with config.json, or an id on the hub "
             "such as org/name or org/name@revision"
         )
     return HubSource(match["repo"], match["revision"])
@@ -106,7 +106,7 @@ def _reason(error: Exception) -> str:
     from huggingface_hub import constants, errors
 
     # The library's messages go over several lines.
-    said = " ".join(str(error.__cause__ or error).split())
+    detail = " ".join(str(error.__cause__ or error).split())
     if isinstance(error, errors.GatedRepoError):
         return "the repository is gated; accept its terms on its page, and set HF_TOKEN to a token of that account"
     if isinstance(error, errors.RepositoryNotFoundError):
@@ -118,10 +118,10 @@ def _reason(error: Exception) -> str:
         return "the repository has no such revision; expected a branch, a tag or a commit of it"
     if isinstance(error, errors.OfflineModeIsEnabled | errors.LocalEntryNotFoundError):
         return (
-            f"{constants.ENDPOINT} cannot be reached, and the cache does not hold the checkpoint whole ({said}); check "
-            "the connection, HF_ENDPOINT and HF_HUB_OFFLINE, or pass a folder"
+            f"{constants.ENDPOINT} cannot be reached, and the cache does not hold the checkpoint whole ({detail}); "
+            "check the connection, HF_ENDPOINT and HF_HUB_OFFLINE, or pass a folder"
         )
-    return f"the download failed ({type(error).__name__}: {said}); try again: it resumes where it stopped"
+    return f"the download failed ({type(error).__name__}: {detail}); try again: it resumes where it stopped"
 
 
 def _refusal(source: HubSource, files: list[str]) -> str:

@@ -145,10 +145,10 @@ def _further(shapes: Shapes, prefix: str) -> list[str]:
 def _prefix(shapes: Shapes) -> str:
     """What stands before `embed_tokens.weight` in every name of the backbone."""
     ending = "embed_tokens.weight"
-    found = [name.removesuffix(ending) for name in shapes if name.endswith(ending)]
-    if len(found) != 1:
-        raise ConfigError(f"the weights have {len(found)} tensors named '{ending}'; expected one")
-    return found[0]
+    prefixes = [name.removesuffix(ending) for name in shapes if name.endswith(ending)]
+    if len(prefixes) != 1:
+        raise ConfigError(f"the weights have {len(prefixes)} tensors named '{ending}'; expected one")
+    return prefixes[0]
 
 
 def _check_extra(shapes: Shapes, used: set[str], further: list[str], label_tokens: bool) -> None:
@@ -188,6 +188,6 @@ def _token(config: Mapping[str, Any], name: str, vocabulary: int) -> int | None:
 
 
 def _stops(config: Mapping[str, Any], vocabulary: int) -> list[int]:
-    given = config.get("eos_token_id")
-    tokens = given if isinstance(given, list) else [] if given is None else [given]
+    ids = config.get("eos_token_id")
+    tokens = ids if isinstance(ids, list) else [] if ids is None else [ids]
     return [t for token in tokens if (t := _token({"eos_token_id": token}, "eos_token_id", vocabulary)) is not None]

@@ -126,15 +126,15 @@ def _labelled(model: LanguageModel, examples: Sequence[Example]) -> tuple[Tensor
         if not places.any():
             continue
         ids = torch.tensor([[*prompt, *completion]])
-        found = model.network.encode(model.embedding(ids))[0, len(prompt) :][places]
-        features[filled : filled + len(found)] = found
-        filled += len(found)
+        hidden = model.network.encode(model.embedding(ids))[0, len(prompt) :][places]
+        features[filled : filled + len(hidden)] = hidden
+        filled += len(hidden)
     return features, torch.cat([row[places] for row, places in zip(labels, known, strict=True)])
 
 
-def _labels(index: int, completion: Sequence[int], given: Labels) -> Tensor:
+def _labels(index: int, completion: Sequence[int], marks: Labels) -> Tensor:
     """One label for each token of a completion (L,) float32."""
-    labels = torch.tensor(given, dtype=torch.float32)
+    labels = torch.tensor(marks, dtype=torch.float32)
     if labels.ndim == 0:
         labels = labels.expand(len(completion))
     if labels.shape != (len(completion),):

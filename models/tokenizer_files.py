@@ -27,10 +27,10 @@ def class_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ConfigError: `tokenizer` is no object.
     """
-    found = config if is_huggingface(config) else config.get("tokenizer", {})
-    if not isinstance(found, Mapping):
-        raise ConfigError(f"config.json, 'tokenizer': expected an object; found {found!r:.80}")
-    return {name: found[name] for name in _CLASS if found.get(name) is not None}
+    fields = config if is_huggingface(config) else config.get("tokenizer", {})
+    if not isinstance(fields, Mapping):
+        raise ConfigError(f"config.json, 'tokenizer': expected an object; found {fields!r:.80}")
+    return {name: fields[name] for name in _CLASS if fields.get(name) is not None}
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:

@@ -41,7 +41,7 @@ class Weights:
         self.shapes: dict[str, tuple[int, ...]] = {}
         for path, promised in _shards(folder).items():
             with _reading(path), safe_open(path, framework="pt") as file:
-                found = set(file.keys())
+                present = set(file.keys())
                 for name in file.keys():  # noqa: SIM118 - a file is no dictionary
                     part = file.get_slice(name)
                     if part.get_dtype() not in _FLOATS:
@@ -50,7 +50,7 @@ class Weights:
                             "pass the checkpoint as it was before it was quantized"
                         )
                     self._files[name], self.shapes[name] = path, tuple(part.get_shape())
-            if missing := sorted(promised - found):
+            if missing := sorted(promised - present):
                 raise ConfigError(
                     f"{path}: the index names tensor '{missing[0]}', which is not in it; get the file again"
                 )
@@ -68,9 +68,9 @@ class Weights:
         Raises:
             ConfigError: a tensor holds NaN or infinity.
         """
-        found: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor] = {}
         for ours, theirs in names.items():
-            found[ours] = tensor = torch.empty(self.shapes[theirs])
+            tensors[ours] = tensor = torch.empty(self.shapes[theirs])
             # Opened for each part anew: the pages of a file that stays open stay in memory.
             step = max(1, _PART * len(tensor) // max(1, tensor.numel()))
             for start in range(0, len(tensor), step):
@@ -81,7 +81,7 @@ class Weights:
                     raise ConfigError(
                         f"{self._files[theirs]}: tensor '{theirs}' holds NaN or infinity; the training went wrong"
                     )
-        return found
+        return tensors
 
 
 def _shards(folder: Path) -> dict[Path, set[str]]:

@@ -31,7 +31,7 @@ def methods(results: Results) -> list[dict[str, Any]]:
     axes = {"x_label": "budget, completions", "y_label": "puzzles solved, %", "x_scale": "log2"}
     names = ("best-of-N", "best-of-N weighted", "majority", "self-certainty")
     any_right = line("any of the N (the limit)", [(b, results.pool.solvable(b)) for b in BUDGETS])
-    found = [
+    figures = [
         {
             "id": "methods",
             "title": "Samples side by side",
@@ -49,7 +49,7 @@ def methods(results: Results) -> list[dict[str, Any]]:
             "series": [results.curve(name) for name in ("best-of-N", *METHODS)],
         },
     ]
-    return [*found, saving(results)]
+    return [*figures, saving(results)]
 
 
 def saving(results: Results) -> dict[str, Any]:
@@ -110,11 +110,11 @@ def optimal(results: Results) -> dict[str, Any]:
     ):
         points = []
         for budget in BUDGETS:
-            found, chosen = cross_validated(results.accuracy[budget], place, tokens=results.tokens[budget])
+            accuracy, chosen = cross_validated(results.accuracy[budget], place, tokens=results.tokens[budget])
             spent = np.array([results.tokens[budget][name][i] for i, name in enumerate(chosen)])
             # The samples that say how hard a puzzle is are the first ones of a method that samples.
             extra = np.array([name in METHODS for name in chosen]) * results.pool.spent(probe)
-            points.append((float((spent + extra).mean()), found))
+            points.append((float((spent + extra).mean()), accuracy))
         series.append(line(label, points))
     base = [results.by_tokens(name) for name in ("best-of-N", "best-of-N weighted")]
     return {
@@ -134,7 +134,7 @@ def scorers(results: Results) -> list[dict[str, Any]]:
     """(d) Aggregations, and labels of the process against labels of the outcome."""
     axes = {"x_label": "budget, completions", "y_label": "puzzles solved, %", "x_scale": "log2"}
     pool = results.pool
-    found = [
+    figures = [
         {
             "id": "aggregation",
             "title": "Aggregation of step scores",
@@ -149,13 +149,13 @@ def scorers(results: Results) -> list[dict[str, Any]]:
     series = []
     for model, label in (("small", "process labels"), ("small_outcome", "outcome labels")):
         if f"{model}/pool/0" not in results.stored:
-            return found
+            return figures
         small = Pool.read(results.stored, model)
         series.append(line(f"{label}, best-of-N", [(b, small.accuracy(b, by_score, small.score)) for b in BUDGETS]))
         beams = [(b, searched(results.stored, model, "beam, M = 4", len(small.right), b, 1)) for b in BUDGETS]
         series.append(line(f"{label}, beam M = 4", [(b, values) for b, values in beams if values is not None]))
     return [
-        *found,
+        *figures,
         {
             "id": "labels",
             "title": "What the scorer learned from",
@@ -262,8 +262,8 @@ def policy(stored: Mapping[str, Any], artifact: Path) -> Policy:
         for budget, table in results.accuracy.items()
     }
     easiness = results.pool.probe_score[:, :FEW].mean(1)
-    what = {"name": manifest.name, "artifact": manifest.seal, "probe": FEW, "tokens": results.tokens}
-    return fit_policy(accuracy, easiness, settings, **what)
+    source = {"name": manifest.name, "artifact": manifest.seal, "probe": FEW, "tokens": results.tokens}
+    return fit_policy(accuracy, easiness, settings, **source)
 
 
 def draw(stored: Mapping[str, Any], folder: Path) -> None:

@@ -67,12 +67,12 @@ class Pool:
 
     def accuracy(self, budget: int, choose: Callable[[Array, NDArray[np.int64]], int], scores: Array) -> Array:
         """How often each puzzle is solved (n,) over disjoint groups of `budget` samples."""
-        found = np.zeros(len(self.right))
+        right = np.zeros(len(self.right))
         for start in range(0, POOL, budget):
             part = slice(start, start + budget)
-            for i in range(len(found)):
-                found[i] += self.right[i, part][choose(scores[i, part], self.answers[i, part])]
-        return found * budget / POOL
+            for i in range(len(right)):
+                right[i] += self.right[i, part][choose(scores[i, part], self.answers[i, part])]
+        return right * budget / POOL
 
     def solvable(self, budget: int) -> Array:
         """How often any of `budget` samples is right."""

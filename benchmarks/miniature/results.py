@@ -32,8 +32,8 @@ def interval(values: Array, seed: int = 0) -> dict[str, float]:
     """Mean in per cent and its 95% bootstrap interval over puzzles."""
     rows = np.random.default_rng(seed).integers(len(values), size=(2000, len(values)))
     low, high = np.percentile(values[rows].mean(1), [2.5, 97.5])
-    found = {"y": values.mean(), "low": low, "high": high}
-    return {name: round(100 * float(value), 2) for name, value in found.items()}
+    bounds = {"y": values.mean(), "low": low, "high": high}
+    return {name: round(100 * float(value), 2) for name, value in bounds.items()}
 
 
 def line(name: str, points: Sequence[tuple[float | str, Array]]) -> dict[str, Any]:
@@ -64,10 +64,10 @@ class Results:
                 spent[name], table[name] = adaptive(pool, price, weighted, budget)
             for kind in METHODS:
                 # Searches choose by score: on this task votes help none of them.
-                found = searched(stored, "shipped", kind, self.count, budget, 1)
+                accuracy = searched(stored, "shipped", kind, self.count, budget, 1)
                 cost = searched(stored, "shipped", kind, self.count, budget, 2)
-                if found is not None and cost is not None:
-                    table[kind], spent[kind] = found, cost
+                if accuracy is not None and cost is not None:
+                    table[kind], spent[kind] = accuracy, cost
             self.accuracy[budget], self.tokens[budget] = table, spent
         self.oracle = quantile_bins(pool.probe_right.mean(1))
         self.predicted = quantile_bins(pool.probe_score.mean(1))
@@ -83,9 +83,9 @@ class Results:
 
     def pruned(self) -> list[tuple[Array, Array]]:
         """What each puzzle cost, and whether it was solved, at each budget that pruning was run at."""
-        found = []
+        points = []
         for budget in BUDGETS:
             right, spent = (searched(self.stored, "shipped", PRUNED, self.count, budget, column) for column in (0, 1))
             if right is not None and spent is not None:
-                found.append((spent, right))
-        return found
+                points.append((spent, right))
+        return points

@@ -113,7 +113,7 @@ def _search(kind: str) -> Callable[[bonnx.Model, Puzzle], dict[str, Any]]:
     method, options = METHODS[kind]
 
     def run(model: bonnx.Model, puzzle: Puzzle) -> dict[str, Any]:
-        found: dict[str, list[Any]] = {}
+        runs: dict[str, list[Any]] = {}
         for budget in BUDGETS:
             if method == "lookahead" and budget < options["steps"] + 1:
                 continue
@@ -122,7 +122,7 @@ def _search(kind: str) -> Callable[[bonnx.Model, Puzzle], dict[str, Any]]:
                     puzzle.prompt, method, budget, answers=answer, seed=10 + seed, **_SHORT, **options
                 )
                 by_score = max(range(len(result.candidates)), key=lambda i: result.candidates[i].score)
-                found.setdefault(str(budget), []).append(
+                runs.setdefault(str(budget), []).append(
                     [
                         int(check(puzzle, str(result.best.text))),
                         int(check(puzzle, str(result.candidates[by_score].text))),
@@ -130,7 +130,7 @@ def _search(kind: str) -> Callable[[bonnx.Model, Puzzle], dict[str, Any]]:
                         int(any(check(puzzle, str(c.text)) for c in result.candidates)),
                     ]
                 )
-        return found
+        return runs
 
     return run
 
@@ -139,11 +139,11 @@ _SHORT: dict[str, Any] = {"max_new_tokens": MAX_NEW_TOKENS}
 
 
 def _pruned(model: bonnx.Model, puzzle: Puzzle) -> dict[str, Any]:
-    found = {}
+    runs = {}
     for budget in BUDGETS:
         result = model.search(puzzle.prompt, "pruned", budget, seed=1, every=12, keep=0.5, **_SHORT)
-        found[str(budget)] = [[int(check(puzzle, str(result.best.text))), result.cost.sampled_tokens]]
-    return found
+        runs[str(budget)] = [[int(check(puzzle, str(result.best.text))), result.cost.sampled_tokens]]
+    return runs
 
 
 def _greedy(model: bonnx.Model, puzzle: Puzzle) -> dict[str, Any]:
@@ -153,7 +153,7 @@ def _greedy(model: bonnx.Model, puzzle: Puzzle) -> dict[str, Any]:
 
 def _chains(model: bonnx.Model, puzzle: Puzzle) -> dict[str, Any]:
     """The same number of attempts in more or fewer chains: right by score, by weighted votes, and each attempt."""
-    found = {}
+    runs = {}
     for chains in CHAINS:
         result = model.search(
             puzzle.prompt, "revisions", ATTEMPTS, answers=answer, chains=chains, seed=3, memory=4, **_SHORT
@@ -161,7 +161,7 @@ def _chains(model: bonnx.Model, puzzle: Puzzle) -> dict[str, Any]:
         right = [int(check(puzzle, str(candidate.text))) for candidate in result.candidates]
         by_score = max(range(ATTEMPTS), key=lambda i: result.candidates[i].score)
         cost = [result.cost.sampled_tokens, result.cost.prompt_tokens]
-        found[str(chains)] = {
+        runs[str(chains)] = {
             "weighted": right[result.best_index], "score": right[by_score], "right": right, "cost": cost
         }  # fmt: skip
-    return found
+    return runs

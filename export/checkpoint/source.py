@@ -87,10 +87,10 @@ def read_checkpoint(folder: Path, overrides: Overrides) -> Checkpoint:
     text = _text(metadata.get("text", {}), overrides, tokenizer)
     if tokenizer is not None and foreign:
         text = msgspec.structs.replace(text, checked_against=check_against_transformers(tokenizer))
-    given = _convert(metadata.get("scoring", {}), "scoring", Scoring)
+    scoring = _convert(metadata.get("scoring", {}), "scoring", Scoring)
     if foreign and "aggregation" not in metadata["scoring"] and overrides.step_text is not None:
-        given = msgspec.structs.replace(given, aggregation="step_last")
-    scoring = _scoring(given, overrides, text, tokenizer)
+        scoring = msgspec.structs.replace(scoring, aggregation="step_last")
+    scoring = _scoring(scoring, overrides, text, tokenizer)
     check_scoring(model, scoring)
     if isinstance(model, LanguageModel) and is_stepwise(scoring.aggregation):
         _check_steps(scoring, text)
@@ -130,7 +130,7 @@ def _check_steps(scoring: Scoring, text: TextRules) -> None:
         )
 
 
-def _text(given: dict[str, Any], overrides: Overrides, tokenizer: TextFiles | None) -> TextRules:
+def _text(settings: dict[str, Any], overrides: Overrides, tokenizer: TextFiles | None) -> TextRules:
     stated = {n: v for n in ("step_text", "step_split") if (v := getattr(overrides, n)) is not None}
     for name, value in stated.items():
         option = f"--{name.replace('_', '-')}"
@@ -138,7 +138,7 @@ def _text(given: dict[str, Any], overrides: Overrides, tokenizer: TextFiles | No
             raise InputError(f"{option}: the checkpoint has no tokenizer (tokenizer.json), so it takes no text")
         if not value:
             raise InputError(f"{option}: expected a text; got an empty one")
-    rules: TextRules = _convert({**given, **stated}, "text", TextRules)
+    rules: TextRules = _convert({**settings, **stated}, "text", TextRules)
     if rules.step_split is not None and rules.step_text is None:
         raise InputError("--step-split: expected --step-text too, the text that each step is ended with")
     return TextRules() if tokenizer is None else rules
@@ -148,19 +148,19 @@ def _label_tokens(overrides: Overrides, tokenizer: TextFiles | None, foreign: bo
     texts, ids = overrides.label_tokens, overrides.label_token_ids
     if texts is None and ids is None:
         return None
-    option, given = ("--label-tokens", texts) if ids is None else ("--label-token-ids", ids)
+    option, tokens_or_ids = ("--label-tokens", texts) if ids is None else ("--label-token-ids", ids)
     if texts is not None and ids is not None:
         raise InputError("--label-tokens and --label-token-ids: expected one of the two, texts or ids")
-    if not foreign or given is None or len(given) < 2:
+    if not foreign or tokens_or_ids is None or len(tokens_or_ids) < 2:
         raise InputError(
             f"{option}: expected the token that means good and at least one other, of a language model as "
-            f"transformers writes it; got {given}"
+            f"transformers writes it; got {tokens_or_ids}"
         )
     if ids is None and tokenizer is None:
         raise InputError("--label-tokens: the checkpoint has no tokenizer; pass --label-token-ids")
     tokens = tuple(ids) if ids is not None else tuple(_token(text, tokenizer) for text in texts or ())
     if len(set(tokens)) < len(tokens):
-        raise InputError(f"{option}: expected different tokens; got {given}, which are {list(tokens)}")
+        raise InputError(f"{option}: expected different tokens; got {tokens_or_ids}, which are {list(tokens)}")
     return tokens
 
 
@@ -218,14 +218,14 @@ def _steps_from(scoring: Scoring, overrides: Overrides, text: TextRules) -> str 
     return "config.json, 'text': step_text" if text.step_text is not None else None
 
 
-def _label(given: str, labels: list[str]) -> int:
-    if labels.count(given) > 1:
-        raise InputError(f"--label: {labels.count(given)} labels have the name {given!r}; pass its number from 0")
-    if given in labels:
-        return labels.index(given)
-    if given.isdecimal() and int(given) < max(1, len(labels)):
-        return int(given)
-    raise InputError(f"--label: expected one of {', '.join(labels)} or its number from 0; got {given!r}")
+def _label(text: str, labels: list[str]) -> int:
+    if labels.count(text) > 1:
+        raise InputError(f"--label: {labels.count(text)} labels have the name {text!r}; pass its number from 0")
+    if text in labels:
+        return labels.index(text)
+    if text.isdecimal() and int(text) < max(1, len(labels)):
+        return int(text)
+    raise InputError(f"--label: expected one of {', '.join(labels)} or its number from 0; got {text!r}")
 
 
 def _limits(limits: Limits, overrides: Overrides) -> Limits:
@@ -236,8 +236,8 @@ def _limits(limits: Limits, overrides: Overrides) -> Limits:
     return msgspec.structs.replace(limits, **changes)
 
 
-def _convert(given: dict[str, Any], key: str, kind: type[Any]) -> Any:
+def _convert(settings: dict[str, Any], key: str, kind: type[Any]) -> Any:
     try:
-        return msgspec.convert(given, kind)
+        return msgspec.convert(settings, kind)
     except msgspec.ValidationError as e:
         raise ConfigError(f"config.json, '{key}': {e}") from e

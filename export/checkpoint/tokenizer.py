@@ -60,12 +60,12 @@ def read_tokenizer(folder: str | os.PathLike[str], *, template: str | None = Non
     check_present(folder)
     path = folder / TOKENIZER
     if not path.is_file():
-        found = [name for name in (*OTHER_FORMATS, SETTINGS) if (folder / name).is_file()]
-        if not found:
+        others = [name for name in (*OTHER_FORMATS, SETTINGS) if (folder / name).is_file()]
+        if not others:
             return None
         call = f"AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
         raise ConfigError(
-            f"{path} is missing; found {', '.join(found)}. Convert it once with transformers: "
+            f"{path} is missing; found {', '.join(others)}. Convert it once with transformers: "
             f'python -c "from transformers import AutoTokenizer as A; {call.replace("AutoTokenizer", "A")}"'
         )
     settings = _read_json(folder / SETTINGS)
@@ -137,6 +137,6 @@ def _choose(templates: dict[str, str], name: str | None, folder: Path) -> str | 
         return None
     chosen = templates.get(name or "default")
     if chosen is None:
-        found = ", ".join(sorted(templates)) or "none"
-        raise ConfigError(f"{folder}: there is no chat template named '{name or 'default'}'; found: {found}")
+        names = ", ".join(sorted(templates)) or "none"
+        raise ConfigError(f"{folder}: there is no chat template named '{name or 'default'}'; found: {names}")
     return chosen

@@ -92,11 +92,11 @@ def _check_ids(files: TextFiles, theirs: Any, version: str) -> None:
     marked = [f"{piece}{token}{piece}" for token in known[:20] for piece in ("", "a", " b ", "\n")]
     for text in (*TEXTS, *marked, "".join(known[:20]), " ".join(TEXTS)):
         for special in (True, False):
-            found = ours.encode(text, add_special_tokens=special).ids
+            ids = ours.encode(text, add_special_tokens=special).ids
             expected = theirs(text, add_special_tokens=special)["input_ids"]
-            if found != expected:
+            if ids != expected:
                 raise ExportError(
-                    f"{files.folder}: the tokenizer gives {found} for {text!r} (add_special_tokens={special}); "
+                    f"{files.folder}: the tokenizer gives {ids} for {text!r} (add_special_tokens={special}); "
                     f"transformers {version} gives {expected}"
                 )
 
@@ -106,14 +106,14 @@ def _check_chats(files: TextFiles, source: str, theirs: Any, version: str) -> No
     for conversation in CONVERSATIONS:
         for prompted in (False, True):
             for attempt in range(3):  # the time of day may be part of the text
-                found = _ours(template, conversation, prompted)
+                rendered = _ours(template, conversation, prompted)
                 expected = _expected(theirs, source, conversation, prompted)
-                if found == expected:
+                if rendered == expected:
                     break
                 if attempt == 2:
                     raise ExportError(
-                        f"{files.folder}: the chat template gives {found!r} for {conversation} (add_generation_prompt="
-                        f"{prompted}); transformers {version} gives {expected!r} (None: refused)"
+                        f"{files.folder}: the chat template gives {rendered!r} for {conversation} "
+                        f"(add_generation_prompt={prompted}); transformers {version} gives {expected!r} (None: refused)"
                     )
 
 
@@ -131,12 +131,12 @@ def _expected(theirs: Any, source: str, conversation: list[dict[str, Any]], prom
     """
     content = conversation[-1]["content"]
     words: str = content if isinstance(content, str) else content[0]["text"]
-    given = _theirs(theirs, source, conversation, prompted)
-    if given is not None and words.strip() in given and "'text'" not in given:
-        return given
+    rendered = _theirs(theirs, source, conversation, prompted)
+    if rendered is not None and words.strip() in rendered and "'text'" not in rendered:
+        return rendered
     other = words if isinstance(content, list) else [{"type": "text", "text": words}]
     instead = _theirs(theirs, source, [*conversation[:-1], {**conversation[-1], "content": other}], prompted)
-    return instead if instead is not None and words.strip() in instead and "'text'" not in instead else given
+    return instead if instead is not None and words.strip() in instead and "'text'" not in instead else rendered
 
 
 def _theirs(theirs: Any, source: str, conversation: list[dict[str, Any]], prompted: bool) -> str | None:

@@ -73,8 +73,8 @@ class Builder:
     def loop(self, trips: ir.Value, condition: ir.Value, carried: Sequence[ir.Value], body: ir.Graph) -> list[ir.Value]:
         """An ONNX `Loop`; the carried values at its end."""
         outputs = len(body.outputs) - 1
-        found = self.Loop(trips, condition, *carried, _outputs=outputs, body=body)
-        return [found] if outputs == 1 else list(found)
+        results = self.Loop(trips, condition, *carried, _outputs=outputs, body=body)
+        return [results] if outputs == 1 else list(results)
 
     def body(self, inputs: Sequence[ir.Value], outputs: Sequence[ir.Value]) -> ir.Graph:
         """What was collected, as the body of a `Loop`.

@@ -92,20 +92,20 @@ def generate_graph(prompt_pass: ir.Graph, token_pass: ir.Graph, config: NetworkC
     kinds: dict[str, tuple[ir.DataType, list[str]]] = {name: (INT, []) for name in LoopInputs._fields}
     kinds |= {name: (FLOAT, []) for name in ("temperature", "top_p", "prune_keep")}
     kinds["stop_tokens"] = (INT, ["stops"])
-    given = LoopInputs(*(ir.val(name, dtype, shape) for name, (dtype, shape) in kinds.items()))
+    inputs = LoopInputs(*(ir.val(name, dtype, shape) for name, (dtype, shape) in kinds.items()))
     ids, mask = prompt_pass.inputs
     logits, *cache = prompt_pass.outputs
     b = Builder("generate")
     for part in (prompt_pass, token_pass):
         b.hoist(part)
     b.adopt(prompt_pass)
-    count = b.Unsqueeze(given.num_candidates, b.ints(0))
+    count = b.Unsqueeze(inputs.num_candidates, b.ints(0))
     grid = b.Concat(count, b.Shape(ids, start=0, end=1), axis=0)
-    numbers = b.Expand(b.Unsqueeze(b.Range(b.int(0), given.num_candidates, b.int(1)), b.ints(1)), grid)
-    stream = b.call(prompt_stream, ids, mask, given.seed)
+    numbers = b.Expand(b.Unsqueeze(b.Range(b.int(0), inputs.num_candidates, b.int(1)), b.ints(1)), grid)
+    stream = b.call(prompt_stream, ids, mask, inputs.seed)
     uniform = b.call(random_uniform, stream, b.int(0), numbers)
     wide = b.Expand(logits, b.Concat(count, b.Shape(logits), axis=0))
-    tokens, log_probs = b.call(draw_token, wide, uniform, given.temperature, given.top_k, given.top_p)
+    tokens, log_probs = b.call(draw_token, wide, uniform, inputs.temperature, inputs.top_k, inputs.top_p)
     no, yes = (b.Expand(b.constant(np.array(value)), grid) for value in (False, True))
     nothing = b.Concat(grid, b.ints(0), axis=0)
     no_ids, no_values = (b.Expand(zero, nothing) for zero in (b.int(0), b.float(0)))
@@ -114,20 +114,20 @@ def generate_graph(prompt_pass: ir.Graph, token_pass: ir.Graph, config: NetworkC
     rows = RunningRows(tokens, log_probs, yes, numbers)
     tables = Tables(no_ids, no_values, no_values, b.Expand(b.int(0), grid), yes, no, b.int(0))
     carried = [*rows, *tables, *[own] * (2 * config.num_layers)]
-    some = b.Greater(given.max_new_tokens, b.int(0))
-    body = _body(given, token_pass, mask, stream, cache, config, pad_token)
+    some = b.Greater(inputs.max_new_tokens, b.int(0))
+    body = _body(inputs, token_pass, mask, stream, cache, config, pad_token)
     own_integer_weights(body)
-    outputs = b.loop(given.max_new_tokens, some, carried, body)
-    results = _results(b, given, Tables(*outputs[len(rows) :][: len(tables)]))
+    outputs = b.loop(inputs.max_new_tokens, some, carried, body)
+    results = _results(b, inputs, Tables(*outputs[len(rows) :][: len(tables)]))
     for name, value in results.items():
         name_value(value, name, FLOAT if name in ("scores", "log_probs", "candidate_scores") else INT, RESULTS[name])
     return ir.Graph(
-        [ids, mask, *given], list(results.values()), nodes=b.nodes, initializers=b.initializers, name="generate"
+        [ids, mask, *inputs], list(results.values()), nodes=b.nodes, initializers=b.initializers, name="generate"
     )
 
 
 def _body(
-    given: LoopInputs,
+    inputs: LoopInputs,
     token_pass: ir.Graph,
     mask: ir.Value,
     stream: ir.Value,
@@ -139,14 +139,14 @@ def _body(
     b = Builder("token")
     iteration, go = ir.val("iteration", INT, []), ir.val("iteration/go", BOOL, [])
     rows, tables, own = _rows(), _tables(), _own(config)
-    inputs = [iteration, go, *rows, *tables, *own]
+    carried = [iteration, go, *rows, *tables, *own]
 
     compacted, fewer, index = _compact(b, rows)
     scores, logits, *grown = _network(b, token_pass, compacted.tokens, mask, prompt_cache, own, (fewer, index))
     tokens, log_probs, running, numbers = compacted
     done = b.Add(iteration, b.int(1))
     uniform = b.call(random_uniform, stream, done, numbers)
-    drawn, drawn_log_probs = b.call(draw_token, logits, uniform, given.temperature, given.top_k, given.top_p)
+    drawn, drawn_log_probs = b.call(draw_token, logits, uniform, inputs.temperature, inputs.top_k, inputs.top_p)
     # A token that was drawn from no distribution makes a candidate that cannot win.
     scores = b.Where(b.IsNaN(log_probs), b.float(np.nan), scores)
     pad = b.int(pad_token)
@@ -159,8 +159,8 @@ def _body(
     computed = b.Add(tables.computed, b.ReduceProd(b.Shape(tokens), keepdims=0))
     sequences, all_scores, all_log_probs = grown_tables
     tables = Tables(sequences, all_scores, all_log_probs, lengths, tables.kept, tables.pruned, computed)
-    running = b.And(running, b.Not(_stops(b, given, tokens)))
-    kept = _prune(b, given, done, tables)
+    running = b.And(running, b.Not(_stops(b, inputs, tokens)))
+    kept = _prune(b, inputs, done, tables)
     stays = b.Greater(b.GatherElements(b.Cast(kept, to=INT), numbers, axis=0), b.int(0))
     nobody = b.Expand(b.int(0), b.Shape(kept))
     dropped = b.ScatterElements(nobody, numbers, b.Cast(b.And(running, b.Not(stays)), to=INT), axis=0)
@@ -168,7 +168,7 @@ def _body(
     running = b.And(running, stays)
     tables = tables._replace(kept=kept, pruned=pruned)
     rows = RunningRows(b.Where(running, drawn, pad), drawn_log_probs, running, b.Identity(numbers))
-    return b.body(inputs, [_any(b, running), *rows, *tables, *grown])
+    return b.body(carried, [_any(b, running), *rows, *tables, *grown])
 
 
 def _compact(b: Builder, rows: RunningRows) -> tuple[RunningRows, ir.Value, ir.Value]:
@@ -245,16 +245,16 @@ def _append(b: Builder, table: ir.Value, new: ir.Value, numbers: ir.Value, fill:
     return joined
 
 
-def _prune(b: Builder, given: LoopInputs, done: ir.Value, tables: Tables) -> ir.Value:
+def _prune(b: Builder, inputs: LoopInputs, done: ir.Value, tables: Tables) -> ir.Value:
     """Which candidates (N, B) stay in the race after `done` tokens, ended ones included.
 
     Speculative rejection (Sun et al., 2024), with the scorer's own running score.
     """
-    every = b.Max(given.prune_every, b.int(1))
-    due = b.And(b.Greater(given.prune_every, b.int(0)), b.Equal(b.Mod(done, every), b.int(0)))
+    every = b.Max(inputs.prune_every, b.int(1))
+    due = b.And(b.Greater(inputs.prune_every, b.int(0)), b.Equal(b.Mod(done, every), b.int(0)))
     then, otherwise = Builder("prune"), Builder("keep")
     branches = {}
-    for builder, kept in ((then, _keep_best(then, given, tables)), (otherwise, otherwise.Identity(tables.kept))):
+    for builder, kept in ((then, _keep_best(then, inputs, tables)), (otherwise, otherwise.Identity(tables.kept))):
         kept.dtype = BOOL
         branches[builder] = ir.Graph(
             [], [kept], nodes=builder.nodes, initializers=builder.initializers, name=builder.name
@@ -263,17 +263,17 @@ def _prune(b: Builder, given: LoopInputs, done: ir.Value, tables: Tables) -> ir.
     return chosen
 
 
-def _keep_best(b: Builder, given: LoopInputs, tables: Tables) -> ir.Value:
+def _keep_best(b: Builder, inputs: LoopInputs, tables: Tables) -> ir.Value:
     """(N, B) bool: the best `prune_keep` of those in the race, rounded up."""
-    scores = _aggregate(b, given, tables, _mask(b, tables))
+    scores = _aggregate(b, inputs, tables, _mask(b, tables))
     low = b.float(-np.inf)
     scores = b.Where(b.And(tables.kept, b.Not(b.IsNaN(scores))), scores, low)
     _, order = b.TopK(scores, b.Shape(scores, start=0, end=1), axis=0, _outputs=2)
-    ranks = b.Unsqueeze(b.Range(b.int(0), given.num_candidates, b.int(1)), b.ints(1))
+    ranks = b.Unsqueeze(b.Range(b.int(0), inputs.num_candidates, b.int(1)), b.ints(1))
     place = b.ScatterElements(order, order, b.Expand(ranks, b.Shape(scores)), axis=0)
     in_race = b.ReduceSum(b.Cast(tables.kept, to=FLOAT), b.ints(0), keepdims=1)
     # The fraction of a whole number may come out a little above it.
-    limit = b.Ceil(b.Sub(b.Mul(in_race, given.prune_keep), b.float(1e-4)))
+    limit = b.Ceil(b.Sub(b.Mul(in_race, inputs.prune_keep), b.float(1e-4)))
     kept: ir.Value = b.And(tables.kept, b.Less(place, b.Max(b.Cast(limit, to=INT), b.int(1))))
     return kept
 
@@ -285,30 +285,30 @@ def _mask(b: Builder, tables: Tables) -> ir.Value:
     return mask
 
 
-def _aggregate(b: Builder, given: LoopInputs, tables: Tables, mask: ir.Value) -> ir.Value:
+def _aggregate(b: Builder, inputs: LoopInputs, tables: Tables, mask: ir.Value) -> ir.Value:
     """Candidate scores (N, B) of the tables."""
-    at_step = b.Or(b.Equal(tables.sequences, given.step_token), b.Less(given.step_token, b.int(0)))
-    scores: ir.Value = b.call(aggregate, tables.scores, mask, b.Cast(at_step, to=INT), given.aggregation)
+    at_step = b.Or(b.Equal(tables.sequences, inputs.step_token), b.Less(inputs.step_token, b.int(0)))
+    scores: ir.Value = b.call(aggregate, tables.scores, mask, b.Cast(at_step, to=INT), inputs.aggregation)
     return scores
 
 
-def _stops(b: Builder, given: LoopInputs, tokens: ir.Value) -> ir.Value:
+def _stops(b: Builder, inputs: LoopInputs, tokens: ir.Value) -> ir.Value:
     """Whether each token (...) ends its candidate."""
     # -1 is no token: the list is never empty.
-    stops = b.Concat(given.stop_tokens, b.ints(-1), axis=0)
+    stops = b.Concat(inputs.stop_tokens, b.ints(-1), axis=0)
     equal = b.Cast(b.Equal(b.Unsqueeze(tokens, b.ints(-1)), stops), to=FLOAT)
     is_stop: ir.Value = b.Greater(b.ReduceMax(equal, b.ints(-1), keepdims=0), b.float(0))
     return is_stop
 
 
-def _results(b: Builder, given: LoopInputs, tables: Tables) -> dict[str, ir.Value]:
+def _results(b: Builder, inputs: LoopInputs, tables: Tables) -> dict[str, ir.Value]:
     """The graph's outputs."""
     mask = _mask(b, tables)
-    ended = b.Mul(b.Cast(_stops(b, given, tables.sequences), to=INT), mask)
+    ended = b.Mul(b.Cast(_stops(b, inputs, tables.sequences), to=INT), mask)
     # The order of `FINISH_REASONS`.
     reasons = b.Where(tables.pruned, b.int(2), b.Max(b.ReduceMax(ended, b.ints(2), keepdims=0), b.int(0)))
     whole = b.Mul(mask, b.Cast(b.Not(b.Unsqueeze(tables.pruned, b.ints(2))), to=INT))
-    candidate_scores = _aggregate(b, given, tables, whole)
+    candidate_scores = _aggregate(b, inputs, tables, whole)
     best = b.call(best_of_n, candidate_scores)
     index = b.Unsqueeze(b.Max(best, b.int(0)), b.ints(0, 2))
     shape = b.Concat(b.ints(1), b.Shape(tables.sequences, start=1), axis=0)

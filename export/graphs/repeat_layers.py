@@ -33,8 +33,8 @@ class Opened(nn.Module):
 
     def forward(self, tensors: tuple[Tensor, ...], *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         """The tensors in the order of their names, and the graph's own inputs -> the graph's outputs."""
-        given = dict(zip(self.names, tensors, strict=True))
-        outputs: Tensor | tuple[Tensor, ...] = torch.func.functional_call(self.inner, given, inputs)
+        weights = dict(zip(self.names, tensors, strict=True))
+        outputs: Tensor | tuple[Tensor, ...] = torch.func.functional_call(self.inner, weights, inputs)
         return outputs
 
 

@@ -42,8 +42,8 @@ def best_of_n(candidate_scores):  # type: ignore[no-untyped-def]
     # Usable first, then value: a score of -inf is one and beats NaN.
     winners = op.Cast(op.And(usable, best), to=1)
     first = op.ArgMax(winners, axis=0, keepdims=0)
-    found = op.Greater(op.ReduceMax(winners, axis, keepdims=0), op.Constant(value_float=0.0))
-    return op.Where(found, first, op.Constant(value_int=-1))
+    any_winner = op.Greater(op.ReduceMax(winners, axis, keepdims=0), op.Constant(value_float=0.0))
+    return op.Where(any_winner, first, op.Constant(value_int=-1))
 
 
 def with_vote_weight(scoring: Scoring) -> Scoring:

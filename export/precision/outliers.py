@@ -54,10 +54,10 @@ class SplitLinear(nn.Module):
 def find_outliers(model: LanguageModel | TwoHeadedNetwork, seed: int = 0) -> dict[nn.Module, Tensor]:
     """For the norms and linear layers of the blocks: which of their inputs (K,) int64 are outliers, K often 0."""
     network = model.network if isinstance(model, LanguageModel) else model
-    found: dict[nn.Module, Tensor] = {}
+    outliers: dict[nn.Module, Tensor] = {}
 
     def look(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        found[module] = _far(inputs[0].flatten(0, -2), _FAR_IN_ROW if module in in_row else _FAR)
+        outliers[module] = _far(inputs[0].flatten(0, -2), _FAR_IN_ROW if module in in_row else _FAR)
 
     watched: list[nn.Module] = []
     in_row = {part for block in network.layers() for part in (block.attention.out_proj, block.ffn.down)}
@@ -78,9 +78,9 @@ def find_outliers(model: LanguageModel | TwoHeadedNetwork, seed: int = 0) -> dic
             hook.remove()
     for block in network.layers():
         # These read what others read.
-        found |= dict.fromkeys((block.attention.k_proj, block.attention.v_proj), found[block.attention.q_proj])
-        found[block.ffn.up] = found[block.ffn.gate]
-    return found
+        outliers |= dict.fromkeys((block.attention.k_proj, block.attention.v_proj), outliers[block.attention.q_proj])
+        outliers[block.ffn.up] = outliers[block.ffn.gate]
+    return outliers
 
 
 def _far(x: Tensor, limit: float) -> Tensor:

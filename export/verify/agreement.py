@@ -54,12 +54,12 @@ def read_held_out(path: Path) -> list[HeldOut]:
         InputError: it cannot be read, or is empty.
     """
     try:
-        found = _arrays(load_arrays(path)) if path.suffix == ".npz" else _lines(path)
+        questions = _arrays(load_arrays(path)) if path.suffix == ".npz" else _lines(path)
     except InputError as e:
         raise InputError(f"held-out prompts: {e}; see `bonnx export --help`") from e
-    if not found:
+    if not questions:
         raise InputError(f"{path} has no prompts; expected one a line")
-    return found
+    return questions
 
 
 def _arrays(arrays: dict[str, Any]) -> list[HeldOut]:
@@ -73,7 +73,7 @@ def _arrays(arrays: dict[str, Any]) -> list[HeldOut]:
 
 
 def _lines(path: Path) -> list[HeldOut]:
-    found = []
+    questions = []
     for number, value in read_values(path):
         with in_line(path, number):
             if isinstance(value, InputError):
@@ -82,8 +82,8 @@ def _lines(path: Path) -> list[HeldOut]:
             if not isinstance(candidates, list | None):
                 raise InputError(f"'candidates': expected a list; got {name_of(candidates)}")
             own = None if candidates is None else [to_candidate(candidate) for candidate in candidates]
-            found.append(HeldOut(to_prompt(value), own))
-    return found
+            questions.append(HeldOut(to_prompt(value), own))
+    return questions
 
 
 def own_prompts(
@@ -107,16 +107,16 @@ def own_prompts(
 
 
 def _noise(config: LanguageModelConfig | NetworkConfig, longest: int, seed: int) -> list[HeldOut]:
-    rng, found = np.random.default_rng(seed), []
+    rng, questions = np.random.default_rng(seed), []
     for _ in range(PROMPTS):
         length = int(rng.integers(1, max(1, min(24, longest // 2)) + 1))
         if isinstance(config, LanguageModelConfig):
             ids = rng.integers(0, config.vocab_size, (CANDIDATES + 1, length))
-            found.append(HeldOut(ids[0], None if config.vocabulary_head else list(ids[1:])))
+            questions.append(HeldOut(ids[0], None if config.vocabulary_head else list(ids[1:])))
             continue
         rows = rng.standard_normal((CANDIDATES + 1, length, config.embed_dim), np.float32)
-        found.append(HeldOut(rows[0], list(rows[1:])))
-    return found
+        questions.append(HeldOut(rows[0], list(rows[1:])))
+    return questions
 
 
 def measure(
@@ -151,7 +151,7 @@ def measure(
     model, scoring = load(), engine.manifest.scoring
     same = as_good = 0
     errors: list[Any] = []
-    for prompt, candidates, chosen, found in selected:
+    for prompt, candidates, chosen, artifact_scores in selected:
         scores = _scores(model, engine, prompt, candidates, scoring)
         expected = int(best_of_n(scores[:, None])[0])
         # Two equal candidates are the same choice.
@@ -159,7 +159,7 @@ def measure(
         same += int(is_same)
         spread = np.nanmax(scores) - np.nanmin(scores)
         as_good += int(is_same or scores[expected] - scores[chosen] <= _AS_GOOD * spread)
-        errors.append(np.abs(found - scores))
+        errors.append(np.abs(artifact_scores - scores))
     share, error = as_good / len(cases), np.concatenate(errors)
     if share < least:
         raise ExportError(

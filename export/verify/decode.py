@@ -43,13 +43,13 @@ def check_decode(checker: Checker, prompt: Array, request: CheckedOptions, outpu
     recorded = {name: _Recording(checker.session(name)) for name in ("prefill", "decode")}
     *_, last = decode_all(recorded.__getitem__, prompt, request, None, None)  # type: ignore[arg-type]
     for n, position, logits in _logits_of(recorded["prefill"].logits, recorded["decode"].logits, last.lengths):
-        given, what = int(last.tokens[n, position]), f"decode, candidate {n}, token {position}"
+        drawn, label = int(last.tokens[n, position]), f"decode, candidate {n}, token {position}"
         token, margin = expected_token(logits, uniform(request.seed, prompt, position, n), request)
-        if token != given and margin > edge_width(0.0, request):
-            raise ExportError(f"{what} is {given}; its logits and the seed give {token}")
-        log_prob = log_softmax(logits[None])[0, given]
+        if token != drawn and margin > edge_width(0.0, request):
+            raise ExportError(f"{label} is {drawn}; its logits and the seed give {token}")
+        log_prob = log_softmax(logits[None])[0, drawn]
         size = float(np.abs(logits).max())
-        checker.compare(f"{what}, log-probability", last.log_probs[n, position], np.asarray(log_prob), size)
+        checker.compare(f"{label}, log-probability", last.log_probs[n, position], np.asarray(log_prob), size)
     if outputs is None:
         return
     lengths = outputs["lengths"][:, 0]

@@ -78,11 +78,11 @@ class Exact:
             batches: token ids or embeddings.
             bar: sees PyTorch's errors of `backbone` and `scores`.
         """
-        found = list(zip(self._run(batches, _widened), self._run(batches, _as_graphs), strict=True))
-        for exact, own in found:
+        pairs = list(zip(self._run(batches, _widened), self._run(batches, _as_graphs), strict=True))
+        for exact, own in pairs:
             for kind, a, b in zip(Outputs._fields, exact, own, strict=True):
                 bar.see(kind, a.numpy(), b.numpy())
-        return found
+        return pairs
 
     def logits(self, exact: Tensor, own: Tensor) -> tuple[Array, Array]:
         """Two backbones (T, D), as `rows` gives them -> their logits (T, V)."""

@@ -65,12 +65,12 @@ def check_generation(checker: Checker) -> list[Parity]:
     scores, log_probs = list[float](), list[float]()
     for run, rows in zip(runs, _read(checker, runs), strict=True):
         for (n, b), exact in rows.items():
-            what = f"generate, prompt {b}, candidate {n}"
+            label = f"generate, prompt {b}, candidate {n}"
             length = len(exact.scores)
-            scores.append(checker.near("scores", what, run.outputs["scores"][n, b, :length], exact.scores))
-            found = run.outputs["log_probs"][n, b, :length]
-            log_probs.append(checker.near("log_probs", f"{what}, log-probabilities", found, exact.log_probs))
-            _check_tokens(checker, run, n, b, exact.draws, what)
+            scores.append(checker.near("scores", label, run.outputs["scores"][n, b, :length], exact.scores))
+            values = run.outputs["log_probs"][n, b, :length]
+            log_probs.append(checker.near("log_probs", f"{label}, log-probabilities", values, exact.log_probs))
+            _check_tokens(checker, run, n, b, exact.draws, label)
         _check_selection(checker, run.request, run.outputs)
         for b in range(len(run.prompts)):
             alone = {name: _column(value, b) for name, value in run.outputs.items()}
@@ -156,16 +156,16 @@ def _is_far(checker: Checker, run: _Run, n: int, b: int) -> bool:
     return _is_certain(checker, run.request, _draws(logits, run.request, prompt, n))
 
 
-def _check_tokens(checker: Checker, run: _Run, n: int, b: int, draws: Sequence[tuple[int, float]], what: str) -> None:
+def _check_tokens(checker: Checker, run: _Run, n: int, b: int, draws: Sequence[tuple[int, float]], label: str) -> None:
     _, tokens = run.row(n, b)
     edge = edge_width(checker.bar.allowed("logits"), run.request)
     for position, (token, margin) in enumerate(draws):
         if token != tokens[position] and margin > edge:
-            raise ExportError(f"{what}: token {position} is {tokens[position]}, PyTorch and the seed give {token}")
-    _check_end(run.request, what, tokens, FINISH_REASONS[run.outputs["finish_reasons"][n, b]])
+            raise ExportError(f"{label}: token {position} is {tokens[position]}, PyTorch and the seed give {token}")
+    _check_end(run.request, label, tokens, FINISH_REASONS[run.outputs["finish_reasons"][n, b]])
 
 
-def _check_end(request: CheckedOptions, what: str, tokens: Array, reason: str) -> None:
+def _check_end(request: CheckedOptions, label: str, tokens: Array, reason: str) -> None:
     stopped = np.flatnonzero(np.isin(tokens, request.stop_tokens))
     good = {
         "stop": len(stopped) == 1 and stopped[0] == len(tokens) - 1,
@@ -173,14 +173,14 @@ def _check_end(request: CheckedOptions, what: str, tokens: Array, reason: str) -
         "pruned": not len(stopped) and request.prune_every and len(tokens) % request.prune_every == 0,
     }
     if not good[reason]:
-        raise ExportError(f"{what} has {len(tokens)} tokens, stop tokens at {stopped}, but its end is '{reason}'")
+        raise ExportError(f"{label} has {len(tokens)} tokens, stop tokens at {stopped}, but its end is '{reason}'")
 
 
 def _check_selection(checker: Checker, request: CheckedOptions, outputs: dict[str, Array]) -> None:
     lengths = np.where(outputs["finish_reasons"] == FINISH_REASONS.index("pruned"), 0, outputs["lengths"])
     mask = (np.arange(outputs["sequences"].shape[2]) < lengths[..., None]).astype(np.int64)
-    found, best = aggregate(outputs["scores"], mask, np.ones((1, 1, 1)), request.aggregation)
-    checker.compare("generate, candidate scores", outputs["candidate_scores"], found)
+    expected, best = aggregate(outputs["scores"], mask, np.ones((1, 1, 1)), request.aggregation)
+    checker.compare("generate, candidate scores", outputs["candidate_scores"], expected)
     if not np.array_equal(outputs["best_index"], best):
         raise ExportError(f"generate chose {outputs['best_index']}, NumPy {best}")
 

@@ -189,13 +189,13 @@ class Checker:
 
             def judge(
                 outputs: dict[str, Array],
-                what: str = f"{name} {shape}",
+                label: str = f"{name} {shape}",
                 feeds: dict[str, Array] = feeds,
                 expected: Array = expected,
                 kept: str | None = kept,
             ) -> float:
-                worst = self.near("scores", what, outputs["scores"], expected)
-                self._same_choice(what, feeds, outputs, expected)
+                worst = self.near("scores", label, outputs["scores"], expected)
+                self._same_choice(label, feeds, outputs, expected)
                 if kept is not None:
                     self.record(kept, feeds, outputs, scores=expected)
                 return worst
@@ -274,33 +274,35 @@ class Checker:
         names = [value.name for value in self.graphs[name].outputs]
         return dict(zip(names, self.session(name).run(feeds, names), strict=True))
 
-    def _same_choice(self, what: str, feeds: dict[str, Array], outputs: dict[str, Array], expected: Array) -> None:
+    def _same_choice(self, label: str, feeds: dict[str, Array], outputs: dict[str, Array], expected: Array) -> None:
         """The selected index is PyTorch's, unless the two best are closer than the tolerance."""
         final, _ = aggregate(expected, feeds["candidate_mask"], feeds["step_mask"], "last")
         chosen = select_best_of_n(torch.from_numpy(final)).numpy()
         best, taken = (np.take_along_axis(final, index[None], 0)[0] for index in (chosen, outputs["best_index"]))
         if (best - taken > 2 * self.bar.allowed("scores")).any():
-            raise ExportError(f"{what}: the graph chose {outputs['best_index']}, PyTorch {chosen}; nothing was written")
+            raise ExportError(
+                f"{label}: the graph chose {outputs['best_index']}, PyTorch {chosen}; nothing was written"
+            )
 
-    def near(self, kind: str, what: str, values: Array, exact: Array) -> float:
+    def near(self, kind: str, label: str, values: Array, exact: Array) -> float:
         """The maximum absolute difference from what is exact; NaN equals NaN.
 
         Args:
             kind: `backbone`, `scores`, `log_probs`: which of the bar's outputs they are.
-            what: names the values in messages.
+            label: names the values in messages.
             values: of a graph.
             exact: float64, of the same shape.
 
         Raises:
             ExportError: it exceeds what is allowed.
         """
-        return self._difference(what, values, exact, self.bar.allowed(kind))
+        return self._difference(label, values, exact, self.bar.allowed(kind))
 
-    def compare(self, what: str, values: Array, expected: Array, size: float = 1.0) -> float:
+    def compare(self, label: str, values: Array, expected: Array, size: float = 1.0) -> float:
         """The maximum absolute difference from what NumPy gives for the same numbers; NaN equals NaN.
 
         Args:
-            what: names the values in messages.
+            label: names the values in messages.
             values: of a graph.
             expected: of NumPy.
             size: of the largest number that they are computed from, if that is larger than they are.
@@ -309,13 +311,13 @@ class Checker:
             ExportError: it exceeds what is allowed.
         """
         largest = np.abs(expected[np.isfinite(expected)]).max(initial=size)
-        return self._difference(what, values, expected, _ARITHMETIC * float(largest))
+        return self._difference(label, values, expected, _ARITHMETIC * float(largest))
 
-    def _difference(self, what: str, values: Array, expected: Array, allowed: float) -> float:
+    def _difference(self, label: str, values: Array, expected: Array, allowed: float) -> float:
         try:
             return maximum_difference(values, expected, allowed)
         except ValueError as e:
-            raise ExportError(f"{what}: {e}; nothing was written") from e
+            raise ExportError(f"{label}: {e}; nothing was written") from e
 
     def parity(self, check: str, differences: Sequence[float], kind: str | None) -> Parity:
         """The result of one check."""

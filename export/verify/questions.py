@@ -29,7 +29,7 @@ _OTHERS = ("I don't know.", "That depends on what you mean.", "Why do you ask? L
 
 def draw_questions(count: int, candidates: int, seed: int) -> list[tuple[str, list[str]]]:
     """Questions, each with that many different answers: right and wrong, long and short, and none at all."""
-    rng, found = np.random.default_rng(seed), []
+    rng, questions = np.random.default_rng(seed), []
     for _ in range(count):
         text, sign = _TASKS[rng.integers(len(_TASKS))]
         a, b = sorted((int(n) for n in rng.integers(2, 60, 2)), reverse=True)
@@ -40,5 +40,5 @@ def draw_questions(count: int, candidates: int, seed: int) -> list[tuple[str, li
             wrong = int(rng.integers(-9, 10)) if rng.integers(3) else 0
             answers[str(rng.choice(_STYLES)).format(**words, answer=right + wrong)] = None
         order = rng.permutation(candidates)
-        found.append((text.format(**words), [list(answers)[i] for i in order]))
-    return found
+        questions.append((text.format(**words), [list(answers)[i] for i in order]))
+    return questions

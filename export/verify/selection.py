@@ -34,10 +34,10 @@ def _aggregations(checker: Checker) -> Iterator[Case]:
 
 
 def _judge_aggregation(checker: Checker, name: str, feeds: dict[str, Array], outputs: dict[str, Array]) -> float:
-    found, best = aggregate(outputs["scores"], feeds["candidate_mask"], feeds["step_mask"], name)
+    expected, best = aggregate(outputs["scores"], feeds["candidate_mask"], feeds["step_mask"], name)
     if not np.array_equal(outputs["best_index"], best):
         raise ExportError(f"selection {name}: the graph chose {outputs['best_index']}, NumPy {best}")
-    return checker.compare(f"selection {name}", outputs["candidate_scores"], found)
+    return checker.compare(f"selection {name}", outputs["candidate_scores"], expected)
 
 
 def _votes(checker: Checker) -> Iterator[Case]:

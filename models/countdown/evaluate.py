@@ -48,14 +48,19 @@ def sample_and_score(
 
 def best_of(count: int, texts: list[str], scores: NDArray[np.float32], right: NDArray[np.bool_]) -> list[float]:
     """For one puzzle, how often each of `METHODS` is right, over disjoint groups of `count` completions."""
-    found = np.zeros(len(METHODS))
+    solved = np.zeros(len(METHODS))
     groups = [slice(i, i + count) for i in range(0, len(texts) - count + 1, count)]
     for group in groups:
         # Counter keeps the order of first sight, so ties go to the earliest completion.
         vote = Counter(texts[group]).most_common(1)[0][0]
         chosen = int(scores[group].argmax())
-        found += [right[group].mean(), right[group][chosen], right[group][texts[group].index(vote)], right[group].any()]
-    return [float(value) for value in found / len(groups)]
+        solved += [
+            right[group].mean(),
+            right[group][chosen],
+            right[group][texts[group].index(vote)],
+            right[group].any(),
+        ]
+    return [float(value) for value in solved / len(groups)]
 
 
 def calibration(scores: NDArray[np.float64], right: NDArray[np.bool_], bins: int = 10) -> dict[str, Any]:
@@ -66,7 +71,7 @@ def calibration(scores: NDArray[np.float64], right: NDArray[np.bool_], bins: int
         for b in range(bins)
         if (place == b).any()
     ]
-    error = sum(abs(said - true) * n for said, true, n in rows) / len(scores)
+    error = sum(abs(predicted - true) * n for predicted, true, n in rows) / len(scores)
     return {"bins": rows, "expected_calibration_error": error}
 
 
@@ -112,8 +117,8 @@ def report(result: dict[str, Any]) -> str:
         f"|---|{'---|' * len(METHODS)}",
     ]
     for n in sorted({row["n"] for row in result["accuracy"]}):
-        found = [cells[n, method] for method in METHODS]
-        text = " | ".join(f"{100 * c['accuracy']:.1f} ({100 * c['low']:.1f} to {100 * c['high']:.1f})" for c in found)
+        row = [cells[n, method] for method in METHODS]
+        text = " | ".join(f"{100 * c['accuracy']:.1f} ({100 * c['low']:.1f} to {100 * c['high']:.1f})" for c in row)
         lines.append(f"| {n} | {text} |")
     error = result["calibration"]["expected_calibration_error"]
     lines += [
@@ -124,7 +129,7 @@ def report(result: dict[str, Any]) -> str:
         "",
         "| score says | right | completions |",
         "|---|---|---|",
-        *(f"| {said:.3f} | {true:.3f} | {n} |" for said, true, n in result["calibration"]["bins"]),
+        *(f"| {predicted:.3f} | {true:.3f} | {n} |" for predicted, true, n in result["calibration"]["bins"]),
         "",
         "![accuracy against N, and reliability of the score](report.png)",
         "",
@@ -149,10 +154,10 @@ def draw(result: dict[str, Any], path: Path) -> None:
     left.set_xticks(n, [str(value) for value in n])
     left.set(xlabel="N completions", ylabel="puzzles solved, %", ylim=(0, 100), title="Held-out Countdown puzzles")
     left.legend(loc="lower right")
-    said, true, count = zip(*result["calibration"]["bins"], strict=True)
+    predicted, true, count = zip(*result["calibration"]["bins"], strict=True)
     right.plot([0, 1], [0, 1], color="#bbbbbb", linestyle="--", label="perfect")
-    right.plot(said, true, marker="o", color="#0b6e99", label="scorer, last position")
-    for x, y, c in zip(said, true, count, strict=True):
+    right.plot(predicted, true, marker="o", color="#0b6e99", label="scorer, last position")
+    for x, y, c in zip(predicted, true, count, strict=True):
         right.annotate(f"{c}", (x, y), textcoords="offset points", xytext=(5, -11), fontsize=7, color="#555555")
     right.set(xlabel="score", ylabel="share that is right", title="Reliability (labels: completions)")
     right.legend(loc="upper left")

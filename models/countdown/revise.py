@@ -84,9 +84,9 @@ def revision_batch(base: LanguageModel, rng: random.Random, rows: int) -> tuple[
     for count in (3, 4):
         puzzles = draw_puzzles(rng, count, rows // 2, test=False)
         prompts = torch.tensor([encode(puzzle.prompt) for puzzle, _ in puzzles])
-        found = _attempts(base, prompts.repeat_interleave(SAMPLES, 0), rng)
+        attempts = _attempts(base, prompts.repeat_interleave(SAMPLES, 0), rng)
         for i, (puzzle, solution) in enumerate(puzzles):
-            mine = [a for a in found[i * SAMPLES : (i + 1) * SAMPLES] if a is not None]
+            mine = [a for a in attempts[i * SAMPLES : (i + 1) * SAMPLES] if a is not None]
             shown, target = revision(rng, puzzle, solution, mine)
             sequences.append(([*encode(puzzle.prompt), *(token for a in shown for token in a)], target))
     length = max(len(context) + len(target) for context, target in sequences)
@@ -109,12 +109,12 @@ def chain_batch(model: LanguageModel, rng: random.Random, count: int, rows: int)
     labels = torch.full(ids.shape, float(IGNORED))
     usual = 6 * (count - 1) + 1
     for _ in range(rng.randint(1, MEMORY + 1)):
-        found = _attempts(model, ids, rng)
-        kept = [i for i, attempt in enumerate(found) if attempt is not None and len(attempt) == usual]
+        sampled = _attempts(model, ids, rng)
+        kept = [i for i, attempt in enumerate(sampled) if attempt is not None and len(attempt) == usual]
         if not kept:
             break
         puzzles = [puzzles[i] for i in kept]
-        attempts = [found[i] or [] for i in kept]
+        attempts = [sampled[i] or [] for i in kept]
         ids = torch.cat([ids[kept], torch.tensor(attempts)], 1)
         new = torch.tensor([label(puzzle, attempt) for puzzle, attempt in zip(puzzles, attempts, strict=True)])
         labels = torch.cat([labels[kept], new], 1)
