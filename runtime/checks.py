@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
 
@@ -13,6 +14,8 @@ import numpy as np
 from bonnx.errors import InputError
 
 __all__ = [
+    "ARGUMENTS",
+    "ArgumentNames",
     "check_flag",
     "check_function",
     "check_number",
@@ -22,6 +25,30 @@ __all__ = [
     "is_list",
     "shown",
 ]
+
+
+@dataclass(frozen=True)
+class ArgumentNames:
+    """What errors call a prompt and its candidates: whatever the caller calls them.
+
+    Attributes:
+        prompt: the argument or field that holds the prompt.
+        candidates: the one that holds the candidates.
+        nouns: the words for a prompt, a candidate and several candidates in a sentence.
+        each: a name for each candidate; by default `candidates[0]` and so on.
+    """
+
+    prompt: str = "prompt"
+    candidates: str = "candidates"
+    nouns: tuple[str, str, str] = ("prompt", "candidate", "candidates")
+    each: Sequence[str] | None = None
+
+    def candidate(self, i: int) -> str:
+        """The name of one candidate."""
+        return f"{self.candidates}[{i}]" if self.each is None else self.each[i]
+
+
+ARGUMENTS = ArgumentNames()
 
 
 def shown(value: object) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 from bonnx.errors import InputError
 
 from .arrays import Array
-from .checks import check_flag, check_function, check_some, is_list, shown
+from .checks import ARGUMENTS, check_flag, check_function, check_some, is_list, shown
 from .generate.decoding import clock
 from .generate.options import GenerateOptions, check_options, shows_options
 from .generate.result import Candidate, Generation
@@ -86,7 +86,7 @@ class FakeModel:
             _check_item(candidate, f"candidates[{i}]")
         unreadable = {i: NO_TOKENS for i, candidate in enumerate(candidates) if not len(candidate)}
         if len(unreadable) == len(candidates):
-            raise InputError(none_readable("candidates", unreadable))
+            raise InputError(none_readable(ARGUMENTS, unreadable))
         return self._select(prompt, candidates, aggregation, step_masks, vote, answers, unreadable)
 
     def _select(

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from bonnx.errors import InputError
 
+from ..checks import ARGUMENTS, ArgumentNames
 from .manifest import Manifest
 
 __all__ = ["check_size", "estimate_memory"]
 
 
-def check_size(manifest: Manifest, rows: int, prompt: int, length: int, memory_limit: int | None) -> None:
+def check_size(
+    manifest: Manifest,
+    rows: int,
+    prompt: int,
+    length: int,
+    memory_limit: int | None,
+    names: ArgumentNames = ARGUMENTS,
+) -> None:
     """Refuse work beyond the artifact's limits or the caller's.
 
     Args:
@@ -18,24 +26,27 @@ def check_size(manifest: Manifest, rows: int, prompt: int, length: int, memory_l
         prompt: tokens of the prompt.
         length: tokens of the longest candidate.
         memory_limit: bytes, or None.
+        names: what errors call the arguments.
 
     Raises:
         InputError: says which limit, and how much was asked.
     """
-    limits = manifest.limits
+    limits, (prompt_noun, candidate_noun, candidates_noun) = manifest.limits, names.nouns
     if rows > limits.max_candidates:
-        raise InputError(f"{rows} candidates: this artifact takes at most {limits.max_candidates} at once; split them")
+        raise InputError(
+            f"{rows} {candidates_noun}: this artifact takes at most {limits.max_candidates} at once; split them"
+        )
     if prompt + length > limits.max_tokens:
         raise InputError(
-            f"a prompt of {prompt} tokens and a candidate of {length}: this artifact takes at most "
+            f"a {prompt_noun} of {prompt} tokens and a {candidate_noun} of {length}: this artifact takes at most "
             f"{limits.max_tokens} together; shorten them, or export again with --max-tokens"
         )
     if memory_limit is not None:
         needed = estimate_memory(manifest, rows, prompt, length)
         if needed > memory_limit:
             raise InputError(
-                f"{rows} candidates of {length} tokens after a prompt of {prompt} need about {needed} bytes, more than "
-                f"memory_limit={memory_limit}; rank fewer at once, or raise the limit"
+                f"{rows} {candidates_noun} of {length} tokens after a {prompt_noun} of {prompt} need about {needed} "
+                f"bytes, more than memory_limit={memory_limit}; rank fewer at once, or raise the limit"
             )
 
 

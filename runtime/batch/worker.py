@@ -10,6 +10,7 @@ from typing import Any
 
 from bonnx.errors import BonnxError, InputError
 
+from ..checks import ArgumentNames
 from ..engine.engine import Engine, open_engine
 from ..files.values import name_of, to_candidate, to_item
 from ..rank.request import RankRequest, read_request
@@ -189,9 +190,9 @@ class Worker:
             _named(to_candidate, candidate, f"'{task.candidates}', element {i}")
             for i, candidate in enumerate(_listed(values[task.candidates], task.candidates))
         ]
-        return read_request(
-            self._engine, _named(to_item, values[task.prompt], f"'{task.prompt}'"), candidates, **options
-        )
+        prompt = _named(to_item, values[task.prompt], f"'{task.prompt}'")
+        names = ArgumentNames(task.prompt, task.candidates)
+        return read_request(self._engine, prompt, candidates, **options, names=names)
 
 
 def added(ranking: Ranking, best: Any, names: Sequence[str]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from bonnx.errors import InputError
 from ..arrays import Array
 from ..artifact.limits import check_size
 from ..batching import Shape
-from ..checks import check_flag, check_some
+from ..checks import ARGUMENTS, ArgumentNames, check_flag, check_some
 from ..engine.engine import Engine
 from ..selection.aggregate import aggregation_code, is_stepwise
 from ..selection.vote import Answers, Ballot, make_ballot
@@ -82,8 +82,9 @@ def read_request(
     truncate: bool = False,
     vote: str = "score",
     answers: Answers | None = None,
+    names: ArgumentNames = ARGUMENTS,
 ) -> RankRequest:
-    """Read and check what is to be ranked; the arguments are those of `Model.rank`.
+    """Read and check what is to be ranked; the arguments are those of `Model.rank`, and what errors call them.
 
     Raises:
         InputError: nothing to rank, or something that cannot be ranked.
@@ -93,24 +94,25 @@ def read_request(
     aggregation_code(name)
     check_flag("partial", partial)
     check_flag("truncate", truncate)
-    check_some(candidates, "candidates")
-    rows = engine.reader.pairs(prompt, candidates, partial=partial, truncate=truncate)
-    ballot = make_ballot(vote, answers, candidates, "candidates", rows.unreadable, scoring)
-    values, mask = pad_rows(engine, rows)
+    check_some(candidates, names.candidates)
+    rows = engine.reader.pairs(prompt, candidates, names, partial=partial, truncate=truncate)
+    ballot = make_ballot(vote, answers, candidates, names.candidates, rows.unreadable, scoring)
+    values, mask = pad_rows(engine, rows, names)
     steps = readable_positions(engine, name, rows, values, step_masks)
     assert rows.prompt is not None
     joins = len(rows.prompt) + values.shape[1] <= engine.joint_limit
     return RankRequest(candidates, name, ballot, rows, values, mask, steps, joins)
 
 
-def pad_rows(engine: Engine, rows: EncodedRows) -> tuple[Array, Array]:
+def pad_rows(engine: Engine, rows: EncodedRows, names: ArgumentNames) -> tuple[Array, Array]:
     """Rows within limits, padded, and their mask.
 
     Raises:
         InputError: there are too many, or they are too long.
     """
     prompt = 0 if rows.prompt is None else len(rows.prompt)
-    check_size(engine.manifest, len(rows.items), prompt, max(map(len, rows.items)), engine.memory_limit)
+    longest = max(map(len, rows.items))
+    check_size(engine.manifest, len(rows.items), prompt, longest, engine.memory_limit, names)
     return pad(rows.items, engine.manifest.scoring.pad_token)
 
 

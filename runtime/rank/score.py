@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..checks import check_flag, check_some
+from ..checks import ArgumentNames, check_flag, check_some
 from ..engine.engine import Engine
 from ..selection.aggregate import aggregation_code
 from ..selection.vote import Answers, make_ballot
@@ -15,6 +15,8 @@ from .request import pad_rows, readable_positions
 from .result import Scored, winner
 
 __all__ = ["score_rows"]
+
+_NAMES = ArgumentNames(candidates="rows", nouns=("prompt", "row", "rows"))
 
 
 def score_rows(
@@ -35,9 +37,9 @@ def score_rows(
     check_flag("backbone", backbone)
     code = np.array(aggregation_code(name), np.int64)
     check_some(rows, "rows")
-    read = engine.reader.rows(rows, "rows", partial=partial)
+    read = engine.reader.rows(rows, _NAMES, partial=partial)
     ballot = make_ballot(vote, answers, rows, "rows", read.unreadable, scoring)
-    values, mask = pad_rows(engine, read)
+    values, mask = pad_rows(engine, read, _NAMES)
     feeds = {
         "aggregation": code,
         **ballot.feeds(),

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from bonnx.errors import InputError
 
 from ..batching import Shape, padded_tokens
+from ..checks import ARGUMENTS, ArgumentNames
 from ..engine.engine import Engine
 from ..text.reader import Item
 from .ranking import ClientRequest
@@ -33,26 +34,29 @@ def check_texts(asked: Sequence[ClientRequest], engine: Engine, settings: Settin
     limits, most = engine.manifest.limits, engine.reader.most_characters
     for one in asked:
         if len(one.candidates) > limits.max_candidates:
-            text = f"{len(one.candidates)} candidates: this model takes at most {limits.max_candidates} at once"
-            raise InputError(one.in_client_words(f"{text}; split them"))
-        texts: list[tuple[str, Item]] = [] if truncate else [(one.prompt_field, one.prompt)]
-        texts += [(one.name(i), item) for i, item in enumerate(one.candidates)]
-        for what, item in texts:
+            raise InputError(
+                f"{len(one.candidates)} {one.names.nouns[2]}: this model takes at most {limits.max_candidates} at once"
+                "; split them"
+            )
+        texts: list[tuple[str, Item]] = [] if truncate else [(one.names.prompt, one.prompt)]
+        texts += [(one.names.candidate(i), item) for i, item in enumerate(one.candidates)]
+        for name, item in texts:
             if most is not None and isinstance(item, str) and len(item) > most:
                 raise InputError(
-                    f"{what}: {len(item)} characters are more than {limits.max_tokens} tokens can hold; shorten it"
+                    f"{name}: {len(item)} characters are more than {limits.max_tokens} tokens can hold; shorten it"
                 )
     total = sum(one.characters for one in asked)
     if total > _TEXTS * settings.max_body:
-        first = asked[0]
+        names = asked[0].names
+        prompt_noun, candidate_noun, _ = names.nouns
         raise InputError(
-            f"{first.prompt_field} and {first.candidates_field}: {total} characters are to be read, those of a "
-            f"{first.nouns[0]} once with each {first.nouns[1]}; this server reads at most "
+            f"{names.prompt} and {names.candidates}: {total} characters are to be read, those of a "
+            f"{prompt_noun} once with each {candidate_noun}; this server reads at most "
             f"{_TEXTS * settings.max_body} at once; send fewer or shorter ones"
         )
 
 
-def check_size(shape: Shape, settings: Settings, asked: ClientRequest | None = None) -> None:
+def check_size(shape: Shape, settings: Settings, names: ArgumentNames = ARGUMENTS) -> None:
     """Refuse what would compute more tokens than the server allows.
 
     Raises:
@@ -60,8 +64,8 @@ def check_size(shape: Shape, settings: Settings, asked: ClientRequest | None = N
     """
     tokens, most = padded_tokens(1, shape), settings.max_tokens
     if tokens > most:
-        text = (
-            f"{shape.candidates} candidates of {shape.length} tokens after {shape.prompt} of the prompt are "
-            f"{tokens} tokens, padding included: this server takes at most {most} at once; ask for less"
+        prompt_noun, _, candidates_noun = names.nouns
+        raise InputError(
+            f"{shape.candidates} {candidates_noun} of {shape.length} tokens after {shape.prompt} of the {prompt_noun} "
+            f"are {tokens} tokens, padding included: this server takes at most {most} at once; ask for less"
         )
-        raise InputError(text if asked is None else asked.in_client_words(text))

@@ -1,12 +1,12 @@
-"""A ranking as the client requested it, and its outcome in the client's own words."""
+"""A ranking as the client requested it, and its outcome, under the names of the client's fields."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..checks import ARGUMENTS, ArgumentNames
 from ..rank.request import RankRequest
 from ..rank.result import Ranking
 from ..text.reader import Item
@@ -21,30 +21,12 @@ class ClientRequest:
     Attributes:
         prompt: as the runtime takes it.
         candidates: likewise.
-        prompt_field: what the client's request calls the prompt.
-        candidates_field: what it calls the candidates, all together.
-        name: what it calls one of them.
-        nouns: a prompt, a candidate and candidates in a sentence.
+        names: the fields of the client's request that hold them.
     """
 
     prompt: Item
     candidates: Sequence[Item]
-    prompt_field: str = "prompt"
-    candidates_field: str = "candidates"
-    name: Callable[[int], str] = "candidates[{}]".format
-    nouns: tuple[str, str, str] = ("prompt", "candidate", "candidates")
-
-    def in_client_words(self, message: str) -> str:
-        """A message of the runtime, whose words are `prompt`, `messages` and `candidates`, in the client's."""
-        prompt, candidate, candidates = self.nouns
-        message = re.sub(r"^(prompt|messages)(?=[\[:])", self.prompt_field, message)
-        message = re.sub(r"^candidates(?=:)", self.candidates_field, message)
-        message = re.sub(r"((?:^|; |: |and )\d+) candidates\b", rf"\1 {candidates}", message)
-        message = re.sub(r"\ba prompt of (?=\d)", f"a {prompt} of ", message)
-        message = re.sub(r"\ba candidate of (?=\d)", f"a {candidate} of ", message)
-        message = message.replace("with the prompt, and a candidate", f"with the {prompt}, and a {candidate}")
-        # Where a list of reasons is cut short, each begins with the name of its candidate.
-        return re.sub(r"(^|; |: )candidates\[(\d+)\]", lambda found: found[1] + self.name(int(found[2])), message)
+    names: ArgumentNames = ARGUMENTS
 
     @property
     def characters(self) -> int:
@@ -82,7 +64,7 @@ class Outcome:
     Attributes:
         ranking: None if no candidate can win.
         scores: of each candidate, NaN for one that cannot win.
-        warnings: in the client's words, why one cannot.
+        warnings: why one cannot, under its name in the client's request.
         usage: what was read.
     """
 
@@ -106,7 +88,7 @@ class Outcome:
 
 
 def _warnings(asked: ClientRequest, reasons: Mapping[int, str]) -> list[str]:
-    return [f"{asked.name(i)}: {reason}" for i, reason in sorted(reasons.items())]
+    return [f"{asked.names.candidate(i)}: {reason}" for i, reason in sorted(reasons.items())]
 
 
 def _usage(rank_request: RankRequest) -> Usage:

@@ -124,7 +124,7 @@ class Service:
 
         Raises:
             NoWinnerError: no candidate can win.
-            InputError: none can be read, or something else is wrong; in the client's words.
+            InputError: none can be read, or something else is wrong.
         """
         (found,) = await self.rank_all(request, [asked], **options)
         assert found.ranking is not None
@@ -149,7 +149,7 @@ class Service:
         )
         for one, rank_request in zip(asked, requests, strict=True):
             if isinstance(rank_request, RankRequest):
-                check_size(rank_request.shape, self.settings, one)
+                check_size(rank_request.shape, self.settings, one.names)
         results = iter(await self._unless_gone(request, self._ranking.put(runs, until)))
         found, lost = [], None
         for one, rank_request in zip(asked, requests, strict=True):
@@ -171,12 +171,9 @@ class Service:
     def _read_ranking(self, asked: ClientRequest, options: dict[str, Any]) -> RankRequest | NoneReadableError:
         """Read what is to be ranked; an error is returned if no candidate can be read."""
         try:
-            return read_rank_request(self.engine, asked.prompt, asked.candidates, **options)
+            return read_rank_request(self.engine, asked.prompt, asked.candidates, **options, names=asked.names)
         except NoneReadableError as e:
-            e.args = (asked.in_client_words(str(e)),)
             return e
-        except InputError as e:
-            raise InputError(asked.in_client_words(str(e))) from e
 
     async def generate(self, request: Request, prompt: Item, options: GenerateOptions) -> Generation:
         """One generation, in one run of one graph."""
@@ -191,15 +188,11 @@ class Service:
         """Read and check what is to be generated."""
         if not self.generates:
             raise InputError("n: this model has no language model to generate with; pass candidates")
-        asked = ClientRequest(prompt, ())
-        check_texts([asked], self.engine, self.settings, truncate=False)
-        try:
-            generate_request = await self.aside(
-                lambda: read_generate_request(self.engine, prompt, options), request, size(request)
-            )
-        except InputError as e:
-            raise InputError(asked.in_client_words(str(e))) from e
-        check_size(generate_request.shape, self.settings, asked)
+        check_texts([ClientRequest(prompt, ())], self.engine, self.settings, truncate=False)
+        generate_request = await self.aside(
+            lambda: read_generate_request(self.engine, prompt, options), request, size(request)
+        )
+        check_size(generate_request.shape, self.settings)
         return generate_request
 
     async def aside(self, work: Callable[[], T], request: Request, size: int) -> T:

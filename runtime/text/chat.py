@@ -42,23 +42,28 @@ class ChatTemplate:
         self._tokens = dict(tokens)
         self._template = compile_template(source)
 
-    def render(self, messages: Messages, *, add_generation_prompt: bool = False) -> str:
+    def render(self, messages: Messages, name: str = "messages", *, add_generation_prompt: bool = False) -> str:
         """The text of a conversation, with the special tokens that the template writes: encode it without others.
 
         Args:
             messages: `{"role": ..., "content": ...}` in order; `content` is text or a list of parts
                 `{"type": "text", "text": ...}`, joined where the template takes a text. Other keys are handed to the
                 template as they are.
+            name: what an error calls them.
             add_generation_prompt: end with what comes before the assistant's next words.
 
         Raises:
             InputError: the messages are malformed, or the template refuses them, in its own words.
             ArtifactError: the template reached for what it must not have, or does not come to an end.
         """
-        return self._render(_plain_messages(messages), add_generation_prompt, datetime.now())
+        return self._render(_plain_messages(messages, name), add_generation_prompt, datetime.now())
 
     def split(
-        self, prompt: Messages, candidates: Sequence[str | Messages], names: Sequence[str]
+        self,
+        prompt: Messages,
+        candidates: Sequence[str | Messages],
+        names: Sequence[str],
+        prompt_name: str = "messages",
     ) -> list[tuple[str, int, int]]:
         """Whole conversations, and where in each text the candidate's own part begins and its last words end.
 
@@ -66,6 +71,7 @@ class ChatTemplate:
             prompt: the messages that all candidates follow.
             candidates: the assistant's words, or the messages that follow the prompt's.
             names: what an error calls each of them.
+            prompt_name: what an error calls the prompt.
 
         Returns:
             For each candidate the text of prompt and candidate together, and the character where the prompt's rendering
@@ -77,7 +83,7 @@ class ChatTemplate:
             InputError: as `render`.
             ArtifactError: as `render`.
         """
-        now, first = datetime.now(), _plain_messages(prompt)  # one time of day for all renderings
+        now, first = datetime.now(), _plain_messages(prompt, prompt_name)  # one time of day for all renderings
         head = self._render(first, True, now)
         result, closing = [], None
         for candidate, name in zip(candidates, names, strict=True):
@@ -185,7 +191,7 @@ def _shown(value: object) -> str:
     return repr(value)[:80]
 
 
-def _plain_messages(messages: Messages, what: str = "messages") -> list[dict[str, Any]]:
+def _plain_messages(messages: Messages, what: str) -> list[dict[str, Any]]:
     """Copies of plain JSON values, which a template can neither change nor climb out of.
 
     Keys whose value is None are dropped and other names of `reasoning_content` understood, as transformers does.

@@ -34,7 +34,7 @@ class Composer:
             InputError: messages without a chat template, or what is no text at all.
         """
         if is_messages(item):
-            return self._template(what).render(item, add_generation_prompt=True), False
+            return self._template(what).render(item, what, add_generation_prompt=True), False
         return self._plain(item, what), self._rules.special_tokens
 
     def blank(self, item: Any) -> str | None:
@@ -59,13 +59,12 @@ class Composer:
         chats = _all_alike(items, names, what)
         if chats:
             texts = [
-                self._template(n).render(item, add_generation_prompt=False)
+                self._template(n).render(item, n, add_generation_prompt=False)
                 for n, item in zip(names, items, strict=True)
             ]
         else:
             texts = [self._steps(item, name) for item, name in zip(items, names, strict=True)]
-        passages = [Passage(text, 0, len(text), name) for text, name in zip(texts, names, strict=True)]
-        return passages, self._rules.special_tokens and not chats
+        return [Passage(text, 0, len(text)) for text in texts], self._rules.special_tokens and not chats
 
     def alone(self, candidate: Any, what: str) -> Passage:
         """A candidate whose prompt is no text.
@@ -74,34 +73,40 @@ class Composer:
             InputError: it is no text.
         """
         text = self._steps(candidate, what)
-        return Passage(text, 0, len(text), what)
+        return Passage(text, 0, len(text))
 
     def pairs(
-        self, prompt: Any, candidates: Sequence[Any], names: Sequence[str], *, partial: bool
+        self, prompt: Any, candidates: Sequence[Any], prompt_name: str, names: Sequence[str], *, partial: bool
     ) -> tuple[list[Passage], bool]:
         """Each candidate after its prompt; and whether the tokenizer puts its special tokens around them.
+
+        Args:
+            prompt: text or messages.
+            candidates: text, messages or steps.
+            prompt_name: what errors call the prompt.
+            names: what errors call each candidate.
+            partial: the candidates are not finished.
 
         Raises:
             InputError: something is no text, or there is no chat template for messages.
         """
         if is_messages(prompt):
-            return self._chats(prompt, candidates, names, partial), False
-        before = self._plain(prompt, "prompt")
+            return self._chats(prompt, candidates, prompt_name, names, partial), False
+        before = self._plain(prompt, prompt_name)
         texts = [self._steps(c, name) for c, name in zip(candidates, names, strict=True)]
-        passages = [
-            Passage(before + text, len(before), len(before) + len(text), name)
-            for text, name in zip(texts, names, strict=True)
-        ]
+        passages = [Passage(before + text, len(before), len(before) + len(text)) for text in texts]
         return passages, self._rules.special_tokens
 
-    def _chats(self, prompt: Any, candidates: Sequence[Any], names: Sequence[str], partial: bool) -> list[Passage]:
-        template = self._template("prompt")
+    def _chats(
+        self, prompt: Any, candidates: Sequence[Any], prompt_name: str, names: Sequence[str], partial: bool
+    ) -> list[Passage]:
+        template = self._template(prompt_name)
         own = [c if is_messages(c) else self._steps(c, name) for c, name in zip(candidates, names, strict=True)]
         if partial:
-            opening = template.render(prompt, add_generation_prompt=True)
+            opening = template.render(prompt, prompt_name, add_generation_prompt=True)
             texts = [opening + self._plain(answer, name) for answer, name in zip(own, names, strict=True)]
-            return [Passage(text, len(opening), len(text), name) for text, name in zip(texts, names, strict=True)]
-        return [Passage(*whole, name) for whole, name in zip(template.split(prompt, own, names), names, strict=True)]
+            return [Passage(text, len(opening), len(text)) for text in texts]
+        return [Passage(*whole) for whole in template.split(prompt, own, names, prompt_name)]
 
     def _template(self, what: str) -> ChatTemplate:
         if self._chat is None:

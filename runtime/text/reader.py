@@ -14,7 +14,7 @@ from bonnx.errors import InputError
 
 from ..arrays import Array
 from ..artifact.manifest import Manifest, Scoring
-from ..checks import is_list, shown
+from ..checks import ARGUMENTS, ArgumentNames, is_list, shown
 from .compose import Composer, is_text
 from .tokenizer import NO_TOKENS, TokenizedRow, Tokenizer
 
@@ -52,16 +52,18 @@ class NoneReadableError(InputError):
         reasons: why, for each.
     """
 
-    def __init__(self, what: str, reasons: Mapping[int, str]) -> None:
-        super().__init__(none_readable(what, reasons))
+    def __init__(self, names: ArgumentNames, reasons: Mapping[int, str]) -> None:
+        super().__init__(none_readable(names, reasons))
         self.reasons = reasons
 
 
-def none_readable(what: str, reasons: Mapping[int, str]) -> str:
-    """What to say where all of several items cannot be read."""
-    shown = [f"{what}[{i}]: {reason}" for i, reason in sorted(reasons.items())[:3]]
+def none_readable(names: ArgumentNames, reasons: Mapping[int, str]) -> str:
+    """The message for several items of which none can be read."""
+    shown = [f"{names.candidate(i)}: {reason}" for i, reason in sorted(reasons.items())[:3]]
+    if len(reasons) == 1:
+        return shown[0]
     rest = f"; and {len(reasons) - len(shown)} more" if len(reasons) > len(shown) else ""
-    return "; ".join(shown) + rest if len(reasons) == 1 else f"{what}: none can be read: {'; '.join(shown)}{rest}"
+    return f"{names.candidates}: none can be read: {'; '.join(shown)}{rest}"
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ class EncodedRows:
 class _Given:
     """Items on their way to rows, by their index: texts become rows, and what cannot be read moves to `unreadable`."""
 
-    what: str
+    called: ArgumentNames
     count: int
     blank: Array
     texts: dict[int, Item] = field(default_factory=dict)
@@ -99,7 +101,7 @@ class _Given:
 
     def names(self) -> list[str]:
         """What an error calls each of the texts."""
-        return [f"{self.what}[{i}]" for i in self.texts]
+        return [self.called.candidate(i) for i in self.texts]
 
     def refuse(self, i: int, reason: str) -> None:
         """Say that an item cannot be read."""
@@ -119,7 +121,7 @@ class _Given:
     def check(self) -> None:
         """Raises InputError if nothing is left."""
         if len(self.unreadable) == self.count:
-            raise NoneReadableError(self.what, self.unreadable)
+            raise NoneReadableError(self.called, self.unreadable)
 
     def rows_behind_prompt(self) -> EncodedRows:
         """Of texts that begin with the same prompt."""
@@ -153,44 +155,55 @@ class Reader:
         self.width = None if manifest.kind == "language_model" else manifest.network["embed_dim"]
         self._blank: Array = np.zeros(0, np.int64) if self.width is None else np.zeros((0, self.width), np.float32)
 
-    def prompt(self, item: Item) -> Array:
-        """What the model is to continue.
+    def prompt(self, item: Item, name: str = "prompt") -> Array:
+        """What the model is to continue; `name` is what errors call it.
 
         Raises:
             InputError: it cannot be read; the message says why.
         """
         if not is_text(item):
-            array = self._array(item, "prompt")
+            array = self._array(item, name)
             if not len(array):
-                raise InputError(f"prompt: {NO_TOKENS}")
+                raise InputError(f"{name}: {NO_TOKENS}")
             return array
-        tokenizer = self._require_tokenizer("prompt")
-        text, special = self._composer.prompt(item, "prompt")
-        return np.array(tokenizer.encode(text, "prompt", special=special), np.int64)
+        tokenizer = self._require_tokenizer(name)
+        text, special = self._composer.prompt(item, name)
+        return np.array(tokenizer.encode(text, name, special=special), np.int64)
 
     @property
     def most_characters(self) -> int | None:
         """A text with more cannot fit into the limit of tokens; None without a tokenizer."""
         return None if self.tokenizer is None else self._limit * self.tokenizer.longest_token
 
-    def rows(self, items: Sequence[Item], what: str, *, partial: bool) -> EncodedRows:
-        """Rows that stand alone.
+    def rows(self, items: Sequence[Item], names: ArgumentNames, *, partial: bool) -> EncodedRows:
+        """Rows that stand alone; `names` says what errors call them.
 
         Raises:
             InputError: an item is not of a kind that this artifact takes (it is named), or none can be read.
         """
-        given = self._sorted(items, what)
+        given = self._sorted(items, names)
         if given.texts:
-            passages, special = self._composer.rows([*given.texts.values()], given.names(), what)
-            given.take(self._require_tokenizer(what).rows(passages, special=special, partial=partial))
+            passages, special = self._composer.rows([*given.texts.values()], given.names(), names.candidates)
+            given.take(
+                self._require_tokenizer(names.candidates).rows(passages, names, special=special, partial=partial)
+            )
         return given.rows(None)
 
-    def pairs(self, prompt: Item, candidates: Sequence[Item], *, partial: bool, truncate: bool) -> EncodedRows:
+    def pairs(
+        self,
+        prompt: Item,
+        candidates: Sequence[Item],
+        names: ArgumentNames = ARGUMENTS,
+        *,
+        partial: bool,
+        truncate: bool,
+    ) -> EncodedRows:
         """A prompt and its candidates.
 
         Args:
             prompt: text, messages, token ids or embeddings.
             candidates: at least one.
+            names: what errors call them.
             partial: text candidates are not finished.
             truncate: leave out the beginning of a prompt that is too long.
 
@@ -198,25 +211,27 @@ class Reader:
             InputError: the prompt cannot be read, a candidate is not of a kind that this artifact takes (it is named),
                 or none can be read.
         """
-        given = self._sorted(candidates, "candidates")
-        texts, names = [*given.texts.values()], given.names()
+        given = self._sorted(candidates, names)
+        texts, text_names = [*given.texts.values()], given.names()
         if is_text(prompt) and not given.arrays:
-            passages, special = self._composer.pairs(prompt, texts, names, partial=partial)
-            given.take(self._require_tokenizer("prompt").rows(passages, special=special, partial=partial))
+            passages, special = self._composer.pairs(prompt, texts, names.prompt, text_names, partial=partial)
+            tokenizer = self._require_tokenizer(names.prompt)
+            given.take(tokenizer.rows(passages, names, special=special, partial=partial))
             found = given.rows_behind_prompt()
         else:
-            first = self.prompt(prompt)
+            first = self.prompt(prompt, names.prompt)
             if texts:
                 # After a prompt that is no text, or beside candidates that are none.
-                passages = [self._composer.alone(text, name) for text, name in zip(texts, names, strict=True)]
-                given.take(self._require_tokenizer(names[0]).rows(passages, special=False, partial=partial))
+                passages = [self._composer.alone(text, name) for text, name in zip(texts, text_names, strict=True)]
+                tokenizer = self._require_tokenizer(text_names[0])
+                given.take(tokenizer.rows(passages, names, special=False, partial=partial))
             found = given.rows(first)
-        return self._truncated(found) if truncate else found
+        return self._truncated(found, names) if truncate else found
 
-    def _sorted(self, items: Sequence[Item], what: str) -> _Given:
-        given = _Given(what, len(items), self._blank)
+    def _sorted(self, items: Sequence[Item], names: ArgumentNames) -> _Given:
+        given = _Given(names, len(items), self._blank)
         for i, item in enumerate(items):
-            name = f"{what}[{i}]"
+            name = names.candidate(i)
             if is_text(item):
                 self._require_tokenizer(name)
                 reason = self._composer.blank(item)
@@ -229,7 +244,7 @@ class Reader:
         given.check()
         return given
 
-    def _truncated(self, rows: EncodedRows) -> EncodedRows:
+    def _truncated(self, rows: EncodedRows, names: ArgumentNames) -> EncodedRows:
         """Without the oldest tokens of the prompt, if that is too long; a special token that begins it stays."""
         prompt, longest = rows.prompt, max(map(len, rows.items))
         assert prompt is not None
@@ -244,9 +259,10 @@ class Reader:
         )
         keep = 1 if begins else 0
         if excess > len(prompt) - keep - 1:
+            prompt_noun, candidate_noun, _ = names.nouns
             raise InputError(
-                f"a candidate of {longest} tokens: this artifact takes at most {self._limit} together with the prompt, "
-                "and a candidate is never cut; shorten it, or export again with --max-tokens"
+                f"a {candidate_noun} of {longest} tokens: this artifact takes at most {self._limit} together with the "
+                f"{prompt_noun}, and a {candidate_noun} is never cut; shorten it, or export again with --max-tokens"
             )
         kept = np.concatenate([prompt[:keep], prompt[keep + excess :]])
         return dataclasses.replace(rows, prompt=kept, cut=excess)

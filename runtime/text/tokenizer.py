@@ -17,6 +17,7 @@ import tokenizers
 from bonnx.errors import ArtifactError, InputError
 
 from ..artifact.manifest import Scoring, TextRules
+from ..checks import ARGUMENTS, ArgumentNames
 from .detokenizer import Detokenizer
 
 __all__ = ["NO_TOKENS", "Passage", "TokenizedRow", "Tokenizer"]
@@ -32,13 +33,11 @@ class Passage:
         text: prompt and candidate.
         start: character at which the candidate's own part begins.
         stop: character at which it ends; behind it a template may have put something.
-        what: names the candidate in an error.
     """
 
     text: str
     start: int
     stop: int
-    what: str
 
 
 @dataclass(frozen=True)
@@ -63,10 +62,10 @@ class _Fault(NamedTuple):
     end: int
     reason: str
 
-    def said(self, border: int) -> str:
-        """The reason, and where, counted from `border`."""
+    def said(self, border: int, before: str = "prompt") -> str:
+        """The reason, and where, counted from `border`; `before` names what lies before that."""
         if self.start < border:
-            return f"{self.reason} (it begins in the prompt)"
+            return f"{self.reason} (it begins in the {before})"
         return f"{self.reason} (at character {self.start - border})"
 
 
@@ -102,7 +101,9 @@ class Tokenizer:
         ids: list[int] = encoding.ids
         return ids
 
-    def rows(self, passages: Sequence[Passage], *, special: bool, partial: bool) -> list[TokenizedRow | str]:
+    def rows(
+        self, passages: Sequence[Passage], names: ArgumentNames = ARGUMENTS, *, special: bool, partial: bool
+    ) -> list[TokenizedRow | str]:
         """Token ids of whole texts, each finished with the end token as the scoring rule says, unless partial.
 
         Returns:
@@ -111,14 +112,14 @@ class Tokenizer:
         Raises:
             InputError: a piece of the prompt has no token.
         """
-        found: list[TokenizedRow | str | None] = [_blame(p, _no_unicode(p.text)) for p in passages]
+        found: list[TokenizedRow | str | None] = [_blame(p, _no_unicode(p.text), names) for p in passages]
         known = [p for p, reason in zip(passages, found, strict=True) if reason is None]
         encodings = self._tokenizer.encode_batch([p.text for p in known], add_special_tokens=special)
-        rows = (self._row(p, encoding, partial) for p, encoding in zip(known, encodings, strict=True))
+        rows = (self._row(p, encoding, partial, names) for p, encoding in zip(known, encodings, strict=True))
         return [next(rows) if reason is None else reason for reason in found]
 
-    def _row(self, passage: Passage, encoding: Any, partial: bool) -> TokenizedRow | str:
-        reason = _blame(passage, self._no_token(encoding, passage.text))
+    def _row(self, passage: Passage, encoding: Any, partial: bool, names: ArgumentNames) -> TokenizedRow | str:
+        reason = _blame(passage, self._no_token(encoding, passage.text), names)
         if reason is not None:
             return reason
         ids, spans = list(encoding.ids), encoding.offsets
@@ -185,7 +186,7 @@ def _no_unicode(text: str) -> _Fault | None:
     return None
 
 
-def _blame(passage: Passage, fault: _Fault | None) -> str | None:
+def _blame(passage: Passage, fault: _Fault | None, names: ArgumentNames) -> str | None:
     """Why a candidate cannot be read.
 
     Raises:
@@ -194,8 +195,8 @@ def _blame(passage: Passage, fault: _Fault | None) -> str | None:
     if fault is None:
         return None
     if fault.end <= passage.start:
-        raise InputError(f"prompt: {fault.said(0)}")
-    return fault.said(passage.start)
+        raise InputError(f"{names.prompt}: {fault.said(0)}")
+    return fault.said(passage.start, names.nouns[0])
 
 
 def _occurrences(passage: Passage, step_text: str) -> list[int]:

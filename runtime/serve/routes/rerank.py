@@ -9,6 +9,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
+from ...checks import ArgumentNames
 from ..ranking import ClientRequest
 from ..schemas import Document, Rerank
 from ..service import Service
@@ -18,6 +19,7 @@ __all__ = ["add"]
 
 # Cohere bills so many documents as one search.
 _SEARCH_UNIT = 100
+_NAMES = ArgumentNames("query", "documents", ("query", "document", "documents"))
 
 
 def add(routes: APIRouter, service: Service) -> None:
@@ -35,14 +37,7 @@ def add(routes: APIRouter, service: Service) -> None:
 async def _answer(service: Service, request: Request, body: Rerank) -> dict[str, Any]:
     """As Cohere answers, whose scores are numbers: a document that has none is left out, and a warning names it."""
     texts = [document if isinstance(document, str) else document.text for document in body.documents]
-    asked = ClientRequest(
-        to_runtime(body.query, "query"),
-        texts,
-        "query",
-        "documents",
-        "documents[{}]".format,
-        ("query", "document", "documents"),
-    )
+    asked = ClientRequest(to_runtime(body.query, "query"), texts, _NAMES)
     found, ranking = await service.rank(request, asked, aggregation=body.aggregation, truncate=body.truncate)
     results: list[dict[str, Any]] = []
     for i in [i for i in ranking.order if not math.isnan(found.scores[i])][: body.top_n]:

@@ -11,12 +11,15 @@ from starlette.responses import Response
 
 from bonnx.errors import InputError
 
+from ...checks import ArgumentNames
 from ..ranking import ClientRequest, Usage
 from ..schemas import Score
 from ..service import Service
 from .answer import answer_head, check_model, json_response, warned
 
 __all__ = ["add"]
+
+_NOUNS = ("text_1", "text_2", "texts of text_2")
 
 
 def add(routes: APIRouter, service: Service) -> None:
@@ -47,16 +50,15 @@ async def _answer(service: Service, request: Request, body: Score) -> dict[str, 
 
 
 def _pairs(body: Score) -> list[ClientRequest]:
-    nouns = ("text_1", "text_2", "texts of text_2")
     first = [body.text_1] if isinstance(body.text_1, str) else body.text_1
     second = [body.text_2] if isinstance(body.text_2, str) else body.text_2
     names = ["text_2"] if isinstance(body.text_2, str) else [f"text_2[{i}]" for i in range(len(second))]
     if len(first) == 1:
         prompt = "text_1" if isinstance(body.text_1, str) else "text_1[0]"
-        return [ClientRequest(first[0], second, prompt, "text_2", names.__getitem__, nouns)]
+        return [ClientRequest(first[0], second, ArgumentNames(prompt, "text_2", _NOUNS, names))]
     if len(first) != len(second):
         raise InputError(f"text_1 has {len(first)} texts and text_2 {len(second)}; expected one, or as many")
     return [
-        ClientRequest(prompt, [text], f"text_1[{i}]", "text_2", names[i : i + 1].__getitem__, nouns)
+        ClientRequest(prompt, [text], ArgumentNames(f"text_1[{i}]", "text_2", _NOUNS, [f"text_2[{i}]"]))
         for i, (prompt, text) in enumerate(zip(first, second, strict=True))
     ]

@@ -226,6 +226,7 @@ def test_a_bad_pair_does_not_fail_the_others(post, rng):
         ("/v1/rerank", {"query": "which", "documents": ["", "x=y"]}, "documents: none can be read: documents[0]: it"),
         ("/v1/rerank", {"query": "x=y", "documents": ["a"]}, "query: the vocabulary has no token for '='"),
         ("/v1/rerank", {"query": "", "documents": ["a"]}, "query: "),
+        ("/v1/rerank", {"query": "x\ud800", "documents": ["a", "b"]}, "query: expected Unicode text"),
         ("/v1/rerank", {"query": [{"role": "user"}], "documents": ["a"]}, "query[0]: there is no 'content'"),
         ("/v1/rerank", {"query": "which", "documents": ["a" * 500]}, "documents[0]: 500 characters are more than 60"),
         ("/v1/rerank", {"query": "which", "documents": ["c" * 70]}, "a query of 5 tokens and a document of 71"),
