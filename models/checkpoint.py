@@ -16,7 +16,8 @@ from .config import ConfigError, LanguageModelConfig, NetworkConfig
 from .fields import check_fields
 from .files import check_folder, read_json
 from .huggingface import is_huggingface, translate
-from .network import LanguageModel, Scorer, TwoHeadedNetwork, initialize, inverse_frequencies
+from .network import LanguageModel, TwoHeadedNetwork, initialize, inverse_frequencies
+from .scorer_kinds import make_scorer
 from .tokenizer_files import class_fields, copy_tokenizer
 from .weights import WEIGHTS_FILE, Weights
 
@@ -127,7 +128,7 @@ def _load_huggingface(
     if rows is not None:
         state["network.scorer.dense2.weight"] = state["network.scorer.dense2.weight"][list(rows)].clone()
     if translation.new_scorer:
-        model.network.scorer = Scorer(translation.config.network)
+        model.network.scorer = make_scorer(translation.config.network)
         model.network.scorer.apply(initialize)
         state |= {f"network.scorer.{name}": value for name, value in model.network.scorer.state_dict().items()}
     if translation.normal is not None:

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from bonnx.errors import InputError
 
 from .config import LanguageModelConfig, NetworkConfig, RopeScaling
+from .scorer_kinds import make_scorer
 
 __all__ = [
     "Attention",
     "Block",
     "FeedForward",
     "LanguageModel",
-    "Scorer",
     "TwoHeadedNetwork",
     "build",
     "initialize",
@@ -157,27 +157,6 @@ class Block(nn.Module):
         return out
 
 
-class Scorer(nn.Module):
-    """One value per label at every position, read from the normed backbone: (B, T, D) -> (B, T, num_labels)."""
-
-    def __init__(self, config: NetworkConfig) -> None:
-        super().__init__()
-        self.config = config
-        if config.scorer_kind == "mlp":
-            self.dense1 = nn.Linear(config.hidden_size, config.scorer_hidden, bias=config.scorer_bias)
-            self.dropout = nn.Dropout(config.dropout)
-        width = config.scorer_hidden if config.scorer_kind == "mlp" else config.hidden_size
-        self.dense2 = nn.Linear(width, config.num_labels, bias=config.scorer_bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, D) -> (B, T, num_labels)."""
-        if self.config.scorer_kind == "mlp":
-            activation = F.silu if self.config.scorer_activation == "silu" else F.relu
-            x = self.dropout(activation(self.dense1(x)))
-        out: Tensor = self.dense2(x)
-        return out
-
-
 class TwoHeadedNetwork(nn.Module):
     """Backbone and scorer over embeddings (Edifice's TestTimeCompute)."""
 
@@ -196,7 +175,7 @@ class TwoHeadedNetwork(nn.Module):
             if config.final_norm == "layer"
             else nn.RMSNorm(config.hidden_size, eps=config.final_norm_epsilon)
         )
-        self.scorer = Scorer(config)
+        self.scorer = make_scorer(config)
         self.register_buffer("inverse_frequencies", inverse_frequencies(config), persistent=False)
         self.apply(initialize)
 

@@ -19,7 +19,8 @@ from bonnx.errors import InputError
 
 from .config import ConfigError
 from .decoding import sample
-from .network import LanguageModel, Scorer, initialize
+from .network import LanguageModel, initialize
+from .scorer_kinds import Scorer, make_scorer
 
 __all__ = ["Example", "Labels", "draw_examples", "schedule", "train_scorer"]
 
@@ -99,7 +100,7 @@ def train_scorer(
     features, labels = _labelled(model, examples)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        scorer = Scorer(model.config.network).apply(initialize)
+        scorer = make_scorer(model.config.network).apply(initialize)
         scaling = _standardize(features, centre=model.config.network.scorer_bias)
         losses = _fit(scorer, features, labels, steps, learning_rate, batch_size, progress)
     _absorb(scorer, *scaling)
@@ -160,11 +161,11 @@ def _standardize(features: Tensor, *, centre: bool) -> tuple[Tensor, Tensor]:
 
 def _absorb(scorer: Scorer, mean: Tensor, deviation: Tensor) -> None:
     """Make a scorer of standardized features the same function of features as they are."""
-    first = scorer.dense1 if scorer.config.scorer_kind == "mlp" else scorer.dense2
     with torch.no_grad():
-        first.weight.div_(deviation)
-        if first.bias is not None:
-            first.bias.sub_(first.weight @ mean)
+        for layer in scorer.readers:
+            layer.weight.div_(deviation)
+            if layer.bias is not None:
+                layer.bias.sub_(layer.weight @ mean)
 
 
 def _fit(

@@ -9,6 +9,7 @@ Shapes: B rows, T positions, D hidden_size, H heads, G kv heads, R = H / G, K si
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -109,9 +110,7 @@ class Trunk(nn.Module):
         final = network.final_norm
         # `rotate.py` puts a product before the norm.
         self.final_norm = nn.Sequential(product(final[0]), final[1]) if isinstance(final, nn.Sequential) else final
-        scorer = network.scorer
-        self.dense1 = product(scorer.dense1) if self.config.scorer_kind == "mlp" else None
-        self.dense2 = product(scorer.dense2)
+        self.scorer = _with_products(network.scorer)
         self.activation, self.label = activation, label
         self.inverse_frequencies = nn.Parameter(network.inverse_frequencies.clone(), requires_grad=False)
 
@@ -141,11 +140,18 @@ class Trunk(nn.Module):
 
     def score(self, normed: Tensor) -> Tensor:
         """Normed backbone (M, D) -> one score each (M,), the activation applied."""
-        if self.dense1 is not None:
-            activation = F.silu if self.config.scorer_activation == "silu" else F.relu
-            normed = activation(self.dense1(normed))
-        labels: Tensor = self.dense2(normed)
+        labels: Tensor = self.scorer(normed)
         if self.activation == "softmax":
             labels = labels.softmax(-1)
         scores = labels[:, self.label]
         return scores.sigmoid() if self.activation == "sigmoid" else scores
+
+
+def _with_products(scorer: nn.Module) -> nn.Module:
+    """A copy of a scorer of any kind, its linear layers computed as the graphs compute them."""
+    twin = copy.deepcopy(scorer).eval()
+    for parent in [*twin.modules()]:
+        for name, layer in parent.named_children():
+            if isinstance(layer, nn.Linear):
+                setattr(parent, name, product(layer))
+    return twin

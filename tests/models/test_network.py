@@ -1,6 +1,7 @@
 """The network's own rules: padding, causality, sliding window, dropout, rotary scaling."""
 
 import math
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -11,6 +12,17 @@ from bonnx.models.network import inverse_frequencies
 from tests.tolerance import RUNTIME, within
 
 SMALL = {"embed_dim": 10, "hidden_size": 16, "num_layers": 2, "scorer_hidden": 8}
+
+
+@pytest.mark.parametrize("kind", get_args(get_type_hints(NetworkConfig)["scorer_kind"]))
+def test_a_scorer_of_any_kind_gives_each_label_a_value_at_every_position(kind, rng):
+    network = build(**SMALL, scorer_kind=kind, num_labels=3).eval()
+    with torch.no_grad():
+        backbone, scores = network(torch.from_numpy(rng.standard_normal((2, 7, 10)).astype(np.float32)))
+        alone = network.scorer(backbone[0, 1])
+    assert scores.shape == (2, 7, 3)
+    assert within(alone, scores[0, 1], RUNTIME)
+    assert all(layer.in_features == 16 for layer in network.scorer.readers)
 
 
 @pytest.mark.parametrize("options", [{}, {"sliding_window": 3}, {"qk_norm": True, "final_norm": "rms"}])
