@@ -1,8 +1,8 @@
-"""The bar that fewer bits must pass: how often the artifact selects the candidate that the float32 model would.
+"""The test for reduced precision: how often the artifact selects the candidate that the float32 model would.
 
-Errors of single scores say little about a ranking, so the selection itself is counted, on prompts that the model was
-not trained on. Where several candidates are equally good, which of them is taken is no matter: one that float32 rates
-lower by at most 1% of the spread of the candidates' scores counts as its choice too.
+Errors of individual scores say little about a ranking, so this counts selections, on prompts that the model was not
+trained on. If several candidates are equally good, any of them will do: a candidate counts as float32's choice if
+float32 rates it lower than its best by at most 1% of the spread of the scores.
 """
 
 from __future__ import annotations
@@ -33,43 +33,44 @@ __all__ = ["HeldOut", "measure", "own_prompts", "read_held_out"]
 
 CANDIDATES, NEW_TOKENS, PROMPTS = 16, 64, 50
 _AS_GOOD = 0.01
-# Tokens that the longest question and answer may need, whatever the tokenizer.
-_ROOM = 512
+# Enough tokens for the longest built-in question and answer with any tokenizer.
+_QUESTION_TOKENS = 512
 
 
 class HeldOut(NamedTuple):
-    """A prompt, and its candidates; a language model's artifact samples them itself if there are none."""
+    """A prompt and its candidates; without candidates, a language model's artifact samples its own."""
 
     prompt: Item
     candidates: Sequence[Item] | None = None
 
 
 def read_held_out(path: Path) -> list[HeldOut]:
-    """A file of one prompt a line, of one JSON object with `prompt` and `candidates` a line, or an .npz file.
+    """Read prompts from a text file, a JSON Lines file or an .npz file.
 
-    The .npz file is for embeddings: `prompts` (prompts, length, embed_dim) and `candidates` (prompts, num_candidates,
-    length, embed_dim), float32.
+    A text file has one prompt per line, a JSON Lines file one object with `prompt` and `candidates` per line. An .npz
+    file is for embeddings: `prompts` (prompts, length, embed_dim) and `candidates` (prompts, num_candidates, length,
+    embed_dim), float32.
 
     Raises:
-        InputError: it cannot be read, or is empty.
+        InputError: if the file cannot be read or is empty.
     """
     try:
         questions = _arrays(load_arrays(path)) if path.suffix == ".npz" else _lines(path)
     except InputError as e:
         raise InputError(f"held-out prompts: {e}; see `bonnx export --help`") from e
     if not questions:
-        raise InputError(f"{path} has no prompts; expected one a line")
+        raise InputError(f"{path} has no prompts; expected one per line")
     return questions
 
 
 def _arrays(arrays: dict[str, Any]) -> list[HeldOut]:
     missing = [name for name in ("prompts", "candidates") if name not in arrays]
     if missing:
-        raise InputError(f"it has no array '{missing[0]}', only {', '.join(arrays) or 'none'}")
+        raise InputError(f"expected an array '{missing[0]}'; got {', '.join(arrays) or 'none'}")
     prompts, candidates = arrays["prompts"], arrays["candidates"]
     if len(prompts) != len(candidates):
         raise InputError(f"expected as many 'prompts' as 'candidates'; got {len(prompts)} and {len(candidates)}")
-    return [HeldOut(prompt, list(own)) for prompt, own in zip(prompts, candidates, strict=True)]
+    return [HeldOut(prompt, list(answers)) for prompt, answers in zip(prompts, candidates, strict=True)]
 
 
 def _lines(path: Path) -> list[HeldOut]:
@@ -81,21 +82,22 @@ def _lines(path: Path) -> list[HeldOut]:
             candidates = value.get("candidates") if isinstance(value, dict) else None
             if not isinstance(candidates, list | None):
                 raise InputError(f"'candidates': expected a list; got {name_of(candidates)}")
-            own = None if candidates is None else [to_candidate(candidate) for candidate in candidates]
-            questions.append(HeldOut(to_prompt(value), own))
+            answers = None if candidates is None else [to_candidate(candidate) for candidate in candidates]
+            questions.append(HeldOut(to_prompt(value), answers))
     return questions
 
 
 def own_prompts(
     manifest: Manifest, config: LanguageModelConfig | NetworkConfig, seed: int
 ) -> tuple[list[HeldOut], str]:
-    """Prompts for when no file gives any, and what to call them: questions if text is read, else noise, a weak test.
+    """Return default prompts for when the user gives none, and a name for them.
 
-    A model that generates draws the candidates itself.
+    They are questions if the model reads text; otherwise noise, which is a weak test. A model that generates draws the
+    candidates itself.
     """
     generates = isinstance(config, LanguageModelConfig) and config.vocabulary_head
     text, longest = manifest.text, manifest.limits.max_tokens
-    if manifest.tokenizer is None or text.unknown == "refuse" or longest < _ROOM:
+    if manifest.tokenizer is None or text.unknown == "refuse" or longest < _QUESTION_TOKENS:
         return _noise(config, longest, seed), "random tokens"
     questions = draw_questions(PROMPTS, CANDIDATES, seed)
     if generates:
@@ -127,24 +129,24 @@ def measure(
     source: str,
     least: float,
 ) -> Agreement:
-    """Let the artifact select, and then the float32 model from the same candidates.
+    """Let the artifact and the float32 model select from the same candidates, and compare their choices.
 
     Args:
-        load: gives the model, float32, in inference mode; called when the artifact is done.
-        engine: of the artifact, of fewer bits.
-        cases: prompts.
-        source: where they come from.
-        least: the share of selections as good as float32's that the artifact must reach, 0 to 1.
+        load: returns the float32 model in inference mode; called after the artifact has been closed.
+        engine: runs the artifact of reduced precision.
+        cases: the prompts.
+        source: where the prompts come from, for messages and the manifest.
+        least: minimum share of selections that must be as good as float32's, 0 to 1.
 
     Raises:
-        ExportError: it does not reach it.
-        InputError: a prompt or candidate cannot be read.
+        ExportError: if the share is lower.
+        InputError: if a prompt or candidate cannot be read.
     """
     without = next((i for i, case in enumerate(cases) if case.candidates is None), None)
     if without is not None and "generate" not in engine.manifest.graphs:
         raise InputError(
-            f"held-out prompt {without}: this model samples no candidates; give each prompt its own: on each line an "
-            "object with 'prompt' and 'candidates'"
+            f"held-out prompt {without} has no candidates, and this model cannot generate any; expected an object with "
+            "'prompt' and 'candidates' on each line"
         )
     selected = [_select(engine, case, number) for number, case in enumerate(cases)]
     engine.close()
@@ -154,7 +156,7 @@ def measure(
     for prompt, candidates, chosen, artifact_scores in selected:
         scores = _scores(model, engine, prompt, candidates, scoring)
         expected = int(best_of_n(scores[:, None])[0])
-        # Two equal candidates are the same choice.
+        # Identical candidates are the same choice.
         is_same = np.array_equal(candidates[chosen], candidates[expected])
         same += int(is_same)
         spread = np.nanmax(scores) - np.nanmin(scores)
@@ -164,8 +166,8 @@ def measure(
     if share < least:
         raise ExportError(
             f"{engine.manifest.precision} selects a candidate as good as float32's for {as_good} of {len(cases)} "
-            f"prompts ({source}), {100 * share:.1f}%; at least {100 * least:g}% were asked for: use a higher "
-            "precision, or a lower --min-agreement"
+            f"prompts ({source}), {100 * share:.1f}%; expected at least {100 * least:g}%: use a higher precision, or "
+            "lower --min-agreement"
         )
     return Agreement(
         prompts=len(cases),
@@ -179,7 +181,7 @@ def measure(
 
 
 def _select(engine: Engine, case: HeldOut, number: int) -> tuple[Item, list[Any], int, Any]:
-    """The prompt, its candidates, which of them the artifact selects, and the scores (num_candidates,) it gives."""
+    """Return the prompt, its candidates, the index that the artifact selects, and its scores (num_candidates,)."""
     artifact = Model(engine)
     try:
         if case.candidates is not None:
@@ -197,9 +199,10 @@ def _select(engine: Engine, case: HeldOut, number: int) -> tuple[Item, list[Any]
 def _scores(
     model: LanguageModel | TwoHeadedNetwork, engine: Engine, prompt: Item, candidates: list[Any], scoring: Scoring
 ) -> Any:
-    """The float32 model's candidate scores (num_candidates,), from whole rows."""
+    """Return the float32 model's candidate scores (num_candidates,), computed from whole rows."""
     request = read_request(engine, prompt, candidates)
     values, mask = pad([np.concatenate([request.prompt, item]) for item in request.rows.items], scoring.pad_token)
     _, scores = score_rows(model, values, scoring, mask)
-    own = scores[:, None, len(request.prompt) :], request.mask[:, None], request.steps[:, None]
-    return aggregate(*own, scoring.aggregation.removeprefix("step_"))[0][:, 0]
+    candidate_scores = scores[:, None, len(request.prompt) :]
+    method = scoring.aggregation.removeprefix("step_")
+    return aggregate(candidate_scores, request.mask[:, None], request.steps[:, None], method)[0][:, 0]

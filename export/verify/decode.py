@@ -1,4 +1,4 @@
-"""Prove `prefill` and `decode`: the host's loop over them gives the seed's tokens, and the candidates of `generate`."""
+"""Verify `prefill` and `decode`: the host's loop draws the seed's tokens, and the same candidates as `generate`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["check_decode"]
 
 
 class _Recording:
-    """A session whose logits are kept, run by run."""
+    """A session that keeps the logits of each run."""
 
     def __init__(self, session: Session) -> None:
         self._session, self.logits = session, list[Array]()
@@ -28,17 +28,20 @@ class _Recording:
         return getattr(self._session, name)
 
     def values(self, feeds: dict[str, Any], *, logits: bool = False) -> dict[str, Any]:
-        """As the session's."""
+        """Run the session and keep the logits."""
         outputs = self._session.values(feeds, logits=True)
         self.logits.append(outputs["logits"].numpy())
         return outputs
 
 
 def check_decode(checker: Checker, prompt: Array, request: CheckedOptions, outputs: dict[str, Array] | None) -> None:
-    """The host's loop over `prefill` and `decode`, for a prompt that stands alone.
+    """Check the host's loop over `prefill` and `decode` for a single prompt.
 
-    Every token is the one that the seed gives for the graphs' own logits, at any precision. Where rounding decides no
-    draw, the candidates are those of `generate`, its `outputs`.
+    At any precision, every token must be the one that the seed draws from the graphs' own logits. If `outputs` of
+    `generate` are given, which requires that no draw hinges on rounding, the candidates must be the same.
+
+    Raises:
+        ExportError: if a token, a score or a candidate's end differs.
     """
     recorded = {name: _Recording(checker.session(name)) for name in ("prefill", "decode")}
     *_, last = decode_all(recorded.__getitem__, prompt, request, None, None)  # type: ignore[arg-type]
@@ -46,7 +49,7 @@ def check_decode(checker: Checker, prompt: Array, request: CheckedOptions, outpu
         drawn, label = int(last.tokens[n, position]), f"decode, candidate {n}, token {position}"
         token, margin = expected_token(logits, uniform(request.seed, prompt, position, n), request)
         if token != drawn and margin > edge_width(0.0, request):
-            raise ExportError(f"{label} is {drawn}; its logits and the seed give {token}")
+            raise ExportError(f"{label} is {drawn}; expected {token} from its logits and the seed")
         log_prob = log_softmax(logits[None])[0, drawn]
         size = float(np.abs(logits).max())
         checker.compare(f"{label}, log-probability", last.log_probs[n, position], np.asarray(log_prob), size)
@@ -54,17 +57,17 @@ def check_decode(checker: Checker, prompt: Array, request: CheckedOptions, outpu
         return
     lengths = outputs["lengths"][:, 0]
     if not np.array_equal(last.lengths, lengths) or not np.array_equal(last.reasons, outputs["finish_reasons"][:, 0]):
-        raise ExportError(f"decode ended candidates after {last.lengths} tokens, generate after {lengths}")
+        raise ExportError(f"decode ended candidates after {last.lengths} tokens; generate, after {lengths}")
     for n, length in enumerate(lengths):
         if not np.array_equal(last.tokens[n, :length], outputs["sequences"][n, 0, :length]):
-            raise ExportError(f"decode gave {last.tokens[n, :length]}, generate {outputs['sequences'][n, 0, :length]}")
+            raise ExportError(f"decode drew {last.tokens[n, :length]}; generate, {outputs['sequences'][n, 0, :length]}")
         checker.near("scores", "decode, scores", last.scores[n, :length], outputs["scores"][n, 0, :length])
 
 
 def _logits_of(first: Sequence[Array], others: Sequence[Array], lengths: Array) -> Iterator[tuple[int, int, Array]]:
-    """Each candidate and position with the logits (V,) float64 that its token was drawn from."""
+    """Yield each candidate and position with the logits (V,) float64 that its token was drawn from."""
     for position in range(int(lengths.max())):
-        # One prefill for all; then a row for each candidate that has the token before.
+        # One prefill row serves all candidates; after that, each candidate that reached this position has its own row.
         rows = np.flatnonzero(lengths >= position)
         for row, n in enumerate(rows):
             if lengths[n] > position:

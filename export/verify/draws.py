@@ -1,4 +1,4 @@
-"""The token that the seed gives for known logits, in NumPy, and how close rounding comes to another one."""
+"""NumPy reference for sampling: the token that a seed selects from known logits, and its margin against rounding."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from .parity import Array
 
 __all__ = ["edge_width", "expected_token", "log_softmax", "uniform"]
 
-# What rounding to float32 may move the border between two tokens by, where the logits are known to the last bit.
+# How far rounding to float32 may move the boundary between two tokens when the logits are known exactly.
 _ROUNDING = 2e-5
 _WORD = 2**32
 
 
 def edge_width(error: float, request: CheckedOptions) -> float:
-    """How near to the border between two tokens a draw is undecided, if logits may be off by an error.
+    """Return the margin below which a draw is undecided if the logits may be off by `error`.
 
-    Greedy, a difference of two logits. Else a share of probability, which moves by less than the error divided by the
-    temperature.
+    For greedy decoding this is a difference of two logits; otherwise a probability, which moves by less than the error
+    divided by the temperature.
     """
     return 2 * error if request.temperature == 0 else error / request.temperature + _ROUNDING
 
@@ -32,7 +32,7 @@ def log_softmax(logits: Array) -> Array:
 
 
 def uniform(seed: int, prompt: Array, position: int, candidate: int) -> float:
-    """The number in [0, 1) that decides a token: what `sampling.py` does, in Python's own integers."""
+    """Return the number in [0, 1) that decides a token, computed as in `sampling.py` but with Python integers."""
     start = _mix(_mix((seed // _WORD + 0x9E3779B9) % _WORD) ^ (seed % _WORD))
     total = sum(_mix((int(token) + _mix(i + 1)) % _WORD) for i, token in enumerate(prompt)) % _WORD
     row = _mix((_mix(total ^ start) + position * 0x9E3779B1) % _WORD)
@@ -49,7 +49,7 @@ def _mix(x: int) -> int:
 
 
 def expected_token(logits: Array, point: float, request: CheckedOptions) -> tuple[int, float]:
-    """The token of one row of logits (V,) float64, and how far the draw is from another one's share."""
+    """Return the token drawn from one row of logits (V,) float64, and the draw's margin to the next token."""
     order = np.argsort(-logits, kind="stable")
     if request.temperature == 0:
         gap = logits[order[0]] - logits[order[1]] if len(order) > 1 else 1.0
@@ -60,7 +60,7 @@ def expected_token(logits: Array, point: float, request: CheckedOptions) -> tupl
     edge = 1.0
     if request.top_k or request.top_p < 1:
         if request.top_k and request.top_k < len(order):
-            # Which token is the k-th may itself be a close thing.
+            # The choice of the k-th token may itself be close.
             edge = float(np.min(likely[order[request.top_k - 1]] - likely[order[request.top_k]]))
             order = order[: request.top_k]
         likely = likely[order] / (likely[order].sum() if request.top_k else 1.0)
@@ -75,8 +75,8 @@ def expected_token(logits: Array, point: float, request: CheckedOptions) -> tupl
     target = point * sums[-1]
     place = min(int((sums <= target).sum()), len(order) - 1)
     if request.top_k or request.top_p < 1:
-        # The shares lie in order: two that are nearly equal may change places, wherever the draw falls within them.
-        # A logit's error moves each of the two, hence the half.
+        # Tokens are sorted by probability, so two that are nearly equal may swap places, wherever the draw falls within
+        # them. The error moves both logits, hence the half.
         gaps = np.abs(np.diff(scaled[order[max(0, place - 1) : place + 2]]))
         edge = min(edge, float(gaps.min(initial=2.0)) / 2)
     return int(order[place]), min(edge, float(np.abs(sums - target).min()))

@@ -1,9 +1,9 @@
-"""Rows through PyTorch twice: in float64, and in the arithmetic of the graphs. What lies between is rounding.
+"""Run rows through PyTorch twice, in float64 and in the graphs' arithmetic; the difference is rounding error.
 
-A trained network's residual stream may hold 26,000 beside a median of 2, so no fixed tolerance fits every network. What
-a precision can do is seen in PyTorch itself: its error against float64 on the same rows. ONNX Runtime may err `FACTOR`
-times as much. 8 and 4 bits are no exception: the rounding of inputs is part of such a model, and an input that lies on
-the border between two steps falls on either side, in PyTorch's arithmetic as in ONNX Runtime's.
+A trained network's residual stream may hold values of 26,000 next to a median of 2, so no fixed tolerance fits every
+network. Instead, PyTorch's own error against float64 on the same rows shows how exact a precision can be, and ONNX
+Runtime may err by `FACTOR` times as much. This holds for 8 and 4 bits too: rounding the inputs is part of such a model,
+and an input halfway between two quantization levels may round either way, in PyTorch as in ONNX Runtime.
 """
 
 from __future__ import annotations
@@ -26,44 +26,44 @@ __all__ = ["FACTOR", "Bar", "Exact", "Outputs", "activated", "score_rows"]
 
 Array = NDArray[Any]
 
-# Two engines add in another order. docs/precision.md has the ratios that were measured.
+# PyTorch and ONNX Runtime sum in different orders. docs/precision.md lists the measured ratios.
 FACTOR = 8.0
-# Where PyTorch is exact by chance: 8 times the spacing of float32 at the largest value.
+# A lower bound for when PyTorch happens to be exact: 8 times the float32 spacing at the largest value.
 _FLOOR = 8 * 2.0**-23
 
 
 class Bar:
-    """What ONNX Runtime may differ from float64 by, for each kind of output.
+    """The tolerance of ONNX Runtime against float64, for each kind of output.
 
     Attributes:
-        own: for each kind, PyTorch's maximum absolute error in the arithmetic of the graphs.
+        errors: for each kind, PyTorch's maximum absolute error in the graphs' arithmetic.
     """
 
     def __init__(self) -> None:
-        self.own: dict[str, float] = {}
+        self.errors: dict[str, float] = {}
         self._largest: dict[str, float] = {}
 
-    def see(self, kind: str, exact: Array, own: Array) -> None:
-        """Take in one kind of output of the same rows: in float64, and in the arithmetic of the graphs."""
-        for seen, values in ((self.own, own - exact), (self._largest, exact)):
-            seen[kind] = max(seen.get(kind, 0.0), float(np.abs(values).max(initial=0.0)))
+    def update(self, kind: str, exact: Array, rounded: Array) -> None:
+        """Take into account an output in float64, and the same output in the graphs' arithmetic."""
+        for maxima, values in ((self.errors, rounded - exact), (self._largest, exact)):
+            maxima[kind] = max(maxima.get(kind, 0.0), float(np.abs(values).max(initial=0.0)))
 
     def allowed(self, kind: str) -> float:
-        """The maximum absolute error that passes."""
-        return max(FACTOR * self.own[kind], _FLOOR * self._largest[kind])
+        """Return the maximum absolute error that passes."""
+        return max(FACTOR * self.errors[kind], _FLOOR * self._largest[kind])
 
 
 class Outputs(NamedTuple):
-    """What a network gives for rows: backbone (B, T, D) and scores (B, T), the activation applied."""
+    """A network's outputs: backbone (B, T, D), and scores (B, T) after the activation."""
 
     backbone: Tensor
     scores: Tensor
 
 
 class Exact:
-    """Whole, unpadded rows in float64 and in the arithmetic of the graphs.
+    """Computes whole, unpadded rows in float64 and in the graphs' arithmetic.
 
-    Layer after layer is widened to float64, for all rows at once: the memory of a second model is never taken.
+    Layers are widened to float64 one at a time, each for all rows, so no second copy of the model is held in memory.
     """
 
     def __init__(self, model: LanguageModel | TwoHeadedNetwork, scoring: Scoring) -> None:
@@ -72,40 +72,40 @@ class Exact:
         self._heads: tuple[nn.Module, nn.Module] | None = None
 
     def rows(self, batches: Sequence[Array], bar: Bar) -> list[tuple[Outputs, Outputs]]:
-        """Batches of rows (B, T[, E]) -> for each what is exact, and what PyTorch gives in the graphs' arithmetic.
+        """Batches of rows (B, T[, E]) -> for each, the exact outputs and those in the graphs' arithmetic.
 
         Args:
             batches: token ids or embeddings.
-            bar: sees PyTorch's errors of `backbone` and `scores`.
+            bar: is updated with PyTorch's errors of `backbone` and `scores`.
         """
         pairs = list(zip(self._run(batches, _widened), self._run(batches, _as_graphs), strict=True))
-        for exact, own in pairs:
-            for kind, a, b in zip(Outputs._fields, exact, own, strict=True):
-                bar.see(kind, a.numpy(), b.numpy())
+        for exact, rounded in pairs:
+            for kind, a, b in zip(Outputs._fields, exact, rounded, strict=True):
+                bar.update(kind, a.numpy(), b.numpy())
         return pairs
 
-    def logits(self, exact: Tensor, own: Tensor) -> tuple[Array, Array]:
-        """Two backbones (T, D), as `rows` gives them -> their logits (T, V)."""
+    def logits(self, exact: Tensor, rounded: Tensor) -> tuple[Array, Array]:
+        """A pair of backbones (T, D) from `rows` -> their logits (T, V)."""
         with torch.no_grad():
-            wide, same = (head(x).numpy() for head, x in zip(self._vocabulary(), (exact, own), strict=True))
-        return wide, same
+            wide, narrow = (head(x).numpy() for head, x in zip(self._vocabulary(), (exact, rounded), strict=True))
+        return wide, narrow
 
-    def own_logits(self, row: Array) -> Array:
-        """Token ids (T,) -> logits (T, V) in the arithmetic of the graphs alone, which takes far less time."""
+    def rounded_logits(self, row: Array) -> Array:
+        """Token ids (T,) -> logits (T, V) in the graphs' arithmetic only, which is much faster."""
         (outputs,) = self._run([row[None]], _as_graphs)
         with torch.no_grad():
             logits: Array = self._vocabulary()[1](outputs.backbone[0]).numpy()
         return logits
 
     def _vocabulary(self) -> tuple[nn.Module, nn.Module]:
-        """The vocabulary head in float64 and as the graphs compute it."""
+        """Return the vocabulary head in float64 and in the graphs' arithmetic."""
         assert isinstance(self._model, LanguageModel)
         if self._heads is None:
             head = table(self._model.embedding) if self._model.config.tie_embeddings else self._model.head
             self._heads = _widened(head), _as_graphs(head)
         return self._heads
 
-    # As a decorator: two of these are read in turns, and each block would restore what the other has set.
+    # A decorator, because two of these generators alternate and a `with` block in each would undo the other's setting.
     @torch.no_grad()
     def _run(self, batches: Sequence[Array], form: Callable[[nn.Module], nn.Module]) -> Iterator[Outputs]:
         network, states = self._network, []
@@ -125,7 +125,7 @@ class Exact:
 
 
 def _widened(module: nn.Module) -> nn.Module:
-    """A copy that computes in float64, with the weights that the module has."""
+    """Return a copy that computes in float64 with the module's weights."""
     wide = copy.deepcopy(module).double()
     for part in wide.modules():
         if isinstance(part, Linear8 | Linear4):
@@ -134,7 +134,7 @@ def _widened(module: nn.Module) -> nn.Module:
 
 
 def _as_graphs(module: nn.Module) -> nn.Module:
-    """The module, or a copy whose products of float16 round inputs and outputs to it, as those of the graphs do."""
+    """Return the module, or a copy whose float16 products round inputs and outputs to float16, as the graphs do."""
     if not any(isinstance(part, Linear16) and part.weight.dtype == torch.float16 for part in module.modules()):
         return module
     halves = copy.deepcopy(module)
@@ -145,7 +145,7 @@ def _as_graphs(module: nn.Module) -> nn.Module:
 
 
 def activated(scores: Tensor, scoring: Scoring) -> Tensor:
-    """What PyTorch's scorer gives, (..., num_labels) -> the score (...), as the graphs give it."""
+    """The scorer's outputs (..., num_labels) -> the score (...), with the label and activation that the graphs use."""
     if scoring.activation == "softmax":
         scores = scores.softmax(-1)
     scores = scores[..., scoring.label]
@@ -155,7 +155,7 @@ def activated(scores: Tensor, scoring: Scoring) -> Tensor:
 def score_rows(
     model: LanguageModel | TwoHeadedNetwork, rows: Array, scoring: Scoring, mask: Array | None = None
 ) -> tuple[Array, Array]:
-    """Whole rows through PyTorch: backbone (B, T, D) and scores (B, T), the activation applied; no logits."""
+    """Run whole rows through PyTorch: backbone (B, T, D), and scores (B, T) after the activation; no logits."""
     values = torch.from_numpy(rows)
     network = model.network if isinstance(model, LanguageModel) else model
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Prove `generate` against PyTorch: every token, score and choice."""
+"""Verify every token, score and choice of `generate` against PyTorch."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from .parity import Array, Checker
 
 __all__ = ["check_generation"]
 
-# (prompts, longest prompt, candidates, new tokens): 1 on every axis.
+# (prompts, longest prompt, candidates, new tokens): every axis is 1 at least once.
 _SHAPES = [(1, 1, 1, 1), (1, 7, 5, 9), (3, 5, 4, 6), (2, 12, 9, 7), (1, 23, 3, 12)]
 # temperature, top_k, top_p, prune_every
 _DRAWS = [(1.0, 0, 1.0, 0), (0.7, 5, 0.9, 2), (0.0, 0, 1.0, 0), (1.3, 0, 0.6, 3)]
-# For `bonnx verify`, in this order until one is certain: shape, temperature, how many are tried.
+# For `bonnx verify`, tried in this order until a case is safe from rounding: shape, temperature, number of tries.
 _RECORDED = [((2, 4, 3, 5), 1.0, 20), ((2, 4, 3, 5), 0.0, 20), ((1, 4, 2, 2), 0.0, 40)]
 
 
 class _Run(NamedTuple):
-    """One run of `generate`: prompts and mask (B, P), and what it gave."""
+    """One run of `generate`: prompts and mask (B, P), and the outputs."""
 
     prompts: Array
     mask: Array
@@ -40,14 +40,14 @@ class _Run(NamedTuple):
     outputs: dict[str, Array]
 
     def row(self, n: int, b: int) -> tuple[Array, Array]:
-        """A candidate's prompt (P,) and tokens (length,)."""
+        """Return a candidate's prompt (P,) and tokens (length,)."""
         return self.prompts[b][self.mask[b] > 0], self.outputs["sequences"][n, b, : self.outputs["lengths"][n, b]]
 
 
 class _Exact(NamedTuple):
-    """What float64 gives at each token of a candidate: scores, log_probs (length,), and the draws.
+    """Float64 results at each token of a candidate: scores and log_probs (length,), and the draws.
 
-    A draw is the token that the seed gives, and how far it is from another one's share.
+    A draw is the token that the seed selects, and its margin to the next token.
     """
 
     scores: Array
@@ -56,10 +56,10 @@ class _Exact(NamedTuple):
 
 
 def check_generation(checker: Checker) -> list[Parity]:
-    """Random cases of `generate` against PyTorch, and the host's loop against `generate`.
+    """Check random cases of `generate` against PyTorch, and the host's loop against `generate`.
 
     Raises:
-        ExportError: a token, a score or a choice differs.
+        ExportError: if a token, a score or a choice differs.
     """
     runs = [_run(checker, _case(checker, shape, *options)) for shape in _SHAPES for options in _DRAWS]
     scores, log_probs = list[float](), list[float]()
@@ -105,12 +105,12 @@ def _case(
 
 
 def _column(value: Array, b: int) -> Array:
-    """One prompt's part of an output."""
+    """Return one prompt's part of an output."""
     return value[:, b : b + 1] if value.ndim > 1 else value
 
 
 def _read(checker: Checker, runs: Sequence[_Run]) -> list[dict[tuple[int, int], _Exact]]:
-    """For each run its candidates, by number and prompt, as whole rows through PyTorch; its bar sees them."""
+    """Recompute the candidates of each run as whole rows in PyTorch, by candidate and prompt; update the tolerance."""
     places = defaultdict[int, list[tuple[int, int, int]]](list)
     for r, run in enumerate(runs):
         for n, b in np.ndindex(run.outputs["lengths"].shape):
@@ -118,14 +118,15 @@ def _read(checker: Checker, runs: Sequence[_Run]) -> list[dict[tuple[int, int], 
             places[len(prompt) + len(tokens)].append((r, n, b))
     batches = [np.stack([np.concatenate(runs[r].row(n, b)) for r, n, b in group]) for group in places.values()]
     rows: list[dict[tuple[int, int], _Exact]] = [{} for _ in runs]
-    for group, (exact, own) in zip(places.values(), checker.exact.rows(batches, checker.bar), strict=True):
+    for group, (exact, rounded) in zip(places.values(), checker.exact.rows(batches, checker.bar), strict=True):
         for i, (r, n, b) in enumerate(group):
             prompt, tokens = runs[r].row(n, b)
             start = len(prompt)
-            logits, same = checker.exact.logits(exact.backbone[i, start - 1 : -1], own.backbone[i, start - 1 : -1])
-            log_probs, near = (log_softmax(x)[np.arange(len(tokens)), tokens] for x in (logits, same))
-            checker.bar.see("logits", logits, same)
-            checker.bar.see("log_probs", log_probs, near)
+            backbones = (x.backbone[i, start - 1 : -1] for x in (exact, rounded))
+            logits, near_logits = checker.exact.logits(*backbones)
+            log_probs, near = (log_softmax(x)[np.arange(len(tokens)), tokens] for x in (logits, near_logits))
+            checker.bar.update("logits", logits, near_logits)
+            checker.bar.update("log_probs", log_probs, near)
             rows[r][n, b] = _Exact(
                 exact.scores[i, start:].numpy(), log_probs, _draws(logits, runs[r].request, prompt, n)
             )
@@ -133,7 +134,7 @@ def _read(checker: Checker, runs: Sequence[_Run]) -> list[dict[tuple[int, int], 
 
 
 def _draws(logits: Array, request: CheckedOptions, prompt: Array, n: int) -> list[tuple[int, float]]:
-    """The draws of a candidate from the logits (length, V) of its tokens."""
+    """Return a candidate's draws from the logits (length, V) of its tokens."""
     wide = logits.astype(np.float64)
     return [
         expected_token(row, uniform(request.seed, prompt, position, n), request) for position, row in enumerate(wide)
@@ -141,18 +142,18 @@ def _draws(logits: Array, request: CheckedOptions, prompt: Array, n: int) -> lis
 
 
 def _is_certain(checker: Checker, request: CheckedOptions, draws: Sequence[tuple[int, float]]) -> bool:
-    """Whether no draw is so close to an edge that rounding may give another token.
+    """Whether no draw is so close to a boundary that rounding could change the token.
 
-    With a large vocabulary and flat probabilities, as of a model that is not trained, many are.
+    Many are in an untrained model, which has flat probabilities, with a large vocabulary.
     """
     edge = edge_width(checker.bar.allowed("logits"), request)
     return all(margin > edge for _, margin in draws)
 
 
 def _is_far(checker: Checker, run: _Run, n: int, b: int) -> bool:
-    """The same of a candidate that has not been read."""
+    """Whether `_is_certain` holds for a candidate that `_read` has not seen."""
     prompt, tokens = run.row(n, b)
-    logits = checker.exact.own_logits(np.concatenate([prompt, tokens]))[len(prompt) - 1 : -1]
+    logits = checker.exact.rounded_logits(np.concatenate([prompt, tokens]))[len(prompt) - 1 : -1]
     return _is_certain(checker, run.request, _draws(logits, run.request, prompt, n))
 
 
@@ -161,7 +162,9 @@ def _check_tokens(checker: Checker, run: _Run, n: int, b: int, draws: Sequence[t
     edge = edge_width(checker.bar.allowed("logits"), run.request)
     for position, (token, margin) in enumerate(draws):
         if token != tokens[position] and margin > edge:
-            raise ExportError(f"{label}: token {position} is {tokens[position]}, PyTorch and the seed give {token}")
+            raise ExportError(
+                f"{label}: token {position} is {tokens[position]}; expected {token} from PyTorch's logits and the seed"
+            )
     _check_end(run.request, label, tokens, FINISH_REASONS[run.outputs["finish_reasons"][n, b]])
 
 
@@ -173,7 +176,9 @@ def _check_end(request: CheckedOptions, label: str, tokens: Array, reason: str) 
         "pruned": not len(stopped) and request.prune_every and len(tokens) % request.prune_every == 0,
     }
     if not good[reason]:
-        raise ExportError(f"{label} has {len(tokens)} tokens, stop tokens at {stopped}, but its end is '{reason}'")
+        raise ExportError(
+            f"{label} has {len(tokens)} tokens and stop tokens at {stopped}, but its finish reason is '{reason}'"
+        )
 
 
 def _check_selection(checker: Checker, request: CheckedOptions, outputs: dict[str, Array]) -> None:
@@ -186,7 +191,7 @@ def _check_selection(checker: Checker, request: CheckedOptions, outputs: dict[st
 
 
 def _is_close_race(checker: Checker, request: CheckedOptions, outputs: dict[str, Array]) -> bool:
-    """Whether two candidates were so close at a pruning that rounding decides: equal ones are, to the last bits."""
+    """Whether rounding decided which of two candidates was pruned, as it does when their scores are equal."""
     if not request.prune_every:
         return False
     close = 2 * checker.bar.allowed("scores")
@@ -200,9 +205,9 @@ def _is_close_race(checker: Checker, request: CheckedOptions, outputs: dict[str,
 
 
 def _record(checker: Checker) -> None:
-    """One case for `bonnx verify`, whose draws are so far from an edge that any machine gives its tokens.
+    """Record one case for `bonnx verify` whose draws are clear enough that every machine draws the same tokens.
 
-    None, if 8 bits leave no such case.
+    Records nothing if no such case is found, which happens with 8 bits.
     """
     for shape, temperature, tries in _RECORDED:
         for _ in range(tries):

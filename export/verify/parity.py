@@ -1,4 +1,4 @@
-"""Prove an exported folder: ONNX's own checks, then ONNX Runtime and the reference evaluator against PyTorch."""
+"""Verify an exported folder: ONNX's own checks, then ONNX Runtime and the reference evaluator against PyTorch."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ __all__ = ["Case", "Checker", "check_structure"]
 
 Array = NDArray[Any]
 
-# What an aggregation or a vote may differ from NumPy's by, on the same scores, relative to the largest of them.
+# Relative tolerance between an aggregation or vote in the graph and in NumPy, for the same scores.
 _ARITHMETIC = 1e-5
-# (prompt length, candidate length, candidates, batch): 1 on every axis, odd, long.
+# (prompt length, candidate length, candidates, batch): every axis is 1 at least once; some sizes are odd, some long.
 _SHAPES = [(1, 1, 1, 1), (1, 7, 5, 1), (9, 1, 3, 2), (33, 5, 1, 3), (5, 3, 17, 2), (13, 11, 4, 1), (101, 29, 2, 1)]
 _RANDOM_SHAPES, _LONG = 12, 257
-# Parameters from which there are fewer shapes, and no reference evaluator, which copies every weight.
+# Models with more parameters get fewer shapes, and skip the reference evaluator, which copies every weight.
 _LARGE = 100_000_000
 
 
 def check_structure(path: Path) -> None:
-    """`onnx.checker` and strict shape inference on a written file.
+    """Run `onnx.checker` and strict shape inference on a written file.
 
     Raises:
-        ExportError: either refuses it.
+        ExportError: if either rejects it.
     """
     try:
         onnx.checker.check_model(str(path), full_check=True)
@@ -52,9 +52,10 @@ def check_structure(path: Path) -> None:
 
 
 class Case(NamedTuple):
-    """One run of a graph, and what judges its outputs: the maximum difference, or an `ExportError`.
+    """One run of a graph.
 
-    `kind` says by which of the bar's outputs; None for numbers that NumPy gives from the graph's own scores.
+    `judge` maps its outputs to the maximum difference, or raises `ExportError`. `kind` is the kind of output whose
+    tolerance applies; None where NumPy computes the expected values from the graph's own scores.
     """
 
     check: str
@@ -67,9 +68,9 @@ class Case(NamedTuple):
 class Checker:
     """Compares a model with its graphs on fresh random inputs.
 
-    The reference is the PyTorch model, of the graphs' precision, run on whole rows without padding in float64: no code
-    of the graphs. What the graphs may differ from it by is PyTorch's own error, times a factor: see `exact.py`.
-    PyTorch's part comes first, so that its memory can be given back before ONNX Runtime's.
+    The reference is the PyTorch model with the graphs' weights, run in float64 on whole, unpadded rows; it shares no
+    code with the graphs. The tolerance is PyTorch's own rounding error times a factor: see `exact.py`. PyTorch runs
+    first, so that its memory can be freed before ONNX Runtime needs any.
     """
 
     def __init__(
@@ -93,7 +94,7 @@ class Checker:
         self._backbones: list[float] = []
 
     def cases(self) -> list[Case]:
-        """Every case, with what PyTorch gives for it."""
+        """Return every case, with PyTorch's outputs already computed."""
         cases = [*self._rank("rank, right padding", "right"), *self._rank("rank, left padding", "left")]
         cases += [*self._rank("rank, no padding", "none"), *self._score()]
         cases += [] if self.is_large else [self._reference()]
@@ -101,17 +102,17 @@ class Checker:
         return cases
 
     def compute(self) -> None:
-        """Run PyTorch on the rows of all cases so far, and put the exact outputs into the arrays that await them."""
+        """Run PyTorch on the rows of all pending cases, and fill in their expected outputs."""
         pending, self._pending = self._pending, []
         outputs = self.exact.rows([rows for rows, _ in pending], self.bar)
         for (_, put), (exact, _) in zip(pending, outputs, strict=True):
             put(exact)
 
     def run(self, cases: Sequence[Case]) -> list[Parity]:
-        """Run cases and judge them, one graph after the other.
+        """Run the cases one graph at a time, and judge their outputs.
 
         Raises:
-            ExportError: a difference exceeds what is allowed, or another candidate was selected.
+            ExportError: if a difference exceeds its tolerance, or a graph selected a different candidate.
         """
         differences: dict[str, list[float]] = {case.check: [] for case in cases}
         for graph in dict.fromkeys(case.graph for case in cases):
@@ -124,16 +125,16 @@ class Checker:
         return [*parity, self.parity("score, backbone", self._backbones, "backbone")] if self._backbones else parity
 
     def case(self, prompt: int, length: int, count: int, batch: int, padding: str) -> tuple[dict[str, Array], Array]:
-        """Random feeds of `rank`, and an array (count, batch, length) float64 that `compute` fills with exact scores.
+        """Draw random feeds for `rank`, and an array (count, batch, length) float64 for the exact scores.
 
-        At padding it is 0.
+        `compute` fills in the scores; padding stays 0.
         """
         feeds = self.feeds(prompt, length, count, batch, padding)
         suffix = "ids" if self.ids else "embeds"
         prompts, candidates = feeds[f"prompt_{suffix}"], feeds[f"candidate_{suffix}"]
         prompt_mask, mask = feeds["prompt_mask"], feeds["candidate_mask"]
         expected = np.zeros(mask.shape)
-        # Rows of one length stand side by side: none has padding.
+        # Batch rows of equal length, so that none needs padding.
         lengths = prompt_mask.sum(1) + mask.sum(2)
         for length in np.unique(lengths):
             places = np.argwhere(lengths == length)
@@ -149,7 +150,7 @@ class Checker:
         return feeds, expected
 
     def feeds(self, prompt: int, length: int, count: int, batch: int, padding: str) -> dict[str, Array]:
-        """Random feeds of `rank`."""
+        """Draw random feeds for `rank`."""
         rng, axis = self.rng, ([] if self.ids else [self.network.config.embed_dim])
         prompt_size = np.full(batch, prompt) if padding == "none" else rng.integers(1, prompt + 1, batch)
         sizes = np.full((count, batch), length) if padding == "none" else rng.integers(1, length + 1, (count, batch))
@@ -162,7 +163,7 @@ class Checker:
         return feeds | {"candidate_mask": _mask(sizes, length, padding)} | plain_selection()
 
     def _stretches(self, length: int) -> bool:
-        """Whether the frequencies of a row depend on its length: then `rank` takes those of its longest candidate."""
+        """Whether rotary frequencies depend on a row's length; `rank` uses those of the longest candidate for all."""
         scaling = self.network.config.rope_scaling
         return scaling is not None and scaling.kind == "dynamic" and length > scaling.original_max_positions
 
@@ -203,7 +204,7 @@ class Checker:
             yield Case(name, "rank", feeds, judge, "scores")
 
     def _score(self) -> Iterator[Case]:
-        """The same rows unpadded, padded on the right, and padded on the left, through `score`."""
+        """Run the same rows through `score` unpadded, padded on the right, and padded on the left."""
         for number, (_, length, count, batch) in enumerate(self._shapes()):
             axis = [] if self.ids else [self.network.config.embed_dim]
             row, extra = self._draw(count * batch, length, *axis), int(self.rng.integers(1, 6))
@@ -242,7 +243,7 @@ class Checker:
         return worst
 
     def _reference(self) -> Case:
-        """ONNX's own reference evaluator on a small case of `rank`, where two of three candidates have one answer."""
+        """Run ONNX's reference evaluator on a small case of `rank` in which two of three candidates share an answer."""
         feeds, expected = self.case(3, 2, 3, 1, "right")
         feeds |= {"answer_ids": np.array([[5], [0], [5]]), "vote": np.array(1)}
 
@@ -266,16 +267,16 @@ class Checker:
         return self._sessions[name]
 
     def close(self, name: str) -> None:
-        """Give a session's memory back."""
+        """Close a graph's session to free its memory."""
         self._sessions.pop(name, None)
 
     def run_graph(self, name: str, feeds: dict[str, Array]) -> dict[str, Array]:
-        """All outputs of a graph."""
+        """Run a graph and return all of its outputs."""
         names = [value.name for value in self.graphs[name].outputs]
         return dict(zip(names, self.session(name).run(feeds, names), strict=True))
 
     def _same_choice(self, label: str, feeds: dict[str, Array], outputs: dict[str, Array], expected: Array) -> None:
-        """The selected index is PyTorch's, unless the two best are closer than the tolerance."""
+        """Require the index that PyTorch selects, unless the two best scores are closer than the tolerance."""
         final, _ = aggregate(expected, feeds["candidate_mask"], feeds["step_mask"], "last")
         chosen = select_best_of_n(torch.from_numpy(final)).numpy()
         best, taken = (np.take_along_axis(final, index[None], 0)[0] for index in (chosen, outputs["best_index"]))
@@ -285,30 +286,30 @@ class Checker:
             )
 
     def near(self, kind: str, label: str, values: Array, exact: Array) -> float:
-        """The maximum absolute difference from what is exact; NaN equals NaN.
+        """Return the maximum absolute difference from the exact values; NaN equals NaN.
 
         Args:
-            kind: `backbone`, `scores`, `log_probs`: which of the bar's outputs they are.
-            label: names the values in messages.
-            values: of a graph.
-            exact: float64, of the same shape.
+            kind: the kind of output, whose tolerance applies: `backbone`, `scores` or `log_probs`.
+            label: names the values in error messages.
+            values: a graph's output.
+            exact: float64, same shape.
 
         Raises:
-            ExportError: it exceeds what is allowed.
+            ExportError: if the difference exceeds the tolerance.
         """
         return self._difference(label, values, exact, self.bar.allowed(kind))
 
     def compare(self, label: str, values: Array, expected: Array, size: float = 1.0) -> float:
-        """The maximum absolute difference from what NumPy gives for the same numbers; NaN equals NaN.
+        """Return the maximum absolute difference from NumPy's result for the same numbers; NaN equals NaN.
 
         Args:
-            label: names the values in messages.
-            values: of a graph.
-            expected: of NumPy.
-            size: of the largest number that they are computed from, if that is larger than they are.
+            label: names the values in error messages.
+            values: a graph's output.
+            expected: NumPy's result.
+            size: magnitude of the largest number that both are computed from, if it exceeds the results' own.
 
         Raises:
-            ExportError: it exceeds what is allowed.
+            ExportError: if the difference exceeds the tolerance.
         """
         largest = np.abs(expected[np.isfinite(expected)]).max(initial=size)
         return self._difference(label, values, expected, _ARITHMETIC * float(largest))
@@ -320,19 +321,19 @@ class Checker:
             raise ExportError(f"{label}: {e}; nothing was written") from e
 
     def parity(self, check: str, differences: Sequence[float], kind: str | None) -> Parity:
-        """The result of one check."""
-        own, allowed = (0.0, None) if kind is None else (self.bar.own[kind], self.bar.allowed(kind))
+        """Summarize the differences of one check."""
+        error, allowed = (0.0, None) if kind is None else (self.bar.errors[kind], self.bar.allowed(kind))
         worst = max(differences)
-        return Parity(check=check, cases=len(differences), max_difference=worst, pytorch_error=own, allowed=allowed)
+        return Parity(check=check, cases=len(differences), max_difference=worst, pytorch_error=error, allowed=allowed)
 
     def record(self, name: str, feeds: dict[str, Array], outputs: dict[str, Array], **exact: Array) -> None:
-        """Keep a case for `bonnx verify`: exact outputs in place of the graph's, and the error allowed for each."""
+        """Keep a case for `bonnx verify`: exact outputs in place of the graph's, and the tolerance of each."""
         recorded = {key: value.astype(outputs[key].dtype) for key, value in (outputs | exact).items()}
         self.recorded |= {f"{name}/in/{key}": value for key, value in feeds.items()}
         self.recorded |= {f"{name}/out/{key}": value for key, value in recorded.items()}
         for key, value in recorded.items():
             if value.dtype == np.float32:
-                kind = key if key in self.bar.own else "scores"
+                kind = key if key in self.bar.errors else "scores"
                 self.recorded[f"{name}/allowed/{key}"] = np.array(self.bar.allowed(kind))
 
 

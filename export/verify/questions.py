@@ -1,4 +1,4 @@
-"""Questions with answers of every quality, to measure ranking models for which no prompts were given."""
+"""Built-in questions with answers of varying quality, to measure ranking models when the user gives no prompts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _OTHERS = ("I don't know.", "That depends on what you mean.", "Why do you ask? L
 
 
 def draw_questions(count: int, candidates: int, seed: int) -> list[tuple[str, list[str]]]:
-    """Questions, each with that many different answers: right and wrong, long and short, and none at all."""
+    """Draw questions, each with `candidates` distinct answers: right, wrong, long, short and evasive."""
     rng, questions = np.random.default_rng(seed), []
     for _ in range(count):
         text, sign = _TASKS[rng.integers(len(_TASKS))]

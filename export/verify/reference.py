@@ -1,4 +1,4 @@
-"""What ONNX's reference evaluator lacks: the operator of 4-bit products, which is ONNX Runtime's own."""
+"""MatMulNBits for ONNX's reference evaluator, which lacks this ONNX Runtime operator."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["MatMulNBits"]
 
 
 class MatMulNBits(OpRun):
-    """`a @ b.T + bias` with b in packed 4-bit blocks, computed in float32."""
+    """`a @ b.T + bias` in float32, with b stored as packed 4-bit blocks."""
 
     op_domain = "com.microsoft"
 

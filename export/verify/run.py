@@ -1,4 +1,4 @@
-"""Every check of an exported folder, in the order in which memory allows them."""
+"""Run every check of an exported folder, in an order that keeps peak memory low."""
 
 from __future__ import annotations
 
@@ -31,22 +31,22 @@ def verify_graphs(
     *,
     frugal: bool,
 ) -> list[Parity]:
-    """Check the written graphs against PyTorch at their precision, and record some cases for `bonnx verify`.
+    """Check the written graphs against PyTorch at the same precision, and record some cases for `bonnx verify`.
 
     Args:
         computed: the model as the graphs compute it, from `quantized`.
-        folder: the artifact's; `golden.npz` is written into it.
-        graphs: by their names, files relative to the folder.
-        scoring: the rule that the graphs follow.
-        limits: no row is longer than these allow.
-        seed: of the random inputs.
-        frugal: free the model's memory as soon as PyTorch has computed what the graphs are compared with.
+        folder: the artifact's folder; `golden.npz` is written into it.
+        graphs: the graphs by name, with file paths relative to the folder.
+        scoring: the scoring rule built into the graphs.
+        limits: the maximum length of the test inputs.
+        seed: seeds the random inputs.
+        frugal: free the model's memory as soon as PyTorch has computed the expected outputs.
 
     Returns:
         One result for each check.
 
     Raises:
-        ExportError: a graph is not valid ONNX, or one of its outputs is further from PyTorch's than allowed.
+        ExportError: if a graph is not valid ONNX, or an output differs from PyTorch's by more than the tolerance.
     """
     for graph in graphs.values():
         check_structure(folder / graph.file)
@@ -63,13 +63,13 @@ def verify_graphs(
 
 
 def _free(model: nn.Module) -> None:
-    """Free a module's memory, even where the tracer still refers to its tensors."""
+    """Free a module's memory, even if the tracer still holds references to its tensors."""
     for tensor in (*model.parameters(), *model.buffers()):
         storage = tensor.untyped_storage()
         tensor.data = torch.empty(0)
         if storage.resizable():
             storage.resize_(0)
     gc.collect()
-    # The C library keeps freed memory for itself; glibc's has a way to ask for it.
+    # The C library keeps freed memory in its own pools; glibc can be asked to return it to the system.
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)

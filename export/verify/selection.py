@@ -1,4 +1,4 @@
-"""Prove aggregation and vote of an exported folder against NumPy."""
+"""Verify the aggregations and votes of an exported folder against NumPy."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["selection_cases"]
 
 
 def selection_cases(checker: Checker) -> list[Case]:
-    """Every aggregation, with and without steps, and every vote, all ragged and with empty candidates."""
+    """Return cases for every aggregation, with and without steps, and every vote; all ragged, with empty candidates."""
     return [*_aggregations(checker), *_votes(checker)]
 
 
@@ -41,7 +41,7 @@ def _judge_aggregation(checker: Checker, name: str, feeds: dict[str, Array], out
 
 
 def _votes(checker: Checker) -> Iterator[Case]:
-    """Answers that no, some or all candidates have, with ids of any size."""
+    """Yield cases in which none, some or all candidates have answers, with answer ids of any size."""
     for code, name in enumerate(VOTES):
         for answered in (0.0, 1.0, 0.7):
             feeds = checker.feeds(3, 5, 7, 3, "right")
@@ -59,6 +59,6 @@ def _judge_vote(
     if not np.array_equal(outputs["best_index"], best):
         raise ExportError(f"vote {name}: the graph chose {outputs['best_index']}, NumPy {best}")
     if name == VOTES[-1] and answered == 0.7:
-        # Counts are the same on every machine, whatever the scores' last digits.
+        # Counts are the same on every machine, whatever the last digits of the scores.
         checker.record(f"rank/{name}", feeds, outputs)
     return checker.compare(f"vote {name}", outputs["group_scores"], groups)

@@ -187,7 +187,7 @@ def test_a_selection_below_the_bar_is_refused_and_nothing_is_left(network, tmp_p
         HeldOut(rng.standard_normal((3, 12), np.float32), list(rng.standard_normal((6, 4, 12), np.float32)))
         for _ in range(20)
     ]
-    with pytest.raises(ExportError, match=r"of 20 prompts \(here\), .* at least 90% were asked for"):
+    with pytest.raises(ExportError, match=r"of 20 prompts \(here\), .* expected at least 90%"):
         measure(lambda: wrong, artifact, cases, source="here", least=0.9)
     found = measure(lambda: network, artifact, cases, source="here", least=0.9)
     assert found.share == found.same == 1

@@ -31,7 +31,7 @@ def test_layer_by_layer_is_the_whole_model_in_double_precision(language_model, r
         assert torch.allclose(outputs.scores, scores[..., 0].sigmoid(), rtol=1e-12, atol=1e-12)
         assert torch.equal(own.backbone, near[0])
         assert np.allclose(exact.logits(outputs.backbone[0], own.backbone[0])[0], logits[0], rtol=1e-12, atol=1e-12)
-        assert np.allclose(exact.own_logits(rows[0]), near[2][0], rtol=1e-5, atol=1e-5)
+        assert np.allclose(exact.rounded_logits(rows[0]), near[2][0], rtol=1e-5, atol=1e-5)
     assert {p.dtype for p in language_model.parameters()} == {torch.float32}
 
 
@@ -46,20 +46,20 @@ def test_the_error_of_a_precision_is_its_arithmetics(precision, rng):
         own = (twin(torch.from_numpy(rows))[1][..., 0] - exact.scores).abs().max().item()
     if precision == "fp16":
         # Products that round to float16 err by its 11 bits, and the weights' rounding is no error.
-        assert 1e-5 < bar.own["scores"] < 1e-2
+        assert 1e-5 < bar.errors["scores"] < 1e-2
         assert own < 1e-5
     else:
-        assert bar.own["scores"] == pytest.approx(own)
+        assert bar.errors["scores"] == pytest.approx(own)
         # An input on the border between two of the 8-bit steps falls on either side; that alone can be seen.
-        assert bar.own["scores"] < (1e-5 if precision in ("fp32", "bf16") else 0.3)
+        assert bar.errors["scores"] < (1e-5 if precision in ("fp32", "bf16") else 0.3)
 
 
 def test_an_engine_may_err_a_few_times_as_pytorch_does():
     bar = Bar()
-    bar.see("scores", np.array([1.0, -26000.0]), np.array([1.0 + 1e-3, -26000.0 + 4e-3]))
-    bar.see("scores", np.array([[2.0]]), np.array([[2.0]]))
+    bar.update("scores", np.array([1.0, -26000.0]), np.array([1.0 + 1e-3, -26000.0 + 4e-3]))
+    bar.update("scores", np.array([[2.0]]), np.array([[2.0]]))
     assert bar.allowed("scores") == pytest.approx(FACTOR * max(4e-3, 26000 * 2.0**-23))
-    bar.see("backbone", np.array([8.0]), np.array([8.0]))
+    bar.update("backbone", np.array([8.0]), np.array([8.0]))
     assert bar.allowed("backbone") == pytest.approx(8 * 8 * 2.0**-23)
 
 
