@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
+from typing import TypedDict
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from bonnx.errors import InputError
 __all__ = [
     "ARGUMENTS",
     "ArgumentNames",
+    "Bounds",
     "check_flag",
     "check_function",
     "check_number",
@@ -23,6 +25,7 @@ __all__ = [
     "check_some",
     "check_whole",
     "is_list",
+    "number_words",
     "shown",
 ]
 
@@ -79,8 +82,44 @@ def check_flag(name: str, value: object) -> None:
         raise InputError(f"{name}: expected True or False; got {shown(value)}")
 
 
-def check_number(name: str, value: object, expected: str, fits: Callable[[float], bool]) -> None:
-    """Refuse what is no real number, or one that does not fit; `expected` says which do.
+class Bounds(TypedDict, total=False):
+    """Bounds of a number, as msgspec and pydantic name them."""
+
+    ge: float | None
+    gt: float | None
+    le: float | None
+    lt: float | None
+
+
+def number_words(
+    noun: str, *, ge: float | None = None, gt: float | None = None, le: float | None = None, lt: float | None = None
+) -> str:
+    """What an error calls the numbers within bounds: `a number of at least 0 and below 1`."""
+    bounds = [
+        ("of at least", ge),
+        ("above", gt),
+        ("at most" if (ge, gt) != (None, None) else "of at most", le),
+        ("below", lt),
+    ]
+    parts = [
+        f"{word} {bound if isinstance(bound, int) else format(bound, 'g').replace('e+', 'e')}"
+        for word, bound in bounds
+        if bound is not None and math.isfinite(bound)
+    ]
+    return f"{noun} {' and '.join(parts)}".rstrip()
+
+
+def check_number(
+    name: str,
+    value: object,
+    noun: str = "a number",
+    *,
+    ge: float | None = None,
+    gt: float | None = None,
+    le: float | None = None,
+    lt: float | None = None,
+) -> None:
+    """Refuse what is no real number, or one out of bounds; `noun` is what the message calls such a number.
 
     Raises:
         InputError: names it.
@@ -89,8 +128,10 @@ def check_number(name: str, value: object, expected: str, fits: Callable[[float]
         number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
     except OverflowError:
         number = math.nan
-    if math.isnan(number) or not fits(number):
-        raise InputError(f"{name}: expected {expected}; got {shown(value)}")
+    above = (ge is None or number >= ge) and (gt is None or number > gt)
+    below = (le is None or number <= le) and (lt is None or number < lt)
+    if math.isnan(number) or not (above and below):
+        raise InputError(f"{name}: expected {number_words(noun, ge=ge, gt=gt, le=le, lt=lt)}; got {shown(value)}")
 
 
 def check_whole(name: str, value: object, least: int, otherwise: str = "") -> None:

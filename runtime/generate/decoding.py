@@ -105,7 +105,7 @@ def clock(deadline: float | None) -> float | None:
     """
     if deadline is None:
         return None
-    check_number("deadline", deadline, "seconds above 0", lambda seconds: seconds > 0)
+    check_number("deadline", deadline, "seconds", gt=0)
     return time.monotonic() + float(deadline)
 
 

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import inspect
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, TypedDict, TypeVar, get_type_hints
 
 import numpy as np
+from msgspec import Meta
 
 from bonnx.errors import InputError, near_miss
 
 from ..arrays import Array
-from ..checks import check_number, check_whole
+from ..checks import Bounds, check_number, check_whole
 from ..selection.aggregate import aggregation_code
 
 __all__ = [
@@ -24,6 +24,8 @@ __all__ = [
     "CheckedOptions",
     "GenerateOptions",
     "check_options",
+    "option_bounds",
+    "option_definition",
     "option_help",
     "shows_options",
 ]
@@ -31,31 +33,67 @@ __all__ = [
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 # Divided by less, the last bits of two logits decide which token is drawn: then the most likely one is taken.
 GREEDY_BELOW = np.float32(1e-5)
+# The graphs take float32, whose largest number is little larger.
+_MAX_FLOAT32 = 3.4e38
 
 
 class GenerateOptions(TypedDict, total=False):
     """How to generate: the one list of options, which Python, the command line and HTTP share.
 
-    None stands for an option that is not given; `DEFAULTS` holds what is then taken.
+    None stands for an option that is not given; `DEFAULTS` holds what is then taken. The bounds of a number and its
+    description come with its type: checks, help and the documents of the HTTP API read them here.
     """
 
-    n: Annotated[int, "number of candidates; the first 8 of 16 are those of 8"]
-    max_new_tokens: Annotated[int | None, "maximum length of a completion in tokens; by default what the limit leaves"]
-    temperature: Annotated[float, "divides the logits; 0, and anything below 1e-5, takes the most likely token"]
-    top_k: Annotated[int, "draw from the k most likely tokens; 0 draws from all"]
-    top_p: Annotated[float, "then draw from the smallest set of most likely tokens with this probability; 1 is all"]
-    seed: Annotated[int, "of every random number: the same seed gives the same tokens in every runtime"]
+    n: Annotated[int, Meta(ge=1, description="number of candidates; the first 8 of 16 are those of 8")]
+    max_new_tokens: Annotated[
+        int | None,
+        Meta(ge=1, description="maximum length of a completion in tokens; by default what the limit leaves"),
+    ]
+    temperature: Annotated[
+        float,
+        Meta(
+            ge=0,
+            le=_MAX_FLOAT32,
+            description="divides the logits; 0, and anything below 1e-5, takes the most likely token",
+        ),
+    ]
+    top_k: Annotated[int, Meta(ge=0, description="draw from the k most likely tokens; 0 draws from all")]
+    top_p: Annotated[
+        float,
+        Meta(
+            gt=0,
+            le=1,
+            description="then draw from the smallest set of most likely tokens with this probability; 1 is all",
+        ),
+    ]
+    seed: Annotated[
+        int,
+        Meta(
+            ge=-(2**63),
+            description="of every random number: the same seed gives the same tokens in every runtime",
+        ),
+    ]
     stop: Annotated[
         Sequence[int | str] | None,
-        "tokens that end a completion, as ids or as texts of one token each; by default the artifact's own",
+        Meta(
+            description="tokens that end a completion, as ids or as texts of one token each; by default the artifact's "
+            "own"
+        ),
     ]
     aggregation: Annotated[
-        str | None, "how a candidate's scores become one, as in `rank`; by default the artifact's own rule"
+        str | None,
+        Meta(description="how a candidate's scores become one, as in `rank`; by default the artifact's own rule"),
     ]
-    prune_every: Annotated[int, "tokens after which only the best candidates are kept (Sun et al., 2024); 0 is never"]
-    prune_keep: Annotated[float, "the share of candidates that a pruning keeps, rounded up"]
+    prune_every: Annotated[
+        int,
+        Meta(ge=0, description="tokens after which only the best candidates are kept (Sun et al., 2024); 0 is never"),
+    ]
+    prune_keep: Annotated[
+        float, Meta(gt=0, le=1, description="the share of candidates that a pruning keeps, rounded up")
+    ]
 
 
+_HINTS = get_type_hints(GenerateOptions, include_extras=True)
 DEFAULTS: Mapping[str, Any] = {
     "n": 1,
     "max_new_tokens": None,
@@ -74,8 +112,20 @@ SEARCH_OPTIONS = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "st
 
 def option_help(name: str) -> str:
     """What an option of `GenerateOptions` does."""
-    text: str = get_type_hints(GenerateOptions, include_extras=True)[name].__metadata__[0]
-    return text
+    return option_definition(name)[1].description or ""
+
+
+def option_definition(name: str) -> tuple[Any, Meta]:
+    """The type of an option, and its bounds and description."""
+    hint = _HINTS[name]
+    meta: Meta = hint.__metadata__[0]
+    return hint.__origin__, meta
+
+
+def option_bounds(name: str) -> Bounds:
+    """The bounds of an option that is a number."""
+    meta = option_definition(name)[1]
+    return {"ge": meta.ge, "gt": meta.gt, "le": meta.le, "lt": meta.lt}
 
 
 def shows_options(names: Sequence[str] = tuple(DEFAULTS)) -> Callable[[_Method], _Method]:
@@ -105,13 +155,6 @@ def shows_options(names: Sequence[str] = tuple(DEFAULTS)) -> Callable[[_Method],
     return show
 
 
-def _float32(value: Any) -> np.float32:
-    """A number as a graph takes it; infinite if it is too large."""
-    with np.errstate(over="ignore"):
-        rounded: np.float32 = np.float32(float(value))
-    return rounded
-
-
 @dataclass(frozen=True)
 class CheckedOptions:
     """The options of one generation, complete and checked.
@@ -133,20 +176,14 @@ class CheckedOptions:
 
     def __post_init__(self) -> None:
         aggregation_code(self.aggregation)
-        for name, least in (("n", 1), ("max_new_tokens", 1), ("top_k", 0), ("prune_every", 0), ("seed", -(2**63))):
-            check_whole(name, getattr(self, name), least)
-        # Finite as the float32 that the graph takes, too.
-        greedy = "a number of at least 0 (0 is greedy) and at most 3.4e38"
-        check_number(
-            "temperature", self.temperature, greedy, lambda value: value >= 0 and math.isfinite(_float32(value))
-        )
-        for name in ("top_p", "prune_keep"):
-            expected = "a number above 0 and at most 1"
-            check_number(name, getattr(self, name), expected, lambda value: 0 < value <= 1)
+        for name in ("n", "max_new_tokens", "top_k", "prune_every", "seed"):
+            check_whole(name, getattr(self, name), int(option_bounds(name)["ge"] or 0))
+        for name in ("temperature", "top_p", "prune_keep"):
+            check_number(name, getattr(self, name), **option_bounds(name))
 
     def drawing(self) -> dict[str, Array]:
         """The feeds of a draw."""
-        temperature, top_p = _float32(self.temperature), _float32(self.top_p)
+        temperature, top_p = np.float32(float(self.temperature)), np.float32(float(self.top_p))
         return {
             "temperature": np.array(temperature if temperature >= GREEDY_BELOW else 0, np.float32),
             "top_k": np.array(self.top_k, np.int64),

@@ -45,7 +45,7 @@ def rank_all(
     if not is_list(requests) or not all(isinstance(request, RankRequest) for request in requests):
         raise InputError(f"requests: expected a list of what `read_request` made; got {shown(requests)}")
     check_whole("tokens", tokens, 1)
-    check_number("waste", waste, "a number of at least 0 and below 1", lambda share: 0 <= share < 1)
+    check_number("waste", waste, ge=0, lt=1)
     results: dict[int, Ranking | NoWinnerError] = {}
     for indices in plan(requests, fits(engine, tokens), waste) if requests else []:
         results |= zip(indices, run_together(engine, [requests[i] for i in indices]), strict=True)

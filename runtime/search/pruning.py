@@ -29,7 +29,7 @@ class Pruned(Method):
 
     def __post_init__(self) -> None:
         check_whole("every", self.every, 1)
-        check_number("keep", self.keep, "a number above 0 and at most 1", lambda keep: 0 < keep <= 1)
+        check_number("keep", self.keep, gt=0, le=1)
 
     def run(self, tree: Tree, budget: int, begun: Sequence[Branch] = ()) -> list[Branch]:
         """All branches, those that were pruned among them."""

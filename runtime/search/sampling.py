@@ -47,7 +47,7 @@ class SelfCertainty(Sampling):
 
     def __post_init__(self) -> None:
         # More would leave the range of float32 where there are thousands of candidates.
-        check_number("power", self.power, "a number of at least 0 and at most 8", lambda power: 0 <= power <= 8)
+        check_number("power", self.power, ge=0, le=8)
 
     def choose(self, ballots: Ballots) -> tuple[int, Array]:
         """By `borda`."""
@@ -84,10 +84,9 @@ class Adaptive(Method):
 
     def __post_init__(self) -> None:
         check_whole("batch", self.batch, 1)
-        check_number("price", self.price, "a number above 0", lambda price: price > 0)
-        check_number("ceiling", self.ceiling, "a finite number", math.isfinite)
-        expected = "a number of at least 0.5 and below 1"
-        check_number("confidence", self.confidence, expected, lambda share: 0.5 <= share < 1)
+        check_number("price", self.price, gt=0)
+        check_number("ceiling", self.ceiling, "a finite number", gt=-math.inf, lt=math.inf)
+        check_number("confidence", self.confidence, ge=0.5, lt=1)
         if not isinstance(self.rule, str) or self.rule not in ("auto", "gain", "leader"):
             raise InputError(f"rule: expected auto, gain or leader; got {shown(self.rule)}")
 
