@@ -70,6 +70,7 @@ class GenerateOptions(TypedDict, total=False):
         int,
         Meta(
             ge=-(2**63),
+            le=2**63 - 1,
             description="of every random number: the same seed gives the same tokens in every runtime",
         ),
     ]

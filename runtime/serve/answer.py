@@ -9,10 +9,10 @@ from starlette.responses import Response
 
 from bonnx.errors import InputError
 
-from ...files.values import to_embeddings
-from ..errors import ApiError, encode
-from ..schemas import Message
-from ..service import Service
+from ..files.values import to_embeddings
+from .errors import ApiError, encode
+from .schemas import Message
+from .service import Service
 
 __all__ = ["answer_head", "check_model", "json_response", "to_runtime", "warned"]
 

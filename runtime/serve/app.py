@@ -23,8 +23,7 @@ from .batcher import DeadlineError, QueueFullError
 from .errors import ApiError, respond
 from .metrics import Metrics
 from .middleware import RequestMiddleware
-from .routes import json_routes
-from .routes.open_inference import protocol_routes
+from .routes import all_routes
 from .schemas import explain
 from .service import Service
 from .settings import Settings
@@ -62,8 +61,7 @@ def create_app(engine: Engine, settings: Settings | None = None) -> fastapi.Fast
         app.add_exception_handler(kind, respond)
     app.add_exception_handler(RequestValidationError, _refuse)
     app.add_exception_handler(HTTPException, _not_here)
-    app.include_router(json_routes(service))
-    app.include_router(protocol_routes(service))
+    app.include_router(all_routes(service))
     app.add_middleware(RequestMiddleware, settings=settings, metrics=metrics)
     _document(app)
     return app
@@ -74,7 +72,7 @@ async def _refuse(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     field = getattr(request.scope.get("route"), "body_field", None)
     body: type[BaseModel] | None = None if field is None else field.field_info.annotation
-    return ApiError(400, explain([*error.errors()], body)).response(request.url.path)
+    return ApiError(400, explain(error.errors(), body)).response(request.url.path)
 
 
 async def _not_here(request: Request, error: Exception) -> Response:

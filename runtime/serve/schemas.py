@@ -1,22 +1,43 @@
-"""The requests, as FastAPI checks and documents them."""
+"""What the bodies of the endpoints share: their base class, types of fields, sampling options, and errors in words."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from types import NoneType
+from typing import Annotated, Any, ClassVar, TypeAlias, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field, PlainValidator, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, ConfigDict, FailFast, Field, PlainValidator, create_model, model_validator
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails, PydanticCustomError
 
 from bonnx.errors import near_miss
 
-from ..artifact.manifest import Aggregation
-from ..generate.options import option_help
+from ..checks import number_words, shown
+from ..generate.options import DEFAULTS, option_bounds, option_definition, option_help
 
-__all__ = ["BestOfN", "Message", "Rerank", "Score", "explain"]
+__all__ = [
+    "FAIL_FAST",
+    "MOST_ITEMS",
+    "RAW_SCORES",
+    "TRUNCATE",
+    "Body",
+    "Candidate",
+    "Message",
+    "Messages",
+    "Prompt",
+    "Text",
+    "Texts",
+    "explain",
+    "option_field",
+    "with_options",
+]
 
 # No request has more of anything: what is longer is refused before it is looked through.
-_MOST = 2**16
-_MOST_STOPS = 1024
+MOST_ITEMS = 2**16
+# What to do instead of fields that several endpoints of other servers have.
+TRUNCATE = 'send "truncate": true to leave out the beginning of {} that is too long'
+RAW_SCORES = "scores are always as the model gives them; leave it out"
+_Model = TypeVar("_Model", bound=BaseModel)
 
 
 class _FailFast(FailFast):
@@ -26,26 +47,26 @@ class _FailFast(FailFast):
         return hash(self.fail_fast)
 
 
-_FIRST = _FailFast()
+FAIL_FAST = _FailFast()
 
 
-def _text(value: Any) -> str:
-    """Any text, even one that is no Unicode: what cannot be encoded is told of its own, and ends no request."""
+def _text(value: object) -> str:
+    """Any text, even one that is not Unicode: the reader names what cannot be encoded."""
     if not isinstance(value, str):
         raise PydanticCustomError("string_type", "expected a text")
     return value
 
 
-class _Request(BaseModel):
-    """A field that is null counts as not given; every field that is not known is refused."""
+class Body(BaseModel):
+    """The body of a request. A field that is null counts as not given; unknown fields are refused."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
     elsewhere: ClassVar[dict[str, str]] = {}
-    """Fields of other servers with the same endpoints, and what to do instead."""
+    """Fields that other servers have at the same endpoint, and what to do instead."""
 
     @model_validator(mode="before")
     @classmethod
-    def _only_what_is_given(cls, data: Any) -> Any:
+    def _drop_nulls(cls, data: object) -> object:
         if not isinstance(data, dict):
             return data
         for name, advice in cls.elsewhere.items():
@@ -56,7 +77,7 @@ class _Request(BaseModel):
 
 
 class Message(BaseModel):
-    """One message of a conversation; whatever else it has is handed to the chat template."""
+    """One message of a conversation; the chat template gets all of its fields, those that are not listed here, too."""
 
     model_config = ConfigDict(extra="allow")
     role: str
@@ -64,138 +85,80 @@ class Message(BaseModel):
 
 
 Text: TypeAlias = Annotated[str, PlainValidator(_text, json_schema_input_type=str)]
-Messages: TypeAlias = Annotated[list[Message], _FIRST]
-Texts: TypeAlias = Annotated[list[Text], _FIRST]
-Tokens: TypeAlias = Annotated[list[Annotated[int, Field(strict=True)]], _FIRST]
-Embeddings: TypeAlias = Annotated[list[Annotated[list[float], _FIRST]], _FIRST]
+Messages: TypeAlias = Annotated[list[Message], FAIL_FAST]
+Texts: TypeAlias = Annotated[list[Text], FAIL_FAST]
+Tokens: TypeAlias = Annotated[list[Annotated[int, Field(strict=True)]], FAIL_FAST]
+Embeddings: TypeAlias = Annotated[list[Annotated[list[float], FAIL_FAST]], FAIL_FAST]
 Prompt: TypeAlias = Text | Messages | Tokens | Embeddings
 Candidate: TypeAlias = Text | Texts | Messages | Tokens | Embeddings
-Answer: TypeAlias = str | Annotated[int, Field(ge=-(2**63), lt=2**63)] | None
 
 
-class Document(BaseModel):
-    """A text to rank; whatever else it has comes back with `return_documents`."""
-
-    model_config = ConfigDict(extra="allow")
-    text: Text
-
-
-_TEXTS = "expected a text, or a list of at least one"
-_NOT_CUT = "documents are never cut here; leave it out, and send documents that fit"
-_TRUNCATE = 'send "truncate": true to leave out the beginning of {} that is too long'
-_RAW = "scores are always as the model gives them; leave it out"
+def option_field(name: str, **changes: object) -> Any:
+    """The field of a sampling option, with the bounds, the default and the description of its definition."""
+    kinds = get_args(option_definition(name)[0]) or (option_definition(name)[0],)
+    # A number with a fraction is not whole, though it may be 2.0.
+    settings = {"default": DEFAULTS[name], "description": option_help(name), "strict": int in kinds or None}
+    return Field(**{**settings, **option_bounds(name), **changes})
 
 
-class Rerank(_Request):
-    """As Cohere and vLLM take it."""
+def with_options(*names: str) -> Callable[[type[_Model]], type[_Model]]:
+    """For a body: it gets these sampling options as fields, with the types and bounds of their definition."""
 
-    elsewhere = {
-        "max_tokens_per_doc": _NOT_CUT,
-        "max_chunks_per_doc": _NOT_CUT,
-        "truncate_prompt_tokens": _TRUNCATE.format("a query"),
-        "truncation_direction": _TRUNCATE.format("a query"),
-        "rank_fields": "a document is ranked by its 'text' alone; leave it out",
-        "relevant_spans": "none are looked for here; leave it out",
-        "priority": "requests run in the order in which they come; leave it out",
-        "texts": "send them as 'documents'; the answer is in the form of Cohere, not of Text Embeddings Inference",
-        "return_text": 'send "return_documents": true',
-        "raw_scores": _RAW,
-        "activation": _RAW,
-        "use_activation": _RAW,
-    }
-    query: Text | Messages = Field(description="expected text, or messages")
-    documents: Annotated[list[Text | Document], _FIRST] = Field(
-        min_length=1, max_length=_MOST, description="expected a list of at least one text, or objects with a text"
-    )
-    top_n: int | None = Field(None, ge=1, description="how many of the best to return; all if not given")
-    return_documents: bool = False
-    model: str | None = Field(None, description="this server's model, if it is given")
-    aggregation: Aggregation | None = None
-    truncate: bool = Field(False, description="leave out the beginning of a query that is too long")
+    def add(model: type[_Model]) -> type[_Model]:
+        fields: dict[str, Any] = {name: (option_definition(name)[0], option_field(name)) for name in names}
+        return create_model(
+            model.__name__, __base__=model, __module__=model.__module__, __doc__=model.__doc__, **fields
+        )
+
+    return add
 
 
-class Score(_Request):
-    """As vLLM takes it: one text against many, or as many pairs."""
-
-    elsewhere = {
-        "truncate_prompt_tokens": _TRUNCATE.format("a text_1"),
-        "queries": "send them as 'text_1'",
-        "documents": "send them as 'text_2'",
-        "items": "send them as 'text_2'",
-        "data_1": "send it as 'text_1'",
-        "data_2": "send it as 'text_2'",
-        "activation": _RAW,
-        "use_activation": _RAW,
-    }
-    text_1: Text | Annotated[Texts, Field(min_length=1, max_length=_MOST)] = Field(description=_TEXTS)
-    text_2: Text | Annotated[Texts, Field(min_length=1, max_length=_MOST)] = Field(description=_TEXTS)
-    model: str | None = None
-    aggregation: Aggregation | None = None
-    truncate: bool = Field(False, description="leave out the beginning of a text_1 that is too long")
-
-
-class BestOfN(_Request):
-    """Candidates to choose from, or how many to make."""
-
-    elsewhere = {
-        "messages": "send them as 'prompt'",
-        "max_tokens": "send it as 'max_new_tokens'",
-        "truncate_prompt_tokens": _TRUNCATE.format("a prompt"),
-    }
-    prompt: Prompt = Field(
-        description="expected text, messages, token ids, or embeddings as a list of lists of numbers"
-    )
-    candidates: Annotated[list[Candidate], _FIRST, Field(min_length=1, max_length=_MOST)] | None = Field(
-        None,
-        description="expected a list of at least one: text, messages, a list of steps, token ids or embeddings each",
-    )
-    n: int | None = Field(None, ge=1, strict=True, description="completions to generate, if there are no candidates")
-    model: str | None = None
-    aggregation: Aggregation | None = None
-    vote: Literal["score", "weighted", "majority"] = "score"
-    answers: Literal["boxed", "number"] | Annotated[list[Answer], _FIRST] | None = Field(
-        None, description="expected what each candidate votes for, or 'boxed' or 'number' to find it in their texts"
-    )
-    partial: bool = Field(False, description="candidates are not finished: no end token is appended")
-    truncate: bool = Field(False, description="leave out the beginning of a prompt that is too long")
-    token_scores: bool = Field(False, description="also return the score of every token")
-    max_new_tokens: int | None = Field(None, ge=1, strict=True, description=option_help("max_new_tokens"))
-    temperature: float | None = Field(None, ge=0, description=option_help("temperature"))
-    top_k: int | None = Field(None, ge=0, strict=True, description=option_help("top_k"))
-    top_p: float | None = Field(None, gt=0, le=1, description=option_help("top_p"))
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63, strict=True, description=option_help("seed"))
-    stop: Text | Annotated[list[Text | int], _FIRST, Field(max_length=_MOST_STOPS)] | None = Field(
-        None, description=f"expected a text of one token, or a list of at most {_MOST_STOPS} of them or of token ids"
-    )
-    stream: bool = Field(False, description="server-sent events while it generates")
-    deadline: float | None = Field(None, gt=0, description="seconds after which what still grows is cut")
-
-
-def explain(errors: list[dict[str, Any]], request: type[BaseModel] | None) -> str:
-    """What a validation found, in a sentence or two.
+def explain(errors: Sequence[ErrorDetails], body: type[BaseModel] | None) -> str:
+    """What is wrong with a request, in a sentence or two.
 
     Args:
         errors: as pydantic lists them.
-        request: what the body should have been.
+        body: what the body should have been.
     """
-    said = []
-    fields = request.model_fields if request else {}
-    for error in errors:
-        place = [str(part) for part in error["loc"] if part != "body"]
-        described = fields[place[0]].description if place and place[0] in fields else None
-        if error["type"] == "elsewhere":
-            said.append(error["msg"])
-        elif error["type"] == "extra_forbidden" and len(place) == 1:
-            said.append(f"unknown field '{place[0]:.60}'; {near_miss(place[0], fields, 'known fields')}")
-        elif not place and error["type"] == "string_unicode":
-            said.append("a name in the body is no Unicode text")
-        elif not place:
-            said.append("expected a JSON object as the body")
-        elif (error["type"] != "missing" or place[1:]) and described is not None and described.startswith("expected "):
+    fields = body.model_fields if body else {}
+    return "; ".join([*dict.fromkeys(_explain_one(error, fields) for error in errors)][:3])
+
+
+def _explain_one(error: ErrorDetails, fields: Mapping[str, FieldInfo]) -> str:
+    place = [part for part in error["loc"] if part != "body"]
+    if error["type"] == "elsewhere":
+        return error["msg"]
+    if not place:
+        unicode = error["type"] == "string_unicode"
+        return "a name in the body is no Unicode text" if unicode else "expected a JSON object as the body"
+    name = str(place[0])
+    if error["type"] == "extra_forbidden" and len(place) == 1:
+        return f"unknown field '{name:.60}'; {near_miss(name, fields, 'known fields')}"
+    if name in fields and (error["type"] != "missing" or place[1:]):
+        described, expected = fields[name].description, _expected_number(fields[name]) or _expected_word(error)
+        if expected is not None and len(place) == 1:
+            return f"{name}: expected {expected}; got {shown(error['input'])}"
+        if described is not None and described.startswith("expected "):
             # A field of several kinds has an error for each of them.
-            inside = [part for part in error["loc"] if part != "body"][1:2]
-            which = f"; {place[0]}[{inside[0]}] is not one of these" if inside and isinstance(inside[0], int) else ""
-            said.append(f"{place[0]}: {described}{which}")
-        else:
-            said.append(f"{'.'.join(place)[:120]}: {error['msg'][:1].lower()}{error['msg'][1:200]}")
-    return "; ".join([*dict.fromkeys(said)][:3])
+            item = place[1] if len(place) > 1 else None
+            return f"{name}: {described}" + (f"; {name}[{item}] is not one of these" if isinstance(item, int) else "")
+    return f"{'.'.join(map(str, place))[:120]}: {error['msg'][:1].lower()}{error['msg'][1:200]}"
+
+
+def _expected_word(error: ErrorDetails) -> str | None:
+    """What a field that has a few values, or is true or false, takes; None for another field."""
+    if error["type"] == "literal_error":
+        return str(error["ctx"]["expected"])
+    return "true or false" if error["type"] in ("bool_type", "bool_parsing") else None
+
+
+def _expected_number(field: FieldInfo) -> str | None:
+    """What a field with a number takes; None for a field with something else."""
+    kinds = {*(get_args(field.annotation) or [field.annotation])} - {NoneType}
+    if kinds not in ({int}, {float}):
+        return None
+    keys = ("ge", "gt", "le", "lt")
+    bounds: dict[str, float] = {
+        key: getattr(bound, key) for bound in field.metadata for key in keys if hasattr(bound, key)
+    }
+    return number_words("a whole number" if kinds == {int} else "a number", **bounds)

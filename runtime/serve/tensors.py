@@ -6,11 +6,11 @@ from collections.abc import Mapping
 
 from bonnx.errors import InputError
 
-from ...arrays import Array
-from ...artifact.limits import check_size
-from ...artifact.manifest import AGGREGATIONS, VOTES, Graph, Limits
-from ...batching import Shape
-from ...engine.engine import Engine
+from ..arrays import Array
+from ..artifact.limits import check_size
+from ..artifact.manifest import AGGREGATIONS, VOTES, Graph, Limits
+from ..batching import Shape
+from ..engine.engine import Engine
 
 __all__ = ["MOST_STOPS", "check_feeds", "check_shapes"]
 

@@ -1,19 +1,21 @@
-"""One module for each endpoint; to add one, write `add(routes, service)` in a new module and list it here."""
+"""The endpoints: every module of this folder is one, or a few that belong together, and has `add(routes, service)`."""
 
 from __future__ import annotations
+
+import importlib
+import pkgutil
 
 from fastapi import APIRouter
 
 from ..json_route import JsonRoute
 from ..service import Service
-from . import best_of_n, health, rerank, score
 
-__all__ = ["json_routes"]
+__all__ = ["all_routes"]
 
 
-def json_routes(service: Service) -> APIRouter:
-    """Every endpoint but those of the Open Inference Protocol."""
+def all_routes(service: Service) -> APIRouter:
+    """The routes of every endpoint; bodies are JSON unless an endpoint says otherwise."""
     routes = APIRouter(route_class=JsonRoute)
-    for endpoint in (rerank, score, best_of_n, health):
-        endpoint.add(routes, service)
+    for module in pkgutil.iter_modules(__path__):
+        importlib.import_module(f"{__name__}.{module.name}").add(routes, service)
     return routes

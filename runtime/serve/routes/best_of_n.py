@@ -3,30 +3,68 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from typing import Any, cast
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias, cast
 
 import msgspec
 import numpy as np
 from fastapi import APIRouter
+from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from bonnx.errors import InputError
 
+from ...artifact.manifest import Aggregation
 from ...generate.options import GenerateOptions
 from ...generate.result import Generation
 from ...rank.result import Ranking, winner
 from ...results import to_json
+from ..answer import answer_head, check_model, json_response, to_runtime, warned
 from ..errors import encode, to_api_error
 from ..ranking import ClientRequest, Outcome, Usage
-from ..schemas import BestOfN
+from ..schemas import FAIL_FAST, MOST_ITEMS, TRUNCATE, Body, Candidate, Prompt, Text, option_field, with_options
 from ..service import Service
 from ..streaming import GenerationStream
-from .answer import answer_head, check_model, json_response, to_runtime, warned
 
 __all__ = ["add"]
 
+# Every token of every candidate is compared with each of them.
+_MOST_STOPS = 1024
+_Answer: TypeAlias = str | Annotated[int, Field(ge=-(2**63), lt=2**63)] | None
 _SAMPLING = ("n", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop", "aggregation")
+
+
+@with_options("max_new_tokens", "temperature", "top_k", "top_p", "seed")
+class BestOfN(Body):
+    """Candidates to choose from, or how many to make."""
+
+    elsewhere: ClassVar[dict[str, str]] = {
+        "messages": "send them as 'prompt'",
+        "max_tokens": "send it as 'max_new_tokens'",
+        "truncate_prompt_tokens": TRUNCATE.format("a prompt"),
+    }
+    prompt: Prompt = Field(
+        description="expected text, messages, token ids, or embeddings as a list of lists of numbers"
+    )
+    candidates: Annotated[list[Candidate], FAIL_FAST, Field(min_length=1, max_length=MOST_ITEMS)] | None = Field(
+        None,
+        description="expected a list of at least one: text, messages, a list of steps, token ids or embeddings each",
+    )
+    n: int | None = option_field("n", default=None, description="completions to generate, if there are no candidates")
+    model: str | None = None
+    aggregation: Aggregation | None = None
+    vote: Literal["score", "weighted", "majority"] = "score"
+    answers: Literal["boxed", "number"] | Annotated[list[_Answer], FAIL_FAST] | None = Field(
+        None, description="expected what each candidate votes for, or 'boxed' or 'number' to find it in their texts"
+    )
+    partial: bool = Field(False, description="candidates are not finished: no end token is appended")
+    truncate: bool = Field(False, description="leave out the beginning of a prompt that is too long")
+    token_scores: bool = Field(False, description="also return the score of every token")
+    stop: Text | Annotated[list[Text | int], FAIL_FAST, Field(max_length=_MOST_STOPS)] | None = Field(
+        None, description=f"expected a text of one token, or a list of at most {_MOST_STOPS} of them or of token ids"
+    )
+    stream: bool = Field(False, description="server-sent events while it generates")
+    deadline: float | None = Field(None, gt=0, description="seconds after which what still grows is cut")
 
 
 def add(routes: APIRouter, service: Service) -> None:
@@ -51,7 +89,7 @@ async def _answer(service: Service, request: Request, body: BestOfN) -> dict[str
     if body.candidates is not None:
         return await _ranked(service, request, body)
     _check_generation(body)
-    options = cast(GenerateOptions, {key: value for key in _SAMPLING if (value := getattr(body, key)) is not None})
+    options = cast(GenerateOptions, {name: getattr(body, name) for name in _SAMPLING if name in body.model_fields_set})
     if isinstance(body.stop, str):
         options["stop"] = [body.stop]
     prompt = to_runtime(body.prompt, "prompt")
@@ -75,7 +113,7 @@ def _check_generation(body: BestOfN) -> None:
 
 async def _ranked(service: Service, request: Request, body: BestOfN) -> dict[str, Any]:
     for field in (*_SAMPLING[1:-1], "deadline"):
-        if getattr(body, field) is not None:
+        if field in body.model_fields_set:
             raise InputError(f"{field}: belongs to generation; leave it out with candidates")
     if body.stream:
         raise InputError("stream: given candidates are ranked in one step; leave it out")

@@ -27,9 +27,9 @@ from ...engine.session import Stop
 from ..errors import ApiError, encode
 from ..json_route import parse_json
 from ..service import Service
-from .tensors import check_feeds, check_shapes
+from ..tensors import check_feeds, check_shapes
 
-__all__ = ["protocol_routes"]
+__all__ = ["add"]
 
 _DATATYPES = {"int64": "INT64", "float32": "FP32"}
 _KINDS: dict[str, np.dtype[Any]] = {"INT64": np.dtype("<i8"), "FP32": np.dtype("<f4")}
@@ -62,9 +62,9 @@ class _Inference(msgspec.Struct, forbid_unknown_fields=True):
     parameters: _Parameters = msgspec.field(default_factory=_Parameters)
 
 
-def protocol_routes(service: Service) -> fastapi.APIRouter:
-    """The routes below `/v2`."""
-    routes = fastapi.APIRouter(prefix="/v2")
+def add(routes: fastapi.APIRouter, service: Service) -> None:
+    """Declare the endpoints below `/v2`, whose bodies may be more than JSON."""
+    protocol = fastapi.APIRouter(prefix="/v2")
     artifact = service.engine.manifest
     models = {f"{artifact.slug}_{name}": name for name in ("rank", "score", "generate") if name in artifact.graphs}
 
@@ -73,32 +73,32 @@ def protocol_routes(service: Service) -> fastapi.APIRouter:
             raise ApiError(404, f"no model '{model:.80}' here, or no such version of it; there are {', '.join(models)}")
         return models[model]
 
-    @routes.get("")
+    @protocol.get("")
     async def server() -> dict[str, Any]:
         """What this server is."""
         return {"name": "bonnx", "version": bonnx.__version__, "extensions": ["binary_tensor_data"]}
 
-    @routes.get("/health/live")
+    @protocol.get("/health/live")
     async def live() -> dict[str, bool]:
         """Whether the server runs."""
         return {"live": True}
 
-    @routes.get("/health/ready")
+    @protocol.get("/health/ready")
     async def ready() -> dict[str, bool]:
         """Whether its models can be used: they are loaded before the server listens."""
         service.check_whole()
         return {"ready": True}
 
-    @routes.get("/models/{model}/versions/{version}/ready", include_in_schema=False)
-    @routes.get("/models/{model}/ready")
+    @protocol.get("/models/{model}/versions/{version}/ready", include_in_schema=False)
+    @protocol.get("/models/{model}/ready")
     async def model_ready(model: str, version: str | None = None) -> dict[str, Any]:
         """Whether a model can be used."""
         graph_of(model, version)
         service.check_whole()
         return {"name": model, "ready": True}
 
-    @routes.get("/models/{model}/versions/{version}", include_in_schema=False)
-    @routes.get("/models/{model}")
+    @protocol.get("/models/{model}/versions/{version}", include_in_schema=False)
+    @protocol.get("/models/{model}")
     async def metadata(model: str, version: str | None = None) -> dict[str, Any]:
         """A model's inputs and outputs; -1 is an axis of any length, [] a scalar."""
         graph = artifact.graphs[graph_of(model, version)]
@@ -110,13 +110,13 @@ def protocol_routes(service: Service) -> fastapi.APIRouter:
             "outputs": [_described(value) for value in graph.outputs],
         }
 
-    @routes.post("/models/{model}/versions/{version}/infer", include_in_schema=False)
-    @routes.post("/models/{model}/infer", openapi_extra={"requestBody": _BODY})
+    @protocol.post("/models/{model}/versions/{version}/infer", include_in_schema=False)
+    @protocol.post("/models/{model}/infer", openapi_extra={"requestBody": _BODY})
     async def infer(request: Request, model: str, version: str | None = None) -> Response:
         """Run a graph."""
         return await _infer(service, request, model, graph_of(model, version))
 
-    return routes
+    routes.include_router(protocol)
 
 
 async def _infer(service: Service, request: Request, model: str, name: str) -> Response:

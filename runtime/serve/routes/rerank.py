@@ -3,23 +3,61 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 from fastapi import APIRouter
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import Response
 
+from ...artifact.manifest import Aggregation
 from ...checks import ArgumentNames
+from ..answer import answer_head, check_model, json_response, to_runtime
 from ..ranking import ClientRequest
-from ..schemas import Document, Rerank
+from ..schemas import FAIL_FAST, MOST_ITEMS, RAW_SCORES, TRUNCATE, Body, Messages, Text
 from ..service import Service
-from .answer import answer_head, check_model, json_response, to_runtime
 
 __all__ = ["add"]
 
 # Cohere bills so many documents as one search.
 _SEARCH_UNIT = 100
 _NAMES = ArgumentNames("query", "documents", ("query", "document", "documents"))
+_NOT_CUT = "documents are never cut here; leave it out, and send documents that fit"
+
+
+class Document(BaseModel):
+    """A text to rank; whatever else it has comes back with `return_documents`."""
+
+    model_config = ConfigDict(extra="allow")
+    text: Text
+
+
+class Rerank(Body):
+    """As Cohere and vLLM take it."""
+
+    elsewhere: ClassVar[dict[str, str]] = {
+        "max_tokens_per_doc": _NOT_CUT,
+        "max_chunks_per_doc": _NOT_CUT,
+        "truncate_prompt_tokens": TRUNCATE.format("a query"),
+        "truncation_direction": TRUNCATE.format("a query"),
+        "rank_fields": "a document is ranked by its 'text' alone; leave it out",
+        "relevant_spans": "none are looked for here; leave it out",
+        "priority": "requests run in the order in which they come; leave it out",
+        "texts": "send them as 'documents'; the answer is in the form of Cohere, not of Text Embeddings Inference",
+        "return_text": 'send "return_documents": true',
+        "raw_scores": RAW_SCORES,
+        "activation": RAW_SCORES,
+        "use_activation": RAW_SCORES,
+    }
+    query: Text | Messages = Field(description="expected text, or messages")
+    documents: Annotated[list[Text | Document], FAIL_FAST] = Field(
+        min_length=1, max_length=MOST_ITEMS, description="expected a list of at least one text, or objects with a text"
+    )
+    top_n: int | None = Field(None, ge=1, description="how many of the best to return; all if not given")
+    return_documents: bool = False
+    model: str | None = Field(None, description="this server's model, if it is given")
+    aggregation: Aggregation | None = None
+    truncate: bool = Field(False, description="leave out the beginning of a query that is too long")
 
 
 def add(routes: APIRouter, service: Service) -> None:

@@ -3,23 +3,46 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 from fastapi import APIRouter
+from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import Response
 
 from bonnx.errors import InputError
 
+from ...artifact.manifest import Aggregation
 from ...checks import ArgumentNames
+from ..answer import answer_head, check_model, json_response, warned
 from ..ranking import ClientRequest, Usage
-from ..schemas import Score
+from ..schemas import MOST_ITEMS, RAW_SCORES, TRUNCATE, Body, Text, Texts
 from ..service import Service
-from .answer import answer_head, check_model, json_response, warned
 
 __all__ = ["add"]
 
 _NOUNS = ("text_1", "text_2", "texts of text_2")
+_TEXTS = "expected a text, or a list of at least one"
+
+
+class Score(Body):
+    """As vLLM takes it: one text against many, or as many pairs."""
+
+    elsewhere: ClassVar[dict[str, str]] = {
+        "truncate_prompt_tokens": TRUNCATE.format("a text_1"),
+        "queries": "send them as 'text_1'",
+        "documents": "send them as 'text_2'",
+        "items": "send them as 'text_2'",
+        "data_1": "send it as 'text_1'",
+        "data_2": "send it as 'text_2'",
+        "activation": RAW_SCORES,
+        "use_activation": RAW_SCORES,
+    }
+    text_1: Text | Annotated[Texts, Field(min_length=1, max_length=MOST_ITEMS)] = Field(description=_TEXTS)
+    text_2: Text | Annotated[Texts, Field(min_length=1, max_length=MOST_ITEMS)] = Field(description=_TEXTS)
+    model: str | None = None
+    aggregation: Aggregation | None = None
+    truncate: bool = Field(False, description="leave out the beginning of a text_1 that is too long")
 
 
 def add(routes: APIRouter, service: Service) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from bonnx.runtime.engine.engine import open_engine
 from bonnx.runtime.serve import Settings
-from bonnx.runtime.serve.routes.tensors import _BROADCAST, MOST_STOPS
+from bonnx.runtime.serve.tensors import _BROADCAST, MOST_STOPS
 from tests.runtime.serve.servers import served
 
 KINDS = {"int64": "INT64", "float32": "FP32"}
