@@ -1,1 +1,1 @@
-"""Read what is exported: the network, its scoring rule, its limits, and how text becomes its tokens."""
+"""Read a checkpoint for export: the network, its scoring rule and limits, and its tokenizer."""

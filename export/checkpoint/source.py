@@ -1,4 +1,4 @@
-"""What is exported: a checkpoint's model, the rules that its config states, and what the caller states instead."""
+"""Read a checkpoint for export: its model, and the rules in its config with the caller's overrides applied."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = ["Checkpoint", "Overrides", "check_scoring", "read_checkpoint"]
 
 
 class Overrides(NamedTuple):
-    """What a caller states; None leaves what the checkpoint says. Named as the options of `bonnx export`."""
+    """Values that override the checkpoint's own unless they are None, named like the options of `bonnx export`."""
 
     aggregation: str | None = None
     activation: str | None = None
@@ -41,16 +41,16 @@ class Overrides(NamedTuple):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint.
+    """A checkpoint that is ready to export.
 
     Attributes:
-        model: float32, in inference mode.
-        reload: gives it once more, from the files.
-        scoring: how positions become one score.
+        model: the float32 model, in inference mode.
+        reload: loads the model again from the files.
+        scoring: how the scores of positions become one.
         text: how text becomes tokens.
-        limits: of the runtime.
-        tokenizer: None if the folder has none.
-        remarks: what the checkpoint says that is not followed, each a sentence for people.
+        limits: maximum sizes that the runtime accepts.
+        tokenizer: the tokenizer's files; None if the folder has none.
+        remarks: sentences for the user, one for each setting of the checkpoint that is ignored.
     """
 
     model: LanguageModel | TwoHeadedNetwork
@@ -66,14 +66,15 @@ def read_checkpoint(folder: Path, overrides: Overrides) -> Checkpoint:
     """Read a checkpoint's folder.
 
     Raises:
-        ConfigError: it is no checkpoint, or not one that is supported.
-        ExportError: the model cannot be scored by its rule (`check_scoring`).
-        InputError: an override does not fit it, or scores are read at the ends of steps and nothing says where.
+        ConfigError: if the folder is not a checkpoint, or not a supported one.
+        ExportError: if the scoring rule is invalid for the model (`check_scoring`).
+        InputError: if an override does not suit the checkpoint, or scores are read at the ends of steps but nothing
+            defines where steps end.
     """
     config = read_config(folder)
     foreign = is_huggingface(config)
     if foreign:
-        # Of all that may be wrong with a checkpoint of another family, this is what helps.
+        # First, because its message is the most helpful one for an unsupported family.
         check_fields(config)
     tokenizer = read_tokenizer(folder)
     label_tokens = _label_tokens(overrides, tokenizer, foreign)
@@ -99,14 +100,15 @@ def read_checkpoint(folder: Path, overrides: Overrides) -> Checkpoint:
 
 
 def check_scoring(model: LanguageModel | TwoHeadedNetwork, scoring: Scoring) -> None:
-    """Refuse a scoring rule that this model cannot have.
+    """Refuse a scoring rule that is invalid for the model.
 
     Raises:
-        ExportError: a label that the scorer lacks, a softmax over one label, or a token outside the vocabulary.
+        ExportError: if the scorer lacks the label, a softmax is over a single label, or a token is not in the
+            vocabulary.
     """
     network = model.config.network if isinstance(model, LanguageModel) else model.config
     if not 0 <= scoring.label < network.num_labels:
-        raise ExportError(f"scoring label {scoring.label}: the scorer has {network.num_labels} labels, counted from 0")
+        raise ExportError(f"scoring label: expected 0 to {network.num_labels - 1}; got {scoring.label}")
     if scoring.activation == "softmax" and network.num_labels == 1:
         raise ExportError(
             "activation softmax: the scorer has one label, so every score would be 1; use sigmoid or none"
@@ -124,9 +126,9 @@ def check_scoring(model: LanguageModel | TwoHeadedNetwork, scoring: Scoring) -> 
 def _check_steps(scoring: Scoring, text: TextRules) -> None:
     if scoring.step_token is None and text.step_text is None:
         raise InputError(
-            f"aggregation {scoring.aggregation} ({scoring.steps_from or 'config.json'}) reads the ends of steps, "
-            "but nothing says where a step ends: pass --step-text for a checkpoint with a tokenizer, set "
-            "scoring.step_token in a config.json of bonnx, or pass --aggregation last"
+            f"aggregation {scoring.aggregation} ({scoring.steps_from or 'config.json'}) reads scores at the ends of "
+            "steps, but nothing defines where a step ends: pass --step-text for a checkpoint with a tokenizer, set "
+            "scoring.step_token in bonnx's config.json, or pass --aggregation last"
         )
 
 
@@ -135,12 +137,12 @@ def _text(settings: dict[str, Any], overrides: Overrides, tokenizer: TextFiles |
     for name, value in stated.items():
         option = f"--{name.replace('_', '-')}"
         if tokenizer is None:
-            raise InputError(f"{option}: the checkpoint has no tokenizer (tokenizer.json), so it takes no text")
+            raise InputError(f"{option}: expected a checkpoint that reads text; this one has no tokenizer.json")
         if not value:
             raise InputError(f"{option}: expected a text; got an empty one")
     rules: TextRules = _convert({**settings, **stated}, "text", TextRules)
     if rules.step_split is not None and rules.step_text is None:
-        raise InputError("--step-split: expected --step-text too, the text that each step is ended with")
+        raise InputError("--step-split: expected --step-text too, the text that ends each step")
     return TextRules() if tokenizer is None else rules
 
 
@@ -153,24 +155,26 @@ def _label_tokens(overrides: Overrides, tokenizer: TextFiles | None, foreign: bo
         raise InputError("--label-tokens and --label-token-ids: expected one of the two, texts or ids")
     if not foreign or tokens_or_ids is None or len(tokens_or_ids) < 2:
         raise InputError(
-            f"{option}: expected the token that means good and at least one other, of a language model as "
-            f"transformers writes it; got {tokens_or_ids}"
+            f"{option}: expected the token that means good and at least one other, for a language model in the "
+            f"format of transformers; got {tokens_or_ids}"
         )
     if ids is None and tokenizer is None:
         raise InputError("--label-tokens: the checkpoint has no tokenizer; pass --label-token-ids")
     tokens = tuple(ids) if ids is not None else tuple(_token(text, tokenizer) for text in texts or ())
     if len(set(tokens)) < len(tokens):
-        raise InputError(f"{option}: expected different tokens; got {tokens_or_ids}, which are {list(tokens)}")
+        raise InputError(f"{option}: expected distinct tokens; got {tokens_or_ids}, with the ids {list(tokens)}")
     return tokens
 
 
 def _token(text: str, tokenizer: TextFiles | None) -> int:
-    """The id of the one token that a text is."""
+    """Return the id of a text that is exactly one token."""
     assert tokenizer is not None
     ids = _ids(text, tokenizer)
     if len(ids) != 1:
-        meant = f"; if it is an id, pass it to --label-token-ids {text}" if text.isdecimal() else ""
-        raise InputError(f"--label-tokens: {text!r} is {len(ids)} tokens; expected the text of exactly one{meant}")
+        hint = f"; if it is an id, pass --label-token-ids {text}" if text.isdecimal() else ""
+        raise InputError(
+            f"--label-tokens: expected the text of exactly one token; got {text!r}, {len(ids)} tokens{hint}"
+        )
     return ids[0]
 
 
@@ -187,15 +191,17 @@ def _scoring(scoring: Scoring, overrides: Overrides, text: TextRules, tokenizer:
         changes["activation"] = overrides.activation
     if overrides.label is not None:
         if overrides.label_tokens is not None or overrides.label_token_ids is not None:
-            raise InputError("--label: of label tokens the first is the score; leave it out, and put that token first")
+            raise InputError(
+                "--label: the score is that of the first label token; omit --label, and put the desired token first"
+            )
         changes["label"] = _label(overrides.label, scoring.labels)
     elif overrides.label_tokens is None and overrides.label_token_ids is None and len(scoring.labels) > 2:
         raise InputError(
-            f"the model has {len(scoring.labels)} labels ({', '.join(scoring.labels)}); say with --label which of them "
-            "is the score"
+            f"the model has {len(scoring.labels)} labels ({', '.join(scoring.labels)}); choose the one that is the "
+            "score with --label"
         )
     if overrides.step_text is not None:
-        # For graphs that see tokens only; a text that several tokens make is found by its characters.
+        # Only the graphs need a token, since they see nothing else; elsewhere steps are found by their characters.
         changes["step_token"] = None
     if text.step_text is not None and tokenizer is not None and (scoring.step_token is None or "step_token" in changes):
         ids = _ids(text.step_text, tokenizer)
@@ -205,7 +211,7 @@ def _scoring(scoring: Scoring, overrides: Overrides, text: TextRules, tokenizer:
 
 
 def _steps_from(scoring: Scoring, overrides: Overrides, text: TextRules) -> str | None:
-    """What says where steps end, or that there are any."""
+    """Return the name of the setting that defines where steps end, or implies that there are steps."""
     if overrides.step_text is not None:
         return "--step-text"
     if overrides.aggregation is not None and is_stepwise(overrides.aggregation) and scoring.steps_from is None:
@@ -220,12 +226,12 @@ def _steps_from(scoring: Scoring, overrides: Overrides, text: TextRules) -> str 
 
 def _label(text: str, labels: list[str]) -> int:
     if labels.count(text) > 1:
-        raise InputError(f"--label: {labels.count(text)} labels have the name {text!r}; pass its number from 0")
+        raise InputError(f"--label: {labels.count(text)} labels are named {text!r}; pass the label's number, from 0")
     if text in labels:
         return labels.index(text)
     if text.isdecimal() and int(text) < max(1, len(labels)):
         return int(text)
-    raise InputError(f"--label: expected one of {', '.join(labels)} or its number from 0; got {text!r}")
+    raise InputError(f"--label: expected one of {', '.join(labels)}, or its number from 0; got {text!r}")
 
 
 def _limits(limits: Limits, overrides: Overrides) -> Limits:

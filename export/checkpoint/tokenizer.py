@@ -1,4 +1,4 @@
-"""The tokenizer of a Hugging Face checkpoint, as one `tokenizer.json` that alone gives transformers' tokens."""
+"""Read a Hugging Face checkpoint's tokenizer as a single `tokenizer.json` that reproduces transformers' tokens."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["TextFiles", "check_vocabulary", "read_tokenizer"]
 
 TOKENIZER, SETTINGS, CONFIG = "tokenizer.json", "tokenizer_config.json", "config.json"
 TEMPLATE, TEMPLATES = "chat_template.jinja", "additional_chat_templates"
-# What a folder may hold instead of tokenizer.json; transformers can convert it.
+# Files that a folder may have instead of tokenizer.json, and that transformers can convert.
 OTHER_FORMATS = (
     "tokenizer.model",
     "spm.model",
@@ -33,28 +33,28 @@ OTHER_FORMATS = (
 
 
 class TextFiles(msgspec.Struct, frozen=True, kw_only=True):
-    """What an artifact needs to read text as the checkpoint's model does."""
+    """Everything an artifact needs to tokenize text as the checkpoint's model expects."""
 
     folder: Path
     json: bytes  # a tokenizer.json that neither truncates nor pads
     chat_template: str | None
     special_tokens: dict[str, str]  # texts by the names that chat templates use, such as bos_token
-    adds_special_tokens: bool  # plain text is given special tokens; text of a chat template never is
+    adds_special_tokens: bool  # special tokens are added to plain text; never to the text of a chat template
 
 
 def read_tokenizer(folder: str | os.PathLike[str], *, template: str | None = None) -> TextFiles | None:
-    """The tokenizer and chat template of a checkpoint folder; None if it has no tokenizer at all.
+    """Read the tokenizer and chat template of a checkpoint folder; None if it has no tokenizer at all.
 
-    transformers does not use every tokenizer.json as it stands (see `tokenizer_class`): the one that is returned gives
-    the ids of `AutoTokenizer.from_pretrained(folder)`, for plain text with its post-processor, for the text of a chat
-    template without.
+    transformers does not use every tokenizer.json as it is (see `tokenizer_class`). The returned one produces the ids
+    of `AutoTokenizer.from_pretrained(folder)`: with its post-processor for plain text, without it for the text of a
+    chat template.
 
     Args:
         folder: the checkpoint.
-        template: name of one of several chat templates; `default` if not given.
+        template: the name of a chat template, if there are several; by default `default`.
 
     Raises:
-        ConfigError: a file is missing or unreadable, or the tokenizer is of a kind that needs transformers to run.
+        ConfigError: if a file is missing or unreadable, or the tokenizer needs transformers to run.
     """
     folder = Path(folder)
     check_present(folder)
@@ -65,7 +65,7 @@ def read_tokenizer(folder: str | os.PathLike[str], *, template: str | None = Non
             return None
         call = f"AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
         raise ConfigError(
-            f"{path} is missing; found {', '.join(others)}. Convert it once with transformers: "
+            f"{path}: missing; found {', '.join(others)}. Convert the tokenizer once with transformers: "
             f'python -c "from transformers import AutoTokenizer as A; {call.replace("AutoTokenizer", "A")}"'
         )
     settings = _read_json(folder / SETTINGS)
@@ -83,25 +83,25 @@ def read_tokenizer(folder: str | os.PathLike[str], *, template: str | None = Non
 
 
 def check_vocabulary(files: TextFiles, vocab_size: int) -> None:
-    """Refuse a tokenizer that has tokens without a row in the embedding.
+    """Refuse a tokenizer with tokens that have no row in the embedding.
 
     Raises:
-        ConfigError: names the token, its id and the file that it comes from.
+        ConfigError: with the token, its id and the file that defines it.
     """
     vocabulary = tokenizers.Tokenizer.from_str(files.json.decode()).get_vocab(with_added_tokens=True)
     token, largest = max(vocabulary.items(), key=lambda item: item[1], default=("", -1))
     if largest < vocab_size:
         return
     data = _read_json(files.folder / TOKENIZER)
-    own = token in data["model"]["vocab"] or any(added["content"] == token for added in data.get("added_tokens", ()))
+    stored = token in data["model"]["vocab"] or any(added["content"] == token for added in data.get("added_tokens", ()))
     raise ConfigError(
-        f"{files.folder / (TOKENIZER if own else SETTINGS)}: token {token!r} has the id {largest}, but "
-        f"{files.folder / CONFIG} says vocab_size {vocab_size}; resize the model's embeddings, or remove the token"
+        f"{files.folder / (TOKENIZER if stored else SETTINGS)}: token {token!r} has the id {largest}, but "
+        f"vocab_size is {vocab_size} in {files.folder / CONFIG}; resize the model's embeddings, or remove the token"
     )
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """The object in a file; empty if there is no such file."""
+    """Read a JSON object from a file; empty if the file does not exist."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -109,12 +109,12 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as e:
         raise ConfigError(f"{path}: cannot be read as JSON: {e}") from e
     if not isinstance(data, dict):
-        raise ConfigError(f"{path}: expected a JSON object; found {type(data).__name__}")
+        raise ConfigError(f"{path}: expected a JSON object; got {type(data).__name__}")
     return data
 
 
 def _templates(folder: Path, settings: dict[str, Any]) -> dict[str, str]:
-    """Chat templates by name. Files of their own replace those of tokenizer_config.json, all of them."""
+    """Return chat templates by name. If template files exist, all templates in tokenizer_config.json are ignored."""
     paths = {path.stem: path for path in sorted((folder / TEMPLATES).glob("*.jinja"))}
     if (folder / TEMPLATE).is_file():
         paths.setdefault("default", folder / TEMPLATE)
@@ -138,5 +138,5 @@ def _choose(templates: dict[str, str], name: str | None, folder: Path) -> str | 
     chosen = templates.get(name or "default")
     if chosen is None:
         names = ", ".join(sorted(templates)) or "none"
-        raise ConfigError(f"{folder}: there is no chat template named '{name or 'default'}'; found: {names}")
+        raise ConfigError(f"{folder}: expected a chat template named '{name or 'default'}'; found: {names}")
     return chosen

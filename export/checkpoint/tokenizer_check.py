@@ -1,4 +1,4 @@
-"""The tokenizer and chat template of an artifact against transformers' own, where transformers is installed."""
+"""Check an artifact's tokenizer and chat template against transformers, if it is installed."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ CONVERSATIONS: tuple[list[dict[str, Any]], ...] = (
 
 
 def check_against_transformers(files: TextFiles) -> str | None:
-    """Compare token ids and rendered conversations with `AutoTokenizer` of the same folder.
+    """Compare token ids and rendered conversations with those of `AutoTokenizer` for the same folder.
 
     Returns:
         transformers' version, or None if it is not installed or older than 5, whose tokenizers differ.
 
     Raises:
-        ExportError: names the first text or conversation that comes out differently.
+        ExportError: with the first text or conversation whose result differs.
     """
     try:
         import transformers
@@ -65,7 +65,7 @@ def check_against_transformers(files: TextFiles) -> str | None:
     with _quiet(transformers):
         try:
             theirs = transformers.AutoTokenizer.from_pretrained(str(files.folder), local_files_only=True)
-        except Exception as e:  # anything that a tokenizer's class may raise
+        except Exception as e:  # a tokenizer class may raise anything
             raise ExportError(f"{files.folder}: transformers {version} cannot read the tokenizer: {e}") from e
         _check_ids(files, theirs, version)
         if files.chat_template is not None:
@@ -75,7 +75,7 @@ def check_against_transformers(files: TextFiles) -> str | None:
 
 @contextmanager
 def _quiet(transformers: Any) -> Iterator[None]:
-    """Without transformers' remarks on the tokenizer."""
+    """Silence transformers' messages about the tokenizer."""
     before = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     try:
@@ -96,8 +96,8 @@ def _check_ids(files: TextFiles, theirs: Any, version: str) -> None:
             expected = theirs(text, add_special_tokens=special)["input_ids"]
             if ids != expected:
                 raise ExportError(
-                    f"{files.folder}: the tokenizer gives {ids} for {text!r} (add_special_tokens={special}); "
-                    f"transformers {version} gives {expected}"
+                    f"{files.folder}: the tokenizer returns {ids} for {text!r} (add_special_tokens={special}); "
+                    f"expected {expected}, as transformers {version} returns"
                 )
 
 
@@ -105,15 +105,16 @@ def _check_chats(files: TextFiles, source: str, theirs: Any, version: str) -> No
     template = ChatTemplate(source, files.special_tokens)
     for conversation in CONVERSATIONS:
         for prompted in (False, True):
-            for attempt in range(3):  # the time of day may be part of the text
+            for attempt in range(3):  # the rendered text may contain the time of day
                 rendered = _ours(template, conversation, prompted)
                 expected = _expected(theirs, source, conversation, prompted)
                 if rendered == expected:
                     break
                 if attempt == 2:
                     raise ExportError(
-                        f"{files.folder}: the chat template gives {rendered!r} for {conversation} "
-                        f"(add_generation_prompt={prompted}); transformers {version} gives {expected!r} (None: refused)"
+                        f"{files.folder}: the chat template renders {rendered!r} for {conversation} "
+                        f"(add_generation_prompt={prompted}); expected {expected!r}, as transformers {version} renders "
+                        "(None: refused)"
                     )
 
 
@@ -125,9 +126,9 @@ def _ours(template: ChatTemplate, conversation: list[dict[str, Any]], prompted: 
 
 
 def _expected(theirs: Any, source: str, conversation: list[dict[str, Any]], prompted: bool) -> str | None:
-    """transformers' text for the kind of content that the template takes.
+    """Render with transformers, passing content as text or as a list of parts, whichever the template supports.
 
-    Of the other kind transformers writes nothing, or the list as Python shows it.
+    For the other form, transformers renders nothing, or the list as Python prints it.
     """
     content = conversation[-1]["content"]
     words: str = content if isinstance(content, str) else content[0]["text"]
@@ -144,6 +145,6 @@ def _theirs(theirs: Any, source: str, conversation: list[dict[str, Any]], prompt
         text: str = theirs.apply_chat_template(
             conversation, chat_template=source, tokenize=False, add_generation_prompt=prompted
         )
-    except Exception:  # whatever a template raises is a refusal
+    except Exception:  # any exception from a template counts as a refusal
         return None
     return text

@@ -1,10 +1,11 @@
-"""What transformers (5) makes of a tokenizer.json: its class decides, and may replace parts of it.
+"""Build the tokenizer that transformers 5 makes of a tokenizer.json; its class may replace parts of the file.
 
-`AutoTokenizer` takes the file as it stands for `TokenizersBackend` (once `PreTrainedTokenizerFast`). Classes of one
-family keep only vocabulary, merges and post-processor, and build normalizer, pre-tokenizer and decoder anew from
-tokenizer_config.json. The class is the one that the checkpoint declares, unless the model's family has another. All
-then add the special tokens that the vocabulary lacks. `add_bos_token` and `add_eos_token` of tokenizer_config.json
-count for nothing beside a tokenizer.json: its post-processor says what plain text is given.
+For `TokenizersBackend` (formerly `PreTrainedTokenizerFast`), `AutoTokenizer` uses the file as it is. The classes of
+model families keep only the vocabulary, merges and post-processor, and rebuild the normalizer, pre-tokenizer and
+decoder from tokenizer_config.json. The class is the one that the checkpoint declares, unless the model's family
+prescribes another. All classes then add the special tokens that the vocabulary lacks. `add_bos_token` and
+`add_eos_token` in tokenizer_config.json have no effect if there is a tokenizer.json: its post-processor determines
+which special tokens are added to plain text.
 """
 
 from __future__ import annotations
@@ -20,15 +21,15 @@ from bonnx.models.families import FAMILIES
 __all__ = ["build_tokenizer"]
 
 GENERAL = "TokenizersBackend"
-# The class of a model's family, where it has one; the tokenizer may come from a family whose models are not read.
+# The tokenizer class that a model family prescribes, including families whose models are not supported.
 _CLASSES = {name: family.tokenizer_class for name, family in FAMILIES.items()}
 _CLASSES |= dict.fromkeys(("qwen2_moe", "qwen3_moe"), "Qwen2Tokenizer")
-# Words with the character before them, single digits, punctuation with line ends, spaces: what Qwen2's merges expect.
+# Words with the preceding character, single digits, punctuation with line ends, spaces: as Qwen2's merges expect.
 QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 END = "<|endoftext|>"
-# Special tokens that a class has where tokenizer_config.json says nothing of them.
+# A class's default special tokens, used unless tokenizer_config.json sets them.
 DEFAULTS: dict[str, dict[str, str]] = {
     GENERAL: {},
     "LlamaTokenizer": {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"},
@@ -41,17 +42,17 @@ SPECIAL = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", 
 def build_tokenizer(
     path: Path, data: dict[str, Any], settings: dict[str, Any], special: dict[str, Any], config: dict[str, Any]
 ) -> tuple[Tokenizer, dict[str, str]]:
-    """The tokenizer that transformers would run, and the texts of its special tokens by name.
+    """Return the tokenizer that transformers would run, and the texts of its special tokens by name.
 
     Args:
-        path: tokenizer.json.
+        path: path of tokenizer.json.
         data: its content.
         settings: content of tokenizer_config.json, or empty.
         special: content of special_tokens_map.json, or empty.
-        config: of config.json, what it says of `model_type` and `tokenizer_class`.
+        config: `model_type` and `tokenizer_class` from config.json, where present.
 
     Raises:
-        ConfigError: the file is no tokenizer, or of a class that is not known here.
+        ConfigError: if the file is not a tokenizer, or its class is not supported.
     """
     folder = path.parent
     kind = _tokenizer_class(folder, path.read_text(encoding="utf-8"), settings, config)
@@ -72,15 +73,17 @@ def build_tokenizer(
             tokenizer.add_tokens([AddedToken(str(token), special=True) for token in (*named.values(), *extra)])
     except ConfigError:
         raise
-    except Exception as e:  # the library raises bare Exception; settings of the wrong type raise what they will
+    except Exception as e:  # the library raises bare Exception, and settings of a wrong type may raise anything
         raise ConfigError(f"{folder}: cannot be read as a tokenizer: {type(e).__name__}: {e}") from e
     return tokenizer, {name: str(token) for name, token in named.items()}
 
 
 def _tokenizer_class(folder: Path, text: str, settings: dict[str, Any], config: dict[str, Any]) -> str:
-    """The class that AutoTokenizer takes."""
+    """Return the name of the class that AutoTokenizer would use."""
     if settings.get("auto_map"):
-        raise ConfigError(f"{folder / 'tokenizer_config.json'}: auto_map: the tokenizer's own Python code is never run")
+        raise ConfigError(
+            f"{folder / 'tokenizer_config.json'}: auto_map is not supported: a checkpoint's Python code is never run"
+        )
     declared = str(settings.get("tokenizer_class") or config.get("tokenizer_class") or "").removesuffix("Fast")
     declared = GENERAL if declared == "PreTrainedTokenizer" else declared
     model_type = str(config.get("model_type"))
@@ -88,22 +91,22 @@ def _tokenizer_class(folder: Path, text: str, settings: dict[str, Any], config: 
     if declared == "LlamaTokenizer" and model_type != "qwen2" and '"ByteLevel"' in text:
         return GENERAL  # Llama 3 declares the class of Llama 2
     if declared and family and (family == GENERAL or model_type == "qwen2"):
-        return family  # whatever is declared
+        return family  # overrides the declared class
     kind = declared or family or GENERAL
     if kind not in DEFAULTS:
         raise ConfigError(
             f"{folder / 'tokenizer_config.json'}: tokenizer_class '{kind}' is not supported; expected one of "
             f"{', '.join(DEFAULTS)}. Run AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER), which writes "
-            f"all that the class does into tokenizer.json, and set tokenizer_class to '{GENERAL}'"
+            f"everything that the class does to tokenizer.json, and set tokenizer_class to '{GENERAL}'"
         )
     return kind
 
 
 def _rebuild(kind: str, data: dict[str, Any], settings: dict[str, Any]) -> Tokenizer:
-    """The tokenizer of a family's class: vocabulary and merges of the file, everything else the class's own."""
+    """Build the tokenizer of a family's class from the vocabulary and merges; all else is defined by the class."""
     model = data["model"]
     if model.get("type") != "BPE":
-        raise ConfigError(f"tokenizer.json: model.type: expected BPE, as {kind} has; found {model.get('type')!r}")
+        raise ConfigError(f"tokenizer.json: model.type: expected BPE for {kind}; got {model.get('type')!r}")
     pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
     merges = [(left, right) for left, right in pairs]
     prefix = settings.get("add_prefix_space")
@@ -132,10 +135,10 @@ def _rebuild(kind: str, data: dict[str, Any], settings: dict[str, Any]) -> Token
 def _special_tokens(
     data: dict[str, Any], settings: dict[str, Any], special: dict[str, Any]
 ) -> tuple[dict[str, Any], list[Any], dict[int, AddedToken]]:
-    """Named special tokens, further ones, and every added token by id, from wherever they are written down.
+    """Collect the named special tokens, further ones, and every added token by id from the checkpoint's files.
 
-    Added tokens of tokenizer_config.json count alone; without them those of tokenizer.json do, and
-    special_tokens_map.json goes before tokenizer_config.json.
+    If tokenizer_config.json has added tokens, only those count. Otherwise those of tokenizer.json do, and
+    special_tokens_map.json takes precedence over tokenizer_config.json.
     """
     values = dict(settings)
     if "added_tokens_decoder" in settings:
@@ -157,7 +160,7 @@ def _special_tokens(
 
 
 def _token(value: Any) -> Any:
-    """An added token where the file describes one, else the value as it is."""
+    """Return an added token if the value describes one, else the value itself."""
     if isinstance(value, dict) and "content" in value:
         return AddedToken(**{"special": True, **{k: v for k, v in value.items() if k not in ("__type", "id")}})
     return value
@@ -168,7 +171,7 @@ def _order(name: str) -> int:
 
 
 def _add_tokens(tokenizer: Tokenizer, named: dict[str, Any], extra: list[Any], added: dict[int, AddedToken]) -> None:
-    """Give the tokenizer the added tokens that it has not, in the order of their ids, then the special ones."""
+    """Add to the tokenizer the added tokens that it lacks, in the order of their ids, then the special ones."""
     present = tokenizer.get_added_tokens_decoder().values()
     same = {repr(token) for token in present}
     missing: list[Any] = [token for _, token in sorted(added.items()) if repr(token) not in same]

@@ -1,1 +1,1 @@
-"""PyTorch modules and ONNX functions that become the graphs score, rank, generate, prefill and decode."""
+"""PyTorch modules and ONNX functions that make up the graphs score, rank, generate, prefill and decode."""

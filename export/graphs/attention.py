@@ -1,11 +1,12 @@
-"""Attention of the graphs: rows to themselves, and candidates to a prompt whose keys and values are stored once.
+"""Attention as the graphs compute it: self-attention of rows, and of candidates that share one prompt's cache.
 
-A candidate's queries read the prompt's keys and values, which every candidate shares, and the candidate's own. The two
-softmaxes are merged without joining their weights, the largest tensors of the graph: the own part enters the attention
-to the prompt as one more key, whose logit is the own part's log-sum-exp and whose value is the own part's result. The
-prompt's padding enters as one more feature of the queries (1) and of the keys (0 or MASKED), inside the matrix product.
+A candidate's queries attend to the prompt's keys and values, which all candidates share, and to the candidate's own.
+The two softmaxes are merged without concatenating their weights, the largest tensors of the graph: the attention to
+the prompt gets one extra key, whose logit is the log-sum-exp of the candidate's own logits and whose value is the
+output of the candidate's self-attention. The prompt's padding mask is one extra feature of the queries (1) and of the
+keys (0 or MASKED), so that the matrix product applies it.
 
-Shapes: N candidates, S queries of one candidate and kv head; the others as in `layers.py`.
+Shapes: N candidates, S queries per candidate and kv head; the others as in `layers.py`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ __all__ = ["allowed", "attend", "attend_own", "attend_prompt", "shared_keys", "s
 
 
 def allowed(real: Tensor, positions: Tensor, window: int | None) -> Tensor:
-    """Mask (B, T) -> (B, T, T), True where key j may be read by query i; every query may read itself."""
+    """Mask (B, T) -> (B, T, T), True where query i may attend to key j; every query may attend to itself."""
     index = torch.arange(real.shape[1])
     causal = index[:, None] >= index[None]
     readable = causal & real[:, None]
@@ -31,7 +32,7 @@ def allowed(real: Tensor, positions: Tensor, window: int | None) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """Attention of rows: q (B, Q, H, K), k and v (B, T, G, K), additive mask (B, Q, T) -> (B, Q, H * K).
 
-    The query heads of one kv head stand beside each other as rows of one matrix, so keys are never repeated.
+    The query heads that share a kv head are rows of one matrix, so keys are never repeated.
     """
     rows, length, heads, size = q.shape
     kv_heads, total = k.shape[2], k.shape[1]
@@ -46,7 +47,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 def shared_keys(k: Tensor, real: Tensor) -> Tensor:
     """A prompt's rotated keys (B, P, G, K) and its mask (B, P) bool -> (B, G, K + 2, P + 1) for `attend_prompt`.
 
-    Row K holds the padding, and the last column and row belong to the own part.
+    Row K holds the padding mask; the last row and column are for the candidate's own attention.
     """
     batch, length, kv_heads, size = k.shape
     padding = additive(real)[:, None, None].expand(batch, kv_heads, 1, length)
@@ -56,30 +57,30 @@ def shared_keys(k: Tensor, real: Tensor) -> Tensor:
 
 
 def shared_values(v: Tensor) -> Tensor:
-    """A prompt's values (B, P, G, K) -> (B, G, P + 1, K): the own part's value is added later, here it is 0."""
+    """A prompt's values (B, P, G, K) -> (B, G, P + 1, K); the last row is 0, since `attend_prompt` adds that value."""
     v = v.transpose(1, 2)
     return torch.cat([v, torch.zeros_like(v[:, :, :1])], 2)
 
 
 def attend_own(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Attention of candidates to themselves.
+    """Self-attention of candidates.
 
     Args:
         q: (..., S, K).
         k: (..., K, T).
         v: (..., T, K).
-        mask: additive, (..., C, 1, T) where the S queries are C positions of R heads; None if all may be read.
+        mask: additive, (..., C, 1, T) where the S queries are C positions of R heads; None if nothing is masked.
 
     Returns:
-        The result (..., S, K) and the log-sum-exp of the logits (..., S, 1).
+        The output (..., S, K) and the log-sum-exp of the logits (..., S, 1).
     """
     logits = q @ k
     if mask is not None:
         shape = logits.shape
         logits = (logits.reshape(*shape[:-2], mask.shape[-3], -1, shape[-1]) + mask).reshape(shape)
-    # The first two operations of a softmax, so that its sum is at hand for the log-sum-exp.
+    # A softmax written out, because the log-sum-exp needs its intermediate values.
     top = logits.amax(-1, keepdim=True)
-    # Below exp(-80) lie denormal numbers, on which processors are many times slower.
+    # Below about exp(-80) numbers are denormal, and processors are many times slower on those.
     raised = (logits - top).clamp(min=-80.0).exp()
     mass = raised.sum(-1, keepdim=True)
     return (raised / mass) @ v, top + mass.log()
@@ -88,15 +89,15 @@ def attend_own(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Te
 def attend_prompt(
     q: Tensor, own: Tensor, own_logit: Tensor, keys: Tensor, values: Tensor, reach: Tensor | None = None
 ) -> Tensor:
-    """Join the attention to the prompt and what `attend_own` found.
+    """Merge the attention to the prompt with the results of `attend_own`.
 
     Args:
         q: (B, G, M, K), the queries of all candidates.
-        own: (B, G, M, K).
-        own_logit: (B, G, M, 1).
-        keys: what `shared_keys` gave.
-        values: what `shared_values` gave.
-        reach: additive, (B, 1, L, 1, P) where the M queries are L positions of R heads: how far a window reaches.
+        own: (B, G, M, K), the output of `attend_own`.
+        own_logit: (B, G, M, 1), its log-sum-exp.
+        keys: from `shared_keys`.
+        values: from `shared_values`.
+        reach: additive sliding-window mask, (B, 1, L, 1, P) where the M queries are L positions of R heads.
 
     Returns:
         (B, G, M, K).

@@ -1,4 +1,4 @@
-"""Write ONNX graphs by hand: operators as methods, constants, loops, and calls of onnxscript functions."""
+"""Build ONNX graphs by hand: operators as methods, constants, loops, and calls to onnxscript functions."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from onnx_ir.passes.common import InlinePass
 
 __all__ = ["DOMAIN", "IR_VERSION", "Builder", "finish", "name_value"]
 
-# Of functions and marks, which are inlined or taken out before a graph is written.
+# The domain of functions and layer marks, all of which are inlined or removed before a graph is written.
 DOMAIN = "bonnx"
-# What the exporter of PyTorch writes; runtimes back to ONNX Runtime 1.18 read it.
+# The IR version that PyTorch's exporter writes; ONNX Runtime reads it from 1.18 on.
 IR_VERSION = 10
 
 
 class Builder:
     """Collects the nodes and constants of one graph.
 
-    `builder.Add(a, b)` appends a node and gives its output; keyword arguments are attributes, and `_outputs` is the
-    number of outputs if there are several.
+    `builder.Add(a, b)` appends a node and returns its output; keyword arguments are attributes. With `_outputs`, a
+    number above 1, it returns a list of that many outputs.
     """
 
     def __init__(self, name: str) -> None:
@@ -41,7 +41,7 @@ class Builder:
         return append
 
     def constant(self, value: NDArray[Any] | np.generic) -> ir.Value:
-        """A tensor that never changes."""
+        """Add an initializer that holds a constant tensor."""
         array = np.asarray(value)
         tensor = ir.tensor(array)
         constant = ir.Value(
@@ -54,15 +54,15 @@ class Builder:
         return constant
 
     def int(self, value: builtins.int) -> ir.Value:
-        """An int64 scalar."""
+        """Add a constant int64 scalar."""
         return self.constant(np.array(value, np.int64))
 
     def ints(self, *values: builtins.int) -> ir.Value:
-        """A list of int64."""
+        """Add a constant 1-D int64 tensor."""
         return self.constant(np.array(values, np.int64))
 
     def float(self, value: builtins.float) -> ir.Value:
-        """A float32 scalar."""
+        """Add a constant float32 scalar."""
         return self.constant(np.array(value, np.float32))
 
     def call(self, function: Any, *inputs: ir.Value) -> Any:
@@ -71,13 +71,13 @@ class Builder:
         return self.__getattr__(proto.name)(*inputs, _domain=DOMAIN, _outputs=len(proto.output))
 
     def loop(self, trips: ir.Value, condition: ir.Value, carried: Sequence[ir.Value], body: ir.Graph) -> list[ir.Value]:
-        """An ONNX `Loop`; the carried values at its end."""
+        """Append an ONNX `Loop`; return the final loop-carried values."""
         outputs = len(body.outputs) - 1
         results = self.Loop(trips, condition, *carried, _outputs=outputs, body=body)
         return [results] if outputs == 1 else list(results)
 
     def body(self, inputs: Sequence[ir.Value], outputs: Sequence[ir.Value]) -> ir.Graph:
-        """What was collected, as the body of a `Loop`.
+        """Return the collected nodes as the body of a `Loop`.
 
         The inputs are (iteration, condition, carried values ...), the outputs (condition, carried values ...).
         """
@@ -86,13 +86,13 @@ class Builder:
         return ir.Graph(inputs, outputs, nodes=self.nodes, initializers=self.initializers, name=self.name)
 
     def extend(self, graph: ir.Graph) -> None:
-        """Append what was collected to a graph."""
+        """Append the collected nodes and initializers to a graph."""
         for value in self.initializers:
             graph.register_initializer(value)
         graph.extend(self.nodes)
 
     def adopt(self, graph: ir.Graph) -> None:
-        """Take over a graph's nodes; it is left empty, and its inputs are ours from now on."""
+        """Move a graph's nodes into this builder, together with its inputs; the graph is left empty."""
         nodes = list(graph)
         graph.outputs.clear()
         graph.inputs.clear()
@@ -100,9 +100,10 @@ class Builder:
         self.nodes += nodes
 
     def hoist(self, graph: ir.Graph) -> None:
-        """Take over a graph's initializers; one that we have, by name and content, serves both.
+        """Move a graph's initializers into this builder, reusing one of the same name and content.
 
-        What is only transposed or cast comes along: outside of a loop a runtime folds that, once for all who read it.
+        Nodes that only transpose or cast an initializer move too: outside a loop, a runtime folds them once for all
+        their readers.
         """
         ours = {value.name: value for value in self.initializers}
         for name, value in list(graph.initializers.items()):
@@ -115,9 +116,9 @@ class Builder:
             if twin is not None:
                 value.name = f"{self.name}/{len(self.initializers)}/{name}"
             self.initializers.append(value)
-        fixed, made = {*self.initializers}, {_change(node): node for node in self.nodes}
+        fixed, existing = {*self.initializers}, {_change(node): node for node in self.nodes}
         for node in [node for node in graph if _change(node) is not None and node.inputs[0] in fixed]:
-            same = made.get(_change(node))
+            same = existing.get(_change(node))
             if same is not None:
                 node.outputs[0].replace_all_uses_with(same.outputs[0])
             graph.remove(node)
@@ -125,7 +126,7 @@ class Builder:
 
 
 def _change(node: ir.Node) -> tuple[ir.Value | None, Any] | None:
-    """What two nodes that only transpose or cast share if they are the same; None for another node."""
+    """Return a key that is equal for equal `Transpose` or `Cast` nodes; None for other operators."""
     attribute = {"Transpose": "perm", "Cast": "to"}.get(node.op_type)
     if attribute is None:
         return None
@@ -139,21 +140,21 @@ def _content(value: ir.Value) -> NDArray[Any]:
 
 
 def name_value(value: ir.Value, name: str, dtype: ir.DataType, shape: Sequence[int | str | ir.SymbolicDim]) -> ir.Value:
-    """Give a value that leaves the graph its name, type and axes."""
+    """Set the name, type and axes of a graph's input or output."""
     value.name, value.dtype, value.shape = name, dtype, ir.Shape(shape)
     return value
 
 
 def finish(graph: ir.Graph, functions: Sequence[Any], opset: int) -> ir.Model:
-    """A model whose functions are inlined, every value and node with a name of its own."""
+    """Make a model of a graph: functions are inlined, and every value and node gets a unique name."""
     graph.opset_imports.update({"": opset, DOMAIN: 1})
-    made = []
+    ir_functions = []
     for function in functions:
         proto = function.to_function_proto()
         proto.domain = DOMAIN
-        made.append(ir.from_proto(proto))
-        made[-1].opset_imports.update({"": opset, DOMAIN: 1})
-    model = ir.Model(graph, ir_version=IR_VERSION, functions=made)
+        ir_functions.append(ir.from_proto(proto))
+        ir_functions[-1].opset_imports.update({"": opset, DOMAIN: 1})
+    model = ir.Model(graph, ir_version=IR_VERSION, functions=ir_functions)
     InlinePass()(model)
     del graph.opset_imports[DOMAIN]
     if any(node.domain == "com.microsoft" for part in (graph, *graph.subgraphs()) for node in part):
@@ -168,7 +169,7 @@ def finish(graph: ir.Graph, functions: Sequence[Any], opset: int) -> ir.Model:
                     value.name = f"v{next(values)}"
         for value in part.outputs:
             if value.type is None:
-                # A branch of an `If` in a function: checkers want its type, and functions have none.
+                # The output of an `If` branch in a function: checkers require a type, but functions are untyped.
                 producer = value.producer()
                 assert producer is not None
                 assert producer.op_type == "Cast", "end each branch with a Cast"

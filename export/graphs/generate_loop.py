@@ -1,9 +1,8 @@
-"""`generate`: prompt pass, a loop that samples and scores a token of every candidate, and the selection, in one graph.
+"""The `generate` graph: prompt pass, a loop that samples and scores a token of every candidate, and selection.
 
-The prompts' keys and values are read from the outer scope, so they are never copied and never repeated. A candidate
-that has ended, or that pruning dropped, leaves the loop's rows at the next token and costs nothing more. There is one
-loop and not two: ONNX Runtime packs weights for a loop's body, but not for a loop inside a loop, which takes twice as
-long.
+The loop reads the prompts' keys and values from the outer scope, so they are never copied or repeated. A candidate that
+has ended or been pruned leaves the loop's rows at the next token and costs nothing more. There is a single loop because
+ONNX Runtime packs weights for a loop's body, but not for a loop nested in another, which makes that half as fast.
 
 Shapes: N candidates, n of them running, B prompts, T tokens so far; the others as in `layers.py`.
 """
@@ -41,7 +40,7 @@ RESULTS: dict[str, list[str]] = {
 
 
 class LoopInputs(NamedTuple):
-    """What steers generation, all graph inputs: scalars, and the list of stop tokens."""
+    """The graph inputs that control generation: scalars, and the list of stop tokens."""
 
     num_candidates: ir.Value
     max_new_tokens: ir.Value
@@ -57,19 +56,19 @@ class LoopInputs(NamedTuple):
 
 
 class RunningRows(NamedTuple):
-    """Of the candidates that still run, each (n, B)."""
+    """State of the candidates that are still running, each (n, B)."""
 
     tokens: ir.Value
-    """int64: drawn, not yet read by the network."""
+    """int64: tokens drawn but not yet processed by the network."""
     log_probs: ir.Value
     running: ir.Value
-    """bool: False for a row that only fills up the rectangle."""
+    """bool: False for a row that is only padding."""
     numbers: ir.Value
-    """int64: which candidate this is, 0..N-1."""
+    """int64: the candidate's number, 0..N-1."""
 
 
 class Tables(NamedTuple):
-    """Of all candidates."""
+    """Results of all candidates so far."""
 
     sequences: ir.Value
     """(N, B, T) int64."""
@@ -80,15 +79,15 @@ class Tables(NamedTuple):
     lengths: ir.Value
     """(N, B) int64."""
     kept: ir.Value
-    """(N, B) bool: not fallen behind at any pruning."""
+    """(N, B) bool: survived every pruning so far."""
     pruned: ir.Value
-    """(N, B) bool: stopped for that before its end."""
+    """(N, B) bool: stopped by pruning before its end."""
     computed: ir.Value
-    """int64 scalar: tokens that the network has read, without the prompts'."""
+    """int64 scalar: number of tokens that the network has processed, prompts excluded."""
 
 
 def generate_graph(prompt_pass: ir.Graph, token_pass: ir.Graph, config: NetworkConfig, pad_token: int) -> ir.Graph:
-    """Join the traced passes of `generate_passes.py`, which are used up, into one graph that is yet to be finished."""
+    """Combine the traced passes of `generate_passes.py`, which are consumed, into one graph, ready for `finish`."""
     kinds: dict[str, tuple[ir.DataType, list[str]]] = {name: (INT, []) for name in LoopInputs._fields}
     kinds |= {name: (FLOAT, []) for name in ("temperature", "top_p", "prune_keep")}
     kinds["stop_tokens"] = (INT, ["stops"])
@@ -135,7 +134,7 @@ def _body(
     config: NetworkConfig,
     pad_token: int,
 ) -> ir.Graph:
-    """Each running candidate's token is read and rated, and the next one is drawn; the weakest may be dropped."""
+    """Build the loop's body: process and score each running candidate's token, draw the next one, and prune."""
     b = Builder("token")
     iteration, go = ir.val("iteration", INT, []), ir.val("iteration/go", BOOL, [])
     rows, tables, own = _rows(), _tables(), _own(config)
@@ -147,7 +146,7 @@ def _body(
     done = b.Add(iteration, b.int(1))
     uniform = b.call(random_uniform, stream, done, numbers)
     drawn, drawn_log_probs = b.call(draw_token, logits, uniform, inputs.temperature, inputs.top_k, inputs.top_p)
-    # A token that was drawn from no distribution makes a candidate that cannot win.
+    # A token whose logits defined no distribution makes its score NaN, so that the candidate cannot win.
     scores = b.Where(b.IsNaN(log_probs), b.float(np.nan), scores)
     pad = b.int(pad_token)
     lengths = b.ScatterElements(tables.lengths, numbers, b.Cast(running, to=INT), axis=0, reduction="add")
@@ -172,15 +171,15 @@ def _body(
 
 
 def _compact(b: Builder, rows: RunningRows) -> tuple[RunningRows, ir.Value, ir.Value]:
-    """Only as many rows as the prompt with the most running candidates needs, their order kept.
+    """Keep only as many rows as the prompt with the most running candidates needs, in their order.
 
-    Also whether that is fewer than there were, and which rows of (n, B) flattened these are.
+    Also returns whether there are fewer rows than before, and their indices into the flattened (n, B).
     """
     running, batch = b.Cast(rows.running, to=FLOAT), b.Shape(rows.tokens, start=1)
     count = b.Shape(rows.tokens, start=0, end=1)
     most = b.Cast(b.ReduceMax(b.ReduceSum(running, b.ints(0), keepdims=1), keepdims=0), to=INT)
     fewer = b.Less(most, b.Squeeze(count, b.ints(0)))
-    # Of equal values `TopK` takes the first: without a change every row stays in its place.
+    # `TopK` takes the first of equal values, so without a change every row keeps its place.
     _, index = b.TopK(b.Where(fewer, running, b.float(1)), b.Min(most, count), axis=0, _outputs=2)
     tokens, log_probs, numbers = (
         b.GatherElements(value, index, axis=0) for value in (rows.tokens, rows.log_probs, rows.numbers)
@@ -200,7 +199,7 @@ def _network(
     own: list[ir.Value],
     kept_rows: tuple[ir.Value, ir.Value],
 ) -> list[ir.Value]:
-    """The traced pass; where it appends to the candidates' cache, it first takes the rows that are left."""
+    """Insert the traced pass, made to gather the remaining rows of the candidates' cache where it appends to it."""
     cache = [x for i in range(0, len(own), 2) for x in (*prompt_cache[i : i + 2], *own[i : i + 2])]
     for parameter, value in zip(list(token_pass.inputs), (tokens, mask, *cache), strict=True):
         parameter.replace_all_uses_with(value)
@@ -211,13 +210,13 @@ def _network(
             b.nodes[i] = _joined(node, kept_rows)
             outputs[outputs.index(node.outputs[0])] = b.nodes[i].outputs[0]
         elif node.op_type == "Shape" and node.inputs[0] in own and node.attributes["end"].as_int() <= len(ROWS):
-            # The tracer may read the number of rows from the cache, which is about to lose some.
+            # The traced graph may read the number of rows from the cache, which still holds the dropped ones.
             node.replace_input_with(0, tokens)
     return outputs
 
 
 def _joined(node: ir.Node, kept_rows: tuple[ir.Value, ir.Value]) -> ir.Node:
-    """`Concat(cache, new)` as an `If`: each branch copies the cache once, and only one of them gathers rows."""
+    """Turn `Concat(cache, new)` into an `If`: each branch copies the cache once, and only one of them gathers rows."""
     cache, new = node.inputs
     assert cache is not None
     assert new is not None
@@ -238,7 +237,7 @@ def _joined(node: ir.Node, kept_rows: tuple[ir.Value, ir.Value]) -> ir.Node:
 
 
 def _append(b: Builder, table: ir.Value, new: ir.Value, numbers: ir.Value, fill: ir.Value) -> ir.Value:
-    """One iteration's entries (n, B) to the end of a table (N, B, T)."""
+    """Append one iteration's entries (n, B) to a table (N, B, T)."""
     blank = b.Expand(fill, b.Shape(table, start=0, end=2))
     entries = b.ScatterElements(blank, numbers, new, axis=0)
     joined: ir.Value = b.Concat(table, b.Unsqueeze(entries, b.ints(2)), axis=2)
@@ -246,9 +245,9 @@ def _append(b: Builder, table: ir.Value, new: ir.Value, numbers: ir.Value, fill:
 
 
 def _prune(b: Builder, inputs: LoopInputs, done: ir.Value, tables: Tables) -> ir.Value:
-    """Which candidates (N, B) stay in the race after `done` tokens, ended ones included.
+    """Return which candidates (N, B) survive after `done` tokens, ended ones included.
 
-    Speculative rejection (Sun et al., 2024), with the scorer's own running score.
+    This is speculative rejection (Sun et al., 2024) with the scorer's running score.
     """
     every = b.Max(inputs.prune_every, b.int(1))
     due = b.And(b.Greater(inputs.prune_every, b.int(0)), b.Equal(b.Mod(done, every), b.int(0)))
@@ -264,16 +263,16 @@ def _prune(b: Builder, inputs: LoopInputs, done: ir.Value, tables: Tables) -> ir
 
 
 def _keep_best(b: Builder, inputs: LoopInputs, tables: Tables) -> ir.Value:
-    """(N, B) bool: the best `prune_keep` of those in the race, rounded up."""
+    """(N, B) bool: the best fraction `prune_keep` of the surviving candidates, rounded up."""
     scores = _aggregate(b, inputs, tables, _mask(b, tables))
     low = b.float(-np.inf)
     scores = b.Where(b.And(tables.kept, b.Not(b.IsNaN(scores))), scores, low)
     _, order = b.TopK(scores, b.Shape(scores, start=0, end=1), axis=0, _outputs=2)
     ranks = b.Unsqueeze(b.Range(b.int(0), inputs.num_candidates, b.int(1)), b.ints(1))
     place = b.ScatterElements(order, order, b.Expand(ranks, b.Shape(scores)), axis=0)
-    in_race = b.ReduceSum(b.Cast(tables.kept, to=FLOAT), b.ints(0), keepdims=1)
-    # The fraction of a whole number may come out a little above it.
-    limit = b.Ceil(b.Sub(b.Mul(in_race, inputs.prune_keep), b.float(1e-4)))
+    surviving = b.ReduceSum(b.Cast(tables.kept, to=FLOAT), b.ints(0), keepdims=1)
+    # Rounding may put a product that should be whole slightly above it.
+    limit = b.Ceil(b.Sub(b.Mul(surviving, inputs.prune_keep), b.float(1e-4)))
     kept: ir.Value = b.And(tables.kept, b.Less(place, b.Max(b.Cast(limit, to=INT), b.int(1))))
     return kept
 
@@ -286,7 +285,7 @@ def _mask(b: Builder, tables: Tables) -> ir.Value:
 
 
 def _aggregate(b: Builder, inputs: LoopInputs, tables: Tables, mask: ir.Value) -> ir.Value:
-    """Candidate scores (N, B) of the tables."""
+    """Aggregate the tables' scores to candidate scores (N, B)."""
     at_step = b.Or(b.Equal(tables.sequences, inputs.step_token), b.Less(inputs.step_token, b.int(0)))
     scores: ir.Value = b.call(aggregate, tables.scores, mask, b.Cast(at_step, to=INT), inputs.aggregation)
     return scores
@@ -294,7 +293,7 @@ def _aggregate(b: Builder, inputs: LoopInputs, tables: Tables, mask: ir.Value) -
 
 def _stops(b: Builder, inputs: LoopInputs, tokens: ir.Value) -> ir.Value:
     """Whether each token (...) ends its candidate."""
-    # -1 is no token: the list is never empty.
+    # -1 is not a token; it keeps the list from being empty.
     stops = b.Concat(inputs.stop_tokens, b.ints(-1), axis=0)
     equal = b.Cast(b.Equal(b.Unsqueeze(tokens, b.ints(-1)), stops), to=FLOAT)
     is_stop: ir.Value = b.Greater(b.ReduceMax(equal, b.ints(-1), keepdims=0), b.float(0))
@@ -302,10 +301,10 @@ def _stops(b: Builder, inputs: LoopInputs, tokens: ir.Value) -> ir.Value:
 
 
 def _results(b: Builder, inputs: LoopInputs, tables: Tables) -> dict[str, ir.Value]:
-    """The graph's outputs."""
+    """Compute the graph's outputs."""
     mask = _mask(b, tables)
     ended = b.Mul(b.Cast(_stops(b, inputs, tables.sequences), to=INT), mask)
-    # The order of `FINISH_REASONS`.
+    # Indices into `FINISH_REASONS`.
     reasons = b.Where(tables.pruned, b.int(2), b.Max(b.ReduceMax(ended, b.ints(2), keepdims=0), b.int(0)))
     whole = b.Mul(mask, b.Cast(b.Not(b.Unsqueeze(tables.pruned, b.ints(2))), to=INT))
     candidate_scores = _aggregate(b, inputs, tables, whole)
@@ -327,7 +326,7 @@ def _results(b: Builder, inputs: LoopInputs, tables: Tables) -> dict[str, ir.Val
 
 
 def _any(b: Builder, values: ir.Value) -> ir.Value:
-    """Whether any of them is true: a bool scalar."""
+    """Whether any value is true: a bool scalar."""
     any_true: ir.Value = b.Greater(b.ReduceMax(b.Cast(values, to=FLOAT), keepdims=0), b.float(0))
     return any_true
 
@@ -344,7 +343,7 @@ def _tables() -> Tables:
 
 
 def _own(config: NetworkConfig) -> list[ir.Value]:
-    """The candidates' keys and values, layer by layer."""
+    """The candidates' key-value cache, layer by layer."""
     shape: list[int | str | None] = [*ROWS, config.num_kv_heads, "own_length", config.size_of_head]
     names = (f"own/{kind}.{i}" for i in range(config.num_layers) for kind in ("key", "value"))
     return [ir.val(name, FLOAT, shape) for name in names]

@@ -1,6 +1,7 @@
-"""The two passes of generation: the prompt once, then one token of every candidate at a time.
+"""The two passes of generation: one over the prompt, then one for each new token of the candidates.
 
-Shapes: N candidates, B prompts, P prompt length, T own tokens so far, V vocab_size; the others as in `layers.py`.
+Shapes: N candidates, B prompts, P prompt length, T tokens of a candidate so far, V vocab_size; the others as in
+`layers.py`.
 """
 
 from __future__ import annotations
@@ -16,16 +17,16 @@ __all__ = ["PromptPass", "TokenPass"]
 
 
 class PromptPass(nn.Module):
-    """Prompts -> logits of the first token, and the keys and values that every candidate will read."""
+    """Prompts -> logits of the first token, and the key-value cache that all candidates share."""
 
     def __init__(self, trunk: Trunk, head: VocabularyHead) -> None:
         super().__init__()
         self.trunk, self.head = trunk, head
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
-        """Ids and mask (B, P) int64, padding on either side -> logits (B, V), then keys and values, layer by layer.
+        """Ids and mask (B, P) int64, padded on either side -> logits (B, V), then keys and values, layer by layer.
 
-        These are (B, G, K + 2, P + 1) and (B, G, P + 1, K), see `attention.py`.
+        Keys are (B, G, K + 2, P + 1) and values (B, G, P + 1, K); see `attention.py`.
         """
         trunk = self.trunk
         batch, length = attention_mask.shape
@@ -43,7 +44,7 @@ class PromptPass(nn.Module):
             q, k, v = layer.queries(y, cos, sin), layer.keys(y, cos, sin), layer.values(y, batch)
             cache += [shared_keys(k, real), shared_values(v)]
             x = layer.finish(x, attend(q, k, v, mask).reshape(batch * length, layer.heads * layer.size))
-        # In the last layer only each prompt's last token is read further.
+        # Only each prompt's last token is needed from the last layer.
         layer = trunk.layers[-1]
         assert isinstance(layer, Layer)
         x = trunk.enter(x)
@@ -60,20 +61,20 @@ class PromptPass(nn.Module):
 
 
 class TokenPass(nn.Module):
-    """The newest token of every candidate -> its score, the logits of the next one, and the grown cache."""
+    """The newest token of every candidate -> its score, the logits of the next token, and the extended cache."""
 
     def __init__(self, trunk: Trunk, head: VocabularyHead) -> None:
         super().__init__()
         self.trunk, self.head = trunk, head
 
     def forward(self, tokens: Tensor, attention_mask: Tensor, *cache: Tensor) -> tuple[Tensor, ...]:
-        """One token of every candidate.
+        """Process one token of every candidate.
 
         Args:
             tokens: (N, B) int64.
-            attention_mask: of the prompts, (B, P) int64.
-            cache: for each layer keys and values of the prompts, as `PromptPass` gave them, and then of the
-                candidates, (N, B, G, T, K) each; T may be 0.
+            attention_mask: the prompts' mask, (B, P) int64.
+            cache: for each layer the prompts' keys and values from `PromptPass`, then the candidates', (N, B, G, T, K)
+                each; T may be 0.
 
         Returns:
             scores (N, B), logits (N, B, V), then for each layer the candidates' keys and values (N, B, G, T + 1, K).
@@ -114,7 +115,7 @@ class TokenPass(nn.Module):
 def _window(
     window: int | None, attention_mask: Tensor, position: Tensor, done: int
 ) -> tuple[Tensor | None, Tensor | None]:
-    """What a window lets the newest token read: of the own tokens (1, 1, T + 1), of the prompts (B, 1, 1, 1, P)."""
+    """Additive window masks of the newest token: over its candidate (1, 1, T + 1) and the prompts (B, 1, 1, 1, P)."""
     if window is None:
         return None, None
     near = additive(torch.arange(done, -1, -1) < window)

@@ -1,10 +1,10 @@
-"""The network's layers in the form that the graphs are traced from.
+"""The network's layers in the form from which the graphs are traced.
 
-Same numbers as `bonnx.models.network`, arranged for ONNX Runtime: activations stay 2-D between the matrix products, so
-that each product and its bias are one kernel; weights lie as (in, out); the attention scale is folded into the queries'
-weights.
+They compute the same as `bonnx.models.network`, arranged for ONNX Runtime: activations stay 2-D between matrix
+products, so that each product and its bias become one kernel; weights are stored as (in, out); the attention scale is
+folded into the query weights.
 
-Shapes: B rows, T positions, D hidden_size, H heads, G kv heads, R = H / G, K size of a head.
+Shapes: B rows, T positions, D hidden_size, H heads, G kv heads, R = H / G, K head size.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ __all__ = ["MARK", "MASKED", "Layer", "Trunk", "additive"]
 
 T = TypeVar("T")
 
-# Far below any attention logit, far above the float32 minimum: two of them can be added.
+# Far below any attention logit, yet far enough above the float32 minimum that two of them can be added.
 MASKED = -1e30
-# The operator that stands where a layer begins, until `repeat_layers.py` takes it out.
+# A placeholder operator that marks the start of each layer; `repeat_layers.py` removes it.
 MARK = "Layer"
 
 
@@ -40,7 +40,7 @@ def additive(allowed: Tensor) -> Tensor:
 
 
 class Layer(nn.Module):
-    """One block without its attention, which each graph does in its own way."""
+    """One transformer block without the attention itself, which each graph computes in its own way."""
 
     def __init__(self, block: Block, *, fused: bool) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class Layer(nn.Module):
         return torch.cat([first * cos - second * sin, first * sin + second * cos], -1)
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
-        """Residual x (M, D), attention's output (M, H * K) -> (M, D) after the feed-forward network."""
+        """Residual stream x (M, D), attention output (M, H * K) -> (M, D) after the feed-forward network."""
         x = x + self.out(attended)
         y = self.ffn_norm(x)
         out: Tensor = x + self.down(F.silu(self.gate(y)) * self.up(y))
@@ -95,7 +95,7 @@ class Layer(nn.Module):
 
 
 class Trunk(nn.Module):
-    """What all graphs share: the way in, the layers, the final norm and the scorer."""
+    """The parts that all graphs share: embedding and projection, layers, final norm, scorer."""
 
     def __init__(self, model: LanguageModel | TwoHeadedNetwork, *, activation: str, label: int, fused: bool) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ class Trunk(nn.Module):
         self.windows = self.config.windows
         self.marked = False
         final = network.final_norm
-        # `rotate.py` puts a product before the norm.
+        # `rotate.py` inserts a product before the norm.
         self.final_norm = nn.Sequential(product(final[0]), final[1]) if isinstance(final, nn.Sequential) else final
         self.scorer = _with_products(network.scorer)
         self.activation, self.label = activation, label
@@ -127,19 +127,19 @@ class Trunk(nn.Module):
         return rotation(positions, self.inverse_frequencies, self.config.rope_scaling)
 
     def for_each_window(self, make: Callable[[int | None], T]) -> list[T]:
-        """What is made of each layer's sliding window, equal ones once."""
-        made = {window: make(window) for window in dict.fromkeys(self.windows)}
-        return [made[window] for window in self.windows]
+        """Call `make` once for each distinct sliding window; return one result for each layer."""
+        results = {window: make(window) for window in dict.fromkeys(self.windows)}
+        return [results[window] for window in self.windows]
 
     def enter(self, x: Tensor) -> Tensor:
-        """The residual stream (M, D) on its way into a layer, unchanged."""
+        """Mark where the residual stream (M, D) enters a layer, if marking is on; it stays unchanged."""
         if not self.marked:
             return x
         marked: Tensor = torch.onnx.ops.symbolic(f"{DOMAIN}::{MARK}", (x,), {}, dtype=x.dtype, shape=x.shape)
         return marked
 
     def score(self, normed: Tensor) -> Tensor:
-        """Normed backbone (M, D) -> one score each (M,), the activation applied."""
+        """Normed backbone (M, D) -> scores (M,) after the activation."""
         labels: Tensor = self.scorer(normed)
         if self.activation == "softmax":
             labels = labels.softmax(-1)

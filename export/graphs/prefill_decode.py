@@ -1,7 +1,7 @@
-"""`prefill` and `decode`: the passes of generation one at a time, for a loop that the host steers.
+"""The `prefill` and `decode` graphs: the passes of generation as separate graphs, for a loop that the host controls.
 
-The same functions draw, so the same seed gives the tokens of `generate`. Everything of a candidate stands on axis 0 of
-its tensors: a host drops, reorders or repeats candidates by taking rows of `tokens`, `numbers` and the cache.
+Tokens are drawn by the same functions, so the same seed draws the same tokens as `generate`. Axis 0 of every tensor is
+the candidate, so a host drops, reorders or repeats candidates by gathering rows of `tokens`, `numbers` and the cache.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def _draw_inputs() -> list[ir.Value]:
 
 
 def prefill_graph(prompt_pass: ir.Graph) -> ir.Graph:
-    """The traced prompt pass and the draw of each candidate's first token."""
+    """Append to the traced prompt pass the draw of each candidate's first token."""
     b = Builder("prefill")
     (ids, mask), (logits, *_) = prompt_pass.inputs, prompt_pass.outputs
     count, seed, drawing = ir.val("num_candidates", INT, []), ir.val("seed", INT, []), _draw_inputs()
@@ -45,12 +45,12 @@ def prefill_graph(prompt_pass: ir.Graph) -> ir.Graph:
 
 
 def decode_graph(token_pass: ir.Graph) -> ir.Graph:
-    """The traced token pass and the draw of each candidate's next token."""
+    """Append to the traced token pass the draw of each candidate's next token."""
     b = Builder("decode")
     key, logits = token_pass.inputs[4], token_pass.outputs[1]
     stream, numbers = ir.val("stream", INT, ["batch"]), ir.val("numbers", INT, ROWS)
     drawing = _draw_inputs()
-    # Token 0 came from the prompt pass, so with T own tokens in the cache token T + 1 is drawn here.
+    # Token 0 was drawn after the prompt pass, so with T tokens in a candidate's cache, token T + 1 is drawn here.
     drawn = b.Add(b.Squeeze(b.Shape(key, start=3, end=4), b.ints(0)), b.int(1))
     uniform = b.call(random_uniform, stream, drawn, numbers)
     following, log_probs = b.call(draw_token, logits, uniform, *drawing)

@@ -1,7 +1,7 @@
-"""`rank`: one prompt, many candidates, the prompt computed once whatever their number.
+"""The `rank` graph: one prompt and many candidates, with the prompt computed only once.
 
-Prompt and candidate tokens are joined for every matrix product. Attention splits at the prompt's end, as `attention.py`
-says.
+Prompt and candidate tokens are concatenated for every matrix product; attention treats them separately, as described in
+`attention.py`.
 
 Shapes: N candidates, B prompts, P prompt length, C candidate length; the others as in `layers.py`.
 """
@@ -51,7 +51,7 @@ class RankGraph(nn.Module):
             first = attend(q[:, :prompt_length], k[:, :prompt_length], v[:, :prompt_length], mask.prompt)
             rest = mask.attend(q[:, prompt_length:], k, v)
             x = layer.finish(x, torch.cat([first, rest], 1).reshape(batch * total, layer.heads * layer.size))
-        # In the last layer nothing reads the prompt's own output: only its keys and values are computed.
+        # Nothing reads the prompt's output of the last layer, so only its keys and values are computed.
         layer = trunk.layers[-1]
         assert isinstance(layer, Layer)
         x = trunk.enter(x)
@@ -65,7 +65,7 @@ class RankGraph(nn.Module):
 
 
 class _Masks:
-    """Who may read whom within a sliding window, and the candidates' attention that uses it."""
+    """The attention masks for one sliding window, and the candidates' attention that uses them."""
 
     def __init__(
         self, window: int | None, real: Tensor, positions: Tensor, own_real: Tensor, own_positions: Tensor
@@ -82,7 +82,7 @@ class _Masks:
             self.reach = additive(near)[:, None, :, None]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Candidates' queries (B, N * C, H, K), joined keys and values (B, P + N * C, G, K) -> (B, N * C, H * K)."""
+        """Candidates' queries (B, N * C, H, K), all keys and values (B, P + N * C, G, K) -> (B, N * C, H * K)."""
         batch, count, length, (kv_heads, size) = self.batch, self.count, self.length, k.shape[2:]
         group = q.shape[2] // kv_heads
         flat = (batch, kv_heads, count * length * group, size)

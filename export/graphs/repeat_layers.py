@@ -1,11 +1,11 @@
-"""Layers of a transformer are alike: one of each kind is traced, and its nodes are repeated for the others.
+"""Trace one transformer layer of each kind, and copy its nodes for the others.
 
-Tracing a layer takes a second, and memory that PyTorch never gives back; repeating it takes neither.
+Tracing a layer takes a second, and memory that PyTorch never frees; copying nodes costs neither.
 
-While a graph is traced, the weights of its layers are inputs: no optimizer can compute from them, or merge equal ones,
-which would be wrong for another layer. Marks stand where the residual stream enters a layer. So a layer's own nodes are
-those up to the next mark that depend on the stream, on the layer's weights or on its cache. What else they read, such
-as masks and rotations, serves all layers.
+While a graph is traced, the weights of its layers are inputs, so that the exporter cannot fold them or merge equal
+ones, which would be wrong for other layers. Marks show where the residual stream enters each layer. A layer's own nodes
+are therefore those before the next mark that depend on the stream, the layer's weights or its cache. Everything else
+they read, such as masks and rotations, is shared by all layers.
 """
 
 from __future__ import annotations
@@ -25,37 +25,37 @@ __all__ = ["Opened", "Repetition"]
 
 
 class Opened(nn.Module):
-    """A graph some of whose tensors, those of these names, are arguments."""
+    """A module whose named tensors are arguments of `forward`."""
 
     def __init__(self, graph: nn.Module, names: Iterable[str]) -> None:
         super().__init__()
         self.inner, self.names = graph, [*names]
 
     def forward(self, tensors: tuple[Tensor, ...], *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """The tensors in the order of their names, and the graph's own inputs -> the graph's outputs."""
+        """The tensors in the order of their names, and the module's own inputs -> the module's outputs."""
         weights = dict(zip(self.names, tensors, strict=True))
         outputs: Tensor | tuple[Tensor, ...] = torch.func.functional_call(self.inner, weights, inputs)
         return outputs
 
 
 class _Template(NamedTuple):
-    """A traced layer in a graph."""
+    """A traced layer of a graph."""
 
     stream: ir.Value
     weights: list[ir.Value]
     cache: list[ir.Value]
-    """The graph's inputs that are this layer's."""
+    """The graph inputs that belong to this layer."""
     grown: list[ir.Value]
-    """The graph's outputs that are this layer's."""
+    """The graph outputs that belong to this layer."""
     end: ir.Value | None
-    """The stream behind the layer; None behind the last one."""
+    """The stream after the layer; None for the last layer."""
     nodes: list[ir.Node]
 
 
 class Repetition:
-    """Leaves in a trunk only the layers that are to be traced, and puts all of them into the graphs.
+    """Reduces a trunk to the layers to be traced, and restores all layers in the traced graphs.
 
-    The last layer is always traced, since graphs read fewer of its rows.
+    The last layer is always traced, because graphs need fewer of its rows.
     """
 
     def __init__(self, trunk: Trunk) -> None:
@@ -65,14 +65,14 @@ class Repetition:
         for i, kind in enumerate(kinds):
             first.setdefault(kind, i)
         self._like = [*(first[kind] for kind in kinds), len(kinds)]
-        """For each layer the one that is traced in its place."""
+        """For each layer, the index of the layer that is traced in its place."""
         self.traced = [*first.values(), len(kinds)]
         trunk.layers = nn.ModuleList(self._layers[i] for i in self.traced)
         trunk.windows = [trunk.windows[i] for i in self.traced]
         trunk.marked = True
 
     def weights(self) -> dict[str, Tensor]:
-        """The traced layers' weights by their names in a module around the trunk: a graph's first inputs."""
+        """Return the traced layers' weights, by their names in a module that has the trunk: a graph's first inputs."""
         return {
             f"trunk.layers.{place}.{name}": weight
             for place, i in enumerate(self.traced)
@@ -80,10 +80,10 @@ class Repetition:
         }
 
     def repeat(self, graph: ir.Graph) -> None:
-        """Put every layer into a graph as it was traced, and the weights as initializers.
+        """Restore every layer in a traced graph, with its weights as initializers.
 
-        An input or output whose name ends with a dot and a number belongs to that layer. These come after the others,
-        layer by layer.
+        An input or output whose name ends with a dot and a number belongs to that layer. These come last, layer by
+        layer.
         """
         templates = self._templates(graph)
         inputs = [value for value in graph.inputs[len(self.weights()) :] if _number(value) is None]
@@ -96,7 +96,7 @@ class Repetition:
             weights = [_initializer(f"trunk.layers.{i}.{name}", weight) for name, weight in _weights(self._layers[i])]
             for weight in weights:
                 graph.register_initializer(weight)
-            # The traced cache stays where it is: what serves all layers may read its size.
+            # The traced layer's cache inputs are kept, because nodes shared by all layers may read their size.
             cache = template.cache if i == like else [_numbered(ir.Value(), value, i) for value in template.cache]
             inputs += cache
             new = {template.stream: stream}
@@ -113,7 +113,7 @@ class Repetition:
         _tidy(graph)
 
     def _templates(self, graph: ir.Graph) -> dict[int, _Template]:
-        """The traced layers of a graph by their numbers."""
+        """Return the traced layers of a graph by number."""
         marks, given = _marks(graph), graph.inputs[: len(self.weights())]
         assert len(marks) == len(self.traced), "the tracer dropped a mark"
         templates = {}
@@ -127,7 +127,7 @@ class Repetition:
 
 
 def _kind(layer: Layer, window: int | None) -> Hashable:
-    """What is traced depends on this and on nothing else of a layer: all but the numbers in its weights."""
+    """Return everything about a layer that determines its trace, which is all but the values of its weights."""
     modules = (
         (name, type(module), frozenset((k, v) for k, v in vars(module).items() if not k.startswith("_")))
         for name, module in layer.named_modules()
@@ -146,13 +146,13 @@ def _marks(graph: ir.Graph) -> list[ir.Node]:
 
 
 def _number(value: ir.Value) -> int | None:
-    """Of the layer that an input or output belongs to."""
+    """Return the number of the layer that an input or output belongs to, if any."""
     _, _, number = str(value.name).rpartition(".")
     return int(number) if number.isdigit() and "." in str(value.name) else None
 
 
 def _numbered(value: ir.Value, like: ir.Value, number: int) -> ir.Value:
-    """Give a value the name, type and axes of another layer's."""
+    """Give a value the name, type and axes of another layer's value, with the new layer's number."""
     assert like.dtype is not None
     assert like.shape is not None
     name, _, _ = str(like.name).rpartition(".")
@@ -160,17 +160,17 @@ def _numbered(value: ir.Value, like: ir.Value, number: int) -> ir.Value:
 
 
 def _initializer(name: str, weight: Tensor) -> ir.Value:
-    """The weight itself, not a copy."""
+    """Make an initializer that refers to the weight without copying it."""
     tensor = ir.tensor(weight.detach(), name=name)
     return ir.Value(name=name, shape=ir.Shape(weight.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
 
 
 def _between(graph: ir.Graph, begins: Iterable[ir.Value], ends: Iterable[ir.Value]) -> list[ir.Node]:
-    """The nodes that depend on one of `begins` and that one of `ends` depends on."""
+    """Return the nodes on the paths from `begins` to `ends`."""
     reached: set[ir.Value | None] = {*begins}
     nodes, between = [], []
     for node in graph:
-        # The shape of an input is no layer's own: the inputs of all layers have the same.
+        # The shape of an input belongs to no layer: it is the same for the inputs of all layers.
         of_input = node.op_type == "Shape" and node.inputs[0] in graph.inputs
         if not of_input and not reached.isdisjoint(node.inputs):
             reached.update(node.outputs)
@@ -184,7 +184,7 @@ def _between(graph: ir.Graph, begins: Iterable[ir.Value], ends: Iterable[ir.Valu
 
 
 def _copies(nodes: Iterable[ir.Node], new: dict[ir.Value, ir.Value]) -> list[ir.Node]:
-    """The nodes once more with new values in place of some; what they compute is added to these."""
+    """Copy the nodes with the values in `new` replaced; their outputs are added to `new`."""
     copies = []
     for node in nodes:
         inputs = [None if value is None else new.get(value, value) for value in node.inputs]
@@ -196,7 +196,7 @@ def _copies(nodes: Iterable[ir.Node], new: dict[ir.Value, ir.Value]) -> list[ir.
 
 
 def _tidy(graph: ir.Graph) -> None:
-    """Remove what nothing reads, as the traced nodes, and do what an exporter does only with weights that it knows."""
+    """Remove unused nodes, such as the traced ones, and merge duplicates that the exporter could not see."""
     for graph_pass in (
         common.RemoveUnusedNodesPass(),
         common.DeduplicateInitializersPass(),

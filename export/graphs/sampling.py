@@ -1,9 +1,8 @@
-"""Sampling as ONNX subgraphs: a counter-based random generator in integer operators, and one draw from the logits.
+"""Sampling as ONNX subgraphs: a counter-based random number generator in integer operators, and a draw from logits.
 
-A random number depends on the seed, the prompt's tokens, the token's position in its candidate and the candidate's
-number, and on nothing else: the same tokens come out in every runtime, for any batch that a prompt sits in, and N = 8
-gives the first 8 candidates of N = 16. Counters are mixed with the finalizer of MurmurHash3 (Appleby, 2011), a
-bijection of 32 bits.
+A random number depends only on the seed, the prompt's tokens, the token's position in its candidate and the candidate's
+number. So every runtime draws the same tokens, whatever batch the prompt is in, and N = 8 draws the first 8 candidates
+of N = 16. Counters are mixed with the finalizer of MurmurHash3 (Appleby, 2011), a bijection on 32 bits.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from onnxscript.values import Opset
 
 __all__ = ["FUNCTIONS", "draw_token", "prompt_stream", "random_uniform"]
 
-# The operators' type variables are too narrow for values that onnxscript infers.
+# Any, because the operators' type variables are too narrow for the values that onnxscript infers.
 op: Any = opset18
 this: Any = Opset("bonnx", 1)
 
@@ -32,11 +31,11 @@ def mix(x):  # type: ignore[no-untyped-def]
 
 @script(this, default_opset=opset18)
 def prompt_stream(input_ids, attention_mask, seed):  # type: ignore[no-untyped-def]
-    """A stream of random numbers for each prompt: ids, mask (B, P) and seed, int64 -> (B) int64, 32 bits of it."""
+    """The key of each prompt's random stream: ids, mask (B, P) and seed, int64 -> (B) int64 below 2**32."""
     zero = op.Constant(value_int=0)
     word = op.Constant(value_int=4294967296)
     axis = op.Constant(value_ints=[1])
-    # `Mod` takes the sign of the divisor, so a negative seed has its own two words.
+    # The result of `Mod` has the divisor's sign, so negative seeds map to words of their own.
     low = op.Mod(seed, word)
     high = op.Mod(op.Div(op.Sub(seed, low), word), word)
     start = mix(op.Add(op.Cast(high, to=12), op.Cast(op.Constant(value_int=0x9E3779B9), to=12)))
@@ -44,7 +43,7 @@ def prompt_stream(input_ids, attention_mask, seed):  # type: ignore[no-untyped-d
     real = op.Cast(op.Greater(attention_mask, zero), to=7)
     places = op.CumSum(real, op.Constant(value_int=1))
     tokens = op.Add(op.Cast(input_ids, to=12), mix(op.Cast(places, to=12)))
-    # A sum over the prompt's tokens: padding adds nothing, wherever it stands.
+    # A sum over the prompt's tokens, to which padding adds nothing on either side.
     hashed = op.Mul(op.Cast(mix(tokens), to=7), real)
     total = op.Cast(op.Mod(op.ReduceSum(hashed, axis, keepdims=0), word), to=12)
     return op.Cast(mix(op.BitwiseXor(total, start)), to=7)
@@ -63,14 +62,14 @@ def random_uniform(stream, position, candidates):  # type: ignore[no-untyped-def
 
 @script(this, default_opset=opset18)
 def draw_from_likely(probabilities, log_all, point, top_k, share):  # type: ignore[no-untyped-def]
-    """The token of each row among those that top-k and top-p keep.
+    """Draw one token of each row among those that top-k and top-p keep.
 
     Args:
         probabilities: (N, B, V) float32, at the temperature.
-        log_all: (N, B, V) float32, which order the tokens.
-        point: (N, B, 1) float32 in [0, 1), where the cumulative distribution is cut.
+        log_all: (N, B, V) float32, the log-probabilities by which tokens are ordered.
+        point: (N, B, 1) float32 in [0, 1), where the cumulative distribution is inverted.
         top_k: int64 scalar; 0 keeps all.
-        share: float32 scalar in (0, 1], of `top_p`.
+        share: float32 scalar in (0, 1], the probability of `top_p`.
 
     Returns:
         (N, B, 1) int64.
@@ -80,15 +79,15 @@ def draw_from_likely(probabilities, log_all, point, top_k, share):  # type: igno
     last = op.Constant(value_ints=[-1])
     by_rank = op.Greater(top_k, op.Constant(value_int=0))
     size = op.Shape(probabilities, start=2)
-    # Tokens less likely than (1 - share) / V hold less than 1 - share together, so none of them is kept; half of it
-    # leaves room for rounding.
+    # Tokens less likely than (1 - share) / V sum to less than 1 - share, so none of them is kept; half of that bound
+    # leaves a margin for rounding.
     floor = op.Div(op.Mul(op.Sub(one, share), op.Constant(value_float=0.5)), op.Cast(size, to=1))
     likely = op.ReduceSum(op.Cast(op.GreaterOrEqual(probabilities, floor), to=1), last, keepdims=0)
     most = op.Max(op.Cast(op.ReduceMax(likely, keepdims=0), to=7), op.Constant(value_int=1))
     kept_count = op.Min(op.Where(by_rank, top_k, most), size)
     _, order = op.TopK(log_all, kept_count, axis=-1)
     by_size = op.GatherElements(probabilities, order, axis=2)
-    # Among the k best, probabilities are taken anew; without a k those left out count as they are.
+    # With top-k, probabilities are renormalized over the k tokens; otherwise they stay as they are.
     by_size = op.Div(by_size, op.Where(by_rank, op.ReduceSum(by_size, last, keepdims=1), one))
     before = op.CumSum(by_size, op.Constant(value_int=2), exclusive=1)
     inside = op.Where(op.Or(op.Less(before, share), op.GreaterOrEqual(share, one)), by_size, zero_real)
@@ -100,9 +99,10 @@ def draw_from_likely(probabilities, log_all, point, top_k, share):  # type: igno
 
 @script(this, default_opset=opset18)
 def draw_from_all(probabilities, point):  # type: ignore[no-untyped-def]
-    """The token of each row among all: probabilities (N, B, V) and point (N, B, 1) float32 -> (N, B, 1) int64.
+    """Draw one token of each row: probabilities (N, B, V) and point (N, B, 1) float32 -> (N, B, 1) int64.
 
-    First the block of 128 tokens, then the token in it: a running sum over the whole vocabulary is slow.
+    It finds the block of 128 tokens first and then the token in it, because a cumulative sum over the whole vocabulary
+    is slow.
     """
     zero_real = op.Constant(value_float=0.0)
     last = op.Constant(value_ints=[-1])
@@ -115,10 +115,10 @@ def draw_from_all(probabilities, point):  # type: ignore[no-untyped-def]
     goal = op.Mul(point, op.Gather(up_to, last, axis=2))
     number = op.Cast(op.ReduceSum(op.Cast(op.LessOrEqual(up_to, goal), to=1), last, keepdims=1), to=7)
     own_sum = op.GatherElements(block_sums, number, axis=2)
-    # Rounding may leave less than nothing, which would take a first token without any probability.
+    # Rounding may make this negative, which would select a first token of probability 0.
     rest = op.Max(op.Sub(goal, op.Sub(op.GatherElements(up_to, number, axis=2), own_sum)), zero_real)
     within = op.CumSum(op.GatherND(blocks, number, batch_dims=2), op.Constant(value_int=2))
-    # The block's own sum may round below what is left: then it is the last token that has any probability.
+    # The sum of the block may round below the remainder; then the last token of nonzero probability is selected.
     end = op.ReduceSum(op.Cast(op.Less(within, op.Gather(within, last, axis=2)), to=1), last, keepdims=1)
     offset = op.ReduceSum(op.Cast(op.LessOrEqual(within, rest), to=1), last, keepdims=1)
     return op.Add(op.Mul(number, width), op.Cast(op.Min(offset, end), to=7))
@@ -126,28 +126,28 @@ def draw_from_all(probabilities, point):  # type: ignore[no-untyped-def]
 
 @script(this, default_opset=opset18)
 def draw_token(logits, uniform, temperature, top_k, top_p):  # type: ignore[no-untyped-def]
-    """One token of each row by inverting the cumulative distribution.
+    """Draw one token of each row by inverting the cumulative distribution.
 
     Args:
         logits: (N, B, V) float32.
         uniform: (N, B) float32 in [0, 1).
-        temperature: float32 scalar; below 1e-5, or NaN, it takes the most likely token.
+        temperature: float32 scalar; below 1e-5, or NaN, the most likely token is selected.
         top_k: int64 scalar; 0 keeps all.
-        top_p: float32 scalar in (0, 1]; the smallest set of most likely tokens with that probability is kept: one at
-            least, whatever is given.
+        top_p: float32 scalar in (0, 1]; keeps the smallest set of most likely tokens that has at least this
+            probability, and always at least one token.
 
     Returns:
-        tokens (N, B) int64 and their log-probabilities (N, B) float32 by the model itself, at temperature 1 and
-        unfiltered; NaN where logits that are NaN or infinite make no distribution, and then the token is any.
+        tokens (N, B) int64 and their log-probabilities (N, B) float32 at temperature 1, before top-k and top-p. Where
+        NaN or infinite logits define no distribution, the log-probability is NaN and the token arbitrary.
     """
     last = op.Constant(value_ints=[-1])
     log_all = op.LogSoftmax(logits, axis=-1)
-    # Not `Less`: NaN is greedy, too.
+    # Not `Less`, so that NaN is greedy too.
     greedy = op.Not(op.GreaterOrEqual(temperature, op.Constant(value_float=1e-5)))
     if greedy:
         token = op.Cast(op.ArgMax(logits, axis=-1, keepdims=1), to=7)
     else:
-        # By infinity, the logarithm of no probability would become NaN.
+        # Divided by infinity, the log-probability -inf would become NaN.
         finite = op.Min(temperature, op.Constant(value_float=3.4028234663852886e38))
         probabilities = op.Softmax(op.Div(log_all, finite), axis=-1)
         point = op.Unsqueeze(uniform, last)

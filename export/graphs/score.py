@@ -1,4 +1,4 @@
-"""`score`: whole rows, every position rated."""
+"""The `score` graph: a score for every position of whole rows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["ScoreGraph"]
 
 
 class ScoreGraph(nn.Module):
-    """Rows of tokens with a padding mask -> backbone and scores, as the network gives them."""
+    """Rows of tokens with a padding mask -> the network's backbone and scores."""
 
     def __init__(self, trunk: Trunk) -> None:
         super().__init__()

@@ -1,11 +1,11 @@
-"""Best-of-N as an ONNX subgraph: mask, aggregate, and choose as `vote.py` says. Part of every graph that scores.
+"""Best-of-N as an ONNX subgraph, part of every graph that scores: mask, aggregate, and select as in `vote.py`.
 
-Rules: padding never counts; a candidate with no tokens never wins and its score is NaN.
+Padding never counts. A candidate without tokens never wins, and its score is NaN.
 
-The aggregation is chosen at run time: `aggregation` is an index into `AGGREGATIONS`, and `step_mask` limits it to
-the positions where a step ends (Lightman et al., 2023, and Snell et al., 2024, compare the forms); a single 1 reads
-every position. A candidate in which no step ends is read at its last token. All are plain inputs: ONNX Runtime's
-JavaScript cannot override an initial value.
+The aggregation is chosen at run time: `aggregation` is an index into `AGGREGATIONS`, and `step_mask` restricts it to
+the positions where a step ends (Lightman et al., 2023, and Snell et al., 2024, compare the variants); a single 1
+selects every position. If no step ends in a candidate, its last token counts. All are plain inputs without defaults,
+because ONNX Runtime's JavaScript API cannot override an initializer.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from .vote import best_of_n, elect, share
 
 __all__ = ["FUNCTIONS", "aggregate", "append_selection", "plain_selection"]
 
-# The operators' type variables are too narrow for values that onnxscript infers.
+# Any, because the operators' type variables are too narrow for the values that onnxscript infers.
 op: Any = opset18
 
 
 @script(default_opset=opset18)
 def aggregate(scores, mask, step_mask, aggregation):  # type: ignore[no-untyped-def]
-    """A candidate's scores become one.
+    """Reduce each candidate's scores to one.
 
     Args:
         scores: (N, B, T) float32.
@@ -44,13 +44,13 @@ def aggregate(scores, mask, step_mask, aggregation):  # type: ignore[no-untyped-
     high = op.Constant(value_float=float("inf"))
     zero = op.Constant(value_float=0.0)
     one = op.Constant(value_float=1.0)
-    # Not -1: over an axis of size 0, ONNX Runtime before 1.32 leaves that axis in place.
+    # Not -1: for an axis of size 0, ONNX Runtime before 1.32 then keeps the axis.
     last_axis = op.Constant(value_ints=[2])
     zero_index = op.Constant(value_int=0)
 
     real = op.Greater(mask, zero_index)
     ends = op.And(real, op.Greater(step_mask, zero_index))
-    # Positions 1..T, 0 where nothing is read: the maximum is the last.
+    # Positions 1..T, and 0 where nothing is read, so that the maximum is the last position.
     places = op.CumSum(op.Cast(op.Or(real, op.Not(real)), to=1), op.Constant(value_int=2))
     last_token = op.ReduceMax(op.Where(real, places, zero), last_axis, keepdims=1)
     last_end = op.ReduceMax(op.Where(ends, places, zero), last_axis, keepdims=1)
@@ -58,7 +58,7 @@ def aggregate(scores, mask, step_mask, aggregation):  # type: ignore[no-untyped-
     last_place = op.Where(has_ends, last_end, last_token)
     is_last = op.And(real, op.Equal(places, last_place))
     several = op.And(has_ends, op.Not(op.Equal(aggregation, zero_index)))
-    # Where on booleans is missing from ONNX Runtime.
+    # ONNX Runtime lacks Where on booleans.
     read = op.Or(op.And(several, ends), op.And(op.Not(several), is_last))
 
     count = op.ReduceSum(op.Cast(read, to=1), last_axis, keepdims=0)
@@ -83,12 +83,12 @@ def append_selection(
     """Append aggregation and vote to a graph in place.
 
     Args:
-        graph: it gets the inputs `step_mask`, `aggregation`, `answer_ids` and `vote`, and the outputs
+        graph: receives the inputs `step_mask`, `aggregation`, `answer_ids` and `vote`, and the outputs
             `candidate_scores`, `best_index` and `group_scores`.
-        builder: collects the nodes that are appended to the graph; it may hold some already.
+        builder: collects the nodes to append; it may already hold some.
         scores: (N, B, T) float32.
         mask: (N, B, T) int64.
-        vote_weight: of `Scoring`.
+        vote_weight: as in `Scoring`.
     """
     step_mask = ir.val("step_mask", ir.DataType.INT64, ["step_candidates", "step_batch", "step_length"])
     answer_ids = ir.val("answer_ids", ir.DataType.INT64, ["answer_candidates", "answer_batch"])
@@ -105,6 +105,6 @@ def append_selection(
 
 
 def plain_selection() -> dict[str, NDArray[np.int64]]:
-    """What to feed for best-of-N at the last position: every step, `last`, no vote."""
+    """Return the feeds for best-of-N by the last position's score: every position, `last`, no vote."""
     names = {"step_mask": np.ones((1, 1, 1), np.int64), "answer_ids": np.full((1, 1), -1)}
     return names | {"aggregation": np.array(0), "vote": np.array(0)}

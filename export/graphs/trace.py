@@ -1,4 +1,4 @@
-"""PyTorch modules become ONNX graphs with named dynamic axes; selection and sampling are written around them."""
+"""Trace PyTorch modules to ONNX graphs with named dynamic axes, and add selection and sampling around them."""
 
 from __future__ import annotations
 
@@ -32,33 +32,33 @@ from .selection import append_selection
 __all__ = ["DEFAULT_OPSET", "OPSETS", "trace_graphs"]
 
 DEFAULT_OPSET = 23
-# From 23 on, ONNX has RMSNormalization and RotaryEmbedding; at 18 both are decomposed.
+# ONNX has RMSNormalization and RotaryEmbedding from opset 23 on; at 18 both are decomposed.
 OPSETS = (18, 23)
 
 
 class _Traced(NamedTuple):
-    """What is traced, and how."""
+    """The trunk to trace, and how."""
 
     trunk: Trunk
     opset: int
     repetition: Repetition | None
-    """None: the trunk has all of its layers."""
+    """None if the trunk has all of its layers."""
 
     @property
     def layers(self) -> Sequence[int]:
-        """The layers that are traced."""
+        """The numbers of the layers that are traced."""
         return range(self.trunk.config.num_layers) if self.repetition is None else self.repetition.traced
 
 
 def trace_graphs(
     model: LanguageModel | TwoHeadedNetwork, scoring: Scoring, *, opset: int = DEFAULT_OPSET, whole: bool = False
 ) -> Iterator[tuple[str, ir.Model]]:
-    """The graphs of a model in inference mode by their names, weights inside: `score` and `rank`.
+    """Yield the graphs of a model in inference mode by name, weights included: `score` and `rank`.
 
-    Of a model with a vocabulary head also `generate`, `prefill` and `decode`. One after the other, so that what is
-    written need not stay in memory.
+    A model with a vocabulary head also has `generate`, `prefill` and `decode`. The graphs are made one at a time, so
+    that those already written need not stay in memory.
 
-    With `whole` every layer is traced, though most are like another one: for tests.
+    With `whole`, which is for tests, every layer is traced, even if it is like another one.
     """
     functions = [*sampling.FUNCTIONS, *selection.FUNCTIONS]
     for name, graph in _graphs(model, scoring, opset, whole):
@@ -77,8 +77,8 @@ def _graphs(
     if isinstance(model, LanguageModel) and model.config.vocabulary_head:
         head = VocabularyHead(model)
         prompt_pass, token_pass = _trace_prompt_pass(traced, head), _trace_token_pass(traced, head)
-        ours = (widened(prompt_pass.clone(), ir.DataType.FLOAT16), widened(token_pass.clone(), ir.DataType.FLOAT16))
-        yield "generate", generate_graph(*ours, trunk.config, scoring.pad_token)
+        passes = (widened(prompt_pass.clone(), ir.DataType.FLOAT16), widened(token_pass.clone(), ir.DataType.FLOAT16))
+        yield "generate", generate_graph(*passes, trunk.config, scoring.pad_token)
         yield "prefill", prefill_graph(prompt_pass)
         yield "decode", decode_graph(token_pass)
 
@@ -88,7 +88,7 @@ def _example(*shape: int, width: int | None = None) -> Tensor:
 
 
 def _trace_score(traced: _Traced, width: int | None, scoring: Scoring) -> ir.Graph:
-    # Sizes that no other axis has: equal ones would be taken for the same axis, and 1 for a constant.
+    # All sizes differ and none is 1: the tracer takes equal sizes for the same axis, and 1 for a constant.
     examples = {"input_ids" if width is None else "inputs_embeds": _example(6, 5, width=width)}
     examples["attention_mask"] = torch.ones(6, 5, dtype=torch.int64)
     rows = ["rows", "sequence"]
@@ -146,7 +146,7 @@ def _trace_token_pass(traced: _Traced, head: VocabularyHead) -> ir.Graph:
 
 
 def _cache_axes(layers: Iterable[int], *, own: bool) -> Iterator[tuple[str, list[str | None]]]:
-    """Names of the cache's tensors, layer by layer, and their dynamic axes; None is a fixed one."""
+    """Yield the names of the cache's tensors, layer by layer, and their dynamic axes; None is a fixed axis."""
     for i in layers:
         yield f"prompt_key.{i}", ["batch", None, None, "prompt_length + 1"]
         yield f"prompt_value.{i}", ["batch", None, "prompt_length + 1"]
@@ -162,7 +162,7 @@ def _trace(
     axes: Sequence[Sequence[str | None]],
     outputs: dict[str, Sequence[str | None]],
 ) -> ir.Graph:
-    """Trace with the named axes dynamic; an axis without a name, or beyond `axes`, is of fixed size."""
+    """Trace a module. Named axes are dynamic; an axis without a name, or not listed in `axes`, has a fixed size."""
     shapes = tuple({i: torch.export.Dim.DYNAMIC for i, name in enumerate(names) if name} for names in axes)
     weights = {} if traced.repetition is None else traced.repetition.weights()
     with _quiet(), _fast(), torch.no_grad():
@@ -192,7 +192,7 @@ def _trace(
         traced.repetition.repeat(graph)
     widened(graph, ir.DataType.BFLOAT16)
     _keep_fusable(graph)
-    # What the tracer noted about inner values and their places in the source is of no use to a runtime.
+    # The tracer's metadata about intermediate values and source locations is useless to a runtime.
     graph.metadata_props.clear()
     for node in graph:
         node.metadata_props.clear()
@@ -224,9 +224,9 @@ def _fast() -> Iterator[None]:
 
 
 def _keep_fusable(graph: ir.Graph) -> None:
-    """Multiply the scales of 8-bit products by a one that is not a constant.
+    """Multiply the scales of 8-bit products by a 1 that is computed in the graph.
 
-    ONNX Runtime makes one kernel of a product, its scale and its bias only where the scale is computed in the graph.
+    ONNX Runtime fuses a product, its scale and its bias into one kernel only if the scale is not a constant.
     """
     products = [node for node in graph if node.op_type == "MatMulInteger"]
     if not products:
@@ -245,7 +245,7 @@ def _keep_fusable(graph: ir.Graph) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter reports operators of packages that are not installed; nothing there concerns our users."""
+    """Silence the exporter's reports about operators of packages that are not installed."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

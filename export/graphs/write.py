@@ -1,4 +1,4 @@
-"""Write graphs as files that share one file of weights."""
+"""Write graphs as files that share one weights file."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from bonnx.runtime.artifact.manifest import Graph, Value
 
 __all__ = ["write_graphs"]
 
-# Smaller tensors stay in the graph: a program that reads shapes needs no second file, and pages stay aligned.
+# Smaller tensors stay in the graph, so that a program that only reads shapes needs no second file. Alignment in bytes.
 _EXTERNAL_FROM, _ALIGNMENT = 1024, 64
 
 
 def write_graphs(models: Iterable[tuple[str, ir.Model]], folder: Path, suffix: str) -> dict[str, Graph]:
-    """Write every graph as `onnx/NAME{suffix}.onnx`, and equal tensors once for all of them.
+    """Write every graph as `onnx/NAME{suffix}.onnx`; equal tensors are stored once.
 
     Args:
-        models: names and graphs, each of which is freed before the next one is made.
-        folder: the artifact's.
-        suffix: of the files' names, which tells the precision.
+        models: names and graphs; each graph is freed before the next one is made.
+        folder: the artifact's folder.
+        suffix: denotes the precision in file names.
 
     Returns:
-        What the manifest says of each graph, by its name.
+        The manifest's entry for each graph, by name.
     """
     (folder / "onnx").mkdir()
     graphs, places = {}, dict[str, tuple[int, int]]()
@@ -40,7 +40,7 @@ def write_graphs(models: Iterable[tuple[str, ir.Model]], folder: Path, suffix: s
                     continue
                 array = tensor.numpy()
                 shape = ir.Shape(array.shape)
-                # The bytes themselves, without a copy where they are contiguous.
+                # Views the bytes without a copy if they are contiguous.
                 data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
                 digest = hashlib.sha256(data).hexdigest()
                 if digest not in places:
@@ -56,7 +56,7 @@ def write_graphs(models: Iterable[tuple[str, ir.Model]], folder: Path, suffix: s
             inputs, outputs = ([_value(v) for v in values] for values in (model.graph.inputs, model.graph.outputs))
             opset = model.graph.opset_imports[""]
             graphs[name] = Graph(file=file, opset=opset, inputs=inputs, outputs=outputs)
-            # Freed before the next one is traced.
+            # Free the graph before the next one is traced.
             del model
     return graphs
 

@@ -1,1 +1,1 @@
-"""Weights of 16, 8 and 4 bits, in PyTorch and as products of the graphs."""
+"""16-, 8- and 4-bit weights, in PyTorch and in the graphs' matrix products."""

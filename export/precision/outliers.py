@@ -1,8 +1,8 @@
-"""Features so large that 8 bits, which must reach them, leave the others nothing.
+"""Find features so large that an 8-bit range covering them leaves the other features no resolution.
 
-Trained networks may have a few features of the residual stream that are thousands of times larger than the others, and
-norms whose weights make them small again (massive activations, Sun et al., 2024). Running the network on random inputs
-finds them, and their products stay float32 (LLM.int8(), Dettmers et al., 2022). Many networks have none.
+In a trained network, a few features of the residual stream may be thousands of times larger than the others, with norm
+weights that scale them back down (massive activations, Sun et al., 2024). Running the network on random inputs finds
+them, and their products stay float32 (LLM.int8(), Dettmers et al., 2022). Many networks have none.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from bonnx.models.network import LanguageModel, TwoHeadedNetwork
 
 __all__ = ["SplitLinear", "find_outliers"]
 
-# Times the root mean square of a row's other features. Of the inputs of a norm, which beside such a feature have about
-# one of 127 steps; and of the products that follow no norm, whose range is that of each row. Those lose the most: on
-# SmolLM2 at int8, the inputs of `down` cost more than all others together.
+# Limits, as multiples of the root mean square of a row's other features. The first is for the inputs of norms: beyond
+# it, the other features span about one of 127 levels. The second is for products that do not follow a norm and have one
+# scale per row. Those lose the most: on SmolLM2 at int8, the inputs of `down` cost more than all others together.
 _FAR, _FAR_IN_ROW = 100.0, 50.0
 _ROWS, _LENGTH = 4, 64
 
 
 class SplitLinear(nn.Module):
-    """A linear layer of fewer bits, but for its outliers.
+    """A quantized linear layer whose outlier inputs stay float32.
 
     Args:
         linear: the layer.
-        outliers: (K,) int64, which of its inputs.
-        fewer_bits: makes the layer for the others.
+        outliers: (K,) int64, the indices of the outlier inputs.
+        fewer_bits: makes the quantized layer for the other inputs.
     """
 
     def __init__(self, linear: nn.Linear, outliers: Tensor, fewer_bits: Callable[[nn.Linear], nn.Module]) -> None:
@@ -52,11 +52,11 @@ class SplitLinear(nn.Module):
 
 
 def find_outliers(model: LanguageModel | TwoHeadedNetwork, seed: int = 0) -> dict[nn.Module, Tensor]:
-    """For the norms and linear layers of the blocks: which of their inputs (K,) int64 are outliers, K often 0."""
+    """Return the indices (K,) int64 of outlier inputs for each norm and linear layer of the blocks; K is often 0."""
     network = model.network if isinstance(model, LanguageModel) else model
     outliers: dict[nn.Module, Tensor] = {}
 
-    def look(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def inspect(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         outliers[module] = _far(inputs[0].flatten(0, -2), _FAR_IN_ROW if module in in_row else _FAR)
 
     watched: list[nn.Module] = []
@@ -64,7 +64,7 @@ def find_outliers(model: LanguageModel | TwoHeadedNetwork, seed: int = 0) -> dic
     for block in network.layers():
         watched += [block.attention_norm, block.attention.q_proj, block.attention.out_proj]
         watched += [block.ffn_norm, block.ffn.gate, block.ffn.down]
-    hooks = [module.register_forward_pre_hook(look) for module in watched]
+    hooks = [module.register_forward_pre_hook(inspect) for module in watched]
     generator = torch.Generator().manual_seed(seed)
     try:
         with torch.no_grad():
@@ -77,14 +77,14 @@ def find_outliers(model: LanguageModel | TwoHeadedNetwork, seed: int = 0) -> dic
         for hook in hooks:
             hook.remove()
     for block in network.layers():
-        # These read what others read.
+        # These layers have the same inputs as the ones inspected.
         outliers |= dict.fromkeys((block.attention.k_proj, block.attention.v_proj), outliers[block.attention.q_proj])
         outliers[block.ffn.up] = outliers[block.ffn.gate]
     return outliers
 
 
 def _far(x: Tensor, limit: float) -> Tensor:
-    """Rows (M, in) -> indices beyond a limit, at most one of 16 features and the farthest of them."""
+    """Rows (M, in) -> indices of features beyond a limit; at most one feature in 16, the largest first to be kept."""
     size, most = x.shape[1], max(1, x.shape[1] // 16)
     ordinary = x.square().sort(1).values[:, : max(1, size - most)].mean(1, keepdim=True).sqrt().clamp(min=1e-30)
     distance, order = (x.abs() / ordinary).amax(0).topk(min(most, size))

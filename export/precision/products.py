@@ -25,7 +25,7 @@ __all__ = [
 
 
 def product(linear: nn.Module, scale: float = 1.0) -> nn.Module:
-    """What computes `scale` times a layer."""
+    """Return the module that computes `scale` times a layer in a graph."""
     if isinstance(linear, SplitLinear):
         return SplitProduct(linear, scale)
     if isinstance(linear, Linear16):
@@ -56,7 +56,7 @@ class Product32(_Biased):
 
     def __init__(self, linear: nn.Linear, scale: float = 1.0) -> None:
         super().__init__(linear.bias, scale)
-        # A view, where it can be: what is written is laid out tensor by tensor.
+        # A view if possible, which needs no memory; it is made contiguous when it is written.
         self.weight = _fixed((linear.weight if scale == 1.0 else linear.weight * scale).T)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -65,19 +65,19 @@ class Product32(_Biased):
 
 
 class Product16(_Biased):
-    """`Linear16`: products of 16 bits; where these are unavailable, `widen.py` turns them into products of float32.
+    """`Linear16`: 16-bit products, which `widen.py` turns into float32 products where these are unavailable.
 
-    Rows without a bound are divided by their largest value. Their products with any weights then sum up to no more
-    than these weights do, and `Linear16` has seen to it that float16 holds that.
+    Rows without a bound are divided by their largest magnitude. Their products then sum to no more than the absolute
+    weights of an output do, and `Linear16` has scaled these so that float16 can hold that sum.
 
-    Weights that an embedding reads too are `shared`: left as (out, in) in the file.
+    `shared` weights, which an embedding reads too, stay (out, in) in the file.
     """
 
     def __init__(self, linear: Linear16, scale: float = 1.0, *, shared: bool = False) -> None:
         super().__init__(linear.bias, scale)
         self.shared = shared
         self.weight = linear.weight if shared else _fixed(linear.weight.T)
-        # Not multiplied into the weights, which would be rounded once more.
+        # Not folded into the weights, which would round them again.
         self.scale, self.bounded = linear.scale * scale, linear.bounded
 
     def forward(self, x: Tensor) -> Tensor:
@@ -95,16 +95,16 @@ class Product16(_Biased):
 
 
 class Product8(_Biased):
-    """`Linear8`, on rows that are float32, or already uint8 from `QuantizedNorm`.
+    """`Linear8`, for rows that are float32, or uint8 from `QuantizedNorm`.
 
-    Weights that an embedding reads too are `shared`: left as (out, in) in the file, and transposed once at loading.
+    `shared` weights, which an embedding reads too, stay (out, in) in the file and are transposed once at loading.
     """
 
     def __init__(self, linear: Linear8, scale: float = 1.0, *, shared: bool = False) -> None:
         super().__init__(linear.bias, scale)
         self.shared = shared
         self.weight = linear.weight if shared else _fixed(linear.weight.T)
-        # Rows without a fixed range are divided by their largest value, so a step is 1/127 of it.
+        # Rows without a fixed range are divided by their largest magnitude, so their scale is 1/127.
         step = NORMED_STEP if linear.normed else 1 / 127
         self.scale = _fixed(linear.scale * (scale * step))
         self.step, self.zero = _fixed(torch.tensor(step)), _fixed(torch.tensor(128, dtype=torch.uint8))
@@ -122,7 +122,7 @@ class Product8(_Biased):
 
 
 class Product4(_Biased):
-    """`Linear4`, by ONNX Runtime's own operator: the standard has none that computes on 4 bits."""
+    """`Linear4`, with an operator of ONNX Runtime: standard ONNX has none that computes with 4 bits."""
 
     def __init__(self, linear: Linear4, scale: float = 1.0) -> None:
         super().__init__(linear.bias, scale)
@@ -132,7 +132,7 @@ class Product4(_Biased):
     def forward(self, x: Tensor) -> Tensor:
         """(M, in) -> (M, out)."""
         out = self.packed.shape[0]
-        # Level 4 allows 8-bit inputs.
+        # Accuracy level 4 allows 8-bit inputs.
         attributes = {"K": self.width, "N": out, "bits": 4, "block_size": BLOCK, "accuracy_level": 4}
         inputs = (x, self.packed, self.scale, *([] if self.bias is None else [None, None, self.bias]))
         return _node("com.microsoft::MatMulNBits", inputs, torch.float32, (x.shape[0], out), attributes)
@@ -153,7 +153,7 @@ class SplitProduct(nn.Module):
 
 
 class QuantizedNorm(nn.Module):
-    """A norm whose output feeds `Product8`s: (M, D) -> (M, D) uint8, 128 means 0."""
+    """A norm whose output feeds `Product8`s: (M, D) -> (M, D) uint8 with zero point 128."""
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
@@ -168,7 +168,7 @@ class QuantizedNorm(nn.Module):
 class VocabularyHead(nn.Module):
     """Backbone (M, D) -> logits (M, V).
 
-    `Gemm` reads the weight as (V, D), so that a tied embedding is stored once and nothing is transposed at every step.
+    `Gemm` reads the weight as (V, D), so that a tied embedding is stored once and never transposed at run time.
     """
 
     def __init__(self, model: LanguageModel) -> None:

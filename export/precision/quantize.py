@@ -1,18 +1,19 @@
-"""Fewer bits: a network whose weights have 16, 8 or 4 of them, in PyTorch, as the graphs compute it.
+"""Quantization: a network with 16-, 8- or 4-bit weights in PyTorch, computed as the graphs compute it.
 
-fp16 and bf16: the weights of the products are rounded, nothing else is.
+fp16 and bf16: only the weights of matrix products are rounded.
 
-int8: weights have a scale for each output. The inputs of the products after a norm have one fixed range, since
-`rotate.py` has made them alike; those of the other products a range of their own for each row. So no row's numbers
-depend on the other rows, and a candidate's score is the same in any batch.
+int8: weights have one scale per output. The inputs of products after a norm have one fixed range, because `rotate.py`
+gives their features the same distribution; the inputs of other products have one scale per row. No row's result
+depends on other rows, so a candidate's score is the same in any batch.
 
-int4: weights have a scale for each 32 inputs of each output, and rows one for each 32 inputs. The products that lose
-the most by it, of keys and values and at the end of each feed-forward, have 8 bits, with a range for each row.
+int4: weights have one scale per output and block of 32 inputs; inputs have one scale per row and block of 32. The
+products that lose the most accuracy (keys, values, and the last product of each feed-forward network) use 8 bits, with
+one scale per row.
 
 In both, inputs that `outliers.py` finds too large for 8 bits stay float32, and so do their weights.
 
-The embedding and the vocabulary head have the weights of the other products, at int4 those of int8, stored once if they
-are tied. The norms, the attention and the scorer stay float32.
+The embedding and the vocabulary head are quantized like the other products, or to int8 at int4, and stored once if they
+are tied. Norms, attention and scorer stay float32.
 """
 
 from __future__ import annotations
@@ -44,18 +45,18 @@ __all__ = [
     "table",
 ]
 
-# 127 steps reach 4.5 standard deviations: of a normal distribution 7 values in a million lie beyond and are cut.
+# 127 quantization levels reach 4.5 standard deviations; 7 in a million values of a normal distribution are clipped.
 NORMED_STEP = 4.5 / 127
 BLOCK = 32
-# In place of a range of nothing, which nothing can be divided by.
+# Replaces a scale of 0, by which nothing can be divided.
 LEAST = 1e-30
-# Rows that are rounded at a time; and weights from which a layer keeps no float32 copy of them.
+# Rows that are rounded at a time; number of weights from which a layer keeps no float32 copy.
 _ROWS, _LARGE = 4096, 2**21
-# At int4 these have 8 bits, as they lose the most: on SmolLM2 that halves the divergence from float32.
+# At int4 these use 8 bits, because they lose the most accuracy: on SmolLM2 this halves the divergence from float32.
 _EIGHT_OF_FOUR = ("k_proj", "v_proj", "down")
 _HALVES: dict[str, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16}
-# Half of the largest number of float16; a largest weight below which the others may be too small for it; and what an
-# output's weights then sum up to.
+# Half of float16's maximum; the maximum weight below which smaller ones may underflow float16; and what an output's
+# weights are then scaled to sum to.
 _HALF_RANGE, _HALF_SMALL, _HALF_SUM = 2.0**15, 2.0**-8, 2.0**8
 
 
@@ -65,7 +66,7 @@ class Linear16(nn.Module):
     Args:
         linear: the layer.
         dtype: float16 or bfloat16.
-        norm: what gives its inputs, if that is a norm.
+        norm: the norm that produces its inputs, if any.
     """
 
     def __init__(self, linear: nn.Linear, dtype: torch.dtype, norm: nn.Module | None = None) -> None:
@@ -73,7 +74,7 @@ class Linear16(nn.Module):
         weight = linear.weight.detach()
         largest, total = float(weight.abs().max()), float(weight.abs().sum(1).max())
         self.scale = 1.0
-        """A power of two, by which the weights are to be multiplied; 1 unless float16 cannot hold them."""
+        """A power of two by which the stored weights must be multiplied; 1 unless float16 cannot hold the originals."""
         if dtype == torch.float16 and (total > _HALF_RANGE or 0 < largest < _HALF_SMALL):
             aim = _HALF_RANGE if total > _HALF_RANGE else _HALF_SUM
             self.scale = 2.0 ** math.ceil(math.log2(total / aim))
@@ -82,14 +83,14 @@ class Linear16(nn.Module):
         """(out, in)."""
         self.bias = linear.bias
         self.bounded = dtype == torch.bfloat16 or (norm is not None and _largest(weight, norm) < _HALF_RANGE)
-        """Whether neither an input nor a sum of products can exceed the type."""
+        """Whether no input and no sum of products can exceed the range of the type."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out), computed in the type of x."""
+        """(..., in) -> (..., out), computed in the dtype of x."""
         return F.linear(x, self.weight.to(x.dtype) * self.scale, self.bias)
 
     def in_halves(self, x: Tensor) -> Tensor:
-        """The same with inputs and outputs rounded to float16, as a graph's products are: (..., in) -> (..., out)."""
+        """(..., in) -> (..., out), with inputs and outputs rounded to float16 as in the graphs' products."""
         rows = torch.ones(()) if self.bounded else x.abs().amax(-1, keepdim=True).clamp(min=LEAST)
         halves = (x / rows).to(torch.float16).to(torch.float32)
         y = F.linear(halves, self.weight.to(torch.float32)).to(torch.float16).to(torch.float32) * (rows * self.scale)
@@ -97,7 +98,7 @@ class Linear16(nn.Module):
 
 
 class Embedding16(nn.Module):
-    """A token embedding that reads the 16-bit weights of a vocabulary head, the same table (V, E)."""
+    """A token embedding that shares the 16-bit weights (V, E) of a vocabulary head."""
 
     def __init__(self, head: Linear16) -> None:
         super().__init__()
@@ -121,17 +122,17 @@ class Linear8(nn.Module):
         self.weight = nn.Parameter(rounded, requires_grad=False)
         """(out, in) int8."""
         self.scale = nn.Parameter(scale, requires_grad=False)
-        """(out,): what one step of the weights means."""
+        """(out,) float32: the scale of each output's weights."""
         self.bias = linear.bias
         self.normed = normed
-        """Whether the inputs come from a norm and have the fixed range."""
+        """Whether the inputs come from a norm and have its fixed range."""
         self._levels: Tensor | None = None
-        # Kept, as a verification runs the layer thousands of times, but where it takes a large model's memory.
+        # Verification runs the layer thousands of times, so a float copy saves time; for a large layer it is too big.
         if self.weight.numel() < _LARGE:
             self.keep(torch.float32)
 
     def keep(self, dtype: torch.dtype) -> None:
-        """Keep the weights in a floating point type too, in which they need not be converted at each call."""
+        """Also keep the weights in a floating-point type, so that they need not be converted at each call."""
         self._levels = self.weight.to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -155,7 +156,7 @@ class Linear4(nn.Module):
         blocks = F.pad(weight, (0, -width % BLOCK)).reshape(out, -1, BLOCK)
         levels, scale = _four_bits(blocks)
         self.packed = nn.Parameter((levels[..., ::2] | levels[..., 1::2] << 4).to(torch.uint8), requires_grad=False)
-        """(out, in / 32, 16) uint8: two weights a byte, the first in the low half, 8 means 0."""
+        """(out, in / 32, 16) uint8: two weights per byte, the first in the low half; the zero point is 8."""
         self.scale = nn.Parameter(scale, requires_grad=False)
         """(out, in / 32)."""
         self.bias = linear.bias
@@ -165,7 +166,7 @@ class Linear4(nn.Module):
             self.keep(torch.float32)
 
     def keep(self, dtype: torch.dtype) -> None:
-        """Keep the weights in a floating point type too, in which they need not be unpacked at each call."""
+        """Also keep the weights in a floating-point type, so that they need not be unpacked at each call."""
         self._weight = self._widened(dtype)
 
     def _widened(self, dtype: torch.dtype) -> Tensor:
@@ -182,7 +183,7 @@ class Linear4(nn.Module):
 
 
 class Embedding8(nn.Module):
-    """A token embedding that reads the 8-bit weights of a vocabulary head, the same table (V, E)."""
+    """A token embedding that shares the 8-bit weights (V, E) of a vocabulary head."""
 
     def __init__(self, head: Linear8) -> None:
         super().__init__()
@@ -196,9 +197,9 @@ class Embedding8(nn.Module):
 def quantized(
     model: LanguageModel | TwoHeadedNetwork, precision: Precision, *, consume: bool = False
 ) -> LanguageModel | TwoHeadedNetwork:
-    """A copy of a model at a precision; the model itself at fp32.
+    """Return a copy of a model at a precision; at fp32, the model itself.
 
-    With `consume` the model's layers are replaced one by one, so that there is never a second model in memory.
+    With `consume`, the model's own layers are replaced one by one, so that there is never a second model in memory.
     """
     if precision == "fp32":
         return model
@@ -207,7 +208,7 @@ def quantized(
         return _network(model, precision, outliers, consume)
     twin = LanguageModel.__new__(LanguageModel)
     nn.Module.__init__(twin)
-    # The head is a layer of its own there, also where it shares the embedding's weights.
+    # The quantized head is a separate layer, even if it shares the embedding's weights.
     twin.config = msgspec.structs.replace(model.config, tie_embeddings=False)
     final_norm = model.network.final_norm
     twin.network = _network(model.network, precision, outliers, consume)
@@ -224,7 +225,7 @@ def quantized(
         return twin.eval()
     tables = [table(model.embedding)] if tied else [model.head, table(model.embedding)]
     if precision in _HALVES:
-        # At these precisions the network keeps its basis, so its final norm is the model's own.
+        # Without rotation, the final norm is the model's own.
         head = Linear16(tables[0], _HALVES[precision], final_norm)
         _replace(twin, "head", head)
         _replace(twin, "embedding", Embedding16(head if tied else Linear16(tables[1], _HALVES[precision])))
@@ -244,7 +245,7 @@ def _network(
         norms = [norm for block in original.layers() for norm in (block.attention_norm, block.ffn_norm)]
         stream = torch.unique(torch.cat([outliers[norm] for norm in norms]))
         rotate(network, stream)
-    # At int4 blocks of 32 weights with a scale each need no turn: it takes from them what they could adapt to.
+    # int4 is not rotated: blocks of 32 weights adapt their scales to differences that a rotation would remove.
     network.requires_grad_(False)
     if precision != "int4" and isinstance(network.input_projection, nn.Linear):
         _replace(network, "input_projection", _layer(network.input_projection, precision, None, nothing))
@@ -266,19 +267,19 @@ def _network(
 
 
 def _layer(linear: nn.Linear, precision: Precision, norm: nn.Module | None, outliers: Tensor) -> nn.Module:
-    """A layer at a precision, given the norm that its inputs come from, if one does, and its outliers."""
+    """Return a layer at a precision, given the norm that produces its inputs, if any, and its outliers."""
     if precision in _HALVES:
         return Linear16(linear, _HALVES[precision], norm)
     if len(outliers):
-        # Without them the others have no fixed range.
+        # Once the outliers are removed, the fixed range no longer applies to the other inputs.
         return SplitLinear(linear, outliers, lambda others: _layer(others, precision, None, outliers[:0]))
     return Linear8(linear, normed=norm is not None) if precision == "int8" else Linear4(linear)
 
 
 def _largest(weight: Tensor, norm: nn.Module) -> float:
-    """What no input from a norm, and no sum of its products with weights (out, in), can exceed.
+    """Return an upper bound for the outputs of a norm, and for the sums of their products with weights (out, in).
 
-    Before its own weights a norm gives vectors of length sqrt(in) at most: Cauchy-Schwarz.
+    Before its own weights, a norm's output has length sqrt(in) at most; Cauchy-Schwarz bounds the sums.
     """
     parameters = {name: value.detach() for name, value in norm.named_parameters()}
     gain = parameters["weight"]
@@ -290,24 +291,24 @@ def _largest(weight: Tensor, norm: nn.Module) -> float:
 
 
 def _replace(parent: nn.Module, name: str, module: nn.Module) -> None:
-    """Another kind of module under a name, with the same inputs and outputs."""
+    """Replace a submodule by another type of module with the same inputs and outputs."""
     setattr(parent, name, module)
 
 
 def table(embedding: nn.Embedding) -> nn.Linear:
-    """An embedding (V, E) as the linear layer E -> V that has its weights."""
+    """Return the linear layer E -> V that has the weights (V, E) of an embedding."""
     linear = nn.Linear(1, 1, bias=False)
     linear.weight = embedding.weight
     return linear
 
 
 def _four_bits(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Blocks (..., 32) -> levels 0..15 (int64) and scales (...), with the least squared error of a few scales."""
+    """Blocks (..., 32) -> levels 0..15 (int64) and the scales (...) with the least squared error among a few."""
     extreme = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))
     best = torch.full_like(extreme, torch.inf)
     scale = torch.ones_like(extreme)
     for share in torch.linspace(0.7, 1.05, 15).tolist():
-        # The largest weight, of either sign, becomes -8: there is one more step on that side.
+        # The weight of largest magnitude, whatever its sign, maps to -8: that side has one more level.
         tried = extreme * (share / -8)
         tried = torch.where(tried == 0, 1.0, tried)
         error = ((blocks / tried).round().clamp(-8, 7) * tried - blocks).square().sum(-1, keepdim=True)

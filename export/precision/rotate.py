@@ -1,9 +1,10 @@
-"""Turn a network's residual stream, so that what a norm gives lies in a range known in advance.
+"""Rotate a network's residual stream, so that the outputs of norms have a range known in advance.
 
-A few features of a trained network are many times larger than the others, and a fixed 8-bit range that holds them
-leaves the others no digits. In a random orthogonal basis Q every feature carries a share of the large ones: after the
-norm all look like draws from N(0, 1). The turn costs nothing inside the network, whose weights absorb it (QuaRot,
-Ashkboos et al., 2024): a norm with weights w gives `w * rms(x)`, and `W (w * rms(x)) = (W diag(w) Q) rms(x Q)`.
+A few features of a trained network are many times larger than the others, and a fixed 8-bit range that covers them
+leaves the others no resolution. A random orthogonal matrix Q spreads the large features over all of them, so that after
+a norm every feature looks like a draw from N(0, 1). Inside the network the rotation is free, because the weights absorb
+it (QuaRot, Ashkboos et al., 2024): a norm with weights w computes `w * rms(x)`, and
+`W (w * rms(x)) = (W diag(w) Q) rms(x Q)`.
 """
 
 from __future__ import annotations
@@ -17,18 +18,18 @@ __all__ = ["rotate"]
 
 
 def rotate(network: TwoHeadedNetwork, outliers: Tensor | None = None, seed: int = 0) -> None:
-    """Turn a network in place: it computes the same in another basis, its block norms without weights.
+    """Rotate a network in place: it computes the same function in another basis, with block norms without weights.
 
-    It then has a projection at its entry also where the original has none, and turns back before its final norm.
-    Features that are `outliers`, indices (K,), stay what they are: they would drown the others in every direction.
+    The network gets an input projection even if the original has none, and is rotated back before its final norm. The
+    features in `outliers`, indices (K,), are left alone, because they would dominate every direction.
     """
-    turn = _orthogonal(network.config.hidden_size, outliers, seed)
+    rotation = _orthogonal(network.config.hidden_size, outliers, seed)
     entry = network.input_projection
     if not isinstance(entry, nn.Linear):
         entry = nn.Linear(network.config.hidden_size, network.config.hidden_size, bias=False)
         entry.weight.data = torch.eye(network.config.hidden_size)
         network.input_projection = entry
-    _turn_outputs(entry, turn)
+    _rotate_outputs(entry, rotation)
     for block in network.layers():
         attention, ffn = block.attention, block.ffn
         for norm, readers in (
@@ -36,19 +37,19 @@ def rotate(network: TwoHeadedNetwork, outliers: Tensor | None = None, seed: int 
             (block.ffn_norm, (ffn.gate, ffn.up)),
         ):
             for reader in readers:
-                reader.weight.data = _product(reader.weight * norm.weight, turn)
+                reader.weight.data = _product(reader.weight * norm.weight, rotation)
             norm.weight.data = torch.ones_like(norm.weight)
         for writer in (attention.out_proj, ffn.down):
-            _turn_outputs(writer, turn)
+            _rotate_outputs(writer, rotation)
     back = nn.Linear(network.config.hidden_size, network.config.hidden_size, bias=False)
-    back.weight.data = turn.to(torch.float32)
+    back.weight.data = rotation.to(torch.float32)
     network.final_norm = nn.Sequential(back, network.final_norm)
 
 
-def _turn_outputs(linear: nn.Linear, turn: Tensor) -> None:
-    linear.weight.data = _product(turn.T, linear.weight)
+def _rotate_outputs(linear: nn.Linear, rotation: Tensor) -> None:
+    linear.weight.data = _product(rotation.T, linear.weight)
     if linear.bias is not None:
-        linear.bias.data = _product(linear.bias, turn)
+        linear.bias.data = _product(linear.bias, rotation)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
@@ -56,7 +57,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _orthogonal(size: int, outliers: Tensor | None, seed: int) -> Tensor:
-    """A random orthogonal matrix, float64, the same for the same seed; the identity for the outliers."""
+    """Return a random orthogonal matrix, float64, deterministic for a seed; the identity for the outliers."""
     generator = torch.Generator().manual_seed(seed)
     fixed = torch.zeros(size, dtype=torch.bool)
     if outliers is not None:
@@ -64,6 +65,6 @@ def _orthogonal(size: int, outliers: Tensor | None, seed: int) -> Tensor:
     others = (~fixed).nonzero()[:, 0]
     random = torch.randn(len(others), len(others), dtype=torch.float64, generator=generator)
     q, r = torch.linalg.qr(random)
-    turn = torch.eye(size, dtype=torch.float64)
-    turn[others[:, None], others] = q * r.diagonal().sign()
-    return turn
+    rotation = torch.eye(size, dtype=torch.float64)
+    rotation[others[:, None], others] = q * r.diagonal().sign()
+    return rotation

@@ -1,1 +1,1 @@
-"""A model repository for NVIDIA's Triton Inference Server, made from an artifact."""
+"""Write an artifact as a model repository for NVIDIA's Triton Inference Server."""

@@ -1,4 +1,4 @@
-"""`bonnx export --triton DIR`: a model repository for Triton Inference Server, made of an artifact. All or nothing."""
+"""`bonnx export --triton DIR`: write an artifact as a model repository for Triton, completely or not at all."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from .graphs import batched, triton_graphs
 __all__ = ["check_repository", "write_repository"]
 
 CONFIG, GRAPH = "config.pbtxt", "model.onnx"
-# The first line of a config: what begins so may be replaced.
+# The first line of each config, by which a repository that may be replaced is recognized.
 _MARK = "# Written by bonnx export --triton."
 _MAX_BATCH_SIZE, _MAX_QUEUE_DELAY = 32, 2000
 _TYPES = {ir.DataType.INT64: "TYPE_INT64", ir.DataType.FLOAT: "TYPE_FP32"}
 
 
 def write_repository(artifact: Path, repository: Path, *, overwrite: bool = False) -> list[str]:
-    """Write `rank`, `score` and, for a language model, `generate` of an artifact as Triton models.
+    """Write an artifact's `rank`, `score` and, for a language model, `generate` graphs as Triton models.
 
     Args:
-        artifact: the folder that export wrote; every file's hash is checked.
+        artifact: the artifact's folder; every file's hash is checked.
         repository: the folder to write; it must not exist, unless `overwrite`.
         overwrite: replace a repository that this function wrote.
 
@@ -36,8 +36,8 @@ def write_repository(artifact: Path, repository: Path, *, overwrite: bool = Fals
         The models' names, each a folder of the repository.
 
     Raises:
-        ArtifactError: the artifact is not as it was written.
-        ExportError: the folder exists, there is no room, or a graph is not valid ONNX; nothing is left behind.
+        ArtifactError: if the artifact has changed since it was written.
+        ExportError: if the folder exists, the disk is full, or a graph is not valid ONNX; nothing is left behind.
     """
     manifest = read_verified(artifact)
     check_repository(repository, artifact, overwrite=overwrite)
@@ -49,7 +49,7 @@ def write_repository(artifact: Path, repository: Path, *, overwrite: bool = Fals
             name = f"{manifest.slug}_{graph}"
             version = folder / name / "1"
             version.mkdir(parents=True)
-            # It wanders from one to the next: `onnx.checker` refuses a file of several names.
+            # Each version gets the file in turn, because `onnx.checker` refuses a file with several hard links.
             weights = weights.rename(version / WEIGHTS)
             (version / GRAPH).write_bytes(ir.to_proto(model).SerializeToString())
             check_structure(version / GRAPH)
@@ -62,11 +62,11 @@ def write_repository(artifact: Path, repository: Path, *, overwrite: bool = Fals
 
 
 def check_repository(repository: Path, artifact: Path, *, overwrite: bool) -> None:
-    """Refuse a repository's folder before any work is done.
+    """Refuse an unsuitable folder for a repository before any work is done.
 
     Raises:
-        ExportError: it or the artifact's folder contains the other, it exists and may not be replaced, or replacing it
-            would delete what export did not write.
+        ExportError: if it or the artifact's folder contains the other, it exists without `overwrite`, or replacing it
+            would delete files that export did not write.
     """
     ours, theirs = repository.resolve(), artifact.resolve()
     if ours.is_relative_to(theirs) or theirs.is_relative_to(ours):
@@ -91,7 +91,7 @@ def _is_ours(model: Path) -> bool:
 
 
 def _link(source: Path, target: Path) -> None:
-    """The same file under another name, or a copy where the file system cannot do that."""
+    """Hard-link a file, or copy it if the file system has no hard links."""
     try:
         os.link(source, target)
     except OSError:
@@ -99,7 +99,7 @@ def _link(source: Path, target: Path) -> None:
 
 
 def _config(name: str, graph: ir.Graph, max_batch_size: int) -> str:
-    """`config.pbtxt`; its schema is `ModelConfig` of Triton's model_config.proto."""
+    """Return the content of `config.pbtxt`, as defined by `ModelConfig` in Triton's model_config.proto."""
     lines = [
         f"{_MARK} To tune it, see docs/triton.md.",
         f'name: "{name}"',
@@ -116,7 +116,7 @@ def _config(name: str, graph: ir.Graph, max_batch_size: int) -> str:
 
 
 def _tensor(kind: str, value: ir.Value, is_batched: bool) -> str:
-    """An entry; the axis of requests goes without saying."""
+    """Return an entry for a tensor; the request axis is implicit."""
     assert value.shape is not None
     assert value.dtype is not None
     sizes = [axis if isinstance(axis, int) else -1 for axis in value.shape][1 if is_batched else 0 :]

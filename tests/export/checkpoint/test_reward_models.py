@@ -151,7 +151,7 @@ def test_the_commands(tmp_path, rng):
 
 def test_what_is_refused_before_anything_is_written(tmp_path, rng):
     case = make(tmp_path / "checkpoint", "Llama", "labels", rng)
-    with pytest.raises(InputError, match=r"3 labels .*say with --label"):
+    with pytest.raises(InputError, match=r"3 labels .*score with --label"):
         read_checkpoint(tmp_path / "checkpoint", case.overrides._replace(label=None))
     with pytest.raises(InputError, match="--label: expected one of bad, fair, good"):
         read_checkpoint(tmp_path / "checkpoint", case.overrides._replace(label="best"))

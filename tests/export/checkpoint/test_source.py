@@ -70,16 +70,16 @@ def test_label_tokens_are_texts_and_ids_have_an_option_of_their_own(causal, copy
     assert (stepwise.aggregation, stepwise.steps_from) == ("step_last", "--step-text")
     assert stepwise.step_token == case.tokenizer("\n", add_special_tokens=False)["input_ids"][0]
     for overrides, message in (
-        (Overrides(label_tokens=["1", "123456789"]), r"'123456789' is \d tokens.*--label-token-ids 123456789"),
+        (Overrides(label_tokens=["1", "123456789"]), r"'123456789', \d tokens.*--label-token-ids 123456789"),
         (
             Overrides(label_tokens=["1", "no such token"]),
-            r"'no such token' is \d+ tokens; expected the text of exactly",
+            r"expected the text of exactly one token; got 'no such token', \d+ tokens",
         ),
         (Overrides(label_tokens=["1"]), "--label-tokens: expected the token that means good and at least one other"),
         (Overrides(label_token_ids=[5]), "--label-token-ids: expected the token that means good"),
         (Overrides(label_tokens=["1", "0"], label_token_ids=[1, 0]), "expected one of the two"),
-        (Overrides(label_token_ids=[7, 7]), "expected different tokens"),
-        (Overrides(label_tokens=["1", "0"], label="1"), "--label: of label tokens the first is the score"),
+        (Overrides(label_token_ids=[7, 7]), "expected distinct tokens"),
+        (Overrides(label_tokens=["1", "0"], label="1"), "--label: the score is that of the first label token"),
     ):
         with pytest.raises(InputError, match=message):
             read_checkpoint(folder, overrides)
@@ -95,7 +95,7 @@ def test_label_tokens_are_texts_and_ids_have_an_option_of_their_own(causal, copy
 def test_labels_of_one_name_need_a_number(copy, tmp_path, rng):
     make(tmp_path / "labels", "Qwen2", "labels", rng)
     edit(tmp_path / "labels", id2label={"0": "same", "1": "other", "2": "same"})
-    with pytest.raises(InputError, match="2 labels have the name 'same'; pass its number"):
+    with pytest.raises(InputError, match="2 labels are named 'same'; pass the label's number"):
         read_checkpoint(tmp_path / "labels", Overrides(label="same"))
     assert read_checkpoint(tmp_path / "labels", Overrides(label="2")).scoring.label == 2
     assert read_checkpoint(tmp_path / "labels", Overrides(label="other")).scoring.label == 1
@@ -130,7 +130,7 @@ def test_a_value_head_is_an_outcome_score_unless_something_says_steps(name, caus
     # A process model of a kind whose steps are not known, with the way out.
     edit(copy, architectures=["Qwen2ForProcessRewardModel"])
     with pytest.raises(
-        InputError, match=r"aggregation step_last .*ProcessRewardModel.* reads the ends of steps, but noth"
+        InputError, match=r"aggregation step_last .*ProcessRewardModel.* reads scores at the ends of steps, but noth"
     ):
         read_checkpoint(copy, Overrides())
     assert read_checkpoint(copy, Overrides(step_text="\n")).scoring.aggregation == "step_last"
@@ -141,7 +141,7 @@ def test_a_step_rule_needs_to_know_where_steps_end(causal, copy, language_model,
     _, folder = causal
     labels = Overrides(label_tokens=["+", "-"])
     with pytest.raises(
-        InputError, match=r"aggregation step_min \(--aggregation\) reads the ends of steps.*--step-text"
+        InputError, match=r"aggregation step_min \(--aggregation\) reads scores at the ends of steps.*--step-text"
     ):
         read_checkpoint(folder, labels._replace(aggregation="step_min"))
     for overrides, message in (
@@ -157,7 +157,9 @@ def test_a_step_rule_needs_to_know_where_steps_end(causal, copy, language_model,
         read_checkpoint(own, Overrides(step_text="\n"))
     for scoring in ({"aggregation": "step_mean"}, {"aggregation": "step_last", "step_token": None}):
         save_checkpoint(language_model, own, metadata={"scoring": scoring})
-        with pytest.raises(InputError, match=r"aggregation step_\w+ \(config\.json\) reads the ends of steps"):
+        with pytest.raises(
+            InputError, match=r"aggregation step_\w+ \(config\.json\) reads scores at the ends of steps"
+        ):
             read_checkpoint(own, Overrides())
     save_checkpoint(language_model, own, metadata={"scoring": {"aggregation": "step_mean", "step_token": 3}})
     assert read_checkpoint(own, Overrides()).scoring.steps_from == "config.json, 'scoring': step_token"
@@ -182,7 +184,7 @@ def test_rules_that_the_model_cannot_have(language_model, tmp_path):
         ({"end_token": -1}, "scoring end_token: -1 is outside"),
         ({"step_token": 1000}, "scoring step_token: 1000 is outside"),
         ({"stop_tokens": [1, last + 1]}, rf"scoring stop_tokens\[1\]: {last + 1} is outside"),
-        ({"label": 1}, "scoring label 1: the scorer has 1 labels"),
+        ({"label": 1}, "scoring label: expected 0 to 0; got 1"),
         ({"activation": "softmax"}, "activation softmax: the scorer has one label, so every score would be 1"),
     ):
         save_checkpoint(language_model, tmp_path / "own", metadata={"scoring": scoring})

@@ -204,10 +204,10 @@ def test_some_files_do_not_give_those_ids_as_they_stand(folders, pairs):
 def test_check_names_the_first_text_and_conversation_that_differ(folders):
     files = read_tokenizer(folders / "llama-0")
     other = msgspec.structs.replace(files, json=(folders / "llama-0" / "tokenizer.json").read_bytes())
-    with pytest.raises(ExportError, match=r"the tokenizer gives \[.*\] for '.*transformers 5.*gives \["):
+    with pytest.raises(ExportError, match=r"the tokenizer returns \[.*\] for '.*expected \[.*transformers 5"):
         check_against_transformers(other)
     other = msgspec.structs.replace(files, special_tokens={**files.special_tokens, "bos_token": "<S>"})
-    with pytest.raises(ExportError, match=r"the chat template gives '<S>.*transformers 5.*gives '<s>"):
+    with pytest.raises(ExportError, match=r"the chat template renders '<S>.*expected '<s>.*transformers 5"):
         check_against_transformers(other)
 
 
@@ -231,7 +231,7 @@ assert check_against_transformers(read_tokenizer({str(folders / "llama-0")!r})) 
 
 def test_templates_by_name(folders, tmp_path):
     assert "no tools" in read_tokenizer(folders / "saved-qwen2", template="tools").chat_template
-    with pytest.raises(ConfigError, match="no chat template named 'other'; found: default, tools"):
+    with pytest.raises(ConfigError, match="a chat template named 'other'; found: default, tools"):
         read_tokenizer(folders / "saved-qwen2", template="other")
     core = byte_level(False)
     listed = {"chat_template": [{"name": "a", "template": "A"}, {"name": "b", "template": "B"}]}
@@ -263,7 +263,7 @@ def test_a_tokenizer_larger_than_the_vocabulary(folders):
 def test_folders_that_cannot_be_read(folders, tmp_path):
     assert read_tokenizer(tmp_path) is None
     (tmp_path / "tokenizer.model").write_bytes(b"x")
-    with pytest.raises(ConfigError, match=r"tokenizer.json is missing; found tokenizer.model.*save_pretrained"):
+    with pytest.raises(ConfigError, match=r"tokenizer.json: missing; found tokenizer.model.*save_pretrained"):
         read_tokenizer(tmp_path)
     core = byte_level(False)
     wrong_settings = [
@@ -285,5 +285,5 @@ def test_folders_that_cannot_be_read(folders, tmp_path):
             read_tokenizer(folder)
     unigram = Tokenizer(models.Unigram([("<unk>", 0.0), ("a", -1.0)], unk_id=0))
     folder = write(tmp_path / "unigram", unigram, "llama", {"tokenizer_class": "LlamaTokenizer"})
-    with pytest.raises(ConfigError, match="expected BPE, as LlamaTokenizer has; found 'Unigram'"):
+    with pytest.raises(ConfigError, match="expected BPE for LlamaTokenizer; got 'Unigram'"):
         read_tokenizer(folder)
