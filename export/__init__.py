@@ -1,1 +1,1 @@
-"""A network becomes an artifact: trace, append the selection, verify, write."""
+"""Export a network as an artifact: trace, append the selection, verify, write."""

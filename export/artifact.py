@@ -1,4 +1,4 @@
-"""Write an artifact: graphs that share one weights file, manifest, model card, recorded outputs. All or nothing."""
+"""Write an artifact, completely or not at all: graphs with shared weights, manifest, model card, recorded cases."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from .verify.run import verify_graphs
 __all__ = ["export_model"]
 
 TOKENIZER, TEMPLATE = "tokenizer.json", "chat_template.jinja"
-# As in transformers.js.
+# File suffixes as in transformers.js.
 _SUFFIXES: dict[Precision, str] = {"fp32": "", "fp16": "_fp16", "bf16": "_bf16", "int8": "_int8", "int4": "_q4"}
 
 
@@ -66,28 +66,30 @@ def export_model(
     seed: int = 0,
     reload: Callable[[], LanguageModel | TwoHeadedNetwork] | None = None,
 ) -> Manifest:
-    """Export a model, verify what was written, and only then put it in its place.
+    """Export a model to a temporary folder, verify it, and then move it to `output`.
 
     Args:
-        model: in inference mode.
+        model: the model, in inference mode.
         output: the artifact's folder; it must not exist, unless `overwrite`.
-        name: of the model, for people.
+        name: a descriptive name of the model.
         source: id and commit of a checkpoint from a hub.
-        scoring: how positions become one number; the last position's score if not given.
+        scoring: how the scores of positions become one; by default the last position's score counts.
         limits: maximum sizes that the runtime accepts.
-        tokenizer: to put in, with its chat template.
-        text: how text becomes tokens; `special_tokens` and what concerns the template are taken from the tokenizer.
-        opset: 23, or 18 with every operator decomposed.
+        tokenizer: the tokenizer to include, with its chat template.
+        text: how text becomes tokens; `special_tokens` and the template's fields are taken from the tokenizer.
+        opset: 23, or 18 with newer operators decomposed.
         precision: `fp32`, `fp16` or `bf16` for half the size, `int8` for speed on a CPU, `int4` for memory.
-        held_out: prompts on which fewer bits must prove themselves, and where they come from; noise if not given.
-        min_agreement: share of these prompts, 0 to 1, for which a candidate as good as float32's must be selected.
-        overwrite: replace an existing artifact; the old one stays until the new one has passed.
-        seed: of the random inputs of the verification.
-        reload: loads the model again. If given, `model` is consumed: its memory is freed as soon as it has been read,
-            so that an export needs little more than the model's own size.
+        held_out: prompts that test reduced precision, and where they come from; by default built-in questions, or noise
+            for a model that does not read text.
+        min_agreement: minimum share of these prompts, 0 to 1, for which the selected candidate must be as good as
+            float32's.
+        overwrite: replace an existing artifact; the old one stays until the new one is verified.
+        seed: seeds the random inputs of the verification.
+        reload: loads the model again. If given, `model` is consumed: its memory is freed as soon as possible, so that
+            an export needs little more than the model's own size.
 
     Raises:
-        ExportError: the folder exists, there is no room, or the verification failed; nothing is left behind.
+        ExportError: if the folder exists, the disk is full, or verification fails; nothing is left behind.
     """
     scoring, limits = with_vote_weight(scoring or Scoring()), limits or Limits()
     _check_options(model, scoring, limits, opset, precision, min_agreement)
@@ -109,7 +111,7 @@ def export_model(
 
 
 def _write_tokenizer(tokenizer: TextFiles | None, text: TextRules, folder: Path) -> TextRules:
-    """Write the tokenizer and its template; the rules, completed with what these say."""
+    """Write the tokenizer and its template; return the text rules with the tokenizer's own settings filled in."""
     if tokenizer is None:
         return text
     (folder / TOKENIZER).write_bytes(tokenizer.json)
@@ -143,15 +145,15 @@ def _check_options(
 
 
 def _check_cache(model: LanguageModel | TwoHeadedNetwork, limits: Limits) -> None:
-    """Refuse what `generate` would get wrong: keys in its cache whose frequencies a longer row no longer has."""
+    """Refuse models for which `generate` would be wrong: cached keys whose frequencies change as the row grows."""
     if not isinstance(model, LanguageModel) or not model.config.vocabulary_head:
         return
     scaling = model.config.network.rope_scaling
     if scaling is not None and scaling.kind == "dynamic" and limits.max_tokens > scaling.original_max_positions:
         raise ExportError(
             f"dynamic rope scaling: every frequency changes with each token beyond {scaling.original_max_positions}, "
-            f"and keys that `generate` has cached would be of another length; --max-tokens is {limits.max_tokens}, "
-            f"expected at most {scaling.original_max_positions} for a model with a vocabulary head"
+            "so the keys that `generate` has cached would be wrong; expected --max-tokens of at most "
+            f"{scaling.original_max_positions} for a model with a vocabulary head; got {limits.max_tokens}"
         )
 
 
@@ -167,7 +169,7 @@ def _manifest(
     text: TextRules,
     parity: list[Parity],
 ) -> Manifest:
-    """The manifest, before its files are listed and it is sealed."""
+    """Return the manifest before its files are listed and it is sealed."""
     return Manifest(
         schema_version=SCHEMA_VERSION,
         seal="",
@@ -188,7 +190,7 @@ def _manifest(
 
 
 def _write_manifest(manifest: Manifest, folder: Path) -> Manifest:
-    """List the folder's files in the manifest; write the model card and the sealed manifest, which is returned."""
+    """List the folder's files in the manifest, write the model card and the sealed manifest, and return it."""
     files = {
         path.relative_to(folder).as_posix(): File(sha256=file_digest(path), size=path.stat().st_size)
         for path in sorted(folder.rglob("*"))

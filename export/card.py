@@ -1,4 +1,4 @@
-"""The model card: README.md of an artifact, written from its manifest."""
+"""The model card: an artifact's README.md, written from its manifest."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["model_card"]
 
 
 def model_card(manifest: Manifest) -> str:
-    """Markdown for people who find the folder."""
+    """Return the model card as Markdown."""
     network = manifest.network
     rows = [
         ("kind", manifest.kind.replace("_", " ")),
@@ -19,13 +19,13 @@ def model_card(manifest: Manifest) -> str:
         ("score", describe_scoring(manifest.scoring)),
         ("text", describe_text(manifest)),
         ("source", manifest.source),
-        ("most tokens, most candidates", f"{manifest.limits.max_tokens}, {manifest.limits.max_candidates}"),
+        ("maximum tokens, maximum candidates", f"{manifest.limits.max_tokens}, {manifest.limits.max_candidates}"),
     ]
     text = '"a prompt", ["one candidate", "another"]' if manifest.tokenizer else "prompt, candidates"
     lines = [
         f"# {manifest.name}",
         "",
-        "A two-headed transformer as ONNX graphs that rank completions and choose the best, written by bonnx.",
+        "A two-headed transformer as ONNX graphs that rank completions and select the best one, exported by bonnx.",
         "",
         "```python",
         "import bonnx",

@@ -1,4 +1,4 @@
-"""What `python export.py` shows: held-out puzzles that the artifact solves, with ONNX Runtime alone."""
+"""The demonstration of `python export.py`: the artifact solves held-out puzzles with ONNX Runtime alone."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PUZZLES, CANDIDATES = 100, 16
 
 
 def demonstrate(artifact: Path, seed: int = 0) -> dict[str, Any]:
-    """The artifact samples candidates for held-out puzzles and chooses; the exact checker counts."""
+    """Let the artifact sample and select candidates for held-out puzzles, and count the correct ones."""
     puzzles = _draw(seed, PUZZLES)
     model = load(artifact)
     right, shown, spent = Counter[str](), None, 0.0
@@ -32,7 +32,7 @@ def demonstrate(artifact: Path, seed: int = 0) -> dict[str, Any]:
         right["majority"] += check(puzzle, vote)
         right["selected"] += correct[result.best_index]
         right["any"] += any(correct)
-        # A hard one tells the most: few are right, the first is not, and the choice is not obvious.
+        # Show a hard puzzle: few candidates are right, and the first is not one of them.
         if 0 < sum(correct) <= CANDIDATES // 4 and not correct[0] and len(puzzle.numbers) == 4:
             scores = [candidate.score for candidate in result.candidates]
             shown = shown or _in_full(puzzle.prompt, texts, correct, scores, result.best_index)
@@ -47,12 +47,12 @@ def demonstrate(artifact: Path, seed: int = 0) -> dict[str, Any]:
 
 
 def draw_prompts(seed: int | str, count: int) -> list[str]:
-    """Prompts of puzzles that training has not seen."""
+    """Draw prompts of puzzles that are not in the training set."""
     return [puzzle.prompt for puzzle in _draw(seed, count)]
 
 
 def _draw(seed: int | str, count: int) -> list[Puzzle]:
-    """Half of them of 3 numbers, half of 4."""
+    """Draw held-out puzzles, half of 3 numbers and half of 4."""
     return [p for size in (3, 4) for p, _ in draw_puzzles(random.Random(seed), size, count // 2, test=True)]
 
 
@@ -62,7 +62,7 @@ def _in_full(prompt: str, texts: list[str], correct: list[bool], scores: list[fl
 
 
 def show(result: dict[str, Any]) -> None:
-    """The demonstration for people."""
+    """Print the results of the demonstration."""
     total, right = result["puzzles"], result["right"]
     sizes = f"{total} held-out puzzles, {result['candidates']} candidates each"
     print(f"\n{sizes}, sampled, scored and selected by ONNX Runtime alone")

@@ -1,4 +1,4 @@
-"""A folder that appears whole or not at all: it is written beside its place and moved there at the end."""
+"""Write a folder completely or not at all: it is written next to its destination and moved there at the end."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ __all__ = ["check_output", "staged"]
 
 
 def check_output(output: Path, *, overwrite: bool) -> None:
-    """Refuse an output folder before any work is done.
+    """Refuse an unsuitable output folder before any work is done.
 
     Raises:
-        ExportError: it exists and may not be replaced, or replacing it would delete what is not an artifact.
+        ExportError: if it exists without `overwrite`, or replacing it would delete anything but an artifact.
     """
     if not output.exists():
         return
@@ -31,7 +31,11 @@ def check_output(output: Path, *, overwrite: bool) -> None:
 
 @contextlib.contextmanager
 def staged(output: Path) -> Iterator[Path]:
-    """A temporary folder beside `output` that takes its place if the block succeeds, and is deleted if not."""
+    """Yield a temporary folder next to `output` that replaces it if the block succeeds and is deleted otherwise.
+
+    Raises:
+        ExportError: if the folder cannot be written.
+    """
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
@@ -39,7 +43,7 @@ def staged(output: Path) -> Iterator[Path]:
         raise ExportError(f"cannot write to {output.parent}: {e.strerror or e}; choose another folder") from e
     try:
         with unfinished(staging):
-            # mkdtemp makes a folder that only its owner can read.
+            # mkdtemp creates a folder that only its owner can read.
             staging.chmod(0o755)
             yield staging
             if output.exists():
@@ -51,7 +55,7 @@ def staged(output: Path) -> Iterator[Path]:
 
 
 def _replace(output: Path, staging: Path) -> None:
-    """Put a new folder in the place of an old one, which goes back if that fails or is interrupted."""
+    """Replace a folder by a new one; the old one is restored if that fails or is interrupted."""
     aside = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
     old = aside / "old"
     try:
