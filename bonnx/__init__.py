@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 _here = os.path.dirname(os.path.realpath(__file__))
 if not os.path.isdir(os.path.join(_here, "runtime")):
@@ -20,11 +20,12 @@ if TYPE_CHECKING:
     from bonnx.runtime import *  # noqa: F403
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """Names of `runtime` are bonnx's; each is imported when it is asked for."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(runtime, name)
+    value: object = getattr(runtime, name)
+    globals()[name] = value
     return value
 
 

@@ -6,7 +6,7 @@ A name is imported when it is asked for: `bonnx --version` and `bonnx doctor` ne
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from bonnx.errors import ArtifactError, BonnxError, ExportError, InputError, NoWinnerError, ProviderError
@@ -62,10 +62,11 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(importlib.import_module(f".{_PLACES[name]}", __name__), name)
+    value: object = getattr(importlib.import_module(f".{_PLACES[name]}", __name__), name)
+    globals()[name] = value
     return value
 
 

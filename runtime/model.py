@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from bonnx.errors import NoWinnerError
 
@@ -249,7 +249,7 @@ class Model:
         scorer: Scorer | None = None,
         deadline: float | None = None,
         policy: Policy | str | os.PathLike[str] | None = None,
-        **options: Any,
+        **options: object,
     ) -> SearchResult:
         """Spend a budget of completions on a prompt by a search method, and choose the best candidate.
 

@@ -10,9 +10,12 @@ import html
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 __all__ = ["Result", "same", "to_json"]
 
@@ -105,12 +108,12 @@ def same(left: object, right: object) -> bool:
         return left.keys() == right.keys() and all(same(left[key], right[key]) for key in left)
     if isinstance(left, list | tuple) and type(left) is type(right) and isinstance(right, list | tuple):
         return len(left) == len(right) and all(map(same, left, right))
-    if dataclasses.is_dataclass(left) and type(left) is type(right):
+    if dataclasses.is_dataclass(left) and not isinstance(left, type) and type(left) is type(right):
         return _same_fields(left, right)
     return bool(left == right or (left != left and right != right))
 
 
-def _same_fields(left: Any, right: Any) -> bool:
+def _same_fields(left: DataclassInstance, right: object) -> bool:
     return all(same(getattr(left, field.name), getattr(right, field.name)) for field in dataclasses.fields(left))
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from .manifest import Manifest, Scoring
 
 __all__ = ["describe_scoring", "describe_text", "listed"]
 
 
-def listed(values: Mapping[str, Any]) -> str:
+def listed(values: Mapping[str, object]) -> str:
     """Names and values, without those that are None."""
     return ", ".join(f"{key} {value}" for key, value in values.items() if value is not None)
 
@@ -25,10 +24,14 @@ def describe_scoring(scoring: Scoring) -> str:
     elif scoring.label:
         parts.append(f"label {scoring.label}")
     parts.append({"none": "raw"}.get(scoring.activation, f"{scoring.activation}: probabilities"))
-    tokens = {"step token": scoring.step_token, "end token": scoring.end_token, "pad token": scoring.pad_token}
     if scoring.steps_from is not None:
         parts.append(f"steps according to {scoring.steps_from}")
-    tokens["stop tokens"] = scoring.stop_tokens or None  # type: ignore[assignment]
+    tokens = {
+        "step token": scoring.step_token,
+        "end token": scoring.end_token,
+        "pad token": scoring.pad_token,
+        "stop tokens": scoring.stop_tokens or None,
+    }
     return f"{', '.join(parts)}; {listed(tokens)}"
 
 

@@ -11,12 +11,11 @@ import msgspec
 from bonnx.errors import ArtifactError
 
 from .decode_json import decode_json
-from .manifest import SCHEMA_VERSION, Manifest, seal_is_intact
+from .manifest import MANIFEST, SCHEMA_VERSION, Manifest, seal_is_intact
 from .unfinished import unfinished
 
 __all__ = ["CARD", "MANIFEST", "WEIGHTS", "file_digest", "locate", "read_manifest", "read_verified", "replace_file"]
 
-MANIFEST = "manifest.json"
 # For people to read and to edit; nothing is computed with it, and no manifest needs to know it.
 CARD = "README.md"
 # The external data of every graph, beside it.

@@ -52,9 +52,8 @@ def check_size(
 
 def estimate_memory(manifest: Manifest, rows: int, prompt: int, length: int) -> int:
     """Bytes of activations that one call needs at its widest, without the weights: an upper estimate."""
-    network = manifest.network
-    heads, hidden, width = (int(network[key]) for key in ("num_heads", "hidden_size", "embed_dim"))
-    inner = int(network.get("ffn_inner") or 4 * hidden)
+    heads, hidden, width = map(manifest.size, ("num_heads", "hidden_size", "embed_dim"))
+    inner = manifest.size("ffn_inner") if manifest.network.get("ffn_inner") else 4 * hidden
     tokens = prompt + rows * length
     # Logits and weights of the attention, both float32, and the widest linear layers.
     attention = 2 * heads * max(prompt * prompt, rows * length * (prompt + 1)) + heads * rows * length * length

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import re
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias, get_args
 
 import msgspec
 
+from bonnx.errors import ArtifactError
+
 __all__ = [
     "AGGREGATIONS",
+    "MANIFEST",
     "PRECISIONS",
     "SCHEMA_VERSION",
     "VOTES",
@@ -28,6 +31,7 @@ __all__ = [
     "seal_is_intact",
 ]
 
+MANIFEST = "manifest.json"
 SCHEMA_VERSION = 2
 # The graph input `aggregation` is an index into this.
 AGGREGATIONS = ("last", "mean", "min", "max", "prod")
@@ -169,7 +173,7 @@ class Manifest(_Frozen, frozen=True, kw_only=True, forbid_unknown_fields=True):
     source: str | None = None
     """Id and commit of the checkpoint, if it came from a hub."""
     kind: Literal["language_model", "network"]
-    model: dict[str, Any]
+    model: dict[str, object]
     precision: Precision
     """Of the products of the backbone; norms, attention and scorer are float32 in all."""
     scoring: Scoring
@@ -190,10 +194,25 @@ class Manifest(_Frozen, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return re.sub(r"[^A-Za-z0-9._-]+", "_", self.name).lstrip(".") or "model"
 
     @property
-    def network(self) -> dict[str, Any]:
+    def network(self) -> dict[str, object]:
         """The network's own options, whatever stands around it."""
-        network: dict[str, Any] = self.model.get("network", self.model)
+        network = self.model.get("network", self.model)
+        if not isinstance(network, dict):
+            raise ArtifactError(f"{MANIFEST}, 'model': expected an object 'network'; export the artifact again")
         return network
+
+    def size(self, option: str) -> int:
+        """A whole number among the options of the network, or else of the model around it.
+
+        Raises:
+            ArtifactError: it is missing, or something else.
+        """
+        value = self.network.get(option, self.model.get(option))
+        if not isinstance(value, int):
+            raise ArtifactError(
+                f"{MANIFEST}, 'model': expected a whole number '{option}'; got {value!r:.60}; export the artifact again"
+            )
+        return value
 
 
 def seal(manifest: Manifest) -> bytes:

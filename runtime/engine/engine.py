@@ -90,8 +90,8 @@ class Engine:
 
         Dynamic rope scaling goes by the longest row of a run that is longer than this: such rows run by themselves.
         """
-        scaling = self.manifest.network.get("rope_scaling") or {}
-        if scaling.get("kind") == "dynamic":
+        scaling = self.manifest.network.get("rope_scaling")
+        if isinstance(scaling, dict) and scaling.get("kind") == "dynamic":
             return int(scaling["original_max_positions"])
         return self.manifest.limits.max_tokens
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-from typing import Any
+from types import ModuleType
 
 from bonnx.errors import ProviderError
 
@@ -24,7 +24,7 @@ def installed_flavours() -> dict[str, str]:
     return found
 
 
-def runtime_module() -> Any:
+def runtime_module() -> ModuleType:
     """The module `onnxruntime`.
 
     Raises:
@@ -45,7 +45,8 @@ def runtime_module() -> Any:
     except Exception as e:  # whatever its code raises when a library or a file is missing
         raise ProviderError(_broken(found, e)) from e
     if hasattr(onnxruntime, "InferenceSession"):
-        return onnxruntime
+        module: ModuleType = onnxruntime
+        return module
     if getattr(onnxruntime, "__file__", None) is None:
         folder = next(iter(onnxruntime.__path__), "onnxruntime")
         raise ProviderError(

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeAlias
+from types import ModuleType
+from typing import Literal, Protocol, TypeAlias, TypeVar
 
 import msgspec
 import numpy as np
@@ -21,11 +22,14 @@ from ..checks import shown
 from .providers import runtime_module
 
 __all__ = [
+    "HeldArray",
     "Provider",
     "Session",
     "SessionOptions",
     "Stop",
 ]
+
+T = TypeVar("T")
 
 Provider: TypeAlias = Literal["auto", "cpu", "cuda"]
 
@@ -60,6 +64,14 @@ class Stop(Protocol):
     terminate: bool
 
 
+class HeldArray(Protocol):
+    """An array that stays where the session runs: ONNX Runtime's `OrtValue`."""
+
+    def numpy(self) -> Array:
+        """A copy on the host."""
+        ...
+
+
 class Session:
     """One graph, ready to run. Safe to share between threads."""
 
@@ -88,14 +100,16 @@ class Session:
 
     def _compare(self, path: Path) -> None:
         """Refuse a graph whose inputs and outputs are not those of the manifest."""
-        for kind, declared, found in (
+        for kind, declared, loaded in (
             ("inputs", self.graph.inputs, self._session.get_inputs()),
             ("outputs", self.graph.outputs, self._session.get_outputs()),
         ):
-            wanted = [(value.name, value.dtype, list(value.shape)) for value in declared]
-            got = [(value.name, _TYPES.get(value.type, value.type), list(value.shape)) for value in found]
-            if wanted != got:
-                raise ArtifactError(f"{path}: its {kind} are {got}; the manifest says {wanted}; export the model again")
+            expected = [(value.name, value.dtype, list(value.shape)) for value in declared]
+            got = [(value.name, _TYPES.get(value.type, value.type), list(value.shape)) for value in loaded]
+            if expected != got:
+                raise ArtifactError(
+                    f"{path}: its {kind} are {got}; the manifest says {expected}; export the model again"
+                )
 
     def make_stop(self) -> Stop:
         """What can end one run."""
@@ -116,36 +130,36 @@ class Session:
             result = self._interruptibly(lambda: self._session.run(outputs, feeds, stop), feeds, stop)
         else:
             held = self.hold(feeds)
-            found = self._interruptibly(lambda: self._bound(held, outputs, stop), feeds, stop)
-            result = [value.numpy() for value in found]
+            values = self._interruptibly(lambda: self._bound(held, outputs, stop), feeds, stop)
+            result = [value.numpy() for value in values]
         self._weights.check()
         return [*result]
 
-    def hold(self, arrays: dict[str, Array]) -> dict[str, Any]:
+    def hold(self, arrays: dict[str, Array]) -> dict[str, HeldArray]:
         """Arrays as values where the session runs, for `values`."""
         place = (self.provider, self.options.device_id) if self.provider == "cuda" else ("cpu", 0)
         make = self._runtime.OrtValue.ortvalue_from_numpy
         # Not ascontiguousarray, which makes a list of one of a scalar.
         return {name: make(np.asarray(array, order="C"), *place) for name, array in arrays.items()}
 
-    def values(self, feeds: dict[str, Any], *, logits: bool = False) -> dict[str, Any]:
+    def values(self, feeds: Mapping[str, Array | HeldArray], *, logits: bool = False) -> dict[str, HeldArray]:
         """Run on arrays or held values; every output stays where it was computed, none is copied to the host."""
         arrays = {name: value for name, value in feeds.items() if isinstance(value, np.ndarray)}
-        given = feeds | self.hold(arrays)
+        held = {**feeds, **self.hold(arrays)}
         outputs = [value.name for value in self.graph.outputs if logits or value.name != "logits"]
         stop = self.make_stop()
 
-        def work() -> Sequence[Any]:
+        def work() -> Sequence[HeldArray]:
             if self.provider == "cuda":
-                return self._bound(given, outputs, stop)
-            found: Sequence[Any] = self._session.run_with_ort_values(outputs, given, stop)
-            return found
+                return self._bound(held, outputs, stop)
+            values: Sequence[HeldArray] = self._session.run_with_ort_values(outputs, held, stop)
+            return values
 
-        found = self._interruptibly(work, arrays, stop)
+        values = self._interruptibly(work, arrays, stop)
         self._weights.check()
-        return dict(zip(outputs, found, strict=True))
+        return dict(zip(outputs, values, strict=True))
 
-    def _interruptibly(self, work: Callable[[], Any], feeds: dict[str, Array], stop: Stop) -> Any:
+    def _interruptibly(self, work: Callable[[], T], feeds: dict[str, Array], stop: Stop) -> T:
         """Do work that Ctrl-C ends if it may take long; what is brief spares the thread that this takes."""
         masks = [array for name, array in feeds.items() if name.endswith("mask") and name != "step_mask"]
         tokens = sum(mask.size for mask in masks)
@@ -153,25 +167,27 @@ class Session:
             tokens += len(masks[0]) * int(feeds["num_candidates"]) * int(feeds["max_new_tokens"])
         return work() if tokens * self._weights.size < _BRIEF else interruptibly(work, stop)
 
-    def _bound(self, feeds: dict[str, Any], outputs: list[str], stop: Stop | None = None) -> Sequence[Any]:
+    def _bound(
+        self, feeds: Mapping[str, Array | HeldArray], outputs: list[str], stop: Stop | None = None
+    ) -> Sequence[HeldArray]:
         binding = self._session.io_binding()
         for name, value in feeds.items():
             binding.bind_ortvalue_input(name, value)
         for name in outputs:
             binding.bind_output(name, "cuda", self.options.device_id)
         self._session.run_with_iobinding(binding, stop)
-        found: Sequence[Any] = binding.get_outputs()
-        return found
+        values: Sequence[HeldArray] = binding.get_outputs()
+        return values
 
 
-def interruptibly(work: Callable[[], Any], stop: Stop) -> Any:
-    """What a long piece of work gives; Ctrl-C ends it.
+def interruptibly(work: Callable[[], T], stop: Stop) -> T:
+    """Do long work that Ctrl-C can end.
 
     The main thread hears of a signal only between two instructions of Python, so it waits while another one works.
     """
     if threading.current_thread() is not threading.main_thread():
         return work()
-    results, errors, done, begun = list[Any](), list[BaseException](), threading.Event(), threading.Lock()
+    results, errors, done, begun = list[T](), list[BaseException](), threading.Event(), threading.Lock()
 
     def run() -> None:
         # After an interruption there is nothing left to do.
@@ -231,7 +247,7 @@ class _Weights:
             )
 
 
-def _providers(runtime: Any, options: SessionOptions) -> list[Any]:
+def _providers(runtime: ModuleType, options: SessionOptions) -> list[str | tuple[str, dict[str, int]]]:
     available = runtime.get_available_providers()
     if options.provider == "cpu":
         return [_NAMES["cpu"]]
@@ -244,7 +260,7 @@ def _providers(runtime: Any, options: SessionOptions) -> list[Any]:
             else "no CUDA device or driver was found on this machine"
         )
         raise ProviderError(_no_cuda(reason))
-    settings: dict[str, Any] = {"device_id": options.device_id}
+    settings = {"device_id": options.device_id}
     if options.memory_limit is not None:
         settings["gpu_mem_limit"] = options.memory_limit
     if hasattr(runtime, "preload_dlls"):

@@ -8,13 +8,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import numpy as np
 
 from ..arrays import Array
 from ..checks import check_number
-from ..engine.session import Session
+from ..engine.session import HeldArray, Session
 from ..selection.aggregate import aggregate_tokens, aggregation_code, is_stepwise
 from .options import CheckedOptions
 from .result import FINISH_REASONS
@@ -117,12 +116,12 @@ class CachedRows:
         fixed: inputs that stay the same, held where the session runs.
     """
 
-    def __init__(self, session: Session, fixed: dict[str, Any]) -> None:
+    def __init__(self, session: Session, fixed: dict[str, HeldArray]) -> None:
         self._session, self._fixed = session, fixed
         shapes = {value.name: value.shape for value in session.graph.inputs}
         self._names = [name for name in shapes if name.split(".")[0] in ("key", "value")]
         self._widths = [(int(shapes[name][2]), int(shapes[name][4])) for name in self._names]
-        self._cache: dict[str, Any] = {}
+        self._cache: dict[str, HeldArray] = {}
 
     def blank(self) -> list[Array]:
         """Keys and values (1, G, 0, K) of a row that has read nothing."""
@@ -136,7 +135,7 @@ class CachedRows:
             arrays[name] = np.concatenate([self._cache[name].numpy(), stacked]) if self._cache else stacked
         self._cache = self._session.hold(arrays)
 
-    def read(self, tokens: Array, numbers: Array, *, logits: bool = False) -> dict[str, Any]:
+    def read(self, tokens: Array, numbers: Array, *, logits: bool = False) -> dict[str, HeldArray]:
         """Let each row read a token and draw the next: both (rows, 1) int64; the outputs of `decode`, held."""
         feeds = self._fixed | self._cache | self._session.hold({"tokens": tokens, "numbers": numbers})
         outputs = self._session.values(feeds, logits=logits)
@@ -153,7 +152,7 @@ class CachedRows:
 
 def prefill(
     session: Callable[[str], Session], prompt: Array, options: CheckedOptions, count: int, *, logits: bool = False
-) -> tuple[dict[str, Any], dict[str, Any]]:
+) -> tuple[dict[str, HeldArray], dict[str, HeldArray]]:
     """Read a prompt (P,) int64 and draw the first tokens of so many candidates.
 
     Returns:

@@ -30,7 +30,7 @@ __all__ = [
     "shows_options",
 ]
 
-_Method = TypeVar("_Method", bound=Callable[..., Any])
+_Method = TypeVar("_Method", bound=Callable[..., object])
 # Divided by less, the last bits of two logits decide which token is drawn: then the most likely one is taken.
 GREEDY_BELOW = np.float32(1e-5)
 # The graphs take float32, whose largest number is little larger.
@@ -95,7 +95,7 @@ class GenerateOptions(TypedDict, total=False):
 
 
 _HINTS = get_type_hints(GenerateOptions, include_extras=True)
-DEFAULTS: Mapping[str, Any] = {
+DEFAULTS: Mapping[str, object] = {
     "n": 1,
     "max_new_tokens": None,
     "temperature": 1.0,

@@ -32,6 +32,7 @@ class Ballots:
     vote_weight: str
 
 
+@dataclass(frozen=True)
 class Method:
     """A way to spend a budget of completions. A method is a frozen dataclass whose fields are its settings.
 

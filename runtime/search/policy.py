@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -27,7 +26,7 @@ class Choice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A method and its settings."""
 
     method: str
-    options: dict[str, Any]
+    options: dict[str, object]
 
 
 class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -78,7 +78,7 @@ class SearchResult(Result):
     _summary: ClassVar = ("method", "best_index", "best", "vote", "candidates", "cost")
 
     method: str
-    options: dict[str, Any]
+    options: dict[str, object]
     best_index: int
     candidates: list[Candidate]
     vote: str
@@ -87,7 +87,7 @@ class SearchResult(Result):
     cost: Cost
     nodes: list[Node]
     leaves: list[int]
-    policy: dict[str, Any] | None = None
+    policy: dict[str, object] | None = None
 
     @property
     def best(self) -> Candidate:
@@ -98,7 +98,7 @@ class SearchResult(Result):
         votes = {} if self.answers is None else {"answer": self.answers, "answer's score": [*self.group_scores]}
         return candidate_columns(self.candidates) | votes
 
-    def to_record(self, prompt: Any, pieces: Callable[[Sequence[int]], list[str]]) -> dict[str, Any]:
+    def to_record(self, prompt: object, pieces: Callable[[Sequence[int]], list[str]]) -> dict[str, object]:
         """A line of `searches.jsonl`, which `bonnx report` reads: `to_dict` by candidate, with the text of every token.
 
         Args:

@@ -6,9 +6,9 @@ import dataclasses
 import math
 import os
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 
@@ -61,10 +61,10 @@ class SearchRequest:
     vote: str | None
     scorer: Scorer | None
     until: float | None
-    sampling: dict[str, Any]
+    sampling: GenerateOptions
     start: float
 
-    def run(self, method: str, budget: int, settings: dict[str, Any]) -> SearchResult:
+    def run(self, method: str, budget: int, settings: Mapping[str, object]) -> SearchResult:
         """Spend a budget by one method."""
         runner = _make(method, settings)
         tree = self._tree(runner, method, budget)
@@ -102,7 +102,12 @@ class SearchRequest:
         beside = [] if runner.continues_probe else probed
         branches = [*beside, *runner.run(tree, stored, probed if runner.continues_probe else ())]
         result = self._result(tree, branches, runner, method)
-        judged = {"mean_score": mean, "bin": bin_ + 1, "bins": len(policy.thresholds) + 1, "budget": stored}
+        judged: dict[str, object] = {
+            "mean_score": mean,
+            "bin": bin_ + 1,
+            "bins": len(policy.thresholds) + 1,
+            "budget": stored,
+        }
         return dataclasses.replace(result, policy=judged)
 
     def _tree(self, runner: Method, method: str, budget: int) -> Tree:
@@ -110,7 +115,7 @@ class SearchRequest:
         check_whole("budget", budget, 1)
         self.engine.session("prefill")
         limit, length = self.engine.manifest.limits.max_tokens, len(self.prompt)
-        options = cast(GenerateOptions, {**self.sampling, "n": int(budget)})
+        options: GenerateOptions = {**self.sampling, "n": int(budget)}
         checked = options_within(self.engine, self.prompt, options, runner.room(limit, length))
         runner.check_length(checked.max_new_tokens, limit, length)
         tree = Tree(self.engine, self.prompt, checked, self.scorer, self.until)
@@ -144,7 +149,7 @@ class SearchRequest:
 
         return answer_of
 
-    def _ballot(self, vote: str, items: list[Any]) -> Ballot:
+    def _ballot(self, vote: str, items: Sequence[str | list[int]]) -> Ballot:
         # Scores of the caller's own are weights as they are; `Tree` refuses those below 0.
         scoring = self.engine.manifest.scoring if self.scorer is None else None
         return make_ballot("score" if vote == "borda" else vote, self.answers, items, "candidates", (), scoring)
@@ -167,7 +172,7 @@ class SearchRequest:
         tree.cost.seconds = time.monotonic() - self.start
         return SearchResult(
             method=method,
-            options=_settings(runner) | {"budget": tree.options.n},
+            options=dataclasses.asdict(runner) | {"budget": tree.options.n},
             best_index=index,
             candidates=candidates,
             vote=vote,
@@ -199,7 +204,7 @@ def search(
     scorer: Scorer | None,
     deadline: float | None,
     policy: Policy | str | os.PathLike[str] | None,
-    options: dict[str, Any],
+    options: Mapping[str, object],
 ) -> SearchResult:
     """See `Model.search`."""
     if answers is not None and not (isinstance(answers, str) or callable(answers)):
@@ -212,7 +217,7 @@ def search(
     if scorer is not None:
         check_function("scorer", scorer)
     start, until = time.monotonic(), clock(deadline)
-    sampling = {name: options[name] for name in SEARCH_OPTIONS if name in options}
+    sampling = cast(GenerateOptions, {name: options[name] for name in SEARCH_OPTIONS if name in options})
     settings = {name: value for name, value in options.items() if name not in sampling}
     request = SearchRequest(engine, engine.reader.prompt(prompt), answers, vote, scorer, until, sampling, start)
     if policy is None:
@@ -222,19 +227,15 @@ def search(
     return request.run_policy(read_policy(policy, engine.manifest), budget)
 
 
-def _make(method: str, settings: dict[str, Any]) -> Method:
+def _make(method: str, settings: Mapping[str, object]) -> Method:
     """A method with its settings."""
     if not isinstance(method, str) or method not in METHODS:
         raise InputError(f"method: unknown {shown(method)}; {near_miss(method, METHODS, 'expected one of')}")
     kind, _ = METHODS[method]
-    known = [*(field.name for field in dataclasses.fields(kind)), *SEARCH_OPTIONS]  # type: ignore[arg-type]
+    known = [*(field.name for field in dataclasses.fields(kind)), *SEARCH_OPTIONS]
     for name in settings:
         if name in SEARCH_OPTIONS:
             raise InputError(f"option '{name}' of method '{method}': a policy does not say how to sample; leave it out")
         if name not in known:
             raise InputError(f"unknown option '{name}' of method '{method}'; {near_miss(name, known)}")
     return kind(**settings)
-
-
-def _settings(runner: Method) -> dict[str, Any]:
-    return dataclasses.asdict(runner)  # type: ignore[call-overload,no-any-return]

@@ -12,7 +12,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 
@@ -20,6 +19,7 @@ from bonnx.errors import InputError
 
 from ..arrays import Array
 from ..engine.engine import Engine
+from ..engine.session import HeldArray
 from ..generate.decoding import DEADLINE, LENGTH, PRUNED, STOP, CachedRows, prefill
 from ..generate.options import CheckedOptions
 from ..selection.aggregate import aggregate_tokens
@@ -100,7 +100,7 @@ class Tree:
         self.cost, self.nodes = Cost(), list[Node]()
         # How often each context was drawn from; see `Revisions`.
         self.draws = Counter[tuple[int, ...]]()
-        self._fixed: dict[str, Any] = {}
+        self._fixed: dict[str, HeldArray] = {}
         self._numbers, self._reserved = 0, list[Branch]()
 
     def reserve(self, count: int) -> None:
@@ -197,7 +197,7 @@ class Tree:
                     rows[i].cache = [array[i] for array in arrays] if rows[i].reason < 0 else []
                 rows = [rows[i] for i in going]
 
-    def _read(self, rows: Sequence[Branch], outputs: dict[str, Any]) -> list[bool]:
+    def _read(self, rows: Sequence[Branch], outputs: dict[str, HeldArray]) -> list[bool]:
         """Each branch reads its pending token, and the next one takes its place; whether it was new to the branch."""
         fresh = [not branch.again for branch in rows]
         parts = [outputs[name].numpy()[:, 0].tolist() for name in ("scores", "next_tokens", "log_probs")]

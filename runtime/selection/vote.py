@@ -18,7 +18,8 @@ from .answers import extractor
 
 __all__ = ["Answers", "Ballot", "Standing", "check_weight", "make_ballot"]
 
-# One for each candidate, None for none; the name of an extractor; or a function of a candidate.
+# One for each candidate, None for none; the name of an extractor; or a function of a candidate, whose type is what the
+# caller passed as one.
 Answers: TypeAlias = Sequence[Hashable | None] | str | Callable[[Any], Hashable | None]
 
 
@@ -94,7 +95,7 @@ def check_weight(score: float, what: str) -> float:
 def make_ballot(
     vote: str,
     answers: Answers | None,
-    candidates: Sequence[Any],
+    candidates: Sequence[object],
     what: str,
     unreadable: Collection[int] = (),
     scoring: Scoring | None = None,
@@ -139,17 +140,20 @@ def make_ballot(
 
 
 def _read(
-    answers: Answers, candidates: Sequence[Any], what: str, unreadable: Collection[int]
+    answers: Answers, candidates: Sequence[object], what: str, unreadable: Collection[int]
 ) -> tuple[Hashable | None, ...]:
-    if isinstance(answers, str) or callable(answers):
-        read = extractor(answers) if isinstance(answers, str) else answers
-        readable = {i: candidate for i, candidate in enumerate(candidates) if i not in unreadable}
-        for i, candidate in readable.items():
-            if isinstance(answers, str) and not isinstance(candidate, str):
+    if isinstance(answers, str):
+        extract, texts = extractor(answers), dict[int, str]()
+        for i, candidate in enumerate(candidates):
+            if isinstance(candidate, str):
+                texts[i] = candidate
+            elif i not in unreadable:
                 raise InputError(
                     f"answers='{answers:.60}' reads text, and {what}[{i}] is none; pass the answers, or a function"
                 )
-        return tuple(read(readable[i]) if i in readable else None for i in range(len(candidates)))
+        return tuple(extract(texts[i]) if i not in unreadable else None for i in range(len(candidates)))
+    if callable(answers):
+        return tuple(answers(candidate) if i not in unreadable else None for i, candidate in enumerate(candidates))
     if not is_list(answers):
         raise InputError(f"answers: expected a list, a function or the name of an extractor; got {shown(answers)}")
     if len(answers) != len(candidates):

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
-from typing import Any
+from typing import TypeAlias
 
 from jinja2.exceptions import TemplateError
 from jinja2.utils import Namespace
@@ -224,10 +224,21 @@ def _replaced(value: object, values: Sequence[object], limit: int) -> int:
     return int(text.count(old)) * shallow_size(new)
 
 
-def _split(value: Any, values: Sequence[object], limit: int) -> int:
-    if not values or not isinstance(values[0], type(value)) or not values[0]:
-        return STRING * len(value) // 2
-    return STRING * (1 + int(value.count(values[0])))
+def _split(value: object, values: Sequence[object], limit: int) -> int:
+    separator = values[0] if values else None
+    if isinstance(value, str) and isinstance(separator, str) and separator:
+        return STRING * (1 + value.count(separator))
+    if isinstance(value, bytes) and isinstance(separator, bytes) and separator:
+        return STRING * (1 + value.count(separator))
+    return _split_lines(value, values, limit)
+
+
+def _split_lines(value: object, values: Sequence[object], limit: int) -> int:
+    return STRING * operator.length_hint(value, 0) // 2
+
+
+def _untabbed(value: object, values: Sequence[object], limit: int) -> int:
+    return operator.length_hint(value, 0) * (_largest(values) or 8)
 
 
 def _indented(value: object, values: Sequence[object], limit: int) -> int:
@@ -240,26 +251,28 @@ def _json(value: object, values: Sequence[object], limit: int) -> int:
     )
     if not beside:
         return 0
-    level: list[Any] = [value]
+    level: list[object] = [value]
     lines, depth = 0, 1
     while level:
         lines, depth = lines + len(level), depth + 1
         inner = ((v._parts if isinstance(v, Parts) else v.values() if isinstance(v, dict) else v) for v in level)
-        level = [item for items in inner if not isinstance(items, (str, int, float, type(None))) for item in items]
+        level = [
+            item for items in inner if isinstance(items, Iterable) and not isinstance(items, str) for item in items
+        ]
     return lines * depth * beside
 
 
-def _translated(value: Any, values: Sequence[object], limit: int) -> int:
+def _translated(value: object, values: Sequence[object], limit: int) -> int:
     tables = [table.values() for table in values if isinstance(table, dict)]
-    return len(value) * max(map(shallow_size, chain(*tables)), default=0)
+    return operator.length_hint(value, 0) * max(map(shallow_size, chain(*tables)), default=0)
 
 
-def _codec(value: Any, values: Sequence[object], limit: int) -> int:
+def _codec(value: object, values: Sequence[object], limit: int) -> int:
     usual = not values or str(values[0]).lower() in ("utf-8", "utf8", "ascii", "latin-1", "utf-16", "utf-32")
     return 0 if usual else shallow_size(value) ** 2
 
 
-_Rule = Callable[[Any, Sequence[object], int], int]
+_Rule: TypeAlias = Callable[[object, Sequence[object], int], int]
 # Filters that take no longer for a longer value; the lists and iterators that they give pay for themselves.
 _LAZY = frozenset(("attr", "batch", "count", "d", "default", "first", "items", "last", "length", "list", "map"))
 _LAZY |= {"random", "reject", "rejectattr", "reverse", "select", "selectattr", "slice"}
@@ -285,9 +298,9 @@ _METHODS: dict[str, _Rule] = {
     **dict.fromkeys(("encode", "decode"), _codec),
     "split": _split,
     "rsplit": lambda value, values, limit: _split(value, values, limit) + _searched_backwards(value, values, limit),
-    "splitlines": lambda value, values, limit: STRING * len(value) // 2,
+    "splitlines": _split_lines,
     "replace": _replaced,
     "join": lambda value, values, limit: operator.length_hint(values[0], 0) * shallow_size(value) if values else 0,
-    "expandtabs": lambda value, values, limit: len(value) * (_largest(values) or 8),
+    "expandtabs": _untabbed,
     "translate": _translated,
 }

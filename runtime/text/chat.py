@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
-from typing import Any
+from typing import TypeAlias, TypeGuard
 
 from bonnx.errors import ArtifactError, BonnxError, InputError
 
@@ -13,10 +13,11 @@ from .parts import Parts, TakesTextError, joined, lost_words, was_read
 
 __all__ = ["ChatTemplate", "Messages", "is_messages"]
 
-Messages = Sequence[Mapping[str, Any]]
+# A role and content each, as text or in parts.
+Messages: TypeAlias = Sequence[Mapping[str, object]]
 # Stands for any words: a character that no template has a use for.
 _MARK = "\ue000"
-_PROBE = {"role": "user", "content": _MARK}
+_PROBE: dict[str, object] = {"role": "user", "content": _MARK}
 
 
 class ChatTemplate:
@@ -97,14 +98,14 @@ class ChatTemplate:
             result.append((whole, start, max(start, stop)))
         return result
 
-    def _closing(self, messages: list[dict[str, Any]], now: datetime) -> str:
+    def _closing(self, messages: list[dict[str, object]], now: datetime) -> str:
         """What the template writes behind the last message's words."""
         if messages[-1].get("content") is None:
             return ""
         text = self._render([*messages[:-1], {**messages[-1], "content": _MARK}], False, now)
         return text.rpartition(_MARK)[2] if _MARK in text else ""
 
-    def _render(self, messages: list[dict[str, Any]], add_generation_prompt: bool, now: datetime) -> str:
+    def _render(self, messages: list[dict[str, object]], add_generation_prompt: bool, now: datetime) -> str:
         """The text. Parts are joined where the template takes a text; a text is one part where it takes only parts.
 
         Where the template reads some of the parts, such as the first, it gets all words in one.
@@ -132,7 +133,7 @@ class ChatTemplate:
                     return text
                 whole, one = whole | unread, one | some
 
-    def _render_once(self, messages: list[dict[str, Any]], add_generation_prompt: bool, now: datetime) -> str:
+    def _render_once(self, messages: list[dict[str, object]], add_generation_prompt: bool, now: datetime) -> str:
         from .sandbox import render
 
         given = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
@@ -148,7 +149,7 @@ class ChatTemplate:
         """Whether the template loses content that is a text, and writes it if it is a part."""
         return not self._writes([_PROBE]) and self._reads_parts
 
-    def _writes(self, messages: list[dict[str, Any]]) -> bool:
+    def _writes(self, messages: list[dict[str, object]]) -> bool:
         try:
             return _MARK in self._render_once(messages, False, datetime.now())
         except (BonnxError, TakesTextError):
@@ -156,8 +157,8 @@ class ChatTemplate:
 
 
 def _given(
-    messages: list[dict[str, Any]], whole: set[int], one: set[int]
-) -> tuple[list[dict[str, Any]], dict[int, Parts]]:
+    messages: list[dict[str, object]], whole: set[int], one: set[int]
+) -> tuple[list[dict[str, object]], dict[int, Parts]]:
     """Messages for a template, the content of those in `whole` as texts, of the others as parts; and these parts.
 
     Of those in `one` all words are one part.
@@ -168,14 +169,14 @@ def _given(
         if i in whole and isinstance(content, list):
             given[i] = {**message, "content": joined(content)}
         elif i not in whole and content is not None:
-            words = joined(content) if i in one else content
+            words = joined(content) if i in one and isinstance(content, list) else content
             listed = words if isinstance(words, list) else [{"type": "text", "text": words}]
-            parts[i] = Parts(listed, message["role"])
+            parts[i] = Parts(listed, str(message["role"]))
             given[i] = {**message, "content": parts[i]}
     return given, parts
 
 
-def is_messages(value: object) -> bool:
+def is_messages(value: object) -> TypeGuard[Messages]:
     """Whether a prompt or candidate is meant as messages: a list whose first element is a mapping."""
     return isinstance(value, (list, tuple)) and bool(value) and isinstance(value[0], Mapping)
 
@@ -191,7 +192,7 @@ def _shown(value: object) -> str:
     return repr(value)[:80]
 
 
-def _plain_messages(messages: Messages, what: str) -> list[dict[str, Any]]:
+def _plain_messages(messages: Messages, what: str) -> list[dict[str, object]]:
     """Copies of plain JSON values, which a template can neither change nor climb out of.
 
     Keys whose value is None are dropped and other names of `reasoning_content` understood, as transformers does.
@@ -203,10 +204,10 @@ def _plain_messages(messages: Messages, what: str) -> list[dict[str, Any]]:
     return [_plain_message(message, f"{what}[{i}]") for i, message in enumerate(messages)]
 
 
-def _plain_message(message: object, what: str) -> dict[str, Any]:
+def _plain_message(message: object, what: str) -> dict[str, object]:
     if not isinstance(message, Mapping):
         raise InputError(f'{what}: expected {{"role": ..., "content": ...}}; found {_shown(message)}')
-    plain = {key: value for key, value in _plain(message, what, 0).items() if value is not None}
+    plain = {key: value for key, value in _plain_object(message, what, 0).items() if value is not None}
     if not isinstance(plain.get("role"), str):
         raise InputError(f"{what}: 'role' must be a text such as 'user'; found {_shown(plain.get('role'))}")
     content = plain.get("content")
@@ -226,7 +227,8 @@ def _plain_message(message: object, what: str) -> dict[str, Any]:
     return plain if reasoning is None else {"thinking": reasoning, **plain, "reasoning_content": reasoning}
 
 
-def _plain(value: Any, what: str, depth: int) -> Any:
+def _plain(value: object, what: str, depth: int) -> object:
+    """A copy of a JSON value."""
     if depth > 50:
         raise InputError(f"{what}: nested more than 50 deep")
     if value is None or isinstance(value, bool):
@@ -235,10 +237,15 @@ def _plain(value: Any, what: str, depth: int) -> Any:
         if isinstance(value, kind):
             return kind(value) if type(value) is not kind else value
     if isinstance(value, Mapping):
-        for key in value:
-            if not isinstance(key, str):
-                raise InputError(f"{what}: keys must be texts; found {_shown(key)}")
-        return {str(key): _plain(item, what, depth + 1) for key, item in value.items()}
+        return _plain_object(value, what, depth)
     if isinstance(value, (list, tuple)):
         return [_plain(item, what, depth + 1) for item in value]
     raise InputError(f"{what}: expected plain JSON values; found {_shown(value)} ({type(value).__name__})")
+
+
+def _plain_object(value: Mapping[object, object], what: str, depth: int) -> dict[str, object]:
+    """A copy of a JSON object."""
+    for key in value:
+        if not isinstance(key, str):
+            raise InputError(f"{what}: keys must be texts; found {_shown(key)}")
+    return {str(key): _plain(item, what, depth + 1) for key, item in value.items()}

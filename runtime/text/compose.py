@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TypeAlias, TypeGuard
+
+import numpy as np
+from numpy.typing import NDArray
 
 from bonnx.errors import InputError
 
 from ..artifact.manifest import TextRules
-from .chat import ChatTemplate, is_messages
+from .chat import ChatTemplate, Messages, is_messages
 from .tokenizer import NO_TOKENS, Passage
 
-__all__ = ["Composer", "is_text"]
+__all__ = ["Composer", "Item", "Text", "is_text"]
+
+# A text, messages, or a candidate's steps as texts: what is to be tokenized.
+Text: TypeAlias = str | Messages | Sequence[str]
+# A text, token ids, or embeddings (length, embed_dim) float32.
+Item: TypeAlias = Text | Sequence[int] | NDArray[np.integer] | NDArray[np.float32]
 
 
-def is_text(item: Any) -> bool:
+def is_text(item: object) -> TypeGuard[Text]:
     """Whether an item is to be tokenized: text, messages, or a candidate as a list of steps."""
     if isinstance(item, str):
         return True
@@ -27,7 +35,7 @@ class Composer:
     def __init__(self, rules: TextRules, chat: ChatTemplate | None) -> None:
         self._rules, self._chat = rules, chat
 
-    def prompt(self, item: Any, what: str) -> tuple[str, bool]:
+    def prompt(self, item: object, what: str) -> tuple[str, bool]:
         """A prompt that the model is to continue, and whether the tokenizer puts its special tokens around it.
 
         Raises:
@@ -37,7 +45,7 @@ class Composer:
             return self._template(what).render(item, what, add_generation_prompt=True), False
         return self._plain(item, what), self._rules.special_tokens
 
-    def blank(self, item: Any) -> str | None:
+    def blank(self, item: Text) -> str | None:
         """Why there is nothing to read in a text, in messages or in steps, or in one of the steps; None if there is."""
         if isinstance(item, str):
             split = self._rules.step_split
@@ -50,23 +58,20 @@ class Composer:
             (f"its step {i} is empty" for i, step in enumerate(item) if isinstance(step, str) and not step), None
         )
 
-    def rows(self, items: Sequence[Any], names: Sequence[str], what: str) -> tuple[list[Passage], bool]:
+    def rows(self, items: Sequence[Text], names: Sequence[str], what: str) -> tuple[list[Passage], bool]:
         """Whole texts or conversations, each its own; and whether the tokenizer puts its special tokens around them.
 
         Raises:
             InputError: an item is no text, or some are conversations and others are not.
         """
         chats = _all_alike(items, names, what)
-        if chats:
-            texts = [
-                self._template(n).render(item, n, add_generation_prompt=False)
-                for n, item in zip(names, items, strict=True)
-            ]
-        else:
-            texts = [self._steps(item, name) for item, name in zip(items, names, strict=True)]
+        texts = [
+            self._template(name).render(item, name) if is_messages(item) else self._steps(item, name)
+            for item, name in zip(items, names, strict=True)
+        ]
         return [Passage(text, 0, len(text)) for text in texts], self._rules.special_tokens and not chats
 
-    def alone(self, candidate: Any, what: str) -> Passage:
+    def alone(self, candidate: object, what: str) -> Passage:
         """A candidate whose prompt is no text.
 
         Raises:
@@ -76,7 +81,7 @@ class Composer:
         return Passage(text, 0, len(text))
 
     def pairs(
-        self, prompt: Any, candidates: Sequence[Any], prompt_name: str, names: Sequence[str], *, partial: bool
+        self, prompt: object, candidates: Sequence[Text], prompt_name: str, names: Sequence[str], *, partial: bool
     ) -> tuple[list[Passage], bool]:
         """Each candidate after its prompt; and whether the tokenizer puts its special tokens around them.
 
@@ -98,7 +103,7 @@ class Composer:
         return passages, self._rules.special_tokens
 
     def _chats(
-        self, prompt: Any, candidates: Sequence[Any], prompt_name: str, names: Sequence[str], partial: bool
+        self, prompt: Messages, candidates: Sequence[Text], prompt_name: str, names: Sequence[str], partial: bool
     ) -> list[Passage]:
         template = self._template(prompt_name)
         own = [c if is_messages(c) else self._steps(c, name) for c, name in zip(candidates, names, strict=True)]
@@ -113,14 +118,14 @@ class Composer:
             raise InputError(f"{what}: messages need a chat template, and this artifact has none; pass text")
         return self._chat
 
-    def _plain(self, item: Any, what: str) -> str:
+    def _plain(self, item: object, what: str) -> str:
         if not isinstance(item, str):
             raise InputError(f"{what}: expected text; got {item!r:.60}")
         if not item:
             raise InputError(f"{what}: {NO_TOKENS}")
         return item
 
-    def _steps(self, item: Any, what: str) -> str:
+    def _steps(self, item: object, what: str) -> str:
         """A candidate's text, each of its steps ended as the model expects it."""
         ending, split = self._rules.step_text, self._rules.step_split
         if isinstance(item, str):
@@ -142,14 +147,14 @@ class Composer:
         return ending is not None and self._rules.step_split is not None and ending not in text
 
 
-def _says_nothing(message: Any) -> bool:
+def _says_nothing(message: object) -> bool:
     """Whether a message has a role, empty content and nothing else."""
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or message.get("content") is None:
         return False
     return not any(value for key, value in message.items() if key != "role")
 
 
-def _all_alike(items: Sequence[Any], names: Sequence[str], what: str) -> bool:
+def _all_alike(items: Sequence[Text], names: Sequence[str], what: str) -> bool:
     chats = [is_messages(item) for item in items]
     if any(chats) and not all(chats):
         raise InputError(

@@ -7,7 +7,10 @@ put there. So ids are decoded behind the last tokens of what comes before them, 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 __all__ = ["Detokenizer"]
 
@@ -25,7 +28,7 @@ class Detokenizer:
         special: ids of its special tokens.
     """
 
-    def __init__(self, tokenizer: Any, special: Collection[int]) -> None:
+    def __init__(self, tokenizer: Tokenizer, special: Collection[int]) -> None:
         self._tokenizer, self._special = tokenizer, special
         self._opening: list[int] = tokenizer.encode("", add_special_tokens=True).ids
         self._bytes = self._byte_tokens()
@@ -107,8 +110,9 @@ class Detokenizer:
 
     def _byte_tokens(self) -> dict[int, int]:
         """The byte of each token that stands for one, where the decoder puts these together; else empty."""
-        ids = [self._tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in range(256)]
-        if None in ids or self._plain([ids[ord("a")], ids[0xC3], ids[0xA9]])[-2:] != "aé":
+        tokens = [self._tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in range(256)]
+        ids = [i for i in tokens if i is not None]
+        if len(ids) < len(tokens) or self._plain([ids[ord("a")], ids[0xC3], ids[0xA9]])[-2:] != "aé":
             return {}
         self._letter = ids[ord("a")]
         return {i: byte for byte, i in enumerate(ids)}

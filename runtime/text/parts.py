@@ -7,7 +7,7 @@ read them, and refuse to become a text.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import NoReturn, overload
 
 __all__ = ["Parts", "TakesTextError", "joined", "lost_words", "was_read"]
 
@@ -20,10 +20,10 @@ class TakesTextError(Exception):
         self.role = role
 
 
-class _Part(dict[str, Any]):
+class _Part(dict[str, object]):
     """One part. `{{ part }}` is no use of a part."""
 
-    def __init__(self, part: Mapping[str, Any], role: str) -> None:
+    def __init__(self, part: Mapping[str, object], role: str) -> None:
         super().__init__(part)
         self._role = role
 
@@ -31,13 +31,13 @@ class _Part(dict[str, Any]):
         raise TakesTextError(self._role)
 
 
-class Parts(Sequence[Any]):
+class Parts(Sequence[_Part]):
     """A list of parts for a template, which knows whether it was looked into.
 
     It is no `list`: `json` would look into one unnoticed. Names begin with `_` because templates cannot reach these.
     """
 
-    def __init__(self, parts: Sequence[Mapping[str, Any]], role: str) -> None:
+    def __init__(self, parts: Sequence[Mapping[str, object]], role: str) -> None:
         self._parts, self._role = [_Part(part, role) for part in parts], role
         self._unread, self._read = set(range(len(parts))), False
 
@@ -45,18 +45,24 @@ class Parts(Sequence[Any]):
         self._read |= not self._parts  # there is no more to read
         return len(self._parts)
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[_Part]:
         self._read = True
         for place, part in enumerate(self._parts):
             self._unread.discard(place)
             yield part
 
-    def __getitem__(self, place: Any) -> Any:
-        found = self._parts[place]
+    @overload
+    def __getitem__(self, place: int) -> _Part: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> list[_Part]: ...
+
+    def __getitem__(self, place: int | slice) -> _Part | list[_Part]:
+        part = self._parts[place]
         self._read = True
         places = range(len(self._parts))[place]
         self._unread -= set(places) if isinstance(places, range) else {places}
-        return found
+        return part
 
     def __contains__(self, value: object) -> bool:
         if isinstance(value, str):
@@ -70,9 +76,9 @@ class Parts(Sequence[Any]):
         raise TakesTextError(self._role)
 
 
-def joined(parts: Sequence[Mapping[str, Any]]) -> str:
+def joined(parts: Sequence[Mapping[str, object]]) -> str:
     """The words of parts, one after the other."""
-    return "".join(part["text"] for part in parts)
+    return "".join(str(part["text"]) for part in parts)
 
 
 def was_read(parts: Parts) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +14,7 @@ from bonnx.errors import InputError
 from ..arrays import Array
 from ..artifact.manifest import Manifest, Scoring
 from ..checks import ARGUMENTS, ArgumentNames, is_list, shown
-from .compose import Composer, is_text
+from .compose import Composer, Item, Text, is_text
 from .tokenizer import NO_TOKENS, TokenizedRow, Tokenizer
 
 __all__ = [
@@ -26,12 +25,6 @@ __all__ = [
     "check_stop",
     "none_readable",
 ]
-
-# A text, messages ({"role": ..., "content": ...} each), a candidate's steps as texts, token ids, or embeddings
-# (length, embed_dim) float32.
-Item: TypeAlias = (
-    str | Sequence[Mapping[str, object]] | Sequence[str] | Sequence[int] | NDArray[np.integer] | NDArray[np.float32]
-)
 
 
 def check_stop(stop: object) -> None:
@@ -94,7 +87,7 @@ class _Given:
     called: ArgumentNames
     count: int
     blank: Array
-    texts: dict[int, Item] = field(default_factory=dict)
+    texts: dict[int, Text] = field(default_factory=dict)
     arrays: dict[int, Array] = field(default_factory=dict)
     read: dict[int, TokenizedRow] = field(default_factory=dict)
     unreadable: dict[int, str] = field(default_factory=dict)
@@ -151,8 +144,8 @@ class Reader:
     def __init__(self, manifest: Manifest, tokenizer: Tokenizer | None, composer: Composer) -> None:
         self.tokenizer, self._composer = tokenizer, composer
         self._limit = manifest.limits.max_tokens
-        self.vocabulary = manifest.model.get("vocab_size")
-        self.width = None if manifest.kind == "language_model" else manifest.network["embed_dim"]
+        self.vocabulary = manifest.size("vocab_size") if manifest.kind == "language_model" else None
+        self.width = None if manifest.kind == "language_model" else manifest.size("embed_dim")
         self._blank: Array = np.zeros(0, np.int64) if self.width is None else np.zeros((0, self.width), np.float32)
 
     def prompt(self, item: Item, name: str = "prompt") -> Array:

@@ -31,14 +31,15 @@ MAX_CHARACTERS = 10_000_000
 class _Formatter(SandboxedFormatter):
     """`str.format` that pays for each field before it is written."""
 
-    def convert_field(self, value: object, conversion: Any) -> object:
+    def convert_field(self, value: object, conversion: str | None) -> object:
         spend_shown(value, "format")
         return super().convert_field(value, conversion)
 
-    def format_field(self, value: object, format_spec: str) -> Any:
+    def format_field(self, value: object, format_spec: str) -> str:
         spend_shown(value, "format")
         current_budget().spend(4 * spec_size(format_spec), "format")
-        return super().format_field(value, format_spec)
+        text: str = super().format_field(value, format_spec)
+        return text
 
 
 class _EscapeFormatter(_Formatter, SandboxedEscapeFormatter):
@@ -80,17 +81,18 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         current_budget().spend(shallow_size(value), "a slice")
         return value
 
-    def call(self, context: Context, obj: Any, /, *args: object, **kwargs: object) -> object:
+    def call(self, context: Context, obj: object, /, *args: object, **kwargs: object) -> object:
         owner = obj.__self__ if isinstance(obj, (BuiltinMethodType, MethodType)) else None
-        if owner is self:
+        if owner is self and callable(obj):
             return obj(*args)
-        budget, name = current_budget(), f"`{getattr(obj, '__name__', 'a call')}`"
+        method = str(getattr(obj, "__name__", "a call"))
+        budget, name = current_budget(), f"`{method}`"
         size = 0
         if isinstance(owner, (str, bytes, int, float, list, tuple, dict)) or owner in (str, bytes, int, dict):
             args = tuple(list(arg) if isinstance(arg, Iterator) else arg for arg in args)
             # Jinja2 adds the names of the scope, such as `_loop_vars`.
             named = [value for key, value in kwargs.items() if not key.startswith("_")]
-            size = method_size(obj.__name__, owner, [*args, *named], budget.left)
+            size = method_size(method, owner, [*args, *named], budget.left)
         budget.spend(size, name)
         return budget.check(super().call(context, obj, *args, **kwargs), name)
 
@@ -99,14 +101,15 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         budget.spend(operator_size(operator, left, right, budget.left), name)
         return super().call_binop(context, operator, left, right)
 
-    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
-        if super().wrap_str_format(value) is None:
+    def wrap_str_format(self, value: object) -> Callable[..., str] | None:
+        if super().wrap_str_format(value) is None or not isinstance(value, (BuiltinMethodType, MethodType)):
             return None
         source, takes_map = value.__self__, value.__name__ == "format_map"
+        assert isinstance(source, str)
         escape = source.escape if isinstance(source, Markup) else None
         formatter = _Formatter(self) if escape is None else _EscapeFormatter(self, escape=escape)
 
-        def format(*args: Any, **kwargs: Any) -> str:
+        def format(*args: Any, **kwargs: object) -> str:
             if takes_map:
                 (kwargs,), args = args, ()
             text: str = type(source)(formatter.vformat(source, args, kwargs))

@@ -129,17 +129,17 @@ def _strftime_now(form: str) -> str:
 class _Dict:
     """`dict` for templates: makes dictionaries, but is not Python's type, whose attributes lead to its internals."""
 
-    def __call__(self, *args: Any, **kwargs: object) -> dict[Any, Any]:
+    def __call__(self, *args: Any, **kwargs: object) -> dict[object, object]:
         return dict(*args, **kwargs)
 
-    def fromkeys(self, *args: Any) -> dict[Any, Any]:
+    def fromkeys(self, *args: Any) -> dict[object, object]:
         return dict.fromkeys(*args)
 
 
 class _SafeNamespace(Namespace):
     """`namespace` for templates, closed to names that lead into Python's internals."""
 
-    def __init__(*args: Any, **kwargs: Any) -> None:  # `self` may be a template's own name
+    def __init__(*args: Any, **kwargs: object) -> None:  # `self` may be a template's own name
         self, *positional = args
         values = dict(*positional, **kwargs)
         for name in values:

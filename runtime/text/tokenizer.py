@@ -10,7 +10,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import tokenizers
 
@@ -118,7 +118,9 @@ class Tokenizer:
         rows = (self._row(p, encoding, partial, names) for p, encoding in zip(known, encodings, strict=True))
         return [next(rows) if reason is None else reason for reason in found]
 
-    def _row(self, passage: Passage, encoding: Any, partial: bool, names: ArgumentNames) -> TokenizedRow | str:
+    def _row(
+        self, passage: Passage, encoding: tokenizers.Encoding, partial: bool, names: ArgumentNames
+    ) -> TokenizedRow | str:
         reason = _blame(passage, self._no_token(encoding, passage.text), names)
         if reason is not None:
             return reason
@@ -142,7 +144,7 @@ class Tokenizer:
                 ends.add(order[place])
         return TokenizedRow(ids, first, sorted(ends))
 
-    def _no_token(self, encoding: Any, text: str) -> _Fault | None:
+    def _no_token(self, encoding: tokenizers.Encoding, text: str) -> _Fault | None:
         if self._unknown is None or self._unknown not in encoding.ids:
             return None
         start, end = encoding.offsets[encoding.ids.index(self._unknown)]
