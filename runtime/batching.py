@@ -67,13 +67,15 @@ class _Group:
         """Add a request if the run stays within its bounds; whether it was added."""
         if request.key is None or request.key != self.key:
             return False
-        own, shared = request.shape, request.prompt_slot in self.slots
-        in_slot = self.slots.get(request.prompt_slot, 0) + own.candidates
+        shape, shared = request.shape, request.prompt_slot in self.slots
+        in_slot = self.slots.get(request.prompt_slot, 0) + shape.candidates
         slots = len(self.slots) + (not shared)
         joint = Shape(
-            max(in_slot, self.shape.candidates), max(own.prompt, self.shape.prompt), max(own.length, self.shape.length)
+            max(in_slot, self.shape.candidates),
+            max(shape.prompt, self.shape.prompt),
+            max(shape.length, self.shape.length),
         )
-        real_tokens = self.real_tokens + request.tokens + (0 if shared else own.prompt)
+        real_tokens = self.real_tokens + request.tokens + (0 if shared else shape.prompt)
         if not fits(slots, joint) or real_tokens < (1 - waste) * padded_tokens(slots, joint):
             return False
         self.slots[request.prompt_slot] = in_slot

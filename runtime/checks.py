@@ -58,11 +58,11 @@ def shown(value: object) -> str:
     """A value as an error names it: how it begins, and its type where that does not show."""
     plain = value is None or isinstance(value, str | bytes | int | float | complex | np.generic | list | tuple | dict)
     try:
-        said = f"{value!r:.60}"
+        text = f"{value!r:.60}"
     except ValueError:
         # Python refuses to write integers of thousands of digits.
-        said = "a number of thousands of digits"
-    return said if plain else f"{type(value).__name__} {said}"
+        text = "a number of thousands of digits"
+    return text if plain else f"{type(value).__name__} {text}"
 
 
 def is_list(value: object) -> bool:
@@ -146,14 +146,14 @@ def check_whole(name: str, value: object, least: int, otherwise: str = "") -> No
         raise InputError(f"{name}: expected a whole number of at least {least}{most}{otherwise}; got {shown(value)}")
 
 
-def check_some(items: Sequence[object], what: str) -> None:
+def check_some(items: Sequence[object], name: str) -> None:
     """Refuse what is no list, or an empty one.
 
     Raises:
-        InputError: names `what`.
+        InputError: names `name`.
     """
     if not is_list(items) or not len(items):
-        raise InputError(f"{what}: expected a list of at least one {what.removesuffix('s')}; got {shown(items)}")
+        raise InputError(f"{name}: expected a list of at least one {name.removesuffix('s')}; got {shown(items)}")
 
 
 def check_function(name: str, value: object) -> None:

@@ -190,22 +190,22 @@ if TYPE_CHECKING:
     _fits: type[ModelLike] = FakeModel
 
 
-def _scores(given: object, what: str) -> Array:
+def _scores(value: object, name: str) -> Array:
     """What a function gave for one candidate, (n,) float32.
 
     Raises:
         InputError: it is not a number, or a list of them with at least one.
     """
     try:
-        array = np.atleast_1d(np.asarray(given))
+        array = np.atleast_1d(np.asarray(value))
     except ValueError:  # lists of unequal length
         array = np.zeros(0)
     if array.ndim != 1 or not array.size or array.dtype.kind not in "fiub":
-        raise InputError(f"{what}: expected a number, or a list with one for each token; got {shown(given)}")
+        raise InputError(f"{name}: expected a number, or a list with one for each token; got {shown(value)}")
     with np.errstate(over="ignore"):
         return array.astype(np.float32)
 
 
-def _check_item(item: Item, what: str) -> None:
+def _check_item(item: Item, name: str) -> None:
     if not isinstance(item, str) and not is_list(item):
-        raise InputError(f"{what}: expected text or a list; got {shown(item)}")
+        raise InputError(f"{name}: expected text or a list; got {shown(item)}")

@@ -9,24 +9,24 @@ from ..arrays import Array
 __all__ = ["maximum_difference"]
 
 
-def maximum_difference(found: Array, expected: Array, allowed: float | Array) -> float:
-    """The maximum `|found - expected|`; NaN equals NaN.
+def maximum_difference(actual: Array, expected: Array, allowed: float | Array) -> float:
+    """The maximum `|actual - expected|`; NaN equals NaN.
 
     Args:
-        found: what one engine gave.
+        actual: what one engine gave.
         expected: what the other gave, of the same shape.
         allowed: the maximum difference, for all or for each element.
 
     Raises:
         ValueError: the shapes or the NaNs differ, or a difference exceeds what is allowed.
     """
-    if found.shape != expected.shape:
-        raise ValueError(f"expected shape {expected.shape}, found {found.shape}")
-    if not np.array_equal(np.isnan(found), np.isnan(expected)):
+    if actual.shape != expected.shape:
+        raise ValueError(f"expected shape {expected.shape}, got {actual.shape}")
+    if not np.array_equal(np.isnan(actual), np.isnan(expected)):
         raise ValueError("NaN where none was expected, or none where one was")
-    equal = found == expected  # infinities too, whose difference is NaN
+    equal = actual == expected  # infinities too, whose difference is NaN
     with np.errstate(invalid="ignore"):
-        difference = np.where(equal | np.isnan(found), 0.0, np.abs(found.astype(np.float64) - expected))
+        difference = np.where(equal | np.isnan(actual), 0.0, np.abs(actual.astype(np.float64) - expected))
     excess = difference - allowed
     if (excess > 0).any():
         place = np.unravel_index(int(np.argmax(excess)), excess.shape)

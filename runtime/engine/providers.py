@@ -15,13 +15,13 @@ _INSTALL = "`pip install bonnx[cpu]`, or `pip install bonnx[gpu]` for CUDA"
 
 def installed_flavours() -> dict[str, str]:
     """Version of each installed ONNX Runtime package."""
-    found = {}
+    versions = {}
     for name in FLAVOURS:
         try:
-            found[name] = importlib.metadata.version(name)
+            versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def runtime_module() -> ModuleType:
@@ -30,20 +30,20 @@ def runtime_module() -> ModuleType:
     Raises:
         ProviderError: not installed, installed twice, not ONNX Runtime at all, or it cannot be loaded.
     """
-    found = installed_flavours()
-    if len(found) > 1:
+    versions = installed_flavours()
+    if len(versions) > 1:
         raise ProviderError(
-            f"both {' and '.join(found)} are installed, and each overwrites the other's files; "
-            f"run `pip uninstall -y {' '.join(found)}`, then {_INSTALL}"
+            f"both {' and '.join(versions)} are installed, and each overwrites the other's files; "
+            f"run `pip uninstall -y {' '.join(versions)}`, then {_INSTALL}"
         )
     try:
         import onnxruntime
     except ModuleNotFoundError as e:
         if e.name == "onnxruntime":
             raise ProviderError(f"ONNX Runtime is not installed; run {_INSTALL}") from e
-        raise ProviderError(_broken(found, e)) from e
+        raise ProviderError(_broken(versions, e)) from e
     except Exception as e:  # whatever its code raises when a library or a file is missing
-        raise ProviderError(_broken(found, e)) from e
+        raise ProviderError(_broken(versions, e)) from e
     if hasattr(onnxruntime, "InferenceSession"):
         module: ModuleType = onnxruntime
         return module
@@ -55,12 +55,12 @@ def runtime_module() -> ModuleType:
         )
     raise ProviderError(
         f"{onnxruntime.__file__} is not ONNX Runtime: it has no InferenceSession; if the file is yours, rename it; if "
-        f"not, run `pip install --force-reinstall {next(iter(found), 'onnxruntime')}`"
+        f"not, run `pip install --force-reinstall {next(iter(versions), 'onnxruntime')}`"
     )
 
 
-def _broken(found: dict[str, str], error: Exception) -> str:
-    names = " ".join(found) or "onnxruntime"
+def _broken(versions: dict[str, str], error: Exception) -> str:
+    names = " ".join(versions) or "onnxruntime"
     return (
         f"ONNX Runtime is installed but cannot be loaded: {type(error).__name__}: {error}; run "
         f"`pip install --force-reinstall {names}`, and on Windows install the Visual C++ runtime"

@@ -80,8 +80,8 @@ class Growing:
 
     def prune(self) -> None:
         """Keep the best of those in the race, ended ones included, as `generate` does."""
-        found, _ = self._select(np.arange(self.tokens.shape[1]) < self.lengths[:, None])
-        self.kept = survivors(found, self.kept, self.options.prune_keep)
+        scores, _ = self._select(np.arange(self.tokens.shape[1]) < self.lengths[:, None])
+        self.kept = survivors(scores, self.kept, self.options.prune_keep)
         self.reasons[(self.reasons < 0) & ~self.kept] = PRUNED
 
 

@@ -95,7 +95,7 @@ class GenerateOptions(TypedDict, total=False):
 
 
 _HINTS = get_type_hints(GenerateOptions, include_extras=True)
-DEFAULTS: Mapping[str, object] = {
+DEFAULTS: Mapping[str, Any] = {
     "n": 1,
     "max_new_tokens": None,
     "temperature": 1.0,
@@ -139,12 +139,12 @@ def shows_options(names: Sequence[str] = tuple(DEFAULTS)) -> Callable[[_Method],
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=DEFAULTS[name], annotation=hints[name])
             for name in names
         ]
-        own = [*signature.parameters.values()]
+        declared = [*signature.parameters.values()]
         if len(names) == len(DEFAULTS):
             # There are no others.
-            own = [parameter for parameter in own if parameter.kind != parameter.VAR_KEYWORD]
-        rest = [parameter for parameter in own if parameter.kind == parameter.VAR_KEYWORD]
-        parameters = [*own[: len(own) - len(rest)], *options, *rest]
+            declared = [parameter for parameter in declared if parameter.kind != parameter.VAR_KEYWORD]
+        rest = [parameter for parameter in declared if parameter.kind == parameter.VAR_KEYWORD]
+        parameters = [*declared[: len(declared) - len(rest)], *options, *rest]
         method.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
         if method.__doc__ is not None:
             before, line, after = re.split(r"(?m)^( +\*\*options: .*\n)", method.__doc__, maxsplit=1)
@@ -205,7 +205,7 @@ def check_options(
     for name in options:
         if name not in known:
             raise InputError(f"unknown option '{name}' of generate; {near_miss(name, known)}")
-    given = {name: value for name, value in options.items() if value is not None}
-    filled: dict[str, Any] = {**DEFAULTS, "aggregation": aggregation, "max_new_tokens": max_new_tokens, **given}
+    chosen = {name: value for name, value in options.items() if value is not None}
+    filled: dict[str, Any] = {**DEFAULTS, "aggregation": aggregation, "max_new_tokens": max_new_tokens, **chosen}
     del filled["stop"]
     return CheckedOptions(stop_tokens=stop_tokens, **filled)

@@ -69,7 +69,7 @@ def make_candidate(
     reason: int,
 ) -> Candidate:
     """One completion from its row; `reason` is an index into `FINISH_REASONS`, below 0 while it grows."""
-    own = tokens[:length]
+    completion = tokens[:length]
     ended = FINISH_REASONS[reason] if reason >= 0 else None
-    text = None if decode is None else decode(own.tolist(), prompt.tolist(), ended)
-    return Candidate(text, own, scores[:length], log_probs[:length], float(score), ended)
+    text = None if decode is None else decode(completion.tolist(), prompt.tolist(), ended)
+    return Candidate(text, completion, scores[:length], log_probs[:length], float(score), ended)

@@ -92,23 +92,23 @@ class Scored(Result):
         return _columns(self, self.row_scores)
 
 
-def winner(index: int, what: str) -> int:
+def winner(index: int, kind: str) -> int:
     """The index that a graph chose.
 
     Raises:
         NoWinnerError: it chose none.
     """
     if index < 0:
-        raise NoWinnerError(f"none of the {what} can win: every score is NaN; look for NaN or infinity in the inputs")
+        raise NoWinnerError(f"none of the {kind} can win: every score is NaN; look for NaN or infinity in the inputs")
     return index
 
 
-def _columns(found: Ranking | Scored, scores: NDArray[np.float32]) -> dict[str, Sequence[object]]:
+def _columns(result: Ranking | Scored, scores: NDArray[np.float32]) -> dict[str, Sequence[object]]:
     """One line a candidate."""
     columns: dict[str, Sequence[object]] = {"#": range(len(scores)), "score": [*scores]}
-    columns["tokens"] = [len(own) for own in found.scores]
-    if found.answers is not None:
-        columns["answer"] = found.answers
-    if found.group_scores is not None:
-        columns["answer's score"] = [*found.group_scores]
+    columns["tokens"] = [len(token_scores) for token_scores in result.scores]
+    if result.answers is not None:
+        columns["answer"] = result.answers
+    if result.group_scores is not None:
+        columns["answer's score"] = [*result.group_scores]
     return columns

@@ -112,25 +112,28 @@ def _feeds(
 ) -> dict[str, Array]:
     """The inputs of `rank`: each request's arrays at its place, padding elsewhere."""
     first = requests[0]
-    longest, length = max(len(one.prompt) for one in requests), max(one.values.shape[1] for one in requests)
+    longest, length = (
+        max(len(request.prompt) for request in requests),
+        max(request.values.shape[1] for request in requests),
+    )
     fill, more = (pad_token, ()) if first.values.ndim == 2 else (0, first.values.shape[2:])
     prompts = np.full((slots, longest, *more), fill, first.values.dtype)
     prompt_mask = np.zeros((slots, longest), np.int64)
     values = np.full((rows, slots, length, *more), fill, first.values.dtype)
     mask = np.zeros((rows, slots, length), np.int64)
     steps = np.ones((1, 1, 1), np.int64)
-    if any(one.steps.shape != (1, 1) for one in requests):
+    if any(request.steps.shape != (1, 1) for request in requests):
         steps = np.zeros_like(mask)
     answers = np.full((rows, slots), -1, np.int64)
-    for one, (slot, own) in zip(requests, places, strict=True):
-        tokens = one.values.shape[1]
-        prompts[slot, : len(one.prompt)] = one.prompt
-        prompt_mask[slot, : len(one.prompt)] = 1
-        values[own, slot, :tokens] = one.values
-        mask[own, slot, :tokens] = one.mask
+    for request, (slot, rows_of_one) in zip(requests, places, strict=True):
+        tokens = request.values.shape[1]
+        prompts[slot, : len(request.prompt)] = request.prompt
+        prompt_mask[slot, : len(request.prompt)] = 1
+        values[rows_of_one, slot, :tokens] = request.values
+        mask[rows_of_one, slot, :tokens] = request.mask
         if steps.shape == mask.shape:
-            steps[own, slot, :tokens] = one.steps
-        answers[own, slot] = one.ballot.ids[:, 0]
+            steps[rows_of_one, slot, :tokens] = request.steps
+        answers[rows_of_one, slot] = request.ballot.ids[:, 0]
     return {
         "aggregation": np.array(aggregation_code(first.aggregation), np.int64),
         f"prompt_{suffix}": prompts,
@@ -155,7 +158,9 @@ def _ranking(request: RankRequest, index: int, scores: Array, candidate_scores: 
     """What a request gets of its own scores (N, T), candidate scores (N,) and group scores (N,)."""
     best = winner(index, "candidates")
     rows = request.rows
-    own = [scores[i, skip : len(item)] for i, (skip, item) in enumerate(zip(rows.skip, rows.items, strict=True))]
+    token_scores = [
+        scores[i, skip : len(item)] for i, (skip, item) in enumerate(zip(rows.skip, rows.items, strict=True))
+    ]
     step_scores = None
     if is_stepwise(request.aggregation):
         step_scores = [scores[i, : len(item)][request.steps[i, : len(item)] > 0] for i, item in enumerate(rows.items)]
@@ -164,7 +169,7 @@ def _ranking(request: RankRequest, index: int, scores: Array, candidate_scores: 
         best,
         request.candidates[best],
         candidate_scores,
-        own,
+        token_scores,
         request.aggregation,
         *standing,
         step_scores,

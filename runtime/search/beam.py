@@ -126,12 +126,12 @@ class Trees(Beam):
 
 def _repeated(active: Sequence[Branch], members: Sequence[int]) -> set[int]:
     """Of some branches those that have written what an earlier one has."""
-    seen, found = set[tuple[int, ...]](), set[int]()
+    seen, repeated = set[tuple[int, ...]](), set[int]()
     for i in members:
         written = tuple(active[i].tokens)
-        found |= {i} if written in seen else set()
+        repeated |= {i} if written in seen else set()
         seen.add(written)
-    return found
+    return repeated
 
 
 def _values(tree: Tree, active: Sequence[Branch], steps: int) -> tuple[Array, dict[int, Branch]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeAlias
 
 import msgspec
 import numpy as np
@@ -19,7 +20,7 @@ from ..checks import check_path, check_whole
 
 __all__ = ["Choice", "Policy", "cross_validated", "fit_policy", "quantile_bins", "read_policy"]
 
-Array = NDArray[np.float64]
+_Floats: TypeAlias = NDArray[np.float64]
 
 
 class Choice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -99,24 +100,24 @@ def read_policy(policy: Policy | str | os.PathLike[str], manifest: Manifest) -> 
     return policy
 
 
-def quantile_bins(easiness: Array, bins: int = 5) -> NDArray[np.int64]:
+def quantile_bins(easiness: _Floats, bins: int = 5) -> NDArray[np.int64]:
     """Bins of equal size (n,), 0 the easiest; ties keep their order."""
     order = np.argsort(-easiness, kind="stable")
-    found = np.empty(len(order), np.int64)
-    found[order] = np.arange(len(order)) * bins // len(order)
-    return found
+    place = np.empty(len(order), np.int64)
+    place[order] = np.arange(len(order)) * bins // len(order)
+    return place
 
 
 def fit_policy(
-    accuracy: Mapping[int, Mapping[str, Array]],
-    easiness: Array,
+    accuracy: Mapping[int, Mapping[str, _Floats]],
+    easiness: _Floats,
     settings: Mapping[str, Choice],
     *,
     name: str,
     artifact: str,
     probe: int,
     bins: int = 5,
-    tokens: Mapping[int, Mapping[str, Array]] | None = None,
+    tokens: Mapping[int, Mapping[str, _Floats]] | None = None,
 ) -> Policy:
     """The best setting of each bin and budget (Snell et al., 2024, section 3).
 
@@ -140,11 +141,11 @@ def fit_policy(
 
 
 def cross_validated(
-    table: Mapping[str, Array],
+    table: Mapping[str, _Floats],
     place: NDArray[np.int64],
     seed: int = 0,
-    tokens: Mapping[str, Array] | None = None,
-) -> tuple[Array, list[str]]:
+    tokens: Mapping[str, _Floats] | None = None,
+) -> tuple[_Floats, list[str]]:
     """Accuracy (n,) of each prompt under the setting that is best for its bin on the other half of the prompts.
 
     Args:
@@ -157,16 +158,16 @@ def cross_validated(
         the accuracies, and the setting that was chosen for each prompt.
     """
     fold = np.random.default_rng(seed).permutation(len(place)) % 2
-    found, chosen = np.zeros(len(place)), [""] * len(place)
+    accuracy, chosen = np.zeros(len(place)), [""] * len(place)
     for half in (0, 1):
         for b in np.unique(place):
             setting = _best(table, (place == b) & (fold != half), tokens)
             for i in np.flatnonzero((place == b) & (fold == half)):
-                found[i], chosen[i] = table[setting][i], setting
-    return found, chosen
+                accuracy[i], chosen[i] = table[setting][i], setting
+    return accuracy, chosen
 
 
-def _best(table: Mapping[str, Array], rows: NDArray[np.bool_], tokens: Mapping[str, Array] | None) -> str:
+def _best(table: Mapping[str, _Floats], rows: NDArray[np.bool_], tokens: Mapping[str, _Floats] | None) -> str:
     """The setting that solves most of some prompts; of all if there are no prompts, the first.
 
     With `tokens` the cheapest of those that solve at most a point less than the best.

@@ -63,15 +63,15 @@ class Revisions(Method):
         the same it would get the attempt that it got before.
         """
         contexts = [tuple(self._context(tree, chain)) for chain in done]
-        same, found = Counter(contexts), dict[tuple[int, ...], list[Branch]]()
-        kinds = {context: (count, tree.draws[context]) for context, count in same.items()}
+        repeats, attempts_of = Counter(contexts), dict[tuple[int, ...], list[Branch]]()
+        kinds = {context: (count, tree.draws[context]) for context, count in repeats.items()}
         for kind in sorted(set(kinds.values())):
-            batch = [context for context in same if kinds[context] == kind]
-            found |= dict(zip(batch, _generate(tree, batch, *kind), strict=True))
-        tree.draws.update(same.keys())
+            batch = [context for context in repeats if kinds[context] == kind]
+            attempts_of |= dict(zip(batch, _generate(tree, batch, *kind), strict=True))
+        tree.draws.update(repeats.keys())
         attempts = []
         for group, context in enumerate(contexts):
-            attempt = found[context].pop(0)
+            attempt = attempts_of[context].pop(0)
             attempt.group = group
             attempts.append(attempt)
         return attempts

@@ -147,6 +147,6 @@ def borda(certainties: Array, ids: Array, power: float) -> tuple[int, Array]:
     points = (count - place) ** power
     groups = points
     if (ids >= 0).any():
-        groups = np.array([points[ids == own].sum() if own >= 0 else np.nan for own in ids])
+        groups = np.array([points[ids == answer].sum() if answer >= 0 else np.nan for answer in ids])
     leading = np.flatnonzero(groups == np.nanmax(groups))
     return int(leading[np.argmax(certainties[leading])]), groups.astype(np.float32)

@@ -144,8 +144,8 @@ class SearchRequest:
         def answer_of(branch: Branch) -> Hashable | None:
             text = self._text(branch)
             items = [branch.tokens if text is None else text]
-            found = make_ballot("score", self.answers, items, "candidates").answers
-            return None if found is None else found[0]
+            answers = make_ballot("score", self.answers, items, "candidates").answers
+            return None if answers is None else answers[0]
 
         return answer_of
 

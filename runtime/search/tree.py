@@ -119,8 +119,8 @@ class Tree:
         """Branches that have read nothing; numbers and first tokens are those of `generate`. None is given twice."""
         if len(self._reserved) < count:
             self.reserve(count - len(self._reserved))
-        given, self._reserved = self._reserved[:count], self._reserved[count:]
-        return given
+        reserved, self._reserved = self._reserved[:count], self._reserved[count:]
+        return reserved
 
     def fork(self, branch: Branch, count: int) -> list[Branch]:
         """The branch itself and `count - 1` others that go on from where it is, each with a draw of its own."""
@@ -280,5 +280,5 @@ def certainty(logits: Array) -> Array:
     wide = logits.astype(np.float64)
     top = wide.max(-1, keepdims=True)
     log_sum = top[..., 0] + np.log(np.exp(wide - top).sum(-1))
-    found: Array = log_sum - wide.mean(-1) - math.log(wide.shape[-1])
-    return found
+    values: Array = log_sum - wide.mean(-1) - math.log(wide.shape[-1])
+    return values

@@ -55,13 +55,13 @@ def aggregate(scores: Array, mask: Array, step_mask: Array, name: str) -> tuple[
     """
     real = mask > 0
     ends = real & (np.broadcast_to(step_mask, mask.shape) > 0)
-    found = np.full(mask.shape[:2], np.nan, np.float32)
-    for n, b in np.ndindex(found.shape):
+    candidate_scores = np.full(mask.shape[:2], np.nan, np.float32)
+    for n, b in np.ndindex(candidate_scores.shape):
         if real[n, b].any():
             # Without an end of a step the last token is all that is read.
             places = np.flatnonzero(ends[n, b]) if ends[n, b].any() else np.flatnonzero(real[n, b])[-1:]
-            found[n, b] = _READ[name](scores[n, b, places])
-    return found, best_of_n(found)
+            candidate_scores[n, b] = _READ[name](scores[n, b, places])
+    return candidate_scores, best_of_n(candidate_scores)
 
 
 def aggregate_tokens(

@@ -95,8 +95,8 @@ _EXACT = Context(prec=3000, traps=[Inexact])
 
 def last(text: str) -> str | None:
     """The last number of a text, in its form; None if there is none."""
-    found = deque(_NUMBERS.finditer(_plain(text)), maxlen=1)
-    return _form(found[0], alone=False) if found else None
+    match = deque(_NUMBERS.finditer(_plain(text)), maxlen=1)
+    return _form(match[0], alone=False) if match else None
 
 
 def read(text: str) -> str | None:
@@ -105,36 +105,36 @@ def read(text: str) -> str | None:
     name = _NAME.match(text)
     text = text[name.end() :] if name else text
     text = re.sub(r"^([-+]) (?=\S)", r"\1", text)
-    found = _QUANTITY.fullmatch(text)
-    return None if found is None else _form(found, alone=True)
+    match = _QUANTITY.fullmatch(text)
+    return None if match is None else _form(match, alone=True)
 
 
 def _plain(text: str) -> str:
     """With one character or command for what may be written in many ways."""
     text = text.translate(_CHARACTERS)
-    text = _SUPERSCRIPTS.sub(lambda found: "^{" + found[0].translate(_LOWERED) + "}", text)
-    text = _RAISING.sub(lambda found: "^" + (found[3] or f"{{{found[1] or found[2]}}}"), text)
+    text = _SUPERSCRIPTS.sub(lambda match: "^{" + match[0].translate(_LOWERED) + "}", text)
+    text = _RAISING.sub(lambda match: "^" + (match[3] or f"{{{match[1] or match[2]}}}"), text)
     text = _ASTERISKS.sub("**", text)
     text = _VULGARS.sub(_written_out, text)
     return _THOUSANDS.sub(",", text)
 
 
-def _written_out(found: re.Match[str]) -> str:
-    return f"{found[1]}{' ' if found[1] else ''}{_VULGAR[found[2]]}"
+def _written_out(match: re.Match[str]) -> str:
+    return f"{match[1]}{' ' if match[1] else ''}{_VULGAR[match[2]]}"
 
 
-def _form(found: re.Match[str], *, alone: bool) -> str | None:
-    compound = found["compound"]
-    sign = "-" if (found["sign"] or "").startswith("-") else ""
+def _form(match: re.Match[str], *, alone: bool) -> str | None:
+    compound = match["compound"]
+    sign = "-" if (match["sign"] or "").startswith("-") else ""
     if compound is not None and not _POINTS.fullmatch(compound):
         return sign + compound
-    whole = found[0].replace(",", "").strip()
+    whole = match[0].replace(",", "").strip()
     if len(whole) > _LONGEST:
         return whole
-    value = Fraction(compound.replace(".", "")) if compound is not None else _value(found, alone=alone)
+    value = Fraction(compound.replace(".", "")) if compound is not None else _value(match, alone=alone)
     if value is None:
         return None if alone else whole
-    value *= 10 ** _SCALES.get(found["scale"] or "", 0)
+    value *= 10 ** _SCALES.get(match["scale"] or "", 0)
     value = -value if sign else value
     try:
         quotient = _EXACT.divide(Decimal(value.numerator), Decimal(value.denominator))
@@ -143,29 +143,29 @@ def _form(found: re.Match[str], *, alone: bool) -> str | None:
     return format(_EXACT.normalize(quotient), "f")
 
 
-def _value(found: re.Match[str], *, alone: bool) -> Fraction | None:
+def _value(match: re.Match[str], *, alone: bool) -> Fraction | None:
     """Without its sign; None if it divides by zero or is too large, or is no number of its own."""
 
     def number(*names: str) -> Fraction:
-        return Fraction(next(found[name] for name in names if found[name]).replace(",", ""))
+        return Fraction(next(match[name] for name in names if match[name]).replace(",", ""))
 
-    if found["whole"] is None:
+    if match["whole"] is None:
         top, bottom = number("top", "upper"), number("bottom", "lower")
         if not bottom:
             return None
-        return top / bottom + (number("mixed") if found["mixed"] else 0)
+        return top / bottom + (number("mixed") if match["mixed"] else 0)
     value = number("whole")
-    if found["part"]:
+    if match["part"]:
         part, of = number("part"), number("of")
         if not of or (alone and part >= of):
             return None
         return value + part / of if part < of else part / of
-    if found["divisor"]:
+    if match["divisor"]:
         return value / number("divisor") if number("divisor") else None
-    raised = found["power"] or found["bare"]
+    raised = match["power"] or match["bare"]
     if raised:
         power = int(raised)
-        fits = abs(power) * len(found["whole"]) <= 1000 and (value or power >= 0)
+        fits = abs(power) * len(match["whole"]) <= 1000 and (value or power >= 0)
         return Fraction(value**power) if fits else None
-    power = int(found["exponent"] or found["ten"] or found["tens"] or 0)
+    power = int(match["exponent"] or match["ten"] or match["tens"] or 0)
     return value * Fraction(10) ** power if abs(power) < 1000 else None

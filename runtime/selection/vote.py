@@ -78,7 +78,7 @@ class Ballot:
         return Standing(tuple(order.tolist()), margin, self.answers, group_scores if voted else None)
 
 
-def check_weight(score: float, what: str) -> float:
+def check_weight(score: float, name: str) -> float:
     """A score of the caller's own that is a weight of a vote; NaN does not count, so it may be one.
 
     Raises:
@@ -86,7 +86,7 @@ def check_weight(score: float, what: str) -> float:
     """
     if score < 0:
         raise InputError(
-            f"{what}: in a weighted vote a score is its candidate's weight; expected 0 or more, got {score:g}; give a "
+            f"{name}: in a weighted vote a score is its candidate's weight; expected 0 or more, got {score:g}; give a "
             "probability, such as 1 / (1 + exp(-score)), or exp(score), or vote by 'score' or 'majority'"
         )
     return score
@@ -96,7 +96,7 @@ def make_ballot(
     vote: str,
     answers: Answers | None,
     candidates: Sequence[object],
-    what: str,
+    kind: str,
     unreadable: Collection[int] = (),
     scoring: Scoring | None = None,
 ) -> Ballot:
@@ -106,7 +106,7 @@ def make_ballot(
         vote: one of `VOTES`.
         answers: see `Model.rank`.
         candidates: what an extractor reads.
-        what: what they are called in messages.
+        kind: what they are called in messages.
         unreadable: indices of those that cannot be read; an extractor does not see them.
         scoring: of the artifact that scores; None for scores that are weights as they are.
 
@@ -119,7 +119,7 @@ def make_ballot(
     if answers is None:
         if vote != "score":
             raise InputError(
-                f"vote='{vote}' needs answers: pass a list with one for each of the {what}, 'boxed', 'number', "
+                f"vote='{vote}' needs answers: pass a list with one for each of the {kind}, 'boxed', 'number', "
                 "'regex:PATTERN', or a function that takes one of them"
             )
         return Ballot(vote, None, np.full((len(candidates), 1), -1, np.int64))
@@ -128,19 +128,19 @@ def make_ballot(
             "vote='weighted': this artifact's graphs add up raw scores, and one below 0 counts against its own answer; "
             "export the model again, or vote by 'score' or 'majority'"
         )
-    found = _read(answers, candidates, what, unreadable)
+    answers_read = _read(answers, candidates, kind, unreadable)
     ids = np.full((len(candidates), 1), -1, np.int64)
     numbers: dict[Hashable, int] = {}
-    for i, answer in enumerate(found):
+    for i, answer in enumerate(answers_read):
         try:
             ids[i] = -1 if answer is None else numbers.setdefault(answer, len(numbers))
         except TypeError as e:
             raise InputError(f"answers[{i}]: expected something hashable or None; got {type(answer).__name__}") from e
-    return Ballot(vote, found, ids, "score" if scoring is None else scoring.vote_weight)
+    return Ballot(vote, answers_read, ids, "score" if scoring is None else scoring.vote_weight)
 
 
 def _read(
-    answers: Answers, candidates: Sequence[object], what: str, unreadable: Collection[int]
+    answers: Answers, candidates: Sequence[object], kind: str, unreadable: Collection[int]
 ) -> tuple[Hashable | None, ...]:
     if isinstance(answers, str):
         extract, texts = extractor(answers), dict[int, str]()
@@ -149,7 +149,7 @@ def _read(
                 texts[i] = candidate
             elif i not in unreadable:
                 raise InputError(
-                    f"answers='{answers:.60}' reads text, and {what}[{i}] is none; pass the answers, or a function"
+                    f"answers='{answers:.60}' reads text, and {kind}[{i}] is none; pass the answers, or a function"
                 )
         return tuple(extract(texts[i]) if i not in unreadable else None for i in range(len(candidates)))
     if callable(answers):
@@ -157,5 +157,5 @@ def _read(
     if not is_list(answers):
         raise InputError(f"answers: expected a list, a function or the name of an extractor; got {shown(answers)}")
     if len(answers) != len(candidates):
-        raise InputError(f"answers: expected one for each of {len(candidates)} {what}; got {len(answers)}")
+        raise InputError(f"answers: expected one for each of {len(candidates)} {kind}; got {len(answers)}")
     return tuple(answers)

@@ -51,11 +51,11 @@ class Budget:
     """What one rendering may still cost.
 
     Args:
-        given: bytes of what the template is given.
+        variables: bytes of the variables that the template reads.
     """
 
-    def __init__(self, given: int) -> None:
-        self._turns, self._all = MAX_TURNS, MAX_BYTES + PER_BYTE * given
+    def __init__(self, variables: int) -> None:
+        self._turns, self._all = MAX_TURNS, MAX_BYTES + PER_BYTE * variables
         self._left = self._all
 
     def turn(self, constant: int) -> None:

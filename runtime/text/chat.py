@@ -78,7 +78,7 @@ class ChatTemplate:
             For each candidate the text of prompt and candidate together, and the character where the prompt's rendering
             with its generation prompt ends. Some templates write earlier messages differently once later ones follow;
             then it is the character where the two texts part. Last the character behind which the template closes the
-            turn: what it writes there is the same whatever was said.
+            turn: what it writes there does not depend on the words.
 
         Raises:
             InputError: as `render`.
@@ -88,12 +88,12 @@ class ChatTemplate:
         head = self._render(first, True, now)
         result, closing = [], None
         for candidate, name in zip(candidates, names, strict=True):
-            own = [{"role": "assistant", "content": candidate}] if isinstance(candidate, str) else candidate
-            said = [*first, *_plain_messages(own, name)]
-            whole = self._render(said, False, now)
+            answer = [{"role": "assistant", "content": candidate}] if isinstance(candidate, str) else candidate
+            conversation = [*first, *_plain_messages(answer, name)]
+            whole = self._render(conversation, False, now)
             start = _common(head, whole)
             if closing is None or not isinstance(candidate, str):
-                closing = self._closing(said, now)
+                closing = self._closing(conversation, now)
             stop = len(whole) - len(closing) if whole.endswith(closing) else len(whole)
             result.append((whole, start, max(start, stop)))
         return result
@@ -115,9 +115,9 @@ class ChatTemplate:
         if whole and self._takes_no_text:
             whole.clear()
         while True:
-            given, parts = _given(messages, whole, one)
+            adapted, parts = _adapted(messages, whole, one)
             try:
-                text = self._render_once(given, add_generation_prompt, now)
+                text = self._render_once(adapted, add_generation_prompt, now)
             except TakesTextError as e:
                 whole |= {i for i in parts if messages[i]["role"] == e.role}
             except InputError:
@@ -136,13 +136,18 @@ class ChatTemplate:
     def _render_once(self, messages: list[dict[str, object]], add_generation_prompt: bool, now: datetime) -> str:
         from .sandbox import render
 
-        given = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
-        return render(self._template, {**self._tokens, **given}, now)
+        variables = {
+            "messages": messages,
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        return render(self._template, {**self._tokens, **variables}, now)
 
     @cached_property
     def _reads_parts(self) -> bool:
         """Whether the template writes content in parts."""
-        return self._writes(_given([_PROBE], set(), set())[0])
+        return self._writes(_adapted([_PROBE], set(), set())[0])
 
     @cached_property
     def _takes_no_text(self) -> bool:
@@ -156,24 +161,24 @@ class ChatTemplate:
             return False
 
 
-def _given(
+def _adapted(
     messages: list[dict[str, object]], whole: set[int], one: set[int]
 ) -> tuple[list[dict[str, object]], dict[int, Parts]]:
     """Messages for a template, the content of those in `whole` as texts, of the others as parts; and these parts.
 
     Of those in `one` all words are one part.
     """
-    given, parts = list(messages), {}
+    adapted, parts = list(messages), dict[int, Parts]()
     for i, message in enumerate(messages):
         content = message.get("content")
         if i in whole and isinstance(content, list):
-            given[i] = {**message, "content": joined(content)}
+            adapted[i] = {**message, "content": joined(content)}
         elif i not in whole and content is not None:
             words = joined(content) if i in one and isinstance(content, list) else content
             listed = words if isinstance(words, list) else [{"type": "text", "text": words}]
             parts[i] = Parts(listed, str(message["role"]))
-            given[i] = {**message, "content": parts[i]}
-    return given, parts
+            adapted[i] = {**message, "content": parts[i]}
+    return adapted, parts
 
 
 def is_messages(value: object) -> TypeGuard[Messages]:
@@ -192,60 +197,60 @@ def _shown(value: object) -> str:
     return repr(value)[:80]
 
 
-def _plain_messages(messages: Messages, what: str) -> list[dict[str, object]]:
+def _plain_messages(messages: Messages, name: str) -> list[dict[str, object]]:
     """Copies of plain JSON values, which a template can neither change nor climb out of.
 
     Keys whose value is None are dropped and other names of `reasoning_content` understood, as transformers does.
     """
     if not isinstance(messages, (list, tuple)) or not messages:
         raise InputError(
-            f'{what}: expected a list of {{"role": ..., "content": ...}}, not empty; found {_shown(messages)}'
+            f'{name}: expected a list of {{"role": ..., "content": ...}}, not empty; found {_shown(messages)}'
         )
-    return [_plain_message(message, f"{what}[{i}]") for i, message in enumerate(messages)]
+    return [_plain_message(message, f"{name}[{i}]") for i, message in enumerate(messages)]
 
 
-def _plain_message(message: object, what: str) -> dict[str, object]:
+def _plain_message(message: object, name: str) -> dict[str, object]:
     if not isinstance(message, Mapping):
-        raise InputError(f'{what}: expected {{"role": ..., "content": ...}}; found {_shown(message)}')
-    plain = {key: value for key, value in _plain_object(message, what, 0).items() if value is not None}
+        raise InputError(f'{name}: expected {{"role": ..., "content": ...}}; found {_shown(message)}')
+    plain = {key: value for key, value in _plain_object(message, name, 0).items() if value is not None}
     if not isinstance(plain.get("role"), str):
-        raise InputError(f"{what}: 'role' must be a text such as 'user'; found {_shown(plain.get('role'))}")
+        raise InputError(f"{name}: 'role' must be a text such as 'user'; found {_shown(plain.get('role'))}")
     content = plain.get("content")
     if content is None and "tool_calls" not in plain:
-        raise InputError(f"{what}: there is no 'content'; found the keys {', '.join(map(repr, plain))}")
+        raise InputError(f"{name}: there is no 'content'; found the keys {', '.join(map(repr, plain))}")
     if isinstance(content, list):
         for i, part in enumerate(content):
             if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):
                 raise InputError(
-                    f"{what}['content'][{i}]: expected {{'type': 'text', 'text': ...}}: only text can be ranked; "
+                    f"{name}['content'][{i}]: expected {{'type': 'text', 'text': ...}}: only text can be ranked; "
                     f"found {_shown(part)}"
                 )
     elif content is not None and not isinstance(content, str):
-        raise InputError(f"{what}: 'content' must be a text or a list of text parts; found {_shown(content)}")
+        raise InputError(f"{name}: 'content' must be a text or a list of text parts; found {_shown(content)}")
     names = ("reasoning_content", "thinking", "reasoning")
     reasoning = next((plain[name] for name in names if name in plain), None)
     return plain if reasoning is None else {"thinking": reasoning, **plain, "reasoning_content": reasoning}
 
 
-def _plain(value: object, what: str, depth: int) -> object:
+def _plain(value: object, name: str, depth: int) -> object:
     """A copy of a JSON value."""
     if depth > 50:
-        raise InputError(f"{what}: nested more than 50 deep")
+        raise InputError(f"{name}: nested more than 50 deep")
     if value is None or isinstance(value, bool):
         return value
     for kind in (str, int, float):
         if isinstance(value, kind):
             return kind(value) if type(value) is not kind else value
     if isinstance(value, Mapping):
-        return _plain_object(value, what, depth)
+        return _plain_object(value, name, depth)
     if isinstance(value, (list, tuple)):
-        return [_plain(item, what, depth + 1) for item in value]
-    raise InputError(f"{what}: expected plain JSON values; found {_shown(value)} ({type(value).__name__})")
+        return [_plain(item, name, depth + 1) for item in value]
+    raise InputError(f"{name}: expected plain JSON values; found {_shown(value)} ({type(value).__name__})")
 
 
-def _plain_object(value: Mapping[object, object], what: str, depth: int) -> dict[str, object]:
+def _plain_object(value: Mapping[object, object], name: str, depth: int) -> dict[str, object]:
     """A copy of a JSON object."""
     for key in value:
         if not isinstance(key, str):
-            raise InputError(f"{what}: keys must be texts; found {_shown(key)}")
-    return {str(key): _plain(item, what, depth + 1) for key, item in value.items()}
+            raise InputError(f"{name}: keys must be texts; found {_shown(key)}")
+    return {str(key): _plain(item, name, depth + 1) for key, item in value.items()}

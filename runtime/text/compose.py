@@ -35,15 +35,15 @@ class Composer:
     def __init__(self, rules: TextRules, chat: ChatTemplate | None) -> None:
         self._rules, self._chat = rules, chat
 
-    def prompt(self, item: object, what: str) -> tuple[str, bool]:
+    def prompt(self, item: object, name: str) -> tuple[str, bool]:
         """A prompt that the model is to continue, and whether the tokenizer puts its special tokens around it.
 
         Raises:
             InputError: messages without a chat template, or what is no text at all.
         """
         if is_messages(item):
-            return self._template(what).render(item, what, add_generation_prompt=True), False
-        return self._plain(item, what), self._rules.special_tokens
+            return self._template(name).render(item, name, add_generation_prompt=True), False
+        return self._plain(item, name), self._rules.special_tokens
 
     def blank(self, item: Text) -> str | None:
         """Why there is nothing to read in a text, in messages or in steps, or in one of the steps; None if there is."""
@@ -58,26 +58,26 @@ class Composer:
             (f"its step {i} is empty" for i, step in enumerate(item) if isinstance(step, str) and not step), None
         )
 
-    def rows(self, items: Sequence[Text], names: Sequence[str], what: str) -> tuple[list[Passage], bool]:
+    def rows(self, items: Sequence[Text], names: Sequence[str], kind: str) -> tuple[list[Passage], bool]:
         """Whole texts or conversations, each its own; and whether the tokenizer puts its special tokens around them.
 
         Raises:
             InputError: an item is no text, or some are conversations and others are not.
         """
-        chats = _all_alike(items, names, what)
+        chats = _all_alike(items, names, kind)
         texts = [
             self._template(name).render(item, name) if is_messages(item) else self._steps(item, name)
             for item, name in zip(items, names, strict=True)
         ]
         return [Passage(text, 0, len(text)) for text in texts], self._rules.special_tokens and not chats
 
-    def alone(self, candidate: object, what: str) -> Passage:
+    def alone(self, candidate: object, name: str) -> Passage:
         """A candidate whose prompt is no text.
 
         Raises:
             InputError: it is no text.
         """
-        text = self._steps(candidate, what)
+        text = self._steps(candidate, name)
         return Passage(text, 0, len(text))
 
     def pairs(
@@ -106,39 +106,39 @@ class Composer:
         self, prompt: Messages, candidates: Sequence[Text], prompt_name: str, names: Sequence[str], partial: bool
     ) -> list[Passage]:
         template = self._template(prompt_name)
-        own = [c if is_messages(c) else self._steps(c, name) for c, name in zip(candidates, names, strict=True)]
+        answers = [c if is_messages(c) else self._steps(c, name) for c, name in zip(candidates, names, strict=True)]
         if partial:
             opening = template.render(prompt, prompt_name, add_generation_prompt=True)
-            texts = [opening + self._plain(answer, name) for answer, name in zip(own, names, strict=True)]
+            texts = [opening + self._plain(answer, name) for answer, name in zip(answers, names, strict=True)]
             return [Passage(text, len(opening), len(text)) for text in texts]
-        return [Passage(*whole) for whole in template.split(prompt, own, names, prompt_name)]
+        return [Passage(*whole) for whole in template.split(prompt, answers, names, prompt_name)]
 
-    def _template(self, what: str) -> ChatTemplate:
+    def _template(self, name: str) -> ChatTemplate:
         if self._chat is None:
-            raise InputError(f"{what}: messages need a chat template, and this artifact has none; pass text")
+            raise InputError(f"{name}: messages need a chat template, and this artifact has none; pass text")
         return self._chat
 
-    def _plain(self, item: object, what: str) -> str:
+    def _plain(self, item: object, name: str) -> str:
         if not isinstance(item, str):
-            raise InputError(f"{what}: expected text; got {item!r:.60}")
+            raise InputError(f"{name}: expected text; got {item!r:.60}")
         if not item:
-            raise InputError(f"{what}: {NO_TOKENS}")
+            raise InputError(f"{name}: {NO_TOKENS}")
         return item
 
-    def _steps(self, item: object, what: str) -> str:
+    def _steps(self, item: object, name: str) -> str:
         """A candidate's text, each of its steps ended as the model expects it."""
         ending, split = self._rules.step_text, self._rules.step_split
         if isinstance(item, str):
-            text = self._plain(item, what)
+            text = self._plain(item, name)
             return (
                 "".join(f"{step}{ending}" for step in text.split(split) if step.strip())
                 if self._divides(text)
                 else text
             )
         if not isinstance(item, Sequence) or not item or not all(isinstance(step, str) and step for step in item):
-            raise InputError(f"{what}: expected text, or a list of steps that are texts; got {item!r:.60}")
+            raise InputError(f"{name}: expected text, or a list of steps that are texts; got {item!r:.60}")
         if ending is None:
-            raise InputError(f"{what}: this artifact's rule does not say how a step ends; pass one text")
+            raise InputError(f"{name}: this artifact's rule does not say how a step ends; pass one text")
         return "".join(step if step.endswith(ending) else step + ending for step in item)
 
     def _divides(self, text: str) -> bool:
@@ -154,10 +154,10 @@ def _says_nothing(message: object) -> bool:
     return not any(value for key, value in message.items() if key != "role")
 
 
-def _all_alike(items: Sequence[Text], names: Sequence[str], what: str) -> bool:
+def _all_alike(items: Sequence[Text], names: Sequence[str], kind: str) -> bool:
     chats = [is_messages(item) for item in items]
     if any(chats) and not all(chats):
         raise InputError(
-            f"{what}: expected conversations or texts, not both: {names[chats.index(not chats[0])]} differs"
+            f"{kind}: expected conversations or texts, not both: {names[chats.index(not chats[0])]} differs"
         )
     return all(chats)

@@ -73,8 +73,8 @@ class Detokenizer:
                     break
         if words:
             return words[::-1]
-        own = list(before) in ([], self._opening)
-        return [] if own else [int(before[-1])]
+        begins_text = list(before) in ([], self._opening)
+        return [] if begins_text else [int(before[-1])]
 
     def _some_text(self) -> list[int]:
         """Some token that is a text."""

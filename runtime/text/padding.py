@@ -28,38 +28,42 @@ def pad(items: Sequence[Array], fill: int, length: int | None = None) -> tuple[A
 
 
 def step_mask(
-    values: Array, given: Sequence[Sequence[int]] | None, skip: Sequence[int], step_token: int | None
+    values: Array, step_masks: Sequence[Sequence[int]] | None, skip: Sequence[int], step_token: int | None
 ) -> Array:
     """Where steps end in padded rows (rows, T[, E]): int64 (rows, T), from the step token or as the caller marks them.
 
     The caller's marks begin behind the tokens to be skipped.
 
     Raises:
-        InputError: no step token and nothing given, or marks that do not fit the rows.
+        InputError: no step token and no masks, or marks that do not fit the rows.
     """
     rows, length = values.shape[:2]
-    if given is None:
+    if step_masks is None:
         if step_token is None or values.ndim != 2:
             raise InputError("a step aggregation needs step_masks here: the artifact's scoring rule has no step token")
-        found: Array = (values == step_token).astype(np.int64)
-        return found
-    check_masks(given, [length - taken for taken in skip])
+        mask: Array = (values == step_token).astype(np.int64)
+        return mask
+    check_masks(step_masks, [length - taken for taken in skip])
     mask = np.zeros((rows, length), np.int64)
-    for row, marks in enumerate(given):
+    for row, marks in enumerate(step_masks):
         mask[row, skip[row] : skip[row] + len(marks)] = marks
     return mask
 
 
-def check_masks(given: Sequence[Sequence[int]], lengths: Sequence[int]) -> None:
-    """Refuse what is not, for each row, 0 or 1 for each of at most so many tokens.
+def check_masks(step_masks: Sequence[Sequence[int]], lengths: Sequence[int]) -> None:
+    """Refuse step masks that do not mark each of a row's tokens with 0 or 1.
+
+    Args:
+        step_masks: one for each row.
+        lengths: the maximum number of marks of each row.
 
     Raises:
         InputError: names the row.
     """
-    if not is_list(given) or len(given) != len(lengths):
-        found = len(given) if is_list(given) else shown(given)
-        raise InputError(f"step_masks: expected a list with one for each of {len(lengths)} rows; got {found}")
-    for row, (marks, length) in enumerate(zip(given, lengths, strict=True)):
+    if not is_list(step_masks) or len(step_masks) != len(lengths):
+        got = len(step_masks) if is_list(step_masks) else shown(step_masks)
+        raise InputError(f"step_masks: expected a list with one for each of {len(lengths)} rows; got {got}")
+    for row, (marks, length) in enumerate(zip(step_masks, lengths, strict=True)):
         if not is_list(marks) or not all(isinstance(mark, Real | np.bool_) and mark in (0, 1) for mark in marks):
             raise InputError(f"step_masks[{row}]: expected a list of 0 or 1 for each token; got {shown(marks)}")
         if len(marks) > length:

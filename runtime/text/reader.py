@@ -1,4 +1,4 @@
-"""What a caller passes becomes the arrays that a graph takes; whatever cannot be ranked is refused by name."""
+"""What a caller passes becomes the arrays that a graph takes; what cannot be ranked is refused by name."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def check_stop(stop: object) -> None:
     """Refuse what is no list of token ids and texts.
 
     Raises:
-        InputError: says what was found.
+        InputError: it is something else.
     """
     entries = stop if is_list(stop) else [None]
     if any(isinstance(entry, bool) or not isinstance(entry, int | np.integer | str) for entry in entries):  # type: ignore[attr-defined]
@@ -81,7 +81,7 @@ class EncodedRows:
 
 
 @dataclass
-class _Given:
+class _UnreadItems:
     """Items on their way to rows, by their index: texts become rows, and what cannot be read moves to `unreadable`."""
 
     called: ArgumentNames
@@ -134,7 +134,10 @@ class _Given:
         ends = None
         if not self.arrays and all(row.ends is not None for row in self.read.values()):
             places = [self.read[i].ends or [] if i in ids else [] for i in range(self.count)]
-            ends = [np.isin(np.arange(len(item)) + shared, own) for item, own in zip(items, places, strict=True)]
+            ends = [
+                np.isin(np.arange(len(item)) + shared, row_places)
+                for item, row_places in zip(items, places, strict=True)
+            ]
         return EncodedRows(prompt, items, skip, ends, self.unreadable)
 
 
@@ -174,13 +177,13 @@ class Reader:
         Raises:
             InputError: an item is not of a kind that this artifact takes (it is named), or none can be read.
         """
-        given = self._sorted(items, names)
-        if given.texts:
-            passages, special = self._composer.rows([*given.texts.values()], given.names(), names.candidates)
-            given.take(
+        unread = self._sorted(items, names)
+        if unread.texts:
+            passages, special = self._composer.rows([*unread.texts.values()], unread.names(), names.candidates)
+            unread.take(
                 self._require_tokenizer(names.candidates).rows(passages, names, special=special, partial=partial)
             )
-        return given.rows(None)
+        return unread.rows(None)
 
     def pairs(
         self,
@@ -204,38 +207,38 @@ class Reader:
             InputError: the prompt cannot be read, a candidate is not of a kind that this artifact takes (it is named),
                 or none can be read.
         """
-        given = self._sorted(candidates, names)
-        texts, text_names = [*given.texts.values()], given.names()
-        if is_text(prompt) and not given.arrays:
+        unread = self._sorted(candidates, names)
+        texts, text_names = [*unread.texts.values()], unread.names()
+        if is_text(prompt) and not unread.arrays:
             passages, special = self._composer.pairs(prompt, texts, names.prompt, text_names, partial=partial)
             tokenizer = self._require_tokenizer(names.prompt)
-            given.take(tokenizer.rows(passages, names, special=special, partial=partial))
-            found = given.rows_behind_prompt()
+            unread.take(tokenizer.rows(passages, names, special=special, partial=partial))
+            encoded = unread.rows_behind_prompt()
         else:
-            first = self.prompt(prompt, names.prompt)
+            prompt_row = self.prompt(prompt, names.prompt)
             if texts:
                 # After a prompt that is no text, or beside candidates that are none.
                 passages = [self._composer.alone(text, name) for text, name in zip(texts, text_names, strict=True)]
                 tokenizer = self._require_tokenizer(text_names[0])
-                given.take(tokenizer.rows(passages, names, special=False, partial=partial))
-            found = given.rows(first)
-        return self._truncated(found, names) if truncate else found
+                unread.take(tokenizer.rows(passages, names, special=False, partial=partial))
+            encoded = unread.rows(prompt_row)
+        return self._truncated(encoded, names) if truncate else encoded
 
-    def _sorted(self, items: Sequence[Item], names: ArgumentNames) -> _Given:
-        given = _Given(names, len(items), self._blank)
+    def _sorted(self, items: Sequence[Item], names: ArgumentNames) -> _UnreadItems:
+        unread = _UnreadItems(names, len(items), self._blank)
         for i, item in enumerate(items):
             name = names.candidate(i)
             if is_text(item):
                 self._require_tokenizer(name)
                 reason = self._composer.blank(item)
-                given.texts[i] = item
+                unread.texts[i] = item
             else:
-                given.arrays[i] = self._array(item, name)
-                reason = None if len(given.arrays[i]) else NO_TOKENS
+                unread.arrays[i] = self._array(item, name)
+                reason = None if len(unread.arrays[i]) else NO_TOKENS
             if reason is not None:
-                given.refuse(i, reason)
-        given.check()
-        return given
+                unread.refuse(i, reason)
+        unread.check()
+        return unread
 
     def _truncated(self, rows: EncodedRows, names: ArgumentNames) -> EncodedRows:
         """Without the oldest tokens of the prompt, if that is too long; a special token that begins it stays."""
@@ -278,22 +281,22 @@ class Reader:
             InputError: a text that is not one token, or an id outside the vocabulary.
         """
         if stop is None:
-            own = [] if scoring.end_token is None else [scoring.end_token]
-            return tuple(dict.fromkeys([*own, *scoring.stop_tokens]))
+            end = [] if scoring.end_token is None else [scoring.end_token]
+            return tuple(dict.fromkeys([*end, *scoring.stop_tokens]))
         check_stop(stop)
-        found = []
+        tokens = []
         for entry in stop:
             if isinstance(entry, str):
                 if self.tokenizer is None:
                     raise InputError(f"stop: this artifact has no tokenizer; pass token ids instead of {entry!r}")
-                found.append(self.tokenizer.encode_stop(entry))
+                tokens.append(self.tokenizer.encode_stop(entry))
             else:
-                found.append(int(self._ids(np.array([entry]), "stop")[0]))
-        return tuple(found)
+                tokens.append(int(self._ids(np.array([entry]), "stop")[0]))
+        return tuple(tokens)
 
-    def _require_tokenizer(self, what: str) -> Tokenizer:
+    def _require_tokenizer(self, name: str) -> Tokenizer:
         if self.tokenizer is None:
-            raise InputError(f"{what}: this artifact has no tokenizer; pass {self._takes} instead of text")
+            raise InputError(f"{name}: this artifact has no tokenizer; pass {self._takes} instead of text")
         return self.tokenizer
 
     @property
@@ -302,35 +305,35 @@ class Reader:
             return f"embeddings (length, {self.width}) float32"
         return "token ids" if self.tokenizer is None else "text or a 1-D list of token ids"
 
-    def _array(self, item: Item, what: str) -> Array:
+    def _array(self, item: Item, name: str) -> Array:
         if isinstance(item, bytes | bytearray | memoryview):
             # numpy would read them as token ids.
-            raise InputError(f"{what}: expected {self._takes}; got {shown(item)}")
+            raise InputError(f"{name}: expected {self._takes}; got {shown(item)}")
         try:
             array = np.asarray(item)
         except (TypeError, ValueError, OverflowError, RuntimeError) as e:
-            raise InputError(f"{what}: expected {self._takes}; got {shown(item)}: {e}") from e
+            raise InputError(f"{name}: expected {self._takes}; got {shown(item)}: {e}") from e
         if array.shape == (0,):
-            # An empty list, whatever it is empty of.
+            # An empty list has no type of its own.
             return self._blank
         if array.dtype == object or not array.ndim:
-            raise InputError(f"{what}: expected {self._takes}; got {shown(item)}")
-        return self._ids(array, what) if self.width is None else self._embeddings(array, what)
+            raise InputError(f"{name}: expected {self._takes}; got {shown(item)}")
+        return self._ids(array, name) if self.width is None else self._embeddings(array, name)
 
-    def _embeddings(self, array: Array, what: str) -> Array:
+    def _embeddings(self, array: Array, name: str) -> Array:
         if array.ndim != 2 or array.shape[1] != self.width:
             raise InputError(
-                f"{what}: expected embeddings of shape (length, {self.width}); got {array.shape}, {array.dtype}"
+                f"{name}: expected embeddings of shape (length, {self.width}); got {array.shape}, {array.dtype}"
             )
         if array.dtype != np.float32:
-            raise InputError(f"{what}: expected float32 embeddings; got {array.dtype}; convert with .astype('float32')")
+            raise InputError(f"{name}: expected float32 embeddings; got {array.dtype}; convert with .astype('float32')")
         return array
 
-    def _ids(self, array: Array, what: str) -> Array:
+    def _ids(self, array: Array, name: str) -> Array:
         if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
-            raise InputError(f"{what}: expected {self._takes}; got {array.dtype} {array.shape}")
+            raise InputError(f"{name}: expected {self._takes}; got {array.dtype} {array.shape}")
         assert self.vocabulary is not None
         outside = array[(array < 0) | (array >= self.vocabulary)]
         if outside.size:
-            raise InputError(f"{what}: token id {outside[0]} is outside the vocabulary (0 to {self.vocabulary - 1})")
+            raise InputError(f"{name}: token id {outside[0]} is outside the vocabulary (0 to {self.vocabulary - 1})")
         return array.astype(np.int64)

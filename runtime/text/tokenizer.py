@@ -62,7 +62,7 @@ class _Fault(NamedTuple):
     end: int
     reason: str
 
-    def said(self, border: int, before: str = "prompt") -> str:
+    def describe(self, border: int, before: str = "prompt") -> str:
         """The reason, and where, counted from `border`; `before` names what lies before that."""
         if self.start < border:
             return f"{self.reason} (it begins in the {before})"
@@ -86,8 +86,8 @@ class Tokenizer:
         self._special = {i for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
         self._detokenizer = Detokenizer(self._tokenizer, self._special)
 
-    def encode(self, text: str, what: str, *, special: bool = False) -> list[int]:
-        """Token ids, with the tokenizer's own special tokens around them if `special`; `what` names the text.
+    def encode(self, text: str, name: str, *, special: bool = False) -> list[int]:
+        """Token ids, with the tokenizer's own special tokens around them if `special`; `name` names the text.
 
         Raises:
             InputError: a piece of the text has no token.
@@ -97,7 +97,7 @@ class Tokenizer:
             encoding = self._tokenizer.encode(text, add_special_tokens=special)
             fault = self._no_token(encoding, text)
         if fault is not None:
-            raise InputError(f"{what}: {fault.said(0)}")
+            raise InputError(f"{name}: {fault.describe(0)}")
         ids: list[int] = encoding.ids
         return ids
 
@@ -112,11 +112,11 @@ class Tokenizer:
         Raises:
             InputError: a piece of the prompt has no token.
         """
-        found: list[TokenizedRow | str | None] = [_blame(p, _no_unicode(p.text), names) for p in passages]
-        known = [p for p, reason in zip(passages, found, strict=True) if reason is None]
-        encodings = self._tokenizer.encode_batch([p.text for p in known], add_special_tokens=special)
-        rows = (self._row(p, encoding, partial, names) for p, encoding in zip(known, encodings, strict=True))
-        return [next(rows) if reason is None else reason for reason in found]
+        reasons: list[str | None] = [_blame(p, _no_unicode(p.text), names) for p in passages]
+        encodable = [p for p, reason in zip(passages, reasons, strict=True) if reason is None]
+        encodings = self._tokenizer.encode_batch([p.text for p in encodable], add_special_tokens=special)
+        rows = (self._row(p, encoding, partial, names) for p, encoding in zip(encodable, encodings, strict=True))
+        return [next(rows) if reason is None else reason for reason in reasons]
 
     def _row(
         self, passage: Passage, encoding: tokenizers.Encoding, partial: bool, names: ArgumentNames
@@ -172,8 +172,8 @@ class Tokenizer:
         (`finish_reason` is None) no bytes of a character that has not ended.
         """
         ends = {self._scoring.end_token, *self._scoring.stop_tokens}
-        said = ids[:-1] if finish_reason == "stop" and ids[-1] in ends else ids
-        return self._detokenizer.text(said, before, growing=finish_reason is None)
+        kept = ids[:-1] if finish_reason == "stop" and ids[-1] in ends else ids
+        return self._detokenizer.text(kept, before, growing=finish_reason is None)
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """What each token adds to a text; bytes of a character that has not ended yet come with its last token."""
@@ -192,19 +192,19 @@ def _blame(passage: Passage, fault: _Fault | None, names: ArgumentNames) -> str 
     """Why a candidate cannot be read.
 
     Raises:
-        InputError: the fault lies in the prompt.
+        InputError: the fault is in the prompt.
     """
     if fault is None:
         return None
     if fault.end <= passage.start:
-        raise InputError(f"{names.prompt}: {fault.said(0)}")
-    return fault.said(passage.start, names.nouns[0])
+        raise InputError(f"{names.prompt}: {fault.describe(0)}")
+    return fault.describe(passage.start, names.nouns[0])
 
 
 def _occurrences(passage: Passage, step_text: str) -> list[int]:
     """The last character of each step's end within the candidate's own part."""
-    found, place = [], passage.text.find(step_text, passage.start, passage.stop)
+    last_characters, place = [], passage.text.find(step_text, passage.start, passage.stop)
     while place >= 0:
-        found.append(place + len(step_text) - 1)
+        last_characters.append(place + len(step_text) - 1)
         place = passage.text.find(step_text, place + len(step_text), passage.stop)
-    return found
+    return last_characters
