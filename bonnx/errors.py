@@ -6,7 +6,8 @@ BonnxError
 |-- InputError         what was passed in cannot be ranked (also a ValueError)
 |-- ConfigError        of `bonnx.models`: a checkpoint or configuration that cannot be read (also a ValueError)
 |-- NoWinnerError      every candidate is empty or its score is NaN
-`-- ExportError        the model could not be written, or what was written did not pass
+|-- ExportError        the model could not be written, or what was written did not pass
+`-- UpstreamError      no completion came from the server or function that generates them
 """
 
 from __future__ import annotations
@@ -14,7 +15,16 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["ArtifactError", "BonnxError", "ExportError", "InputError", "NoWinnerError", "ProviderError", "near_miss"]
+__all__ = [
+    "ArtifactError",
+    "BonnxError",
+    "ExportError",
+    "InputError",
+    "NoWinnerError",
+    "ProviderError",
+    "UpstreamError",
+    "near_miss",
+]
 
 
 def near_miss(name: object, known: Iterable[str], otherwise: str = "known options") -> str:
@@ -46,3 +56,7 @@ class NoWinnerError(BonnxError):
 
 class ExportError(BonnxError):
     """The model could not be exported, or the artifact did not pass its verification; nothing was written."""
+
+
+class UpstreamError(BonnxError):
+    """No completion came from the server or function that generates them."""

@@ -9,24 +9,41 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from bonnx.errors import ArtifactError, BonnxError, ExportError, InputError, NoWinnerError, ProviderError
+    from bonnx.errors import (
+        ArtifactError,
+        BonnxError,
+        ExportError,
+        InputError,
+        NoWinnerError,
+        ProviderError,
+        UpstreamError,
+    )
 
     from .artifact.manifest import AGGREGATIONS
+    from .best_of_n.best_of_n import BestOfN
+    from .best_of_n.result import BestOfNResult
+    from .best_of_n.reward import reward_function
     from .generate.result import FINISH_REASONS, Candidate, Generation
     from .model import Model, load
     from .protocol import ModelLike
     from .rank.result import Ranking, Scored
     from .testing import FakeModel
+    from .upstream.client import Upstream
+    from .upstream.completion import Completion, Failure
     from .verification import Check, verify
 
 _PLACES = {
     "AGGREGATIONS": "artifact.manifest",
     "FINISH_REASONS": "generate.result",
     "ArtifactError": ".errors",
+    "BestOfN": "best_of_n.best_of_n",
+    "BestOfNResult": "best_of_n.result",
     "BonnxError": ".errors",
     "Candidate": "generate.result",
     "Check": "verification",
+    "Completion": "upstream.completion",
     "ExportError": ".errors",
+    "Failure": "upstream.completion",
     "FakeModel": "testing",
     "Generation": "generate.result",
     "InputError": ".errors",
@@ -36,7 +53,10 @@ _PLACES = {
     "ProviderError": ".errors",
     "Ranking": "rank.result",
     "Scored": "rank.result",
+    "Upstream": "upstream.client",
+    "UpstreamError": ".errors",
     "load": "model",
+    "reward_function": "best_of_n.reward",
     "verify": "verification",
 }
 
@@ -44,10 +64,14 @@ __all__ = [
     "AGGREGATIONS",
     "FINISH_REASONS",
     "ArtifactError",
+    "BestOfN",
+    "BestOfNResult",
     "BonnxError",
     "Candidate",
     "Check",
+    "Completion",
     "ExportError",
+    "Failure",
     "FakeModel",
     "Generation",
     "InputError",
@@ -57,7 +81,10 @@ __all__ = [
     "ProviderError",
     "Ranking",
     "Scored",
+    "Upstream",
+    "UpstreamError",
     "load",
+    "reward_function",
     "verify",
 ]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -102,11 +102,21 @@ class Adaptive(Method):
         return done
 
     def _is_enough(self, tree: Tree, done: Sequence[Branch]) -> bool:
-        if tree.answer_of is not None and self.rule != "gain":
-            return leader_is_safe([tree.answer_of(branch) for branch in done], self.confidence)
-        scores = tree.judge(done)
-        best = np.nanmax(scores) if not np.isnan(scores).all() else -math.inf
-        return not worth_one_more(float(best), len(done), self.ceiling, self.price)
+        answers = None if tree.answer_of is None else [tree.answer_of(branch) for branch in done]
+        return self.is_enough(lambda: tree.judge(done), answers)
+
+    def is_enough(self, scores: Callable[[], Array], answers: Sequence[Hashable | None] | None) -> bool:
+        """Whether one more completion is not worth its price.
+
+        Args:
+            scores: gives those of the completions so far, (n,) float32; called only if the rule reads them.
+            answers: what they vote for; None without a vote.
+        """
+        if answers is not None and self.rule != "gain":
+            return leader_is_safe(answers, self.confidence)
+        known = scores()
+        best = -math.inf if np.isnan(known).all() else float(np.nanmax(known))
+        return not worth_one_more(best, len(known), self.ceiling, self.price)
 
 
 def worth_one_more(best: float, count: int, ceiling: float, price: float) -> bool:

@@ -1,0 +1,1 @@
+"""Best-of-N with candidates from any generator."""

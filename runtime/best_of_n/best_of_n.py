@@ -1,0 +1,157 @@
+"""`BestOfN`: a scorer of bonnx and any generator."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from bonnx.errors import InputError, near_miss
+
+from ..checks import check_whole, shown
+from ..generate.decoding import clock
+from ..protocol import ModelLike
+from ..rank.result import Ranking
+from ..search.sampling import Adaptive
+from ..selection.vote import Answers, make_ballot
+from ..text.reader import Item
+from ..upstream.background import wait_for
+from ..upstream.cost import SamplingCost
+from .generators import as_generator
+from .result import BestOfNResult
+from .run import Run
+
+__all__ = ["BestOfN"]
+
+METHODS = ("best_of_n", "adaptive")
+
+
+class BestOfN:
+    """Samples completions from any generator and chooses the best by a model of bonnx.
+
+    Args:
+        scorer: a model that ranks.
+        generate: where completions come from: an `Upstream`, an `openai.OpenAI` or `openai.AsyncOpenAI`, a model of
+            bonnx that generates (it may have another tokenizer than the scorer), or a function, plain or async, that
+            takes a prompt and a number and returns so many texts or messages.
+        model: the name of the generator's model, for an OpenAI client, or in place of the upstream's own.
+
+    Example:
+        >>> scorer = FakeModel(lambda prompt, candidate: len(candidate))
+        >>> BestOfN(scorer, lambda prompt, n: ["4", "four"]).run("2+2=", n=2).best.text
+        'four'
+    """
+
+    def __init__(self, scorer: ModelLike, generate: object, *, model: str | None = None) -> None:
+        if not callable(getattr(scorer, "rank", None)):
+            raise InputError(f"scorer: expected a model that `bonnx.load` returns; got {shown(scorer)}")
+        self._scorer, self._generate = scorer, as_generator(generate, model)
+
+    def run(
+        self,
+        prompt: Item,
+        n: int = 16,
+        *,
+        method: str = "best_of_n",
+        vote: str = "score",
+        answers: Answers | None = None,
+        aggregation: str | None = None,
+        truncate: bool = False,
+        deadline: float | None = None,
+        sampling: Mapping[str, Any] | None = None,
+        **settings: Any,
+    ) -> BestOfNResult:
+        """Sample completions of a prompt and choose the best. Completions are scored while others are under way.
+
+        Completions that fail are reported, and the choice is made from the others. The method needs no event loop and
+        may be called inside one; `arun` is the same for async code.
+
+        Args:
+            prompt: messages (`{"role": ..., "content": ...}` each), which the generator and the scorer render with
+                templates of their own; or text, which both read as it is.
+            n: number of completions; with `adaptive` the maximum.
+            method: `best_of_n`, or `adaptive`: completions in batches until more are not worth their price.
+            vote: as in `Model.rank`.
+            answers: how to find the answer that a completion votes for: `boxed`, `number`, `regex:PATTERN`, or a
+                function of a completion's text.
+            aggregation: as in `Model.rank`.
+            truncate: as in `Model.rank`.
+            deadline: seconds after which the choice is made from the completions that have ended.
+            sampling: further fields of the generator's requests, or arguments of the function: `temperature`,
+                `max_tokens` and so on. None by default.
+            **settings: settings of `adaptive`: `batch`, `price`, `ceiling`, `confidence`, `rule` (see
+                `bonnx.runtime.search.sampling.Adaptive`).
+
+        Raises:
+            InputError: an argument is invalid, or the scorer cannot read the prompt or a completion.
+            UpstreamError: no completion came.
+            NoWinnerError: no completion can win.
+        """
+        return wait_for(
+            self.arun(
+                prompt,
+                n,
+                method=method,
+                vote=vote,
+                answers=answers,
+                aggregation=aggregation,
+                truncate=truncate,
+                deadline=deadline,
+                sampling=sampling,
+                **settings,
+            )
+        )
+
+    async def arun(
+        self,
+        prompt: Item,
+        n: int = 16,
+        *,
+        method: str = "best_of_n",
+        vote: str = "score",
+        answers: Answers | None = None,
+        aggregation: str | None = None,
+        truncate: bool = False,
+        deadline: float | None = None,
+        sampling: Mapping[str, Any] | None = None,
+        **settings: Any,
+    ) -> BestOfNResult:
+        """`run` for async code: cancelling it cancels the requests that are open."""
+        check_whole("n", n, 1)
+        rule = _rule(method, settings)
+        if answers is not None and not (isinstance(answers, str) or callable(answers)):
+            raise InputError(
+                "answers: there are no completions yet; expected 'boxed', 'number', 'regex:PATTERN' or a function; got "
+                f"{type(answers).__name__}"
+            )
+        scoring = getattr(getattr(self._scorer, "manifest", None), "scoring", None)
+        make_ballot(vote, answers, [], "completions", (), scoring)
+        until = clock(deadline)
+        cost = SamplingCost()
+
+        async def score(candidates: Sequence[Item]) -> Ranking:
+            return await asyncio.to_thread(
+                self._scorer.rank, prompt, candidates, aggregation=aggregation, truncate=truncate
+            )
+
+        run = Run(
+            lambda count, first: self._generate(prompt, count, first, sampling or {}, until, cost),
+            score,
+            vote,
+            answers,
+            scoring,
+            cost,
+        )
+        return await (run.all_at_once(n) if rule is None else run.adaptively(n, rule))
+
+
+def _rule(method: str, settings: Mapping[str, Any]) -> Adaptive | None:
+    """The rule that ends sampling; None for no such rule."""
+    if method not in METHODS:
+        raise InputError(f"method: unknown {shown(method)}; {near_miss(method, METHODS, 'expected one of')}")
+    known = [field.name for field in dataclasses.fields(Adaptive)] if method == "adaptive" else []
+    for name in settings:
+        if name not in known:
+            raise InputError(f"unknown option '{name}' of method '{method}'; {near_miss(name, known)}")
+    return Adaptive(**settings) if method == "adaptive" else None

@@ -1,0 +1,153 @@
+"""Sample, score each completion when it comes, stop when enough have come, and choose."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import numpy as np
+
+from bonnx.errors import NoWinnerError, UpstreamError
+
+from ..artifact.manifest import Scoring
+from ..rank.join import join_rankings
+from ..rank.result import Ranking
+from ..search.sampling import Adaptive
+from ..selection.vote import Answers, Ballot, make_ballot
+from ..text.reader import Item, NoneReadableError
+from ..upstream.completion import Completion, Failure
+from ..upstream.cost import SamplingCost
+from .result import BestOfNResult
+
+__all__ = ["Run", "Score"]
+
+# Ranks some candidates of the prompt by their scores.
+Score: TypeAlias = Callable[[Sequence[Item]], Awaitable[Ranking]]
+Arrivals: TypeAlias = AsyncIterator[Completion | Failure]
+
+
+@dataclass
+class Run:
+    """Best-of-N of one prompt.
+
+    Attributes:
+        sample: gives so many completions; it is told how many were sampled before.
+        score: ranks some of them.
+        vote: as in `Model.rank`.
+        answers: likewise; how to find an answer, since there are no candidates yet.
+        scoring: of the artifact that scores; None for scores that are weights as they are.
+        cost: what `sample` notes the cost in.
+    """
+
+    sample: Callable[[int, int], Arrivals]
+    score: Score
+    vote: str = "score"
+    answers: Answers | None = None
+    scoring: Scoring | None = None
+    cost: SamplingCost = field(default_factory=SamplingCost)
+    start: float = field(default_factory=time.monotonic)
+    completions: list[Completion] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
+    _parts: list[tuple[Sequence[int], Ranking]] = field(default_factory=list)
+
+    async def all_at_once(self, n: int) -> BestOfNResult:
+        """Sample `n` completions and choose.
+
+        Raises:
+            UpstreamError: none came.
+            NoWinnerError: no completion can win.
+            InputError: the scorer cannot read the prompt or a completion.
+        """
+        await self._sample(n)
+        return self._choose("best_of_n")
+
+    async def adaptively(self, n: int, rule: Adaptive) -> BestOfNResult:
+        """Sample at most `n` completions, in batches, until the rule says that there are enough.
+
+        Raises:
+            UpstreamError: none came.
+            NoWinnerError: no completion can win.
+            InputError: the scorer cannot read the prompt or a completion.
+        """
+        while (asked := len(self.completions) + len(self.failures)) < n:
+            failed = len(self.failures)
+            await self._sample(min(rule.batch, n - asked))
+            if len(self.failures) == failed + min(rule.batch, n - asked):
+                # Nothing came of a whole batch: the rest would fare no better.
+                break
+            voted = None if self.vote == "score" else self._ballot().answers
+            if rule.is_enough(self._scores, voted):
+                break
+        return self._choose("adaptive")
+
+    async def _sample(self, n: int) -> None:
+        """Sample, and score while other completions are still under way."""
+        waiting: asyncio.Queue[int | None] = asyncio.Queue()
+        scoring = asyncio.ensure_future(self._score_as_they_come(waiting))
+        arrivals = self.sample(n, len(self.completions) + len(self.failures))
+        try:
+            async for arrival in arrivals:
+                if isinstance(arrival, Failure):
+                    self.failures.append(arrival)
+                    continue
+                waiting.put_nowait(len(self.completions))
+                self.completions.append(arrival)
+                if scoring.done():
+                    # It failed: more completions would not help.
+                    break
+            waiting.put_nowait(None)
+            await scoring
+        finally:
+            scoring.cancel()
+            await asyncio.gather(scoring, return_exceptions=True)
+            await arrivals.aclose()  # type: ignore[attr-defined]
+
+    async def _score_as_they_come(self, waiting: asyncio.Queue[int | None]) -> None:
+        """Score what has come, then what came meanwhile, until None comes."""
+        more = True
+        while more:
+            numbers = [await waiting.get()]
+            while not waiting.empty():
+                numbers.append(waiting.get_nowait())
+            more = None not in numbers
+            # An empty completion cannot win; it needs no scorer.
+            present = [number for number in numbers if number is not None and self.completions[number].item]
+            if present:
+                try:
+                    self._parts.append((present, await self.score([self.completions[i].item for i in present])))
+                except (NoneReadableError, NoWinnerError):
+                    # Others may have a score.
+                    continue
+
+    def _ballot(self) -> Ballot:
+        texts = [completion.text for completion in self.completions]
+        empty = [i for i, text in enumerate(texts) if not text]
+        return make_ballot(self.vote, self.answers, texts, "completions", empty, self.scoring)
+
+    def _scores(self) -> np.ndarray:
+        scores = np.full(len(self.completions), np.nan, np.float32)
+        for numbers, ranking in self._parts:
+            scores[[*numbers]] = ranking.candidate_scores
+        return scores
+
+    def _choose(self, method: str) -> BestOfNResult:
+        if not self.completions:
+            reasons = dict.fromkeys(failure.reason for failure in self.failures)
+            raise UpstreamError(f"none of {len(self.failures)} completions came: {'; '.join([*reasons][:3])}")
+        if not self._parts:
+            raise NoWinnerError(f"none of the {len(self.completions)} completions can win: none has a score")
+        items = [completion.item for completion in self.completions]
+        ranking = join_rankings(self._parts, items, self._ballot())
+        return BestOfNResult(
+            ranking.best_index,
+            self.completions,
+            ranking,
+            self.failures,
+            method,
+            time.monotonic() - self.start,
+            self.cost.prompt_tokens,
+            self.cost.completion_tokens,
+        )

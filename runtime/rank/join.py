@@ -1,0 +1,55 @@
+"""One ranking from the rankings of the same prompt's candidates, which came at different times."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..selection.aggregate import elect
+from ..selection.vote import Ballot
+from ..text.reader import Item
+from .result import Ranking, winner
+
+__all__ = ["join_rankings"]
+
+
+def join_rankings(
+    parts: Sequence[tuple[Sequence[int], Ranking]], candidates: Sequence[Item], ballot: Ballot
+) -> Ranking:
+    """The ranking of all candidates together; scores do not depend on which candidates were ranked together.
+
+    Args:
+        parts: the numbers of some candidates, and their ranking, by score. A candidate that no part has cannot win.
+        candidates: all of them.
+        ballot: how they vote.
+
+    Raises:
+        NoWinnerError: every score is NaN.
+    """
+    count = len(candidates)
+    totals = np.full(count, np.nan, np.float32)
+    scores = [np.zeros(0, np.float32) for _ in range(count)]
+    steps: list[np.ndarray] = [np.zeros(0, np.float32) for _ in range(count)]
+    unreadable: dict[int, str] = {}
+    for numbers, part in parts:
+        for place, number in enumerate(numbers):
+            totals[number], scores[number] = part.candidate_scores[place], part.scores[place]
+            if part.step_scores is not None:
+                steps[number] = part.step_scores[place]
+            if place in part.unreadable:
+                unreadable[number] = part.unreadable[place]
+    chosen, groups = elect(totals[:, None], ballot.ids, ballot.vote, ballot.vote_weight)
+    best = winner(int(chosen[0]), "candidates")
+    first = parts[0][1]
+    return Ranking(
+        best,
+        candidates[best],
+        totals,
+        scores,
+        first.aggregation,
+        *ballot.count(totals, groups[:, 0]),
+        None if first.step_scores is None else steps,
+        first.cut,
+        unreadable,
+    )

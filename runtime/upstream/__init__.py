@@ -1,0 +1,1 @@
+"""Completions from a server that speaks OpenAI's protocol."""

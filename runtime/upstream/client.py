@@ -1,0 +1,243 @@
+"""Sample completions from a server that speaks OpenAI's protocol: vLLM, SGLang, llama.cpp, Ollama, a vendor.
+
+One request asks for all completions, so that the server reads the prompt once. Many servers ignore `n` or refuse it;
+the completions that are missing are then asked for one by one. Answers are streamed: each completion is there when it
+ends, and those that have ended survive a broken connection.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import weakref
+from collections.abc import AsyncIterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from bonnx.errors import InputError
+
+from ..checks import check_whole
+from .background import wait_for
+from .completion import Completion, Failure
+from .cost import SamplingCost
+from .events import Answer, Assembly, read_answer
+from .requests import RequestError, Requests
+from .settings import UpstreamSettings
+
+try:
+    import httpx
+    from httpx_sse import EventSource
+except ModuleNotFoundError as e:
+    raise InputError(f"an upstream needs {e.name}, which is not installed; run `pip install bonnx[upstream]`") from e
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["Upstream"]
+
+_RETRIED = {408, 409, 425, 429, 500, 502, 503, 504}
+_MOST_SHOWN = 200
+
+
+class Upstream:
+    """A client of one server, safe to share between threads, tasks and event loops.
+
+    Its connections stay open from call to call. Leaving a `with` or `async with` block closes them, as `close` and
+    `aclose` do.
+
+    Args:
+        url: base address of the server, such as `http://localhost:8000/v1`.
+        model: the model that requests name; None if the caller names one.
+        api_key: sent to this address only, and never shown; None for none.
+        concurrency: maximum number of requests that are open at once.
+        retries: how often a request is repeated after status 429 or 5xx or a broken connection.
+        timeout: seconds to wait for the next bytes of an answer.
+
+    Raises:
+        InputError: an argument is invalid.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        model: str | None = None,
+        *,
+        api_key: str | None = None,
+        concurrency: int = 16,
+        retries: int = 3,
+        timeout: float = 120.0,
+    ) -> None:
+        self.settings = UpstreamSettings(url, model, api_key, concurrency, retries, timeout)
+        # Whether the server makes `n` completions in one request; None until that is known.
+        self.makes_several: bool | None = None
+        self._reports_usage = True
+        # Neither a connection nor a semaphore can be used by two event loops.
+        self._clients: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, tuple[httpx.AsyncClient, asyncio.Semaphore]]
+        self._clients = weakref.WeakKeyDictionary()
+
+    def __repr__(self) -> str:
+        return f"<bonnx.Upstream {self.settings.url} {self.settings.model or ''}>"
+
+    def close(self) -> None:
+        """Close the connections that were opened for code that is not async."""
+        wait_for(self.aclose())
+
+    async def aclose(self) -> None:
+        """Close the connections of the running event loop."""
+        pair = self._clients.pop(asyncio.get_running_loop(), None)
+        if pair is not None:
+            await pair[0].aclose()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    async def sample(
+        self,
+        body: Mapping[str, Any],
+        n: int,
+        *,
+        first: int = 0,
+        until: float | None = None,
+        cost: SamplingCost | None = None,
+    ) -> AsyncIterator[Completion | Failure]:
+        """Completions of one prompt, each when it ends, and a `Failure` for each that does not come.
+
+        Leaving the iteration cancels the requests that are open.
+
+        Args:
+            body: of the request, with `messages` or `prompt`; `n`, `stream` and `stream_options` are set here.
+            n: number of completions.
+            first: number of the first completion: how many of this prompt were sampled before. A `seed` in `body` is
+                raised by the number of the first completion of each request, since equal seeds would give equal
+                completions.
+            until: deadline on the clock of `time.monotonic`.
+            cost: what to add the cost to.
+
+        Raises:
+            InputError: `n` is not a number of completions, or the body has not one of `messages` and `prompt`.
+        """
+        check_whole("n", n, 1)
+        if ("messages" in body) == ("prompt" in body):
+            raise InputError("expected either 'messages' or 'prompt' in the body of an upstream's request")
+        requests = Requests(self, dict(body), until, SamplingCost() if cost is None else cost)
+        async for arrival in requests.run(range(first, first + n)):
+            yield arrival
+
+    async def send(self, body: dict[str, Any], cost: SamplingCost) -> AsyncIterator[Completion]:
+        """The completions of one request, each when it ends.
+
+        Raises:
+            RequestError: the upstream refused the request, failed or did not answer with completions.
+        """
+        client, open_requests = self._client()
+        chat = "messages" in body
+        body = {**body, "stream": True}
+        if self.settings.model is not None:
+            body.setdefault("model", self.settings.model)
+        if self._reports_usage:
+            body["stream_options"] = {"include_usage": True}
+        url = self.settings.url + ("/chat/completions" if chat else "/completions")
+        try:
+            async with open_requests, client.stream("POST", url, json=body) as response:
+                cost.requests += 1
+                await self._check(response)
+                async for completion in self._read(response, cost, chat=chat):
+                    yield completion
+        except httpx.HTTPError as e:
+            detail = to_line(str(e) or type(e).__name__)
+            raise RequestError(f"the connection to {self.settings.url} failed: {detail}") from e
+
+    def _client(self) -> tuple[httpx.AsyncClient, asyncio.Semaphore]:
+        loop = asyncio.get_running_loop()
+        if loop not in self._clients:
+            key = self.settings.api_key
+            client = httpx.AsyncClient(
+                headers={"Authorization": f"Bearer {key}"} if key else {},
+                timeout=httpx.Timeout(self.settings.timeout, connect=10.0, pool=None),
+                limits=httpx.Limits(max_connections=None),
+                # A redirect would carry the key to another address.
+                follow_redirects=False,
+                trust_env=True,
+            )
+            self._clients[loop] = client, asyncio.Semaphore(self.settings.concurrency)
+        return self._clients[loop]
+
+    async def _check(self, response: httpx.Response) -> None:
+        """Refuse an answer that is not completions."""
+        if response.status_code == 200:
+            return
+        status = response.status_code
+        body = (await response.aread()).decode("utf-8", "replace")
+        if status in (400, 422) and self._reports_usage and "stream_options" in body:
+            self._reports_usage = False
+            raise RequestError("the upstream does not take stream_options", pause=0.0)
+        try:
+            detail = _reason(json.loads(body))
+        except ValueError:
+            detail = to_line(body)
+        reason = f"the upstream answered {status}: {detail}"
+        raise RequestError(reason, status=status, final=status not in _RETRIED, pause=_retry_after(response))
+
+    async def _read(self, response: httpx.Response, cost: SamplingCost, *, chat: bool) -> AsyncIterator[Completion]:
+        """The completions of an answer, each when it ends."""
+        kind = response.headers.get("content-type", "").partition(";")[0].strip().lower()
+        assembly = Assembly(chat=chat)
+        try:
+            if kind == "text/event-stream":
+                async for event in EventSource(response).aiter_sse():
+                    is_last = event.data.strip() == "[DONE]"
+                    chunk = Answer() if is_last else self._take(event.data, cost)
+                    for completion in assembly.rest() if is_last else assembly.add(chunk):
+                        yield completion
+                return
+            body = await response.aread()
+            if kind == "application/json":
+                # It does not stream.
+                for completion in assembly.whole(self._take(body, cost)):
+                    yield completion
+                return
+        except ValueError as e:
+            raise RequestError(f"the upstream's answer is not completions: {to_line(str(e))}", final=True) from e
+        raise RequestError(
+            f"expected JSON or server-sent events from {self.settings.url}; got {kind or 'no content type'}: "
+            f"{to_line(body.decode('utf-8', 'replace'))}; check the address",
+            final=True,
+        )
+
+    @staticmethod
+    def _take(text: str | bytes, cost: SamplingCost) -> Answer:
+        """Read a part of an answer; some servers send an error with status 200, or in the middle of a stream."""
+        answer = read_answer(text)
+        if answer.error:
+            raise RequestError(f"the upstream answered with an error: {_reason({'error': answer.error})}")
+        cost.model = answer.model or cost.model
+        if answer.usage is not None:
+            cost.add(answer.usage.prompt_tokens, answer.usage.completion_tokens)
+        return answer
+
+
+def _reason(body: object) -> str:
+    """What an error's body says, in one line."""
+    error = body.get("error", body) if isinstance(body, Mapping) else body
+    text = error.get("message") or error.get("detail") if isinstance(error, Mapping) else error
+    return to_line(str(body if text is None else text))
+
+
+def to_line(text: str) -> str:
+    return " ".join(text.split())[:_MOST_SHOWN] or "an empty body"
+
+
+def _retry_after(response: httpx.Response) -> float | None:
+    """Seconds that the server asks to wait for; None if it does not say."""
+    try:
+        return max(0.0, float(response.headers.get("retry-after", "")))
+    except ValueError:
+        return None

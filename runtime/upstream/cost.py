@@ -1,0 +1,27 @@
+"""What the completions of one prompt cost."""
+
+from __future__ import annotations
+
+__all__ = ["SamplingCost"]
+
+
+class SamplingCost:
+    """The cost of sampling, which grows while completions come.
+
+    Attributes:
+        prompt_tokens: of all requests, as the server counts them; None if it does not.
+        completion_tokens: likewise.
+        requests: how many were sent, retries included.
+        model: as the server calls itself; None until it has answered.
+    """
+
+    def __init__(self) -> None:
+        self.prompt_tokens: int | None = None
+        self.completion_tokens: int | None = None
+        self.requests = 0
+        self.model: str | None = None
+
+    def add(self, prompt_tokens: int, completion_tokens: int) -> None:
+        """Add what a request cost."""
+        self.prompt_tokens = (self.prompt_tokens or 0) + prompt_tokens
+        self.completion_tokens = (self.completion_tokens or 0) + completion_tokens
