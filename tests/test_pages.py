@@ -1,0 +1,82 @@
+"""What the documentation shows is true: every code block runs, and the names and files that it mentions exist.
+
+A block that cannot run here has `<!-- skip: reason -->` on the line above it.
+"""
+
+import importlib
+import importlib.metadata
+import re
+
+import numpy as np
+import pytest
+
+from bonnx.command import main
+from tests.checkpoints import make
+from tests.pages import PAGES, ROOT, Reader, read_blocks
+
+
+def read(page):
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def reward_model(tmp_path_factory):
+    """A folder in which `python export.py --checkpoint DIR -o OUT` has run, on a model that scores steps."""
+    folder = tmp_path_factory.mktemp("reward")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        make(folder / "DIR", "Qwen2", "steps", np.random.default_rng(0))
+        assert main(["export", "--checkpoint", "DIR", "-o", "OUT"]) == 0
+    return folder
+
+
+@pytest.fixture
+def folder(countdown, tmp_path, monkeypatch):
+    """A reader's folder: the artifact that `python export.py` writes, and the documentation."""
+    (tmp_path / "artifacts").mkdir()
+    (tmp_path / "artifacts/countdown").symlink_to(countdown, target_is_directory=True)
+    (tmp_path / "docs").symlink_to(ROOT / "docs")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_block_runs(page, folder, request):
+    text = read(page)
+    if "--checkpoint DIR -o OUT" in text:
+        (folder / "OUT").symlink_to(request.getfixturevalue("reward_model") / "OUT")
+    with Reader(page) as reader:
+        for block in read_blocks(text):
+            reader.run(block)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_reasons_of_skipped_blocks_name_tests_that_exist(page):
+    reasons = [block.reason for block in read_blocks(read(page)) if block.reason]
+    named = [path for reason in reasons for path in re.findall(r"(?:tests|\.ci)/[\w/.]*\w", reason)]
+    assert [path for path in named if not (ROOT / path).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_and_folders_in_backticks_exist(page):
+    folders = "benchmarks|bonnx|docs|export|models|runtime|tests|tools"
+    named = re.findall(rf"`((?:{folders})/[a-z_\d/.]*)`", read(page))
+    assert [path for path in named if not (ROOT / path).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_dotted_names_in_backticks_exist(page):
+    for name in re.findall(r"`(bonnx(?:\.\w+)+)`", read(page)):
+        value, parts = importlib.import_module("bonnx"), name.split(".")[1:]
+        for i, part in enumerate(parts, 2):
+            if not hasattr(value, part):
+                importlib.import_module(".".join(name.split(".")[:i]))
+            value = getattr(value, part)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_extras_that_pages_install_exist(page):
+    extras = importlib.metadata.metadata("bonnx").get_all("Provides-Extra")
+    named = {name for names in re.findall(r"pip install [^`\n]*\[([\w,]+)\]", read(page)) for name in names.split(",")}
+    # Other packages have extras, too.
+    assert named - {"grpc"} <= set(extras)
