@@ -1,4 +1,4 @@
-"""bonnx: Best-of-N on ONNX. A two-headed transformer becomes ONNX graphs that choose the best of N themselves."""
+"""bonnx: Best-of-N on ONNX. Two-headed transformers as ONNX graphs that choose the best of N candidates themselves."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> object:
-    """Names of `runtime` are bonnx's; each is imported when it is asked for."""
+    """The public names of `runtime`, each imported on first use."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value: object = getattr(runtime, name)

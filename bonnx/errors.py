@@ -2,11 +2,11 @@
 
 BonnxError
 |-- ArtifactError      the folder is not an artifact, or not as it was written
-|-- ProviderError      ONNX Runtime, or the provider that was asked for, is unavailable
+|-- ProviderError      ONNX Runtime, or the provider that was requested, is unavailable
 |-- InputError         what was passed in cannot be ranked (also a ValueError)
-|-- ConfigError        of `bonnx.models`: a checkpoint or configuration that cannot be read (also a ValueError)
+|-- ConfigError        in `bonnx.models`: a checkpoint or configuration that cannot be read (also a ValueError)
 |-- NoWinnerError      every candidate is empty or its score is NaN
-|-- ExportError        the model could not be written, or what was written did not pass
+|-- ExportError        the model could not be exported, or the artifact failed its verification
 `-- UpstreamError      no completion came from the server or function that generates them
 """
 
@@ -28,7 +28,7 @@ __all__ = [
 
 
 def near_miss(name: object, known: Iterable[str], otherwise: str = "known options") -> str:
-    """What to say of a name that is not known: the one that was probably meant, or all."""
+    """The hint for an unknown name: the one that was probably meant, or all known names."""
     names = [*known]
     near = difflib.get_close_matches(str(name), names, n=1)
     return f"did you mean '{near[0]}'?" if near else f"{otherwise}: {', '.join(names)}"
@@ -43,7 +43,7 @@ class ArtifactError(BonnxError):
 
 
 class ProviderError(BonnxError):
-    """ONNX Runtime is missing or broken, or the provider that was asked for did not end up in the session."""
+    """ONNX Runtime is missing or broken, or the session does not run on the requested provider."""
 
 
 class InputError(BonnxError, ValueError):
@@ -55,7 +55,7 @@ class NoWinnerError(BonnxError):
 
 
 class ExportError(BonnxError):
-    """The model could not be exported, or the artifact did not pass its verification; nothing was written."""
+    """The model could not be exported, or the artifact failed its verification; nothing was written."""
 
 
 class UpstreamError(BonnxError):

@@ -1,6 +1,6 @@
-"""An artifact gives answers: load, score, rank. numpy and ONNX Runtime only.
+"""Open an artifact and rank, score, generate or search with it. Needs only NumPy and ONNX Runtime.
 
-A name is imported when it is asked for: `bonnx --version` and `bonnx doctor` need nothing but Python.
+Each name is imported on first use: `bonnx --version` and `bonnx doctor` need nothing but Python.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Which requests run together: those of like shape, the rankings of one prompt first.
 
 Prompts lie side by side on a graph's batch axis, each in a slot of its own. Rankings of the same prompt share its slot,
-one behind the other on the candidates' axis, so that the prompt is computed once for all of them.
+one after another on the candidates' axis, so that the prompt is computed once.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ __all__ = ["Batchable", "Shape", "batch_size", "padded_tokens", "plan"]
 
 @dataclass(frozen=True)
 class Shape:
-    """What a request computes: `candidates` of at most `length` tokens after a prompt of `prompt` tokens."""
+    """The size of a request: `candidates` of at most `length` tokens after a prompt of `prompt` tokens."""
 
     candidates: int
     prompt: int
     length: int
 
 
-# How many of the latest groups a request is offered to.
+# A request may join one of this many latest groups.
 _OPEN = 8
 
 
@@ -91,7 +91,7 @@ def plan(requests: Sequence[Batchable], fits: Callable[[int, Shape], bool], wast
 
     Args:
         requests: at least one.
-        fits: whether a run of so many prompt slots, each of this shape, is allowed; a request alone always is.
+        fits: whether a run of a number of prompt slots, each of a shape, is allowed; a request by itself always is.
         waste: maximum share of a joint run's tokens that may be padding, in [0, 1).
     """
     keys: dict[Hashable, int] = {}

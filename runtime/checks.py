@@ -1,4 +1,4 @@
-"""Options as callers pass them: what is of the wrong type is refused by name, before anything is computed."""
+"""Checks of arguments: a wrong type or value is refused by name, before anything is computed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class ArgumentNames:
-    """What errors call a prompt and its candidates: whatever the caller calls them.
+    """The names that the caller uses for a prompt and its candidates, for errors.
 
     Attributes:
         prompt: the argument or field that holds the prompt.
@@ -55,7 +55,7 @@ ARGUMENTS = ArgumentNames()
 
 
 def shown(value: object) -> str:
-    """A value as an error names it: how it begins, and its type where that does not show."""
+    """A value as errors show it: its beginning, and its type where that is not evident."""
     plain = value is None or isinstance(value, str | bytes | int | float | complex | np.generic | list | tuple | dict)
     try:
         text = f"{value!r:.60}"
@@ -66,14 +66,14 @@ def shown(value: object) -> str:
 
 
 def is_list(value: object) -> bool:
-    """Whether a value is a list as bonnx means it: in order, of known length, and no text, bytes or mapping."""
+    """Whether a value counts as a list: ordered, of known length, and not text, bytes or a mapping."""
     if isinstance(value, np.ndarray):
         return value.ndim > 0
     return isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray | memoryview | Mapping)
 
 
 def check_flag(name: str, value: object) -> None:
-    """Refuse what is neither True nor False.
+    """Refuse anything but True and False.
 
     Raises:
         InputError: names it.
@@ -147,7 +147,7 @@ def check_whole(name: str, value: object, least: int, otherwise: str = "") -> No
 
 
 def check_some(items: Sequence[object], name: str) -> None:
-    """Refuse what is no list, or an empty one.
+    """Refuse anything but a list that is not empty.
 
     Raises:
         InputError: names `name`.
@@ -157,7 +157,7 @@ def check_some(items: Sequence[object], name: str) -> None:
 
 
 def check_function(name: str, value: object) -> None:
-    """Refuse what cannot be called.
+    """Refuse anything that cannot be called.
 
     Raises:
         InputError: names it.
@@ -167,14 +167,14 @@ def check_function(name: str, value: object) -> None:
 
 
 def check_path(name: str, value: object) -> Path:
-    """A path from what a caller passes as one.
+    """The argument as a path.
 
     Raises:
-        InputError: it is none.
+        InputError: it is not a path.
     """
     if isinstance(value, str | os.PathLike):
         path = os.fspath(value)
-        # No file system has a name with these.
+        # No file system allows these in a name.
         if isinstance(path, str) and not any(letter == "\0" or "\ud800" <= letter < "\udc80" for letter in path):
             return Path(path)
     raise InputError(f"{name}: expected a path, as text or a pathlib.Path; got {shown(value)}")

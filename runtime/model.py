@@ -1,4 +1,4 @@
-"""An artifact that answers: `bonnx.load`, then `rank`, `score` and `generate`."""
+"""`bonnx.load` opens an artifact as a `Model`, which ranks, scores, generates, streams and searches."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from .protocol import ModelLike
     from .search.policy import Policy
     from .search.result import SearchResult
-    from .search.tree import Scorer
+    from .search.tree import ScoreFunction
 
 __all__ = ["Model", "load"]
 
@@ -63,10 +63,10 @@ def load(
 
 
 class Model:
-    """An open artifact. Safe to share between threads; graphs are loaded when first used.
+    """An open artifact. Safe to share between threads; each graph is loaded on first use.
 
     Attributes:
-        manifest: what the artifact says of itself.
+        manifest: the artifact's description of itself.
         provider: where it runs, `cpu` or `cuda`.
     """
 
@@ -85,7 +85,7 @@ class Model:
         return f"<bonnx.Model {self.manifest.name!r} from {str(self._name)!r} on {self.provider}>"
 
     def close(self) -> None:
-        """Give back the memory of the graphs that are loaded; one that is used again is loaded again."""
+        """Free the memory of the loaded graphs; a graph is loaded again when it is next used."""
         self._engine.close()
 
     def rank(
@@ -102,32 +102,32 @@ class Model:
     ) -> Ranking:
         """Score candidates after a prompt and choose the best; the prompt is computed once.
 
-        A candidate in which there is nothing to read (an empty text or list, no step, an empty step, no row of
-        embeddings), or whose text the tokenizer cannot encode, does not end the call: its score is NaN, it cannot win,
-        and `Ranking.unreadable` says why. Whatever else is wrong with a candidate does: another type, dtype or width, a
-        token id outside the vocabulary, more tokens than the artifact takes.
+        An empty candidate (an empty text or list, no steps, an empty step, no rows of embeddings), or one whose text
+        the tokenizer cannot encode, does not fail the call: its score is NaN, it cannot win, and `Ranking.unreadable`
+        says why. Any other invalid candidate is an error: a wrong type, dtype or width, a token id outside the
+        vocabulary, more tokens than the artifact takes.
 
         Args:
             prompt: text, messages (`{"role": ..., "content": ...}` each), token ids, or embeddings (length, embed_dim)
                 float32.
-            candidates: one or more; text is what follows the prompt, or what the assistant answers the messages; a list
-                of texts is a candidate in steps.
-            aggregation: `last`, `mean`, `min`, `max`, `prod`, or `step_` and one of these to read only the positions
-                where a step ends; the artifact's own rule if not given.
-            step_masks: for each candidate 0 or 1 for each token, 1 where a step ends; needed for embeddings, and only
-                for the `step_` aggregations.
+            candidates: one or more; a text continues the prompt, or answers the messages as the assistant; a list of
+                texts is a candidate in steps.
+            aggregation: `last`, `mean`, `min`, `max`, `prod`, or `step_` and one of these, which read only the
+                positions where a step ends; by default the artifact's own rule.
+            step_masks: for each candidate 0 or 1 for each token, 1 where a step ends; only for the `step_`
+                aggregations, which need them if the candidates are embeddings.
             partial: text candidates are not finished yet: no end token is appended, and no template closes the answer.
-            truncate: leave out the beginning of a prompt that is too long, instead of an error; `Ranking.cut` says how
-                much. A candidate is never cut.
+            truncate: drop the beginning of a prompt that is too long instead of raising an error; `Ranking.cut` says
+                how much. Candidates are never cut.
             vote: `score` (the best candidate), or the best candidate of one answer: `weighted` (the answer whose
-                candidates' weights sum to most: their probabilities, or the softmax of raw scores) or `majority` (the
-                answer of most candidates). If no candidate has an answer, the best candidate wins.
-            answers: what each candidate votes for, anything hashable or None; or how to find it in a text: `boxed`,
+                candidates' weights have the largest sum: their probabilities, or the softmax of raw scores) or
+                `majority` (the answer of most candidates). If no candidate has an answer, the best candidate wins.
+            answers: what each candidate votes for, any hashable or None; or how to find it in a text: `boxed`,
                 `number` or `regex:PATTERN` (see `bonnx.runtime.selection.answers`), or a function of a candidate.
                 Needed to vote.
 
         Raises:
-            InputError: nothing to rank, or something that cannot be; or none of the candidates can be read.
+            InputError: an argument is invalid, or none of the candidates can be read.
             NoWinnerError: every score is NaN.
         """
         request = read_request(
@@ -157,9 +157,9 @@ class Model:
         vote: str = "score",
         answers: Answers | None = None,
     ) -> Scored:
-        """Score whole rows, each by itself, at every position, and choose the best.
+        """Score whole rows at every position, each row by itself, and choose the best.
 
-        A row that cannot be read does not end the call, as in `rank`.
+        A row that cannot be read does not fail the call, as in `rank`.
 
         Args:
             rows: one or more texts, conversations (lists of messages), lists of token ids, or embeddings (length,
@@ -172,7 +172,7 @@ class Model:
             answers: as in `rank`, for each row.
 
         Raises:
-            InputError: nothing to score, or something that cannot be.
+            InputError: an argument is invalid, or none of the rows can be read.
             NoWinnerError: every score is NaN.
         """
         return score_rows(
@@ -197,11 +197,11 @@ class Model:
     ) -> Generation:
         """Sample N completions, score every token, choose the best: one run of one graph.
 
-        With a deadline or a callback the host steers the same steps, and the tokens are the same.
+        With a deadline or a callback the host decodes token by token instead; the tokens are the same.
 
         Args:
             prompt: text, messages or token ids.
-            deadline: seconds; what still grows then is cut, with `deadline` as its finish reason.
+            deadline: in seconds; candidates unfinished by then are cut, with the finish reason `deadline`.
             on_progress: called with the candidates after every token.
             **options: how to generate.
 
@@ -226,9 +226,9 @@ class Model:
     def stream(
         self, prompt: Item, *, deadline: float | None = None, **options: Unpack[GenerateOptions]
     ) -> Iterator[Generation]:
-        """As `generate`, but gives the candidates after every token; the last ones are the result.
+        """As `generate`, but yields the candidates after every token; the last ones are the result.
 
-        To cancel, stop reading: nothing runs between two of them. The options are checked at the call.
+        To cancel, stop iterating: nothing is computed in between. The options are checked when it is called.
 
         Args:
             prompt: as in `generate`.
@@ -246,7 +246,7 @@ class Model:
         *,
         answers: Answers | None = None,
         vote: str | None = None,
-        scorer: Scorer | None = None,
+        scorer: ScoreFunction | None = None,
         deadline: float | None = None,
         policy: Policy | str | os.PathLike[str] | None = None,
         **options: object,
@@ -257,15 +257,15 @@ class Model:
             prompt: text, messages or token ids.
             method: one of `bonnx.runtime.search.METHODS`: `best_of_n`, `weighted`, `majority`, `self_certainty`,
                 `adaptive`, `pruned`, `beam`, `lookahead`, `dvts` or `revisions`; docs/search.md says what each does.
-            budget: completions that it may cost; the result's `cost` says what it did cost.
+            budget: the maximum number of completions; the result's `cost` says what was computed.
             answers: how to find what a candidate votes for: `boxed`, `number`, `regex:PATTERN`, or a function of its
-                text (of its token ids where there is no tokenizer); None is no answer.
-            vote: `score`, `weighted` or `majority`, if not the method's own.
-            scorer: a function of the token ids of prompt and completion that gives a score in place of the model's own.
-                One that gives NaN says that the candidate cannot win.
-            deadline: seconds; what still grows then is cut, and the choice is made from what there is.
-            policy: a file that `Policy.save` wrote, or a policy: it chooses the method by the prompt's difficulty.
-            **options: the method's settings (docs/search.md lists them), and these of `generate`.
+                text (of its token ids where there is no tokenizer); None is for no answer.
+            vote: `score`, `weighted` or `majority`; by default the method's own.
+            scorer: a function of the token ids of prompt and completion that returns a score, which replaces the
+                model's own; NaN means that the candidate cannot win.
+            deadline: in seconds; completions unfinished by then are cut, and the choice is made from what there is.
+            policy: a policy, or a file that `Policy.save` wrote: it chooses the method by the prompt's difficulty.
+            **options: the method's settings (docs/search.md lists them), and these of `generate`:
 
         Raises:
             InputError: an option or the prompt is invalid, the budget is less than the method needs, the policy is

@@ -1,4 +1,4 @@
-"""What `Model` and its stand-in `FakeModel` have in common: the type to annotate with."""
+"""The protocol that `Model` and its stand-in `FakeModel` share, to annotate with."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["ModelLike"]
 
 
 class ModelLike(Protocol):
-    """Whatever ranks and generates: annotate with it, and a test may pass a `FakeModel` for a `Model`."""
+    """Anything that ranks and generates: code annotated with it takes a `Model`, and in tests a `FakeModel`."""
 
     @property
     def provider(self) -> str:

@@ -1,4 +1,4 @@
-"""Results as programs and people read them: JSON, a short repr, equality, and a table in a notebook.
+"""What every result can do: become JSON, compare, and show itself as a short repr or a table in a notebook.
 
 JSON has neither NaN nor infinity: `to_json` writes both as null, for the command line, HTTP, batches and searches.
 """

@@ -1,4 +1,4 @@
-"""A stand-in for a model, for the tests of programs that use bonnx: no artifact, no ONNX Runtime."""
+"""A stand-in for a model, to test programs that use bonnx without an artifact or ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ _LONGEST = 8192
 
 
 class FakeModel:
-    """Ranks and generates with functions of your own, by the same rules as a real model.
+    """Ranks and generates with your own functions, by the same rules as a real model.
 
     Args:
-        score: takes a prompt and a candidate and gives one score for each token, or a single number.
-        complete: takes a prompt and a candidate's number (0, 1, ...) and gives its text; needed to generate.
-        aggregation: used when a call does not say.
+        score: takes a prompt and a candidate and returns one score for each token, or a single number.
+        complete: takes a prompt and a candidate's number (0, 1, ...) and returns its text; needed to generate.
+        aggregation: the default of its calls.
 
     Example:
         >>> model = FakeModel(lambda prompt, candidate: len(candidate))
@@ -71,7 +71,7 @@ class FakeModel:
         vote: str = "score",
         answers: Answers | None = None,
     ) -> Ranking:
-        """As `Model.rank`; `partial` and `truncate` change nothing, and only empty candidates cannot be read.
+        """As `Model.rank`; `partial` and `truncate` have no effect, and only empty candidates are unreadable.
 
         Raises:
             InputError: nothing to rank, an unknown aggregation or vote, a step aggregation without step_masks, a vote
@@ -135,12 +135,13 @@ class FakeModel:
 
         Args:
             prompt: text, messages or token ids.
-            deadline: in seconds; it changes nothing.
+            deadline: in seconds; it has no effect.
             on_progress: called once, with the result.
             **options: how to generate.
 
         Raises:
-            InputError: an option is invalid, the model was made without `complete`, or that gave no text.
+            InputError: an option is invalid, the model was made without `complete`, or that returned something other
+                than a text.
             NoWinnerError: every score is NaN.
         """
         if self._complete is None:
@@ -173,17 +174,17 @@ class FakeModel:
     def stream(
         self, prompt: Item, *, deadline: float | None = None, **options: Unpack[GenerateOptions]
     ) -> Iterator[Generation]:
-        """As `Model.stream`: gives the finished candidates, once.
+        """As `Model.stream`: yields the finished candidates, once.
 
         Args:
             prompt: text, messages or token ids.
-            deadline: in seconds; it changes nothing.
+            deadline: in seconds; it has no effect.
             **options: how to generate.
         """
         return iter([self.generate(prompt, deadline=deadline, **options)])
 
     def close(self) -> None:
-        """As `Model.close`: there is nothing to give back."""
+        """As `Model.close`: there is nothing to free."""
 
 
 if TYPE_CHECKING:
@@ -191,7 +192,7 @@ if TYPE_CHECKING:
 
 
 def _scores(value: object, name: str) -> Array:
-    """What a function gave for one candidate, (n,) float32.
+    """The scores that the caller's function returned for one candidate, (n,) float32.
 
     Raises:
         InputError: it is not a number, or a list of them with at least one.

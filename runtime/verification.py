@@ -1,4 +1,4 @@
-"""Prove an artifact on this machine: its files are as written, and it gives what PyTorch gave at export."""
+"""Verify an artifact on this machine: its files are intact, and its outputs are those recorded at export."""
 
 from __future__ import annotations
 

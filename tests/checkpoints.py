@@ -111,7 +111,7 @@ class _ValueHead(nn.Module):
 
 
 @dataclass
-class Case:
+class HeadCase:
     """A checkpoint in a folder: transformers' model, the options of export, and how its positions are read."""
 
     model: nn.Module
@@ -151,7 +151,7 @@ class Case:
 HEADS = ("reward", "labels", "steps", "mlp", "mlp steps", "value", "step tag")
 
 
-def make(folder: Path, family: str, head: str, rng, dtype=torch.float32, kind=None, **options) -> Case:
+def make(folder: Path, family: str, head: str, rng, dtype=torch.float32, kind=None, **options) -> HeadCase:
     """Write a checkpoint with `save_pretrained`, its weights large enough that candidates differ."""
     torch.manual_seed(int(rng.integers(2**31)))
     kind = kind or ("spaces" if family in ("Llama", "Mistral") else "bytes")
@@ -200,7 +200,7 @@ def make(folder: Path, family: str, head: str, rng, dtype=torch.float32, kind=No
             return twin.lm_head(hidden)[..., [plus, minus]].softmax(-1)[..., 0]
         return soft(twin.score(hidden))
 
-    return Case(twin, tokenizer, overrides, step, read)
+    return HeadCase(twin, tokenizer, overrides, step, read)
 
 
 def whole(case, prompt, answer):

@@ -65,11 +65,11 @@ def test_public_names():
 # Stands for an environment without these packages: importing them fails as it would there.
 BLOCK = """
 import sys
-class Block:
+class Absent:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in {names}:
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name.split(".")[0])
-sys.meta_path.insert(0, Block())
+sys.meta_path.insert(0, Absent())
 """
 HEAVY = {"torch", "onnx", "onnxscript", "safetensors", "matplotlib", "transformers"}
 

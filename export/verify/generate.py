@@ -44,7 +44,7 @@ class _Run(NamedTuple):
         return self.prompts[b][self.mask[b] > 0], self.outputs["sequences"][n, b, : self.outputs["lengths"][n, b]]
 
 
-class _Exact(NamedTuple):
+class _ExactValues(NamedTuple):
     """Float64 results at each token of a candidate: scores and log_probs (length,), and the draws.
 
     A draw is the token that the seed selects, and its margin to the next token.
@@ -109,7 +109,7 @@ def _column(value: Array, b: int) -> Array:
     return value[:, b : b + 1] if value.ndim > 1 else value
 
 
-def _read(checker: Checker, runs: Sequence[_Run]) -> list[dict[tuple[int, int], _Exact]]:
+def _read(checker: Checker, runs: Sequence[_Run]) -> list[dict[tuple[int, int], _ExactValues]]:
     """Recompute the candidates of each run as whole rows in PyTorch, by candidate and prompt; update the tolerance."""
     places = defaultdict[int, list[tuple[int, int, int]]](list)
     for r, run in enumerate(runs):
@@ -117,7 +117,7 @@ def _read(checker: Checker, runs: Sequence[_Run]) -> list[dict[tuple[int, int], 
             prompt, tokens = run.row(n, b)
             places[len(prompt) + len(tokens)].append((r, n, b))
     batches = [np.stack([np.concatenate(runs[r].row(n, b)) for r, n, b in group]) for group in places.values()]
-    rows: list[dict[tuple[int, int], _Exact]] = [{} for _ in runs]
+    rows: list[dict[tuple[int, int], _ExactValues]] = [{} for _ in runs]
     for group, (exact, rounded) in zip(places.values(), checker.exact.rows(batches, checker.bar), strict=True):
         for i, (r, n, b) in enumerate(group):
             prompt, tokens = runs[r].row(n, b)
@@ -127,7 +127,7 @@ def _read(checker: Checker, runs: Sequence[_Run]) -> list[dict[tuple[int, int], 
             log_probs, near = (log_softmax(x)[np.arange(len(tokens)), tokens] for x in (logits, near_logits))
             checker.bar.update("logits", logits, near_logits)
             checker.bar.update("log_probs", log_probs, near)
-            rows[r][n, b] = _Exact(
+            rows[r][n, b] = _ExactValues(
                 exact.scores[i, start:].numpy(), log_probs, _draws(logits, runs[r].request, prompt, n)
             )
     return rows

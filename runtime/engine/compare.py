@@ -1,4 +1,4 @@
-"""How far two engines' outputs are apart."""
+"""The difference between the outputs of two engines."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ def maximum_difference(actual: Array, expected: Array, allowed: float | Array) -
     """The maximum `|actual - expected|`; NaN equals NaN.
 
     Args:
-        actual: what one engine gave.
-        expected: what the other gave, of the same shape.
+        actual: the outputs of one engine.
+        expected: those of the other, of the same shape.
         allowed: the maximum difference, for all or for each element.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What answers are computed with: an artifact's manifest, the reader of what callers pass, and its graphs' sessions."""
+"""An open artifact: its manifest, the reader that turns arguments into arrays, and the sessions of its graphs."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from ..text.reader import Reader
 from ..text.tokenizer import Tokenizer
 from .session import Provider, Session, SessionOptions
 
-__all__ = ["Engine", "Sessions", "make_engine", "open_engine"]
+__all__ = ["Engine", "SessionPool", "make_engine", "open_engine"]
 
 
-class Sessions:
-    """The sessions of an artifact's graphs, each made at its first use. Safe to share between threads."""
+class SessionPool:
+    """The sessions of an artifact's graphs, each created on first use. Safe to share between threads."""
 
     def __init__(self, folder: Path, manifest: Manifest, options: SessionOptions) -> None:
         self._folder, self._manifest, self._options = folder, manifest, options
@@ -47,23 +47,23 @@ class Sessions:
             return self._sessions[name]
 
     def close(self) -> None:
-        """Give back the memory of the graphs that are loaded; one that is used again is loaded again."""
+        """Free the memory of the loaded graphs; a graph is loaded again when it is next used."""
         with self._lock:
             self._sessions.clear()
 
 
 class Engine:
-    """An open artifact, for whatever computes with it: rank, generate, search, serve and batch.
+    """An open artifact, as rank, generate, search, serve and batch need it.
 
     Safe to share between threads.
 
     Attributes:
         manifest: of the artifact.
-        reader: turns what callers pass into arrays.
+        reader: turns prompts and candidates into arrays.
         session: gives the session of a graph by its name.
         provider: where the graphs run, `cpu` or `cuda`.
         memory_limit: bytes that one run may take, or None.
-        close: gives back the memory of the graphs that are loaded; one that is used again is loaded again.
+        close: frees the memory of the loaded graphs; a graph is loaded again when it is next used.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ def open_engine(
 
 def make_engine(folder: Path, manifest: Manifest, options: SessionOptions) -> Engine:
     """The engine of a folder whose manifest has been read."""
-    sessions, reader = Sessions(folder, manifest, options), _reader(folder, manifest)
+    sessions, reader = SessionPool(folder, manifest, options), _reader(folder, manifest)
     # One graph is loaded now, so that an unavailable provider is reported at once.
     provider, limit = sessions("rank").provider, options.memory_limit
     return Engine(manifest, reader, sessions, provider=provider, memory_limit=limit, close=sessions.close)

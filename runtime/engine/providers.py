@@ -42,7 +42,7 @@ def runtime_module() -> ModuleType:
         if e.name == "onnxruntime":
             raise ProviderError(f"ONNX Runtime is not installed; run {_INSTALL}") from e
         raise ProviderError(_broken(versions, e)) from e
-    except Exception as e:  # whatever its code raises when a library or a file is missing
+    except Exception as e:  # any error of its own code when a library or a file is missing
         raise ProviderError(_broken(versions, e)) from e
     if hasattr(onnxruntime, "InferenceSession"):
         module: ModuleType = onnxruntime

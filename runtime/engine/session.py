@@ -1,4 +1,4 @@
-"""ONNX Runtime sessions: which provider, with which options, and what to say when it is unavailable."""
+"""ONNX Runtime sessions: the choice of provider and options, and the errors when one is unavailable."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ T = TypeVar("T")
 Provider: TypeAlias = Literal["auto", "cpu", "cuda"]
 
 _NAMES = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-# Tokens times bytes of weights: of a run that takes about a twentieth of a second on two cores.
+# Tokens times bytes of weights. A run below this takes at most about a twentieth of a second on two cores.
 _BRIEF = 5 * 10**10
 _TYPES = {"tensor(float)": "float32", "tensor(int64)": "int64", "tensor(float16)": "float16"}
 
@@ -59,7 +59,7 @@ class SessionOptions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Stop(Protocol):
-    """What ends a run from another thread when `terminate` is set: ONNX Runtime's `RunOptions`."""
+    """Ends a run from another thread once `terminate` is set: ONNX Runtime's `RunOptions`."""
 
     terminate: bool
 
@@ -82,16 +82,16 @@ class Session:
         providers = _providers(runtime, options)
         settings = runtime.SessionOptions()
         settings.log_severity_level = 3
-        # Every logical core would also take the other half of each physical one, which slows matrix products.
+        # 0 is one thread for each physical core; using every logical core slows matrix products.
         settings.intra_op_num_threads = options.threads or 0
         if not _has_vnni():
-            # Without it 8-bit products overflow there; where it is not needed it halves their speed.
+            # Prevents overflow of 8-bit products on such processors; on others it would halve their speed.
             settings.add_session_config_entry("session.x64quantprecision", "1")
         try:
             self._session = runtime.InferenceSession(str(path), settings, providers=providers)
         except Exception as e:  # ONNX Runtime raises bare subclasses of Exception of its own
             raise ArtifactError(f"{path}: ONNX Runtime {runtime.__version__} cannot load it: {e}") from e
-        self._weights = _Weights(path.with_name(WEIGHTS), path)
+        self._weights = _MappedWeights(path.with_name(WEIGHTS), path)
         active = self._session.get_providers()[0]
         self.provider = next((short for short, name in _NAMES.items() if name == active), active)
         if options.provider == "cuda" and self.provider != "cuda":
@@ -112,17 +112,17 @@ class Session:
                 )
 
     def make_stop(self) -> Stop:
-        """What can end one run."""
+        """A handle that can end one run."""
         options = self._runtime.RunOptions()
-        # A run that is ended on purpose is not worth ONNX Runtime's line on stderr.
+        # Keeps ONNX Runtime from logging runs that are ended on purpose.
         options.log_severity_level = 4
         stop: Stop = options
         return stop
 
     def run(self, feeds: dict[str, Array], outputs: list[str], stop: Stop | None = None) -> list[Array]:
-        """Run the graph; on CUDA the inputs are bound once and only the asked outputs come back to the host.
+        """Run the graph; on CUDA the inputs are bound once and only the requested outputs are copied to the host.
 
-        A run whose `stop` is told to terminate ends at its next operator, with an exception.
+        A run whose `stop` is set to terminate raises an exception at its next operator.
         """
         stop = stop or self.make_stop()
         result: Sequence[Array]
@@ -136,14 +136,14 @@ class Session:
         return [*result]
 
     def hold(self, arrays: dict[str, Array]) -> dict[str, HeldArray]:
-        """Arrays as values where the session runs, for `values`."""
+        """Copies of arrays where the session runs, for `values`."""
         place = (self.provider, self.options.device_id) if self.provider == "cuda" else ("cpu", 0)
         make = self._runtime.OrtValue.ortvalue_from_numpy
-        # Not ascontiguousarray, which makes a list of one of a scalar.
+        # Not ascontiguousarray, which turns a scalar into an array of one element.
         return {name: make(np.asarray(array, order="C"), *place) for name, array in arrays.items()}
 
     def values(self, feeds: Mapping[str, Array | HeldArray], *, logits: bool = False) -> dict[str, HeldArray]:
-        """Run on arrays or held values; every output stays where it was computed, none is copied to the host."""
+        """Run on arrays or held values; every output stays where it was computed."""
         arrays = {name: value for name, value in feeds.items() if isinstance(value, np.ndarray)}
         held = {**feeds, **self.hold(arrays)}
         outputs = [value.name for value in self.graph.outputs if logits or value.name != "logits"]
@@ -160,7 +160,7 @@ class Session:
         return dict(zip(outputs, values, strict=True))
 
     def _interruptibly(self, work: Callable[[], T], feeds: dict[str, Array], stop: Stop) -> T:
-        """Do work that Ctrl-C ends if it may take long; what is brief spares the thread that this takes."""
+        """Do work that Ctrl-C can end if it may take long; brief work is done without an extra thread."""
         masks = [array for name, array in feeds.items() if name.endswith("mask") and name != "step_mask"]
         tokens = sum(mask.size for mask in masks)
         if "max_new_tokens" in feeds:
@@ -183,14 +183,15 @@ class Session:
 def interruptibly(work: Callable[[], T], stop: Stop) -> T:
     """Do long work that Ctrl-C can end.
 
-    The main thread hears of a signal only between two instructions of Python, so it waits while another one works.
+    Python handles signals in the main thread, between two instructions; so another thread works while the main one
+    waits.
     """
     if threading.current_thread() is not threading.main_thread():
         return work()
     results, errors, done, begun = list[T](), list[BaseException](), threading.Event(), threading.Lock()
 
     def run() -> None:
-        # After an interruption there is nothing left to do.
+        # Interrupted before it began.
         if not begun.acquire(blocking=False):
             return
         try:
@@ -202,7 +203,7 @@ def interruptibly(work: Callable[[], T], stop: Stop) -> T:
 
     try:
         threading.Thread(target=run, daemon=True).start()
-        # Without a limit Windows would not let go of it.
+        # Without a timeout, Ctrl-C would not end this wait on Windows.
         while not done.wait(0.2):
             pass
     except BaseException:
@@ -215,10 +216,10 @@ def interruptibly(work: Callable[[], T], stop: Stop) -> T:
     return results[0]
 
 
-class _Weights:
-    """The file that ONNX Runtime has mapped: writing into it changes the running model.
+class _MappedWeights:
+    """The weights file that ONNX Runtime has mapped into memory: writing to it changes the running model.
 
-    A file that takes its place, as an export makes it, is another file, and the model keeps the old one.
+    Replacing the file, as an export does, is harmless: the model keeps the old one.
     """
 
     def __init__(self, path: Path, graph: Path) -> None:
@@ -235,15 +236,15 @@ class _Weights:
         return state.st_mtime_ns, state.st_size
 
     def check(self) -> None:
-        """Refuse what was computed if the file was written into.
+        """Refuse results that were computed while the file was overwritten.
 
         Raises:
-            ArtifactError: it was.
+            ArtifactError: the file has changed.
         """
         if self._file is not None and self._read() != self._state:
             raise ArtifactError(
-                f"{self._path} was written over while it was in use, and what was computed may be wrong: "
-                "put a new artifact beside an old one and rename it, then load the model again"
+                f"{self._path} was overwritten while in use, so its results may be wrong: write a new artifact beside "
+                "the old one and rename it, then load the model again"
             )
 
 
@@ -264,18 +265,18 @@ def _providers(runtime: ModuleType, options: SessionOptions) -> list[str | tuple
     if options.memory_limit is not None:
         settings["gpu_mem_limit"] = options.memory_limit
     if hasattr(runtime, "preload_dlls"):
-        # CUDA and cuDNN from pip packages or from PyTorch's wheel are found only if they are loaded first.
+        # CUDA and cuDNN of pip packages or of PyTorch's wheel are found only if they are loaded first.
         runtime.preload_dlls()
     return [(_NAMES["cuda"], settings), _NAMES["cpu"]]
 
 
 def _has_device() -> bool:
-    """Whether there is a CUDA driver to speak of; ONNX Runtime itself falls back without a word."""
+    """Whether there is a CUDA driver; without one ONNX Runtime silently falls back to the CPU."""
     return os.path.exists("/dev/nvidiactl") or os.path.exists("/dev/dxg") or os.name == "nt"
 
 
 def _has_vnni() -> bool:
-    """Whether the processor is known to add 8-bit products in 32 bits: told by Linux only."""
+    """Whether the processor is known to add 8-bit products in 32 bits; only Linux says so."""
     try:
         return "vnni" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
@@ -284,6 +285,6 @@ def _has_vnni() -> bool:
 
 def _no_cuda(reason: str) -> str:
     return (
-        f"provider='cuda' was asked for, but {reason}; install `bonnx[gpu]` (and remove onnxruntime), an NVIDIA "
+        f"provider='cuda' was requested, but {reason}; install `bonnx[gpu]` (and remove onnxruntime), an NVIDIA "
         "driver, CUDA and cuDNN, and see `bonnx doctor`; or use provider='auto' or 'cpu'"
     )

@@ -1,6 +1,6 @@
-"""Generation that the host steers: `prefill` once, then `decode` token by token. The same tokens as `generate`.
+"""Generation in a loop on the host: `prefill` once, then `decode` token by token. The same tokens as `generate`.
 
-What differs from one run of `generate` is that the host sees every token: for streaming, a deadline, or a search.
+Unlike in a run of `generate`, the host sees every token: for streaming, a deadline, or a search.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ class Growing:
     """Candidates of one prompt while they grow.
 
     Attributes:
-        tokens: (n, T) int64; what lies beyond a candidate's length is 0.
+        tokens: (n, T) int64; 0 beyond a candidate's length.
         scores: (n, T) float32.
         log_probs: (n, T) float32.
         lengths: (n,) int64.
         reasons: (n,) int64, an index into `FINISH_REASONS`, or -1 while a candidate grows.
-        kept: (n,) bool, not fallen behind at any pruning.
+        kept: (n,) bool, whether it has survived every pruning.
         computed: tokens that the network has read.
     """
 
@@ -79,14 +79,14 @@ class Growing:
         return aggregate_tokens(self.scores, mask, self.tokens, self.step_token, self.options.aggregation)
 
     def prune(self) -> None:
-        """Keep the best of those in the race, ended ones included, as `generate` does."""
+        """Keep the best of those that are still kept, ended ones included, as `generate` does."""
         scores, _ = self._select(np.arange(self.tokens.shape[1]) < self.lengths[:, None])
         self.kept = survivors(scores, self.kept, self.options.prune_keep)
         self.reasons[(self.reasons < 0) & ~self.kept] = PRUNED
 
 
 def survivors(scores: Array, kept: Array, keep: float) -> Array:
-    """Who survives a pruning, (n,) bool: of those in the race, `kept`, the best share, rounded as in the graph."""
+    """Which candidates survive a pruning, (n,) bool: the best share of those in `kept`, rounded as in the graph."""
     ranked = np.where(kept & ~np.isnan(scores), scores, -np.inf)
     order = np.argsort(-ranked, kind="stable")
     limit = max(1, math.ceil(np.float32(kept.sum()) * np.float32(keep) - np.float32(1e-4)))
@@ -97,10 +97,10 @@ def survivors(scores: Array, kept: Array, keep: float) -> Array:
 
 
 def clock(deadline: float | None) -> float | None:
-    """When so many seconds from now have passed, on the clock of `time.monotonic`.
+    """The time at which a deadline in seconds from now passes, on the clock of `time.monotonic`; None for none.
 
     Raises:
-        InputError: they are invalid.
+        InputError: the deadline is invalid.
     """
     if deadline is None:
         return None
@@ -109,11 +109,11 @@ def clock(deadline: float | None) -> float | None:
 
 
 class CachedRows:
-    """Rows that `decode` reads together, one token at a time, and their keys and values, which stay where they run.
+    """Rows that `decode` reads together, one token at a time, and their keys and values, which stay on the device.
 
     Args:
         session: of `decode`.
-        fixed: inputs that stay the same, held where the session runs.
+        fixed: the constant inputs, held where the session runs.
     """
 
     def __init__(self, session: Session, fixed: dict[str, HeldArray]) -> None:
@@ -128,7 +128,7 @@ class CachedRows:
         return [np.zeros((1, heads, 0, size), np.float32) for heads, size in self._widths]
 
     def join(self, caches: Sequence[list[Array]]) -> None:
-        """Put rows behind those that are there, all of which have read as many tokens: for each its keys and values."""
+        """Append rows, given their keys and values; all rows must have read the same number of tokens."""
         arrays = {}
         for i, name in enumerate(self._names):
             stacked = np.stack([cache[i] for cache in caches])
@@ -143,7 +143,7 @@ class CachedRows:
         return outputs
 
     def keep(self, rows: Sequence[int] | Array) -> list[Array]:
-        """Go on with these rows only; the keys and values of all rows, before."""
+        """Continue with these rows only; returns the keys and values that all rows had before."""
         arrays = [self._cache[name].numpy() for name in self._names]
         kept = {name: array[rows] for name, array in zip(self._names, arrays, strict=True)}
         self._cache = self._session.hold(kept) if len(rows) else {}
@@ -153,10 +153,10 @@ class CachedRows:
 def prefill(
     session: Callable[[str], Session], prompt: Array, options: CheckedOptions, count: int, *, logits: bool = False
 ) -> tuple[dict[str, HeldArray], dict[str, HeldArray]]:
-    """Read a prompt (P,) int64 and draw the first tokens of so many candidates.
+    """Read a prompt (P,) int64 and draw the first tokens of `count` candidates.
 
     Returns:
-        the outputs of `prefill`, held, and the inputs of `decode` that stay the same.
+        the outputs of `prefill`, held, and the constant inputs of `decode`.
     """
     mask, drawing = np.ones((1, len(prompt)), np.int64), options.drawing()
     counts = {"num_candidates": np.array(count), "seed": np.array(options.seed)}

@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 _Method = TypeVar("_Method", bound=Callable[..., object])
-# Divided by less, the last bits of two logits decide which token is drawn: then the most likely one is taken.
+# At lower temperatures rounding errors of the logits would decide which token is drawn: the most likely one is taken.
 GREEDY_BELOW = np.float32(1e-5)
 # The graphs take float32, whose largest number is little larger.
 _MAX_FLOAT32 = 3.4e38
@@ -141,7 +141,7 @@ def shows_options(names: Sequence[str] = tuple(DEFAULTS)) -> Callable[[_Method],
         ]
         declared = [*signature.parameters.values()]
         if len(names) == len(DEFAULTS):
-            # There are no others.
+            # The method takes no others.
             declared = [parameter for parameter in declared if parameter.kind != parameter.VAR_KEYWORD]
         rest = [parameter for parameter in declared if parameter.kind == parameter.VAR_KEYWORD]
         parameters = [*declared[: len(declared) - len(rest)], *options, *rest]
@@ -196,7 +196,7 @@ class CheckedOptions:
 def check_options(
     options: GenerateOptions, stop_tokens: tuple[int, ...], aggregation: str, max_new_tokens: int
 ) -> CheckedOptions:
-    """Check options and fill in what was not given.
+    """Check the options and fill in the defaults.
 
     Raises:
         InputError: an option is unknown (the near miss is named) or invalid.

@@ -1,4 +1,4 @@
-"""What is to be generated, read and checked."""
+"""A prompt to continue and the options, read and checked."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class GenerateRequest:
     Attributes:
         prompt: (P,) int64.
         options: how to generate.
-        joins: whether it may run beside others.
+        joins: whether it may run together with others.
     """
 
     prompt: Array
@@ -47,12 +47,12 @@ class GenerateRequest:
 
     @property
     def prompt_slot(self) -> Hashable:
-        # Each has a slot of its own, whatever its prompt.
+        # Each has its own slot, even if prompts are equal.
         return id(self)
 
 
 def read_request(engine: Engine, prompt: Item, options: GenerateOptions) -> GenerateRequest:
-    """Read and check what is to be generated.
+    """Read and check a prompt and the options.
 
     Raises:
         InputError: an option or the prompt is invalid.
@@ -68,13 +68,13 @@ def options_within(engine: Engine, prompt: Array, options: GenerateOptions, room
     """The options of a generation, complete and checked.
 
     Args:
-        engine: its limits count.
+        engine: its limits apply.
         prompt: (P,) int64.
         options: as they were passed.
-        room: the longest completion if the options do not say, in tokens.
+        room: the default of `max_new_tokens`.
 
     Raises:
-        InputError: an option is invalid, or more than the artifact's limits allow.
+        InputError: an option is invalid or exceeds the artifact's limits.
     """
     scoring = engine.manifest.scoring
     stops = engine.reader.stops(options.get("stop"), scoring)

@@ -1,4 +1,4 @@
-"""What generation gives: candidates and the winner."""
+"""The results of generation: candidates and the winner."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..results import Result
 
 __all__ = ["FINISH_REASONS", "Candidate", "Generation", "candidate_columns"]
 
-# `generate.onnx` gives an index into the first three.
+# `generate.onnx` returns an index into the first three.
 FINISH_REASONS = ("length", "stop", "pruned", "deadline")
 
 
@@ -22,8 +22,8 @@ class Candidate(Result):
     """One completion.
 
     Attributes:
-        text: what it adds to the prompt's text, without special tokens and without the artifact's own end or stop
-            token (a stop that the caller asked for stays); None if the artifact has no tokenizer.
+        text: the text that it adds to the prompt's, without special tokens and without the artifact's own end or stop
+            token (a stop token that the caller chose stays); None if the artifact has no tokenizer.
         tokens: (length,) int64, the stop token included.
         scores: (length,) float32, the scorer's value at each token.
         log_probs: (length,) float32, of each token under the model itself (temperature 1, unfiltered), in nats.
@@ -71,7 +71,7 @@ class Generation(Result):
 
 
 def candidate_columns(candidates: Sequence[Candidate]) -> dict[str, Sequence[object]]:
-    """One line a candidate, for the table of a notebook."""
+    """One row for each candidate, for the table of a notebook."""
     return {
         "#": range(len(candidates)),
         "score": [candidate.score for candidate in candidates],

@@ -1,4 +1,4 @@
-"""Generations in one run of one graph, or token by token: the same tokens."""
+"""Generation in one run of one graph, or token by token; the tokens are the same."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def stream(engine: Engine, request: GenerateRequest, deadline: float | None) -> 
     """The candidates after every token; the last ones are the result.
 
     Args:
-        engine: what runs it.
-        request: what to generate.
+        engine: runs it.
+        request: made by `read_request`.
         deadline: on the clock of `time.monotonic`, or None.
     """
     step_token = engine.manifest.scoring.step_token

@@ -1,4 +1,4 @@
-"""What is to be ranked, read and checked."""
+"""A prompt and candidates, read and checked."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ class RankRequest:
 
     Attributes:
         candidates: as they were passed.
-        aggregation: how a candidate's scores become one.
-        ballot: how they vote.
-        rows: as they were read.
+        aggregation: how the scores of a candidate's tokens become one.
+        ballot: the answers that they vote for.
+        rows: prompt and candidates as the reader read them.
         values: the candidates, padded, (N, T) int64 or (N, T, embed_dim) float32.
         mask: (N, T) int64.
-        steps: (N, T) int64, where the aggregation may read, or (1, 1) for everywhere.
-        joins: whether it may run beside others.
+        steps: (N, T) int64, 1 where the aggregation may read, or (1, 1) for everywhere.
+        joins: whether it may run together with others.
         prompt_slot: equal for requests of the same prompt, which share its slot.
     """
 
@@ -84,10 +84,10 @@ def read_request(
     answers: Answers | None = None,
     names: ArgumentNames = ARGUMENTS,
 ) -> RankRequest:
-    """Read and check what is to be ranked; the arguments are those of `Model.rank`, and what errors call them.
+    """Read and check a prompt and its candidates; the arguments are those of `Model.rank`, and their names for errors.
 
     Raises:
-        InputError: nothing to rank, or something that cannot be ranked.
+        InputError: an argument is invalid; it is named.
     """
     scoring = engine.manifest.scoring
     name = scoring.aggregation if aggregation is None else aggregation
@@ -129,7 +129,7 @@ def readable_positions(
         if step_masks is not None:
             raise InputError(
                 f"step_masks: aggregation '{aggregation}' does not read them; pass aggregation='step_{aggregation}', "
-                "or no marks"
+                "or no step_masks"
             )
         mask = np.ones((1, 1), np.int64)
     elif step_masks is None and rows.ends is not None:
@@ -137,7 +137,7 @@ def readable_positions(
     else:
         mask = step_mask(values, step_masks, rows.skip, scoring.step_token)
     if aggregation == "last" and scoring.passes_pad and values.ndim == 2:
-        # A candidate that is padding from end to end is read at its last token, as one without a step's end.
+        # A candidate of padding only is read at its last token, as one without the end of a step.
         mask = (values != scoring.pad_token).astype(np.int64)
     if any(rows.skip):
         mask = mask * (np.arange(values.shape[1]) >= np.array(rows.skip)[:, None])

@@ -1,4 +1,4 @@
-"""What ranking and scoring found."""
+"""The results of ranking and scoring."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["Ranking", "Scored", "winner"]
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Ranking(Result):
-    """What `rank` found.
+    """The result of `Model.rank`.
 
     Attributes:
         best_index: index of the winner; ties go to the lowest.
@@ -27,16 +27,16 @@ class Ranking(Result):
         candidate_scores: (num_candidates,) float32; NaN for a candidate that cannot win.
         scores: for each candidate (its length,) float32, one score for each of its tokens.
         aggregation: how a candidate's scores became one.
-        order: indices, best first: by the score of the answer that a candidate votes for, then by its own; without
-            a vote by its own only. Those that cannot win come last.
-        margin: how far the winner is ahead: its score minus the next candidate's, or with a vote its answer's score
-            minus the next answer's; None if there is no other.
+        order: indices, best first: with a vote by the score of the candidate's answer and then its own; otherwise by
+            its own. Those that cannot win come last.
+        margin: the lead of the winner: its score minus the next candidate's, or with a vote its answer's score minus
+            the next answer's; None if there is no other.
         answers: for each candidate what it votes for, None for none; None if no answers were given.
         group_scores: (num_candidates,) float32, with a vote: the sum of weights or count of each candidate's answer,
             NaN for one that cannot win; each candidate's own score if none that counts has an answer.
         step_scores: for each candidate its scores where a step ends, (steps,) float32; None unless the aggregation
             reads steps.
-        cut: tokens of the prompt that were left out, if that was allowed.
+        cut: number of tokens dropped from the beginning of the prompt, with `truncate`.
         unreadable: for each candidate that could not be read (it is empty, or the tokenizer cannot encode it) its index
             and why; its score is NaN, and it has no `scores`.
     """
@@ -63,7 +63,7 @@ class Ranking(Result):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Scored(Result):
-    """What `score` found.
+    """The result of `Model.score`.
 
     Attributes:
         best_index: index of the best row.
@@ -96,7 +96,7 @@ def winner(index: int, kind: str) -> int:
     """The index that a graph chose.
 
     Raises:
-        NoWinnerError: it chose none.
+        NoWinnerError: there is none.
     """
     if index < 0:
         raise NoWinnerError(f"none of the {kind} can win: every score is NaN; look for NaN or infinity in the inputs")
@@ -104,7 +104,7 @@ def winner(index: int, kind: str) -> int:
 
 
 def _columns(result: Ranking | Scored, scores: NDArray[np.float32]) -> dict[str, Sequence[object]]:
-    """One line a candidate."""
+    """One row for each candidate."""
     columns: dict[str, Sequence[object]] = {"#": range(len(scores)), "score": [*scores]}
     columns["tokens"] = [len(token_scores) for token_scores in result.scores]
     if result.answers is not None:

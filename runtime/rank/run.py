@@ -1,4 +1,4 @@
-"""One run of a graph for the requests that it can hold, and what each gets of what the run gave."""
+"""Rankings of several requests in one run of a graph, and each request's share of the outputs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .result import Ranking, winner
 __all__ = ["fits", "rank_all", "run_together"]
 
 _OUTPUTS = ["scores", "candidate_scores", "best_index", "group_scores"]
-# What `score` takes as `rank` does.
+# Inputs that `score` and `rank` share.
 _SHARED_INPUTS = ("step_mask", "aggregation", "answer_ids", "vote")
 
 
@@ -31,13 +31,13 @@ def rank_all(
     """Rank many requests, those of like shape in one run; scores differ from those of single runs by rounding only.
 
     Args:
-        engine: what runs them.
-        requests: what `read_request` made.
+        engine: runs them.
+        requests: made by `read_request`.
         tokens: maximum size of a joint run, padding included.
         waste: maximum share of a joint run's tokens that may be padding, in [0, 1).
 
     Returns:
-        for each request its ranking, or the error that it has no winner.
+        for each request its ranking, or the error that says it has no winner.
 
     Raises:
         InputError: not requests, or invalid bounds.
@@ -53,7 +53,7 @@ def rank_all(
 
 
 def fits(engine: Engine, tokens: int) -> Callable[[int, Shape], bool]:
-    """For `plan`: whether a run stays within so many tokens, the artifact's limits and the memory limit."""
+    """For `plan`: whether a run stays within a number of tokens, the artifact's limits and the memory limit."""
     limits, memory = engine.manifest.limits, engine.memory_limit
 
     def fits(slots: int, shape: Shape) -> bool:
@@ -68,7 +68,7 @@ def fits(engine: Engine, tokens: int) -> Callable[[int, Shape], bool]:
 def run_together(
     engine: Engine, requests: Sequence[RankRequest], stop: Stop | None = None
 ) -> list[Ranking | NoWinnerError]:
-    """Rank requests of equal keys in one run; for each its ranking, or the error that it has no winner."""
+    """Rank requests of equal keys in one run: for each its ranking, or the error that says it has no winner."""
     slots: dict[Hashable, int] = {}
     filled: list[int] = []
     places = []
@@ -81,7 +81,7 @@ def run_together(
     feeds = _feeds(requests, places, len(slots), max(filled), suffix, engine.manifest.scoring.pad_token)
     graph = "rank"
     if not len(requests[0].prompt):
-        # The first token of each candidate reaches into the prompt, so nothing is shared.
+        # The prompt's last token is merged with each candidate's first one, so no tokens are shared.
         graph, feeds = "score", _feeds_of_score(feeds, suffix)
     scores, candidate_scores, best, groups = engine.session(graph).run(feeds, _OUTPUTS, stop)
     scores = scores.reshape(*candidate_scores.shape, -1)
@@ -155,7 +155,7 @@ def _feeds_of_score(feeds: dict[str, Array], suffix: str) -> dict[str, Array]:
 
 
 def _ranking(request: RankRequest, index: int, scores: Array, candidate_scores: Array, groups: Array) -> Ranking:
-    """What a request gets of its own scores (N, T), candidate scores (N,) and group scores (N,)."""
+    """The result of a request, from its own scores (N, T), candidate scores (N,) and group scores (N,)."""
     best = winner(index, "candidates")
     rows = request.rows
     token_scores = [

@@ -15,7 +15,7 @@ from .count import Count, as_count, check_count
 from .method import Method
 from .tree import Branch, Tree
 
-__all__ = ["Beam", "Lookahead", "Trees"]
+__all__ = ["Beam", "DiverseTrees", "Lookahead"]
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class Lookahead(Beam):
 
 
 @dataclass(frozen=True)
-class Trees(Beam):
+class DiverseTrees(Beam):
     """Diverse verifier tree search (Beeching et al., 2024): N / M independent beam searches of M beams."""
 
     def run(self, tree: Tree, budget: int, begun: Sequence[Branch] = ()) -> list[Branch]:

@@ -10,11 +10,11 @@ from ..arrays import Array
 from .choice import choose
 from .tree import Branch, Tree
 
-__all__ = ["Ballots", "Method"]
+__all__ = ["Finalists", "Method"]
 
 
 @dataclass(frozen=True)
-class Ballots:
+class Finalists:
     """The candidates to choose from.
 
     Attributes:
@@ -75,6 +75,6 @@ class Method:
             InputError: says how long a completion may be.
         """
 
-    def choose(self, ballots: Ballots) -> tuple[int, Array]:
+    def choose(self, finalists: Finalists) -> tuple[int, Array]:
         """The index of the winner, -1 if nothing can win, and each candidate's group score (n,) float32."""
-        return choose(ballots.scores, ballots.answer_ids, ballots.vote, ballots.vote_weight)
+        return choose(finalists.scores, finalists.answer_ids, finalists.vote, finalists.vote_weight)

@@ -17,7 +17,7 @@ from ..checks import check_whole
 from ..generate.decoding import LENGTH, generate_feeds
 from .choice import choose_in_chains
 from .count import Count, as_count, check_count
-from .method import Ballots, Method
+from .method import Finalists, Method
 from .tree import Branch, Tree
 
 __all__ = ["Revisions"]
@@ -106,10 +106,10 @@ class Revisions(Method):
                 f"prompt of {prompt}, are more than the artifact's {limit} tokens; expected at most {room}"
             )
 
-    def choose(self, ballots: Ballots) -> tuple[int, Array]:
+    def choose(self, finalists: Finalists) -> tuple[int, Array]:
         """By a vote within each chain, then one among the chains' winners."""
-        chains = [branch.group for branch in ballots.branches]
-        return choose_in_chains(ballots.scores, ballots.answer_ids, ballots.vote, ballots.vote_weight, chains)
+        chains = [branch.group for branch in finalists.branches]
+        return choose_in_chains(finalists.scores, finalists.answer_ids, finalists.vote, finalists.vote_weight, chains)
 
 
 def _seed(seed: int, again: int) -> int:

@@ -14,7 +14,7 @@ from bonnx.errors import InputError
 
 from ..arrays import Array
 from ..checks import check_number, check_whole, shown
-from .method import Ballots, Method
+from .method import Finalists, Method
 from .tree import Branch, Tree
 
 __all__ = ["Adaptive", "Sampling", "SelfCertainty", "borda", "leader_is_safe", "worth_one_more"]
@@ -49,10 +49,10 @@ class SelfCertainty(Sampling):
         # More would leave the range of float32 where there are thousands of candidates.
         check_number("power", self.power, ge=0, le=8)
 
-    def choose(self, ballots: Ballots) -> tuple[int, Array]:
+    def choose(self, finalists: Finalists) -> tuple[int, Array]:
         """By `borda`."""
-        certainties = np.array([np.mean(branch.certainties) for branch in ballots.branches])
-        return borda(certainties, ballots.answer_ids, self.power)
+        certainties = np.array([np.mean(branch.certainties) for branch in finalists.branches])
+        return borda(certainties, finalists.answer_ids, self.power)
 
 
 @dataclass(frozen=True)

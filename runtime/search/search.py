@@ -25,14 +25,14 @@ from ..generate.result import FINISH_REASONS, Candidate
 from ..rank.result import winner
 from ..selection.vote import Answers, Ballot, make_ballot
 from ..text.reader import Item
-from .beam import Beam, Lookahead, Trees
-from .method import Ballots, Method
+from .beam import Beam, DiverseTrees, Lookahead
+from .method import Finalists, Method
 from .policy import Policy, read_policy
 from .pruning import Pruned
 from .result import SearchResult
 from .revisions import Revisions
 from .sampling import Adaptive, Sampling, SelfCertainty
-from .tree import Branch, Scorer, Tree
+from .tree import Branch, ScoreFunction, Tree
 
 __all__ = ["METHODS", "search"]
 
@@ -46,7 +46,7 @@ METHODS: dict[str, tuple[type[Method], str | None]] = {
     "pruned": (Pruned, "score"),
     "beam": (Beam, None),
     "lookahead": (Lookahead, None),
-    "dvts": (Trees, None),
+    "dvts": (DiverseTrees, None),
     "revisions": (Revisions, None),
 }
 
@@ -59,7 +59,7 @@ class SearchRequest:
     prompt: Array
     answers: Answers | None
     vote: str | None
-    scorer: Scorer | None
+    scorer: ScoreFunction | None
     until: float | None
     sampling: GenerateOptions
     start: float
@@ -167,7 +167,7 @@ class SearchRequest:
         candidates = [self._candidate(b, score) for b, score in zip(branches, scores.tolist(), strict=True)]
         items = [b.tokens if c.text is None else c.text for b, c in zip(branches, candidates, strict=True)]
         ballot = self._ballot(vote, items)
-        index, groups = runner.choose(Ballots(branches, scores, ballot.ids[:, 0], vote, ballot.vote_weight))
+        index, groups = runner.choose(Finalists(branches, scores, ballot.ids[:, 0], vote, ballot.vote_weight))
         winner(index, "candidates")
         tree.cost.seconds = time.monotonic() - self.start
         return SearchResult(
@@ -201,7 +201,7 @@ def search(
     budget: int,
     answers: Answers | None,
     vote: str | None,
-    scorer: Scorer | None,
+    scorer: ScoreFunction | None,
     deadline: float | None,
     policy: Policy | str | os.PathLike[str] | None,
     options: Mapping[str, object],

@@ -26,10 +26,10 @@ from ..selection.aggregate import aggregate_tokens
 from ..selection.vote import check_weight
 from .result import Cost, Node
 
-__all__ = ["Branch", "Scorer", "Tree", "certainty"]
+__all__ = ["Branch", "ScoreFunction", "Tree", "certainty"]
 
 # Prompt and completion ids -> a score.
-Scorer = Callable[[list[int]], float]
+ScoreFunction = Callable[[list[int]], float]
 # What came of a branch that ended, by its reason; else it was cut.
 _FATES = {STOP: "finished", PRUNED: "pruned"}
 
@@ -85,7 +85,7 @@ class Tree:
         engine: Engine,
         prompt: Array,
         options: CheckedOptions,
-        scorer: Scorer | None = None,
+        scorer: ScoreFunction | None = None,
         deadline: float | None = None,
         *,
         with_certainty: bool = False,
@@ -249,7 +249,7 @@ class Tree:
             scores[i, :size], mask[i, :size], tokens[i, :size] = branch.scores, 1, branch.tokens
         return aggregate_tokens(scores, mask, tokens, self.step_token, self.options.aggregation)[0]
 
-    def _ask(self, scorer: Scorer, branch: Branch) -> float:
+    def _ask(self, scorer: ScoreFunction, branch: Branch) -> float:
         ids = [*self.prompt.tolist(), *branch.tokens]
         self.cost.scored_tokens += len(ids)
         try:

@@ -16,7 +16,7 @@ from typing import TypeAlias
 from jinja2.exceptions import TemplateError
 from jinja2.utils import Namespace
 
-from .parts import Parts
+from .parts import ContentParts
 
 __all__ = [
     "STRING",
@@ -119,7 +119,7 @@ def deep_size(value: object, limit: int) -> int:
         total += VISIT + shallow_size(item)  # a namespace may hold itself
         if isinstance(item, Namespace):
             item = object.__getattribute__(item, "_Namespace__attrs")
-        if isinstance(item, Parts):
+        if isinstance(item, ContentParts):
             item = item._parts
         if isinstance(item, dict):
             stack.append(chain(item.keys(), item.values()))
@@ -255,7 +255,7 @@ def _json(value: object, values: Sequence[object], limit: int) -> int:
     lines, depth = 0, 1
     while level:
         lines, depth = lines + len(level), depth + 1
-        inner = ((v._parts if isinstance(v, Parts) else v.values() if isinstance(v, dict) else v) for v in level)
+        inner = ((v._parts if isinstance(v, ContentParts) else v.values() if isinstance(v, dict) else v) for v in level)
         level = [
             item for items in inner if isinstance(items, Iterable) and not isinstance(items, str) for item in items
         ]

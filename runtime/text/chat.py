@@ -9,7 +9,7 @@ from typing import TypeAlias, TypeGuard
 
 from bonnx.errors import ArtifactError, BonnxError, InputError
 
-from .parts import Parts, TakesTextError, joined, lost_words, was_read
+from .parts import ContentParts, TakesTextError, joined, lost_words, was_read
 
 __all__ = ["ChatTemplate", "Messages", "is_messages"]
 
@@ -163,12 +163,12 @@ class ChatTemplate:
 
 def _adapted(
     messages: list[dict[str, object]], whole: set[int], one: set[int]
-) -> tuple[list[dict[str, object]], dict[int, Parts]]:
+) -> tuple[list[dict[str, object]], dict[int, ContentParts]]:
     """Messages for a template, the content of those in `whole` as texts, of the others as parts; and these parts.
 
     Of those in `one` all words are one part.
     """
-    adapted, parts = list(messages), dict[int, Parts]()
+    adapted, parts = list(messages), dict[int, ContentParts]()
     for i, message in enumerate(messages):
         content = message.get("content")
         if i in whole and isinstance(content, list):
@@ -176,7 +176,7 @@ def _adapted(
         elif i not in whole and content is not None:
             words = joined(content) if i in one and isinstance(content, list) else content
             listed = words if isinstance(words, list) else [{"type": "text", "text": words}]
-            parts[i] = Parts(listed, str(message["role"]))
+            parts[i] = ContentParts(listed, str(message["role"]))
             adapted[i] = {**message, "content": parts[i]}
     return adapted, parts
 

@@ -14,15 +14,15 @@ from ..artifact.manifest import TextRules
 from .chat import ChatTemplate, Messages, is_messages
 from .tokenizer import NO_TOKENS, Passage
 
-__all__ = ["Composer", "Item", "Text", "is_text"]
+__all__ = ["Composer", "Item", "TextItem", "is_text"]
 
 # A text, messages, or a candidate's steps as texts: what is to be tokenized.
-Text: TypeAlias = str | Messages | Sequence[str]
+TextItem: TypeAlias = str | Messages | Sequence[str]
 # A text, token ids, or embeddings (length, embed_dim) float32.
-Item: TypeAlias = Text | Sequence[int] | NDArray[np.integer] | NDArray[np.float32]
+Item: TypeAlias = TextItem | Sequence[int] | NDArray[np.integer] | NDArray[np.float32]
 
 
-def is_text(item: object) -> TypeGuard[Text]:
+def is_text(item: object) -> TypeGuard[TextItem]:
     """Whether an item is to be tokenized: text, messages, or a candidate as a list of steps."""
     if isinstance(item, str):
         return True
@@ -45,7 +45,7 @@ class Composer:
             return self._template(name).render(item, name, add_generation_prompt=True), False
         return self._plain(item, name), self._rules.special_tokens
 
-    def blank(self, item: Text) -> str | None:
+    def blank(self, item: TextItem) -> str | None:
         """Why there is nothing to read in a text, in messages or in steps, or in one of the steps; None if there is."""
         if isinstance(item, str):
             split = self._rules.step_split
@@ -58,7 +58,7 @@ class Composer:
             (f"its step {i} is empty" for i, step in enumerate(item) if isinstance(step, str) and not step), None
         )
 
-    def rows(self, items: Sequence[Text], names: Sequence[str], kind: str) -> tuple[list[Passage], bool]:
+    def rows(self, items: Sequence[TextItem], names: Sequence[str], kind: str) -> tuple[list[Passage], bool]:
         """Whole texts or conversations, each its own; and whether the tokenizer puts its special tokens around them.
 
         Raises:
@@ -81,7 +81,7 @@ class Composer:
         return Passage(text, 0, len(text))
 
     def pairs(
-        self, prompt: object, candidates: Sequence[Text], prompt_name: str, names: Sequence[str], *, partial: bool
+        self, prompt: object, candidates: Sequence[TextItem], prompt_name: str, names: Sequence[str], *, partial: bool
     ) -> tuple[list[Passage], bool]:
         """Each candidate after its prompt; and whether the tokenizer puts its special tokens around them.
 
@@ -103,7 +103,7 @@ class Composer:
         return passages, self._rules.special_tokens
 
     def _chats(
-        self, prompt: Messages, candidates: Sequence[Text], prompt_name: str, names: Sequence[str], partial: bool
+        self, prompt: Messages, candidates: Sequence[TextItem], prompt_name: str, names: Sequence[str], partial: bool
     ) -> list[Passage]:
         template = self._template(prompt_name)
         answers = [c if is_messages(c) else self._steps(c, name) for c, name in zip(candidates, names, strict=True)]
@@ -154,7 +154,7 @@ def _says_nothing(message: object) -> bool:
     return not any(value for key, value in message.items() if key != "role")
 
 
-def _all_alike(items: Sequence[Text], names: Sequence[str], kind: str) -> bool:
+def _all_alike(items: Sequence[TextItem], names: Sequence[str], kind: str) -> bool:
     chats = [is_messages(item) for item in items]
     if any(chats) and not all(chats):
         raise InputError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NoReturn, overload
 
-__all__ = ["Parts", "TakesTextError", "joined", "lost_words", "was_read"]
+__all__ = ["ContentParts", "TakesTextError", "joined", "lost_words", "was_read"]
 
 
 class TakesTextError(Exception):
@@ -20,7 +20,7 @@ class TakesTextError(Exception):
         self.role = role
 
 
-class _Part(dict[str, object]):
+class _ContentPart(dict[str, object]):
     """One part. `{{ part }}` is no use of a part."""
 
     def __init__(self, part: Mapping[str, object], role: str) -> None:
@@ -31,33 +31,33 @@ class _Part(dict[str, object]):
         raise TakesTextError(self._role)
 
 
-class Parts(Sequence[_Part]):
+class ContentParts(Sequence[_ContentPart]):
     """A list of parts for a template, which knows whether it was looked into.
 
     It is no `list`: `json` would look into one unnoticed. Names begin with `_` because templates cannot reach these.
     """
 
     def __init__(self, parts: Sequence[Mapping[str, object]], role: str) -> None:
-        self._parts, self._role = [_Part(part, role) for part in parts], role
+        self._parts, self._role = [_ContentPart(part, role) for part in parts], role
         self._unread, self._read = set(range(len(parts))), False
 
     def __len__(self) -> int:
         self._read |= not self._parts  # there is no more to read
         return len(self._parts)
 
-    def __iter__(self) -> Iterator[_Part]:
+    def __iter__(self) -> Iterator[_ContentPart]:
         self._read = True
         for place, part in enumerate(self._parts):
             self._unread.discard(place)
             yield part
 
     @overload
-    def __getitem__(self, place: int) -> _Part: ...
+    def __getitem__(self, place: int) -> _ContentPart: ...
 
     @overload
-    def __getitem__(self, place: slice) -> list[_Part]: ...
+    def __getitem__(self, place: slice) -> list[_ContentPart]: ...
 
-    def __getitem__(self, place: int | slice) -> _Part | list[_Part]:
+    def __getitem__(self, place: int | slice) -> _ContentPart | list[_ContentPart]:
         part = self._parts[place]
         self._read = True
         places = range(len(self._parts))[place]
@@ -81,11 +81,11 @@ def joined(parts: Sequence[Mapping[str, object]]) -> str:
     return "".join(str(part["text"]) for part in parts)
 
 
-def was_read(parts: Parts) -> bool:
+def was_read(parts: ContentParts) -> bool:
     """Whether the template looked at a part."""
     return parts._read
 
 
-def lost_words(parts: Parts) -> bool:
+def lost_words(parts: ContentParts) -> bool:
     """Whether it looked at some and passed over others."""
     return parts._read and bool(parts._unread)

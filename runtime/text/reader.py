@@ -14,7 +14,7 @@ from bonnx.errors import InputError
 from ..arrays import Array
 from ..artifact.manifest import Manifest, Scoring
 from ..checks import ARGUMENTS, ArgumentNames, is_list, shown
-from .compose import Composer, Item, Text, is_text
+from .compose import Composer, Item, TextItem, is_text
 from .tokenizer import NO_TOKENS, TokenizedRow, Tokenizer
 
 __all__ = [
@@ -87,7 +87,7 @@ class _UnreadItems:
     called: ArgumentNames
     count: int
     blank: Array
-    texts: dict[int, Text] = field(default_factory=dict)
+    texts: dict[int, TextItem] = field(default_factory=dict)
     arrays: dict[int, Array] = field(default_factory=dict)
     read: dict[int, TokenizedRow] = field(default_factory=dict)
     unreadable: dict[int, str] = field(default_factory=dict)

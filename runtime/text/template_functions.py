@@ -11,7 +11,7 @@ from jinja2.runtime import Context
 from jinja2.utils import Namespace, generate_lorem_ipsum, pass_context
 
 from .budget import STRING, deep_size, filter_size, shallow_size
-from .parts import Parts
+from .parts import ContentParts
 from .rendering import current_budget, current_time, spend_shown
 
 __all__ = ["RefusalError", "add_functions", "write"]
@@ -111,7 +111,7 @@ def _to_json(
 
 
 def _listed(value: object) -> list[object]:
-    if isinstance(value, Parts):
+    if isinstance(value, ContentParts):
         return list(value)
     raise TypeError(f"{type(value).__name__} is not JSON")
 

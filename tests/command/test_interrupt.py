@@ -163,12 +163,12 @@ def hook(kind, value):
     time.sleep(0.3)
     return kind(value)
 class Number(int): pass
-class Row(msgspec.Struct):
+class Counted(msgspec.Struct):
     number: Number
 decode = msgspec.json.decode
 msgspec.json.decode = lambda text, type: decode(text, type=type, dec_hook=hook)
 try:
-    decode_json.decode_json(b'{"number": 1}', Row)
+    decode_json.decode_json(b'{"number": 1}', Counted)
 except KeyboardInterrupt:
     print("stopped", threads[0] is threading.main_thread())
 """

@@ -17,7 +17,7 @@ from tests.tolerance import RUNTIME, within
 RULES = ["last", "mean", "min", "max", "prod"]
 
 
-class Request:
+class SizedRequest:
     def __init__(self, key, prompt_slot, candidates, prompt, length, tokens):
         self.key, self.prompt_slot = key, prompt_slot
         self.shape, self.tokens = Shape(candidates, prompt, length), tokens
@@ -32,7 +32,7 @@ def pieces(draw):
         candidates, length = draw(st.integers(1, 6)), draw(st.integers(1, 12))
         tokens = draw(st.integers(candidates, candidates * length))
         key = draw(st.sampled_from(["last", "mean", None]))
-        found.append(Request(key, column, candidates, prompts[column], length, tokens))
+        found.append(SizedRequest(key, column, candidates, prompts[column], length, tokens))
     return found
 
 
@@ -61,7 +61,7 @@ def test_a_plan_holds_every_request_once_within_its_bounds(requests, limit, wast
 
 
 def test_requests_of_one_shape_fill_runs_to_the_limit():
-    requests = [Request("last", i, 4, 10, 5, 20) for i in range(32)]
+    requests = [SizedRequest("last", i, 4, 10, 5, 20) for i in range(32)]
     groups = plan(requests, lambda columns, shape: padded_tokens(columns, shape) <= 240, 0.0)
     assert [len(group) for group in groups] == [8] * 4
 

@@ -298,7 +298,7 @@ def test_options(small, rng):
 
 def test_cuda_that_is_not_there_is_an_error(small, monkeypatch):
     monkeypatch.setattr(session, "_has_device", lambda: False)
-    with pytest.raises(ProviderError, match=r"provider='cuda' was asked for, but .*install `bonnx\[gpu\]`"):
+    with pytest.raises(ProviderError, match=r"provider='cuda' was requested, but .*install `bonnx\[gpu\]`"):
         bonnx.load(small, provider="cuda")
     assert bonnx.load(small, provider="auto").provider == "cpu"
 

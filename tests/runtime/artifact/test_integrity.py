@@ -181,5 +181,5 @@ def test_weights_that_are_written_over_in_use_are_noticed(edited, rng):
     assert (model.rank(prompt, candidates).candidate_scores == expected).all()
     with kept.open("r+b") as file:
         file.write(b"?")
-    with pytest.raises(ArtifactError, match="written over while it was in use"):
+    with pytest.raises(ArtifactError, match="overwritten while in use"):
         model.rank(prompt, candidates)
