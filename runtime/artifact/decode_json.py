@@ -1,7 +1,7 @@
-"""JSON as a type of msgspec's, safe from Ctrl-C.
+"""JSON decoded to a msgspec type, safe from Ctrl-C.
 
-msgspec looks up what a type is made of when it first meets it. If a signal's handler raises in the midst of that in the
-main thread, the process may crash. Handlers run in no other thread.
+msgspec inspects a type on first use. If a signal handler raises during that, the process may crash; handlers run only
+in the main thread, so another thread decodes.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from .unfinished import unfinished
 
 __all__ = ["CARD", "MANIFEST", "WEIGHTS", "file_digest", "locate", "read_manifest", "read_verified", "replace_file"]
 
-# For people to read and to edit; nothing is computed with it, and no manifest needs to know it.
+# For people to read and edit; nothing depends on it, so the manifest does not list it.
 CARD = "README.md"
 # The external data of every graph, beside it.
 WEIGHTS = "weights.bin"
@@ -148,7 +148,7 @@ def file_digest(path: Path) -> str:
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Write a file in one move: what was there stays until the new one is whole, and nothing is left half-written."""
+    """Write a file atomically: the old one stays until the new one is complete."""
     part = path.with_name(path.name + ".part")
     with unfinished(part):
         part.write_bytes(data)

@@ -1,4 +1,4 @@
-"""Sizes are checked before anything is allocated."""
+"""Limits on sizes, checked before anything is allocated."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def check_size(
         prompt: tokens of the prompt.
         length: tokens of the longest candidate.
         memory_limit: bytes, or None.
-        names: what errors call the arguments.
+        names: of the arguments, in errors.
 
     Raises:
-        InputError: says which limit, and how much was asked.
+        InputError: says which limit, and the size.
     """
     limits, (prompt_noun, candidate_noun, candidates_noun) = manifest.limits, names.nouns
     if rows > limits.max_candidates:

@@ -195,7 +195,7 @@ class Manifest(_Frozen, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     @property
     def network(self) -> dict[str, object]:
-        """The network's own options, whatever stands around it."""
+        """The options of the network, without those of the model around it."""
         network = self.model.get("network", self.model)
         if not isinstance(network, dict):
             raise ArtifactError(f"{MANIFEST}, 'model': expected an object 'network'; export the artifact again")

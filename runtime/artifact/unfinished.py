@@ -1,4 +1,4 @@
-"""Files and folders that are being written: they go, whatever ends the process, but for a kill."""
+"""Files and folders that are being written: they are deleted however the process ends, except by a kill."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _PATHS: set[Path] = set()
 
 @contextlib.contextmanager
 def unfinished(path: Path) -> Iterator[None]:
-    """A file or folder that is deleted when the block ends, and even when the process has to end within it.
+    """A file or folder that is deleted when the block ends, or when the process ends within it.
 
-    What is finished has been moved to its place by then.
+    A finished one has been moved to its place by then.
     """
     _PATHS.add(path)
     try:
@@ -27,7 +27,7 @@ def unfinished(path: Path) -> Iterator[None]:
 
 
 def discard_unfinished() -> None:
-    """Delete what would be left half-written if the process ended now."""
+    """Delete everything that is half-written, before the process ends."""
     for path in [*_PATHS]:
         with contextlib.suppress(OSError):
             _discard(path)

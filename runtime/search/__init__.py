@@ -1,4 +1,4 @@
-"""Ways to spend test-time compute on a prompt, beyond N completions side by side; numpy and ONNX Runtime only."""
+"""Methods of spending test-time compute on a prompt; needs only NumPy and ONNX Runtime."""
 
 from .policy import Choice, Policy, cross_validated, fit_policy, quantile_bins
 from .result import Cost, Node, SearchResult

@@ -20,16 +20,16 @@ __all__ = ["Beam", "DiverseTrees", "Lookahead"]
 
 @dataclass(frozen=True)
 class Beam(Method):
-    """Beam search (Snell et al., 2024, section 5): N first steps; the best N / M go on, with M next steps each.
+    """Beam search (Snell et al., 2024, section 5): N first steps; the best N / M are kept, with M next steps each.
 
-    Completions that end leave the beam as candidates, and fewer go on, so that there are N candidates in the end. After
-    `rounds` the branches that are left grow to their ends.
+    Completions that end leave the beam as candidates and the beam shrinks, so that there are N candidates in the end.
+    After `rounds` rounds the remaining branches grow to their ends.
 
     Attributes:
         width: M, or `sqrt` for the square root of N.
-        rounds: the most rounds of branching.
-        distinct: of branches that have written the same only the first goes on, as long as there are others. Where
-            steps are short many are the same, and without this a beam soon holds little else.
+        rounds: the maximum number of rounds of branching.
+        distinct: of branches with the same text only the first is kept, as long as there are others. Short steps are
+            often the same, and would soon fill the beam.
     """
 
     width: Count = 4
@@ -53,7 +53,7 @@ class Beam(Method):
         return width
 
     def _search(self, tree: Tree, sizes: Sequence[int], width: int, steps: int = 0) -> list[Branch]:
-        """Beam search in groups that know nothing of one another, of these sizes."""
+        """Beam search in independent groups of these sizes."""
         active = tree.roots(sum(sizes))
         groups = [group for group, size in enumerate(sizes) for _ in range(size)]
         for branch, group in zip(active, groups, strict=True):
@@ -68,7 +68,7 @@ class Beam(Method):
                 going = [i for i in members if active[i].reason < 0]
                 left[group] -= len(members) - len(going)
                 again = _repeated(active, going) if self.distinct else set()
-                # Those that cannot be rated go last.
+                # Those without a score come last.
                 going.sort(key=lambda i: (i in again, -values[i] if not math.isnan(values[i]) else math.inf))
                 kept[group] = going[: math.ceil(left[group] / width)]
             for i, branch in enumerate(active):
@@ -80,7 +80,7 @@ class Beam(Method):
                 branch
                 for group, going in kept.items()
                 for place, i in enumerate(going)
-                # As evenly as can be, the first ones more.
+                # As evenly as possible; the first ones get more.
                 for branch in tree.fork(active[i], left[group] // len(going) + (place < left[group] % len(going)))
             ]
             if not active:
@@ -90,7 +90,7 @@ class Beam(Method):
 
 @dataclass(frozen=True)
 class Lookahead(Beam):
-    """Beam search whose scores are read `steps` greedy steps further on (Snell et al., 2024).
+    """Beam search that judges a branch `steps` greedy steps ahead (Snell et al., 2024).
 
     It costs about N (steps + 1) completions; the budget counts these, so there are budget / (steps + 1) beams.
 
@@ -125,7 +125,7 @@ class DiverseTrees(Beam):
 
 
 def _repeated(active: Sequence[Branch], members: Sequence[int]) -> set[int]:
-    """Of some branches those that have written what an earlier one has."""
+    """The branches whose tokens are those of an earlier one."""
     seen, repeated = set[tuple[int, ...]](), set[int]()
     for i in members:
         written = tuple(active[i].tokens)
@@ -135,7 +135,7 @@ def _repeated(active: Sequence[Branch], members: Sequence[int]) -> set[int]:
 
 
 def _values(tree: Tree, active: Sequence[Branch], steps: int) -> tuple[Array, dict[int, Branch]]:
-    """What each branch is judged by, and what was seen of those that were looked beyond."""
+    """The score of each branch, and the lookahead of those that have one."""
     if not steps:
         return tree.rate(active), {}
     going = [i for i, branch in enumerate(active) if branch.reason < 0]

@@ -1,4 +1,4 @@
-"""Which of the candidates wins."""
+"""The choice of the winner among candidates."""
 
 from __future__ import annotations
 

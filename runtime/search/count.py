@@ -1,4 +1,4 @@
-"""Settings that are a number, or the square root of the budget."""
+"""Settings that are a number or the square root of the budget."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Count: TypeAlias = int | Literal["sqrt"]
 
 
 def check_count(name: str, value: Count) -> None:
-    """Refuse what is no count.
+    """Refuse anything but a whole number from 1 and `sqrt`.
 
     Raises:
         InputError: names it.

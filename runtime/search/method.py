@@ -1,4 +1,4 @@
-"""What a search method is, and what it tells the search around it."""
+"""The base of every search method: what it does, and what it declares to the search around it."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ class Method:
 
     Attributes:
         needs_certainty: whether it reads the self-certainty of every token.
-        continues_probe: whether the completions by which a policy judged the prompt are its own first ones. Otherwise
-            they stand beside its candidates.
-        needs_own_tree: whether it cannot go on in the tree in which a policy judged the prompt.
+        continues_probe: whether the completions by which a policy judged the prompt become its own first ones.
+            Otherwise they are candidates beside its own.
+        needs_own_tree: whether it needs another tree than the one in which a policy judged the prompt.
     """
 
     needs_certainty: ClassVar[bool] = False
@@ -51,8 +51,8 @@ class Method:
         """The candidates.
 
         Args:
-            tree: without branches but for those in `begun`.
-            budget: completions that it may cost.
+            tree: has no branches except those in `begun`.
+            budget: the maximum number of completions.
             begun: finished branches that count as its first ones; only if `continues_probe`.
 
         Raises:

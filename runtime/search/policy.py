@@ -31,14 +31,14 @@ class Choice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What to do with prompts of each difficulty.
+    """The method for prompts of each difficulty.
 
     Attributes:
         schema_version: 1.
-        name: of the model that it was made for.
-        artifact: seal of that model's manifest.
-        probe: completions whose mean score tells how hard a prompt is.
-        thresholds: mean scores that part the bins, from easy to hard; one fewer than there are bins.
+        name: the model that it was made for.
+        artifact: the seal of that model's manifest.
+        probe: number of completions whose mean score tells how hard a prompt is.
+        thresholds: mean scores that divide the bins, from easy to hard; one fewer than there are bins.
         choices: for each budget, as text, a choice for each bin, the easiest first.
     """
 
@@ -50,19 +50,19 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     choices: dict[str, list[Choice]]
 
     def bin(self, mean: float) -> int:
-        """Bin of a prompt, 0 the easiest; one that cannot be rated is hard."""
+        """Bin of a prompt, 0 the easiest; a prompt without a mean score is hard."""
         return sum(not mean >= threshold for threshold in self.thresholds)
 
     def budget(self, most: int) -> int:
-        """The largest budget that the policy knows and that is not above this.
+        """The largest budget in the policy that is at most `most`.
 
         Raises:
-            InputError: it knows none that small.
+            InputError: all its budgets are larger.
         """
         check_whole("budget", most, 1)
         known = sorted(map(int, self.choices))
         if most < known[0]:
-            raise InputError(f"budget: the policy knows {', '.join(map(str, known))}; got {most!r}")
+            raise InputError(f"budget: expected at least {known[0]}, the smallest in the policy; got {most!r}")
         return max(budget for budget in known if budget <= most)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -74,7 +74,7 @@ def read_policy(policy: Policy | str | os.PathLike[str], manifest: Manifest) -> 
     """A policy for this artifact.
 
     Raises:
-        InputError: the file cannot be read, is no policy, or was made for another artifact.
+        InputError: the file cannot be read, is not a policy, or was made for another artifact.
     """
     where = "policy"
     if not isinstance(policy, Policy):
@@ -122,14 +122,15 @@ def fit_policy(
     """The best setting of each bin and budget (Snell et al., 2024, section 3).
 
     Args:
-        accuracy: for each budget and setting, how often each prompt is solved (n,), from 0 to 1.
+        accuracy: for each budget and setting, the share of attempts that solve each prompt (n,), 0 to 1.
         easiness: of each prompt (n,), the mean score of `probe` completions.
-        settings: what each name stands for.
-        name: of the model.
-        artifact: seal of its manifest.
-        probe: completions behind each mean score.
-        bins: of difficulty.
-        tokens: what each prompt cost, as `accuracy`: of settings within a point of the best the cheapest is taken.
+        settings: the method and options of each name.
+        name: the model.
+        artifact: the seal of its manifest.
+        probe: number of completions behind each mean score.
+        bins: number of bins of difficulty.
+        tokens: the cost of each prompt, laid out as `accuracy`: the cheapest of the settings within a point of the
+            best is chosen.
     """
     place = quantile_bins(easiness, bins)
     edges = [float((easiness[place == b].min() + easiness[place == b + 1].max()) / 2) for b in range(bins - 1)]
@@ -149,9 +150,9 @@ def cross_validated(
     """Accuracy (n,) of each prompt under the setting that is best for its bin on the other half of the prompts.
 
     Args:
-        table: for each setting how often each prompt is solved (n,).
+        table: for each setting the share of attempts that solve each prompt (n,).
         place: bin of each prompt (n,).
-        seed: of the two halves.
+        seed: decides the two halves.
         tokens: as in `fit_policy`, for this budget.
 
     Returns:
@@ -168,9 +169,9 @@ def cross_validated(
 
 
 def _best(table: Mapping[str, _Floats], rows: NDArray[np.bool_], tokens: Mapping[str, _Floats] | None) -> str:
-    """The setting that solves most of some prompts; of all if there are no prompts, the first.
+    """The setting that solves the most of some prompts, or the first setting if there are no prompts.
 
-    With `tokens` the cheapest of those that solve at most a point less than the best.
+    With `tokens`, the cheapest of the settings within a point of the best.
     """
     if not rows.any():
         return next(iter(table))

@@ -1,4 +1,4 @@
-"""Completions side by side, the weaker ones given up on the way."""
+"""Completions side by side, of which the weaker ones are dropped on the way."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Pruned(Method):
 
     Attributes:
         every: tokens between two prunings.
-        keep: the share that goes on, rounded up.
+        keep: the share that is kept, rounded up.
     """
 
     every: int = 12
@@ -32,7 +32,7 @@ class Pruned(Method):
         check_number("keep", self.keep, gt=0, le=1)
 
     def run(self, tree: Tree, budget: int, begun: Sequence[Branch] = ()) -> list[Branch]:
-        """All branches, those that were pruned among them."""
+        """All branches, including the pruned ones."""
         branches, length = tree.roots(budget), 0
         race = np.ones(budget, bool)
         while growing := [branch for branch in branches if branch.reason < 0]:

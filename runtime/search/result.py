@@ -1,4 +1,4 @@
-"""What a search found, what it cost, and how it went."""
+"""The result of a search: the candidates, the cost, and how they grew."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ __all__ = ["Cost", "Node", "SearchResult"]
 
 @dataclass
 class Cost:
-    """What a search took.
+    """The cost of a search.
 
     Attributes:
         prompt_tokens: tokens of prompts that were computed: once for a tree, once for each attempt of a revision.
-        sampled_tokens: tokens drawn, those of dropped branches and of lookahead included.
+        sampled_tokens: tokens drawn, including those of dropped branches and of lookahead.
         computed_tokens: tokens that the network read after the prompts: the sampled ones, and one more for each
             branch that was forked.
-        scored_tokens: tokens that the scorer rated: the computed ones, or what was passed to a scorer of your own.
+        scored_tokens: tokens that the scorer rated: the computed ones, or those passed to the caller's own scorer.
         seconds: wall time.
     """
 
@@ -43,8 +43,8 @@ class Node:
         parent: index of the node before it, None at the prompt.
         tokens: its token ids.
         scores: one for each token.
-        score: what it was judged by; NaN if it could not be rated.
-        round: in which it grew, from 0.
+        score: by which it was judged; NaN if there is none.
+        round: the round in which it grew, from 0.
         fate: `kept` (it was branched), `dropped`, `finished`, `cut` (by a limit or deadline) or `pruned`.
         lookahead: the token ids beyond it that its score was read from, if the method looks ahead.
     """
@@ -60,19 +60,19 @@ class Node:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class SearchResult(Result):
-    """The winner and everything beside it.
+    """The result of `Model.search`.
 
     Attributes:
         method: its name, and `options` how it was set.
         best_index: index of the winner.
-        candidates: those that the choice was made from.
-        vote: how it was made: `score`, `weighted`, `majority` or `borda`.
-        answers: what each candidate votes for; None if no answers were asked for.
+        candidates: all candidates.
+        vote: how the winner was chosen: `score`, `weighted`, `majority` or `borda`.
+        answers: what each candidate votes for; None if `answers` was not given.
         group_scores: (candidates,) float32: with a vote, of each candidate's answer; else each one's own score.
-        cost: what it took.
+        cost: what was computed.
         nodes: the pieces that grew, in the order in which they were judged.
         leaves: for each candidate its last node.
-        policy: what a policy said of the prompt, if one chose the method.
+        policy: how a policy judged the prompt, if one chose the method.
     """
 
     _summary: ClassVar = ("method", "best_index", "best", "vote", "candidates", "cost")
@@ -102,7 +102,7 @@ class SearchResult(Result):
         """A line of `searches.jsonl`, which `bonnx report` reads: `to_dict` by candidate, with the text of every token.
 
         Args:
-            prompt: as it was asked.
+            prompt: as it was passed.
             pieces: gives the text of each of some token ids, as `Model.pieces`.
         """
         answers = self.answers or [None] * len(self.candidates)

@@ -1,4 +1,4 @@
-"""Sequential revisions: each attempt is written with the earlier ones in view."""
+"""Sequential revisions: each attempt sees the earlier ones."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ class Revisions(Method):
     """Chains of attempts, for a model that was trained to revise (Snell et al., 2024, section 6).
 
     Each attempt continues the prompt and the last attempts of its chain, whole and one after the other, each with its
-    stop token. The budget is the number of attempts; every chain has as many, and what is left over is not used.
+    stop token. The budget is the number of attempts; every chain has the same number, and the remainder is not used.
 
     Attributes:
-        chains: that know nothing of one another, or `sqrt` for the square root of the budget; 1 is all in sequence,
-            the budget all in parallel.
-        memory: earlier attempts that the next one sees.
+        chains: number of independent chains, or `sqrt` for the square root of the budget; 1 is all in sequence, the
+            budget all in parallel.
+        memory: number of earlier attempts that the next one sees.
     """
 
     needs_own_tree: ClassVar[bool] = True
@@ -57,10 +57,10 @@ class Revisions(Method):
         return [attempt for chain in done for attempt in chain]
 
     def _attempt(self, tree: Tree, done: list[list[Branch]]) -> list[Branch]:
-        """The next attempt of every chain; chains that have written the same take different candidates.
+        """The next attempt of every chain; chains with the same context get different candidates.
 
-        A context that comes again, once the memory holds the same attempts, draws from another seed's numbers: from
-        the same it would get the attempt that it got before.
+        A context that recurs, because the memory holds the same attempts again, gets another seed: with the same one
+        it would get the same attempt as before.
         """
         contexts = [tuple(self._context(tree, chain)) for chain in done]
         repeats, attempts_of = Counter(contexts), dict[tuple[int, ...], list[Branch]]()

@@ -1,4 +1,4 @@
-"""Completions side by side: best-of-N, its votes, self-certainty, and as many as are worth it."""
+"""Completions side by side: best-of-N, its votes, self-certainty, and adaptive sampling."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ __all__ = ["Adaptive", "Sampling", "SelfCertainty", "borda", "leader_is_safe", "
 
 @dataclass(frozen=True)
 class Sampling(Method):
-    """As many completions as the budget says, none of which knows of another."""
+    """As many independent completions as the budget allows."""
 
     continues_probe: ClassVar[bool] = True
 
     def run(self, tree: Tree, budget: int, begun: Sequence[Branch] = ()) -> list[Branch]:
-        """The finished branches; those that are finished already count."""
+        """The finished branches, including those that are finished already."""
         fresh = tree.roots(max(0, budget - len(begun)))
         tree.grow(fresh, whole=True)
         return [*begun, *fresh]
@@ -35,7 +35,7 @@ class Sampling(Method):
 
 @dataclass(frozen=True)
 class SelfCertainty(Sampling):
-    """Best-of-N without a scorer: candidates vote, those the model was more certain of count for more.
+    """Best-of-N without a scorer: candidates vote, and those of which the model was more certain count more.
 
     Attributes:
         power: p of the Borda vote, see `borda`.
@@ -46,7 +46,7 @@ class SelfCertainty(Sampling):
     needs_certainty: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        # More would leave the range of float32 where there are thousands of candidates.
+        # Larger powers would overflow float32 with thousands of candidates.
         check_number("power", self.power, ge=0, le=8)
 
     def choose(self, finalists: Finalists) -> tuple[int, Array]:
@@ -57,21 +57,21 @@ class SelfCertainty(Sampling):
 
 @dataclass(frozen=True)
 class Adaptive(Method):
-    """Completions in batches, until more are not worth it; the budget is the most.
+    """Completions in batches, until one more is not worth its price; the budget is the maximum.
 
     Without a vote sampling is opening boxes (Weitzman, 1979; for best-of-N arXiv 2510.01394): it stops when the
     expected gain of one more is below its price. After m completions the next is the best of all with probability
-    1 / (m + 1), whatever the scores' distribution, and cannot be better than `ceiling`.
+    1 / (m + 1), for any distribution of scores, and cannot exceed `ceiling`.
 
     With a vote it stops when the leading answer will most likely stay ahead of the second (Aggarwal et al., 2023,
     Adaptive-Consistency).
 
     Attributes:
-        batch: completions at a time.
+        batch: number of completions at a time.
         price: of one completion, in units of the score.
         ceiling: the maximum score; 1 for probabilities.
-        confidence: that the leader stays ahead, 0.5 to 1.
-        rule: `gain` or `leader` is the first or the second rule whatever the vote; `auto` goes by the vote.
+        confidence: probability that the leader stays ahead, from 0.5 and below 1.
+        rule: `gain` or `leader` forces the first or the second rule; `auto` takes the one for the vote.
     """
 
     continues_probe: ClassVar[bool] = True
@@ -91,7 +91,7 @@ class Adaptive(Method):
             raise InputError(f"rule: expected auto, gain or leader; got {shown(self.rule)}")
 
     def run(self, tree: Tree, budget: int, begun: Sequence[Branch] = ()) -> list[Branch]:
-        """The finished branches: the first of those that `Sampling` gives; those that are finished already count."""
+        """The finished branches: the first ones of `Sampling`, including those that are finished already."""
         if self.rule == "leader" and tree.answer_of is None:
             raise InputError("rule: 'leader' needs a vote; pass answers, and vote='weighted' or 'majority'")
         done, rest = list(begun), tree.roots(max(0, budget - len(begun)))

@@ -1,4 +1,4 @@
-"""One function for every way to spend a budget of completions on a prompt."""
+"""Search: spend a budget of completions on a prompt by one of `METHODS`, or by the one that a policy chooses."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from .tree import Branch, ScoreFunction, Tree
 
 __all__ = ["METHODS", "search"]
 
-# Each method, and how its candidates are chosen from; None is a weighted vote if there are answers, else the score.
+# Each method, and its vote; None is a weighted vote if there are answers, else no vote.
 METHODS: dict[str, tuple[type[Method], str | None]] = {
     "best_of_n": (Sampling, "score"),
     "weighted": (Sampling, "weighted"),
@@ -53,7 +53,7 @@ METHODS: dict[str, tuple[type[Method], str | None]] = {
 
 @dataclass(frozen=True)
 class SearchRequest:
-    """What is asked for, whatever the method; see `Model.search`."""
+    """The arguments that every method shares; see `Model.search`."""
 
     engine: Engine
     prompt: Array
@@ -73,8 +73,8 @@ class SearchRequest:
     def run_policy(self, policy: Policy, budget: int) -> SearchResult:
         """Spend a budget by the method that a policy has for prompts as hard as this one.
 
-        A few completions tell how hard it is. They are the first ones of a method that samples; beside the others'
-        candidates, which draw numbers of their own, they stand for themselves.
+        A few completions tell how hard it is. A method that samples takes them as its first ones; with other methods
+        they are candidates beside theirs, which draw other random numbers.
         """
         stored = policy.budget(budget)
         choices = policy.choices[str(stored)]
@@ -95,7 +95,7 @@ class SearchRequest:
             following.cost, following.nodes = tree.cost, tree.nodes
             following.draws[tuple(self.prompt.tolist())] += 1
             for i, branch in enumerate(probed):
-                # Each a chain of its own.
+                # Each is its own chain.
                 branch.group = -1 - i
             tree = following
         tree.answer_of, tree.options = votes[bin_], dataclasses.replace(tree.options, n=stored)
@@ -111,7 +111,7 @@ class SearchRequest:
         return dataclasses.replace(result, policy=judged)
 
     def _tree(self, runner: Method, method: str, budget: int) -> Tree:
-        """Everything checked, and a tree without branches."""
+        """Check the options, and make a tree without branches."""
         check_whole("budget", budget, 1)
         self.engine.session("prefill")
         limit, length = self.engine.manifest.limits.max_tokens, len(self.prompt)
@@ -127,7 +127,7 @@ class SearchRequest:
         default = METHODS[method][1]
         if default == "borda":
             if self.vote not in (None, "borda"):
-                raise InputError(f"vote: self_certainty votes by a rule of its own, 'borda'; got {self.vote!r:.60}")
+                raise InputError(f"vote: self_certainty votes by its own rule, 'borda'; got {self.vote!r:.60}")
             return default
         if self.vote is not None:
             return self.vote
@@ -136,7 +136,7 @@ class SearchRequest:
     def _answer_of(self, method: str) -> Callable[[Branch], Hashable | None] | None:
         """What one branch votes for, if the method votes."""
         vote = self._vote(method)
-        # Refused now, and not when everything has been computed.
+        # Refused before anything is computed.
         self._ballot(vote, [])
         if vote == "score":
             return None
@@ -150,7 +150,7 @@ class SearchRequest:
         return answer_of
 
     def _ballot(self, vote: str, items: Sequence[str | list[int]]) -> Ballot:
-        # Scores of the caller's own are weights as they are; `Tree` refuses those below 0.
+        # The caller's own scores are weights as they are; `Tree` refuses those below 0.
         scoring = self.engine.manifest.scoring if self.scorer is None else None
         return make_ballot("score" if vote == "borda" else vote, self.answers, items, "candidates", (), scoring)
 

@@ -1,8 +1,8 @@
-"""A prompt's completions as branches that grow, fork and end: what every method of search is written in.
+"""A prompt's completions as branches that grow, fork and end: every search method is written in these terms.
 
 `prefill` reads the prompt once; `decode` reads one token of many branches at a time. A branch keeps its own keys and
-values, so it can stop at a step's end and go on later, or be forked there, and nothing is computed again but the last
-token of a fork, from which another next token is drawn.
+values, so it can stop at the end of a step and go on later, or be forked there. Only the last token of a fork is
+computed again, to draw another next token.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ __all__ = ["Branch", "ScoreFunction", "Tree", "certainty"]
 
 # Prompt and completion ids -> a score.
 ScoreFunction = Callable[[list[int]], float]
-# What came of a branch that ended, by its reason; else it was cut.
+# The fate of a branch that ended, by its reason; with any other reason it was cut.
 _FATES = {STOP: "finished", PRUNED: "pruned"}
 
 
@@ -39,18 +39,18 @@ class Branch:
     """A completion under way.
 
     Attributes:
-        number: the branch's own stream of random numbers.
-        tokens: what the network has read.
+        number: of the branch's stream of random numbers.
+        tokens: that the network has read.
         scores: the scorer's value at each of them.
         log_probs: of each under the model.
-        certainties: self-certainty of the distribution that each was drawn from, if it is asked for.
+        certainties: self-certainty of the distribution that each was drawn from, if it is computed.
         pending: the next token, drawn and not yet read, its log-probability and certainty.
         cache: for each layer keys and values (1, G, len(tokens), K).
         reason: an index into `FINISH_REASONS`, or -1 while it grows.
-        again: the pending token has been read before the fork, and was not drawn anew.
+        again: the pending token was read before the fork and will be read again.
         node: index of the last piece that was judged, None before the first.
-        begun: how many tokens are in the pieces that were judged.
-        group: whatever a method sorts its branches by.
+        begun: number of tokens in the pieces that were judged.
+        group: free for the method, to sort its branches.
     """
 
     number: int
@@ -71,13 +71,13 @@ class Tree:
     """The branches of one prompt.
 
     Args:
-        engine: what runs it. Its step token ends a step; without one only the end of a completion does.
+        engine: runs it. Its step token ends a step; without one only the end of a completion does.
         prompt: (P,) int64.
         options: how to sample; its `n` is the maximum number of branches that grow at once.
         scorer: rates branches in place of the model's own scorer.
         deadline: on the clock of `time.monotonic`.
         with_certainty: compute the self-certainty of every token.
-        answer_of: what a finished branch votes for, if it votes.
+        answer_of: gives what a finished branch votes for, if it votes.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class Tree:
         self.step_token = engine.manifest.scoring.step_token
         self.scorer, self.deadline = scorer, deadline
         self.with_certainty, self.answer_of = with_certainty, answer_of
-        # Whether the scores are to be weights of a vote.
+        # Whether the scores will be weights of a vote.
         self.weighs = False
         self.cost, self.nodes = Cost(), list[Node]()
         # How often each context was drawn from; see `Revisions`.
@@ -104,7 +104,7 @@ class Tree:
         self._numbers, self._reserved = 0, list[Branch]()
 
     def reserve(self, count: int) -> None:
-        """Draw the first tokens of so many more branches, which `roots` then gives: the prompt is computed once."""
+        """Draw the first tokens of `count` more branches, which `roots` then returns: the prompt is computed once."""
         first = self._numbers
         outputs, self._fixed = prefill(
             self.engine.session, self.prompt, self.options, first + count, logits=self.with_certainty
@@ -193,7 +193,7 @@ class Tree:
             if len(going) < len(rows):
                 arrays = cached.keep(going)
                 for i in sorted(set(range(len(rows))) - set(going)):
-                    # Nothing follows on an end.
+                    # Nothing follows an end.
                     rows[i].cache = [array[i] for array in arrays] if rows[i].reason < 0 else []
                 rows = [rows[i] for i in going]
 
@@ -218,7 +218,7 @@ class Tree:
         return fresh
 
     def _ends(self, branch: Branch, *, late: bool) -> bool:
-        """Whether a branch has come to its end, which it then knows."""
+        """Whether a branch has ended; sets its reason."""
         if branch.tokens[-1] in self.options.stop_tokens:
             branch.reason = STOP
         elif len(branch.tokens) >= self.options.max_new_tokens:
@@ -228,14 +228,15 @@ class Tree:
         return branch.reason >= 0
 
     def _ends_step(self, branch: Branch) -> bool:
-        # An end that follows a step belongs to it: else every fork would only end once more.
+        # A stop token after a step belongs to it; otherwise every fork would only end again.
         return branch.tokens[-1] == self.step_token and branch.pending[0] not in self.options.stop_tokens
 
     def rate(self, branches: Sequence[Branch]) -> Array:
-        """Scores (n,) float32 of branches as they stand; NaN where there is none.
+        """Scores (n,) float32 of branches as they stand; NaN for one without.
 
         Raises:
-            InputError: a scorer of the caller's raised, gave something that is no number, or no weight for a vote.
+            InputError: the caller's scorer raised, or returned something that is not a number or not a weight of a
+                vote.
         """
         if self.scorer is not None:
             return np.array([self._ask(self.scorer, branch) for branch in branches], np.float32)
@@ -267,7 +268,7 @@ class Tree:
         return np.array([self.nodes[branch.node].score for branch in branches if branch.node is not None], np.float32)
 
     def note(self, branch: Branch, score: float, round_: int, fate: str, lookahead: Branch | None = None) -> None:
-        """Keep what a branch has grown since it was last judged, and what came of it."""
+        """Record the piece that a branch has grown since it was last judged, and its fate."""
         begun, size = branch.begun, len(branch.tokens)
         beyond = None if lookahead is None else lookahead.tokens[size:]
         node = Node(branch.node, branch.tokens[begun:], branch.scores[begun:], score, round_, fate, beyond)

@@ -1,4 +1,4 @@
-"""The selection in NumPy: what the graphs do, written a second time for test doubles and checks."""
+"""The selection in NumPy: the same rules as in the graphs, for fake models, searches and checks."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def aggregate(scores: Array, mask: Array, step_mask: Array, name: str) -> tuple[
     candidate_scores = np.full(mask.shape[:2], np.nan, np.float32)
     for n, b in np.ndindex(candidate_scores.shape):
         if real[n, b].any():
-            # Without an end of a step the last token is all that is read.
+            # Without the end of a step only the last token is read.
             places = np.flatnonzero(ends[n, b]) if ends[n, b].any() else np.flatnonzero(real[n, b])[-1:]
             candidate_scores[n, b] = _READ[name](scores[n, b, places])
     return candidate_scores, best_of_n(candidate_scores)

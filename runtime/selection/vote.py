@@ -1,4 +1,4 @@
-"""Candidates that vote: their answers become the numbers that a graph takes, what it found becomes an order."""
+"""Votes: answers become the numbers that a graph takes, and its choice becomes an order of all candidates."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Ballot:
         return {"answer_ids": self.ids, "vote": np.array(VOTES.index(self.vote), np.int64)}
 
     def count(self, candidate_scores: Array, group_scores: Array) -> Standing:
-        """The order that the graph's choice is the first of.
+        """The order of all candidates, which the graph's choice leads.
 
         Args:
             candidate_scores: (N,) float32.
@@ -61,7 +61,7 @@ class Ballot:
         """
         voted = self.vote != "score"
         excluded = np.isnan(group_scores)
-        # The first of those that stand together: of an answer's candidates, or each by itself.
+        # The first of each group: the candidates of an answer, or each by itself.
         leaders = np.where(excluded, len(excluded), np.arange(len(excluded)))
         if voted and not excluded[self.ids[:, 0] >= 0].all():
             first: dict[int, int] = {}
@@ -79,10 +79,10 @@ class Ballot:
 
 
 def check_weight(score: float, name: str) -> float:
-    """A score of the caller's own that is a weight of a vote; NaN does not count, so it may be one.
+    """Check a score of the caller's own that is a weight of a vote; NaN is allowed, since it does not count.
 
     Raises:
-        InputError: it is below 0, and would count against the answer that it is given for.
+        InputError: it is below 0, and would count against its own answer.
     """
     if score < 0:
         raise InputError(

@@ -1,8 +1,8 @@
-"""What a rendering of a chat template may make and read: every value is measured before it is made.
+"""The budget of a rendering of a chat template: the size of every value is estimated before the value is made.
 
-A template can multiply in many ways: `*`, `~`, `center`, `%9999999d`, a macro that writes its argument twice. What is
-bounded is therefore the sum: each operation pays for the bytes that it may make and that it has to read. So a rendering
-takes no more memory than its budget, about, and no more time than it takes to go through that.
+A template can multiply text in many ways: `*`, `~`, `center`, `%9999999d`, a macro that writes its argument twice. So
+the sum is bounded: each operation pays for the bytes that it may make and that it has to read. A rendering then takes
+about as much memory as its budget at most, and the time to go through that once.
 """
 
 from __future__ import annotations
@@ -31,24 +31,24 @@ __all__ = [
     "spec_size",
 ]
 
-# Turns of all loops and calls of all macros; bytes made and read, and how many more each byte of the messages adds.
+# Turns of all loops and calls of all macros; bytes made and read, and the bytes that each byte of the messages adds.
 MAX_TURNS, MAX_BYTES, PER_BYTE = 200_000, 64_000_000, 100
 # Bits of an integer: no text for a model needs more.
 MAX_BITS = 10_000
-# What one operation costs, whatever it makes; a reference in a list; a short string of its own.
+# The cost of one operation, apart from what it makes; of a reference in a list; of a short string.
 OPERATION, REFERENCE, STRING = 200, 16, 64
-# Visiting a value in a list or dictionary takes as long as this number of bytes.
+# Visiting a value in a list or dictionary costs as much time as this number of bytes.
 VISIT = 100
 # Maximum growth of a byte that is escaped or shown by Python, and of one whose case changes, for example.
 ESCAPED, CHANGED = 6, 3
 
 
 class EndlessError(TemplateError):
-    """A rendering exceeds what it may cost."""
+    """A rendering exceeds its budget."""
 
 
 class Budget:
-    """What one rendering may still cost.
+    """The rest of the budget of one rendering.
 
     Args:
         variables: bytes of the variables that the template reads.
@@ -77,7 +77,7 @@ class Budget:
         return self._left
 
     def check(self, value: object, name: str) -> object:
-        """The value, unless it is a huge integer; an iterator pays for each of its items as it gives them."""
+        """The value, unless it is a huge integer; an iterator pays for each item that it yields."""
         if isinstance(value, int) and value.bit_length() > MAX_BITS:
             raise EndlessError(
                 f"{name} would be an integer of {value.bit_length()} bits; at most {MAX_BITS} are allowed"
@@ -94,7 +94,7 @@ class Budget:
 
 
 def shallow_size(value: object) -> int:
-    """Bytes of a value without what it refers to."""
+    """Bytes of a value without the values that it refers to."""
     if isinstance(value, str):
         return len(value) if value.isascii() else 4 * len(value)
     if isinstance(value, int):
@@ -107,7 +107,7 @@ def shallow_size(value: object) -> int:
 
 
 def deep_size(value: object, limit: int) -> int:
-    """Bytes of a value with all that it refers to, each as often as it is referred to; counting stops above `limit`."""
+    """Bytes of a value with all values that it refers to, each time; counting stops above `limit`."""
     if isinstance(value, str):
         return shallow_size(value)
     total, stack = 0, [iter([value])]
@@ -116,7 +116,7 @@ def deep_size(value: object, limit: int) -> int:
         if item is stack:
             stack.pop()
             continue
-        total += VISIT + shallow_size(item)  # a namespace may hold itself
+        total += VISIT + shallow_size(item)  # a namespace may contain itself
         if isinstance(item, Namespace):
             item = object.__getattribute__(item, "_Namespace__attrs")
         if isinstance(item, ContentParts):
@@ -138,7 +138,7 @@ _DIGITS = re.compile("[0-9]+")
 
 
 def spec_size(spec: str) -> int:
-    """Characters that the widths in a format may ask for."""
+    """Characters that the widths in a format may add."""
     return sum(_number(digits) for digits in _DIGITS.findall(spec))
 
 
@@ -153,7 +153,7 @@ def format_size(form: str | bytes, values: object, limit: int) -> int:
     widths = sum(_number(digits) for field in fields for digits in field if digits != "*")
     if any("*" in field for field in fields) and isinstance(values, tuple):
         widths += sum(abs(value) for value in values if isinstance(value, int))
-    # A tuple's values are used once each, a mapping's as often as they are named.
+    # Each value of a tuple is used once; the values of a mapping as often as they are named.
     times = 1 if isinstance(values, tuple) else len(fields)
     return shallow_size(form) + 4 * widths + times * shown_size(values, limit)
 
@@ -273,7 +273,7 @@ def _codec(value: object, values: Sequence[object], limit: int) -> int:
 
 
 _Rule: TypeAlias = Callable[[object, Sequence[object], int], int]
-# Filters that take no longer for a longer value; the lists and iterators that they give pay for themselves.
+# Filters whose time does not depend on the length of the value; the lists and iterators that they return are counted.
 _LAZY = frozenset(("attr", "batch", "count", "d", "default", "first", "items", "last", "length", "list", "map"))
 _LAZY |= {"random", "reject", "rejectattr", "reverse", "select", "selectattr", "slice"}
 # Filters that escape.

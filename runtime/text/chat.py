@@ -15,7 +15,7 @@ __all__ = ["ChatTemplate", "Messages", "is_messages"]
 
 # A role and content each, as text or in parts.
 Messages: TypeAlias = Sequence[Mapping[str, object]]
-# Stands for any words: a character that no template has a use for.
+# Stands for any words: a character that no template uses.
 _MARK = "\ue000"
 _PROBE: dict[str, object] = {"role": "user", "content": _MARK}
 
@@ -31,7 +31,7 @@ class ChatTemplate:
         tokens: the special tokens' texts by the names that templates use: `bos_token`, `eos_token` and so on.
 
     Raises:
-        ArtifactError: jinja2 is missing, or `source` is no template.
+        ArtifactError: jinja2 is missing, or `source` is not a template.
     """
 
     def __init__(self, source: str, tokens: Mapping[str, str]) -> None:
@@ -44,18 +44,18 @@ class ChatTemplate:
         self._template = compile_template(source)
 
     def render(self, messages: Messages, name: str = "messages", *, add_generation_prompt: bool = False) -> str:
-        """The text of a conversation, with the special tokens that the template writes: encode it without others.
+        """The text of a conversation, special tokens of the template included; encode it without adding others.
 
         Args:
             messages: `{"role": ..., "content": ...}` in order; `content` is text or a list of parts
-                `{"type": "text", "text": ...}`, joined where the template takes a text. Other keys are handed to the
-                template as they are.
+                `{"type": "text", "text": ...}`, joined where the template expects a text. Other keys are passed to the
+                template unchanged.
             name: what an error calls them.
-            add_generation_prompt: end with what comes before the assistant's next words.
+            add_generation_prompt: end with the text that precedes the assistant's next words.
 
         Raises:
-            InputError: the messages are malformed, or the template refuses them, in its own words.
-            ArtifactError: the template reached for what it must not have, or does not come to an end.
+            InputError: the messages are malformed, or the template refuses them; its own message is quoted.
+            ArtifactError: the template accessed something forbidden, or exceeded its budget.
         """
         return self._render(_plain_messages(messages, name), add_generation_prompt, datetime.now())
 
@@ -66,7 +66,7 @@ class ChatTemplate:
         names: Sequence[str],
         prompt_name: str = "messages",
     ) -> list[tuple[str, int, int]]:
-        """Whole conversations, and where in each text the candidate's own part begins and its last words end.
+        """Whole conversations, and where in each text the candidate begins and its last words end.
 
         Args:
             prompt: the messages that all candidates follow.
@@ -84,7 +84,7 @@ class ChatTemplate:
             InputError: as `render`.
             ArtifactError: as `render`.
         """
-        now, first = datetime.now(), _plain_messages(prompt, prompt_name)  # one time of day for all renderings
+        now, first = datetime.now(), _plain_messages(prompt, prompt_name)  # the same time of day in all renderings
         head = self._render(first, True, now)
         result, closing = [], None
         for candidate, name in zip(candidates, names, strict=True):
@@ -106,9 +106,9 @@ class ChatTemplate:
         return text.rpartition(_MARK)[2] if _MARK in text else ""
 
     def _render(self, messages: list[dict[str, object]], add_generation_prompt: bool, now: datetime) -> str:
-        """The text. Parts are joined where the template takes a text; a text is one part where it takes only parts.
+        """The text. Parts are joined where the template expects a text; a text becomes one part where it expects parts.
 
-        Where the template reads some of the parts, such as the first, it gets all words in one.
+        Where the template reads only some of the parts, such as the first, it gets all words in one part.
         """
         one = set[int]()
         whole = {i for i, m in enumerate(messages) if isinstance(m.get("content"), str)}
@@ -121,7 +121,7 @@ class ChatTemplate:
             except TakesTextError as e:
                 whole |= {i for i in parts if messages[i]["role"] == e.role}
             except InputError:
-                # It may have taken parts for a text. Of a template that reads a user's parts these are not the reason.
+                # It may have mistaken parts for a text; a user's parts are not the reason if the template reads parts.
                 taken = {i for i in parts if messages[i]["role"] != "user" or not self._reads_parts}
                 if not taken:
                     raise
@@ -151,7 +151,7 @@ class ChatTemplate:
 
     @cached_property
     def _takes_no_text(self) -> bool:
-        """Whether the template loses content that is a text, and writes it if it is a part."""
+        """Whether the template drops content that is a text, but writes it as a part."""
         return not self._writes([_PROBE]) and self._reads_parts
 
     def _writes(self, messages: list[dict[str, object]]) -> bool:
@@ -187,7 +187,7 @@ def is_messages(value: object) -> TypeGuard[Messages]:
 
 
 def _common(a: str, b: str) -> int:
-    """Characters that both texts begin with."""
+    """Length of the common beginning of two texts."""
     if b.startswith(a):
         return len(a)
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
@@ -198,9 +198,9 @@ def _shown(value: object) -> str:
 
 
 def _plain_messages(messages: Messages, name: str) -> list[dict[str, object]]:
-    """Copies of plain JSON values, which a template can neither change nor climb out of.
+    """Copies as plain JSON values, through which a template can neither change anything nor reach Python objects.
 
-    Keys whose value is None are dropped and other names of `reasoning_content` understood, as transformers does.
+    As in transformers, keys whose value is None are dropped, and other names of `reasoning_content` are accepted.
     """
     if not isinstance(messages, (list, tuple)) or not messages:
         raise InputError(

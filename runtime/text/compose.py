@@ -1,4 +1,4 @@
-"""Prompts and candidates as whole texts: plain strings, messages that a chat template joins, candidates in steps."""
+"""Prompts and candidates as whole texts, from strings, messages (by a chat template) and candidates in steps."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def is_text(item: object) -> TypeGuard[TextItem]:
 
 
 class Composer:
-    """Makes the texts of one artifact."""
+    """Composes texts by the rules of one artifact."""
 
     def __init__(self, rules: TextRules, chat: ChatTemplate | None) -> None:
         self._rules, self._chat = rules, chat
@@ -39,14 +39,14 @@ class Composer:
         """A prompt that the model is to continue, and whether the tokenizer puts its special tokens around it.
 
         Raises:
-            InputError: messages without a chat template, or what is no text at all.
+            InputError: messages without a chat template, or something that is not text.
         """
         if is_messages(item):
             return self._template(name).render(item, name, add_generation_prompt=True), False
         return self._plain(item, name), self._rules.special_tokens
 
     def blank(self, item: TextItem) -> str | None:
-        """Why there is nothing to read in a text, in messages or in steps, or in one of the steps; None if there is."""
+        """Why a text, messages, or steps (or one of the steps) are empty; None if they are not."""
         if isinstance(item, str):
             split = self._rules.step_split
             if self._divides(item) and not any(step.strip() for step in item.split(split)):
@@ -59,10 +59,10 @@ class Composer:
         )
 
     def rows(self, items: Sequence[TextItem], names: Sequence[str], kind: str) -> tuple[list[Passage], bool]:
-        """Whole texts or conversations, each its own; and whether the tokenizer puts its special tokens around them.
+        """Independent texts or conversations, and whether the tokenizer puts its special tokens around them.
 
         Raises:
-            InputError: an item is no text, or some are conversations and others are not.
+            InputError: an item is not text, or only some are conversations.
         """
         chats = _all_alike(items, names, kind)
         texts = [
@@ -72,10 +72,10 @@ class Composer:
         return [Passage(text, 0, len(text)) for text in texts], self._rules.special_tokens and not chats
 
     def alone(self, candidate: object, name: str) -> Passage:
-        """A candidate whose prompt is no text.
+        """A candidate whose prompt is not text.
 
         Raises:
-            InputError: it is no text.
+            InputError: it is not text.
         """
         text = self._steps(candidate, name)
         return Passage(text, 0, len(text))
@@ -83,7 +83,7 @@ class Composer:
     def pairs(
         self, prompt: object, candidates: Sequence[TextItem], prompt_name: str, names: Sequence[str], *, partial: bool
     ) -> tuple[list[Passage], bool]:
-        """Each candidate after its prompt; and whether the tokenizer puts its special tokens around them.
+        """Each candidate after the prompt, and whether the tokenizer puts its special tokens around them.
 
         Args:
             prompt: text or messages.
@@ -93,7 +93,7 @@ class Composer:
             partial: the candidates are not finished.
 
         Raises:
-            InputError: something is no text, or there is no chat template for messages.
+            InputError: something is not text, or there is no chat template for messages.
         """
         if is_messages(prompt):
             return self._chats(prompt, candidates, prompt_name, names, partial), False
@@ -126,7 +126,7 @@ class Composer:
         return item
 
     def _steps(self, item: object, name: str) -> str:
-        """A candidate's text, each of its steps ended as the model expects it."""
+        """A candidate's text, with each step ended as the model expects."""
         ending, split = self._rules.step_text, self._rules.step_split
         if isinstance(item, str):
             text = self._plain(item, name)
@@ -142,7 +142,7 @@ class Composer:
         return "".join(step if step.endswith(ending) else step + ending for step in item)
 
     def _divides(self, text: str) -> bool:
-        """Whether a candidate's steps are to be found in its text."""
+        """Whether a candidate's text has to be split into steps."""
         ending = self._rules.step_text
         return ending is not None and self._rules.step_split is not None and ending not in text
 

@@ -1,7 +1,7 @@
-"""Token ids to the text that they add behind a prompt: prompt and text together are what was generated.
+"""Token ids to the text that they add after a prompt: prompt plus text is what the model wrote.
 
-A decoder treats the beginning of a text in its own way: Llama's and Mistral's take away the space that their encoders
-put there. So ids are decoded behind the last tokens of what comes before them, and that part's text is taken off.
+Decoders treat the beginning of a text specially: Llama's and Mistral's remove the space that their encoders add there.
+So ids are decoded after the last tokens of their context, and the text of the context is removed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Detokenizer"]
 
-# What stands for bytes that are no character.
+# Replaces bytes that are not a character.
 _BROKEN = "\ufffd"
 # Tokens before a completion that decide how it is decoded: a character has at most 4 bytes, a token at least one.
 _CONTEXT = 8
@@ -34,22 +34,22 @@ class Detokenizer:
         self._bytes = self._byte_tokens()
 
     def text(self, ids: Sequence[int], before: Sequence[int], *, growing: bool = False) -> str:
-        """What `ids` add behind `before`, without special tokens.
+        """The text that `ids` add after `before`, without special tokens.
 
         Args:
             ids: a completion.
-            before: its prompt; it decides whether the text begins with a space.
-            growing: more tokens will come: leave out the bytes of a character that has not ended.
+            before: its prompt, which decides whether the text begins with a space.
+            growing: more tokens will come, so bytes of an incomplete character are left out.
         """
         text = self._behind(self._context(before), [i for i in ids if i not in self._special])
         return text.rstrip(_BROKEN) if growing else text
 
     def pieces(self, ids: Sequence[int], before: Sequence[int] | None = None) -> list[str]:
-        """What each token adds, special ones too; the bytes of a character come with its last token.
+        """The text that each token adds, special tokens included; the bytes of a character come with its last token.
 
         Args:
             ids: a completion, or a part of one.
-            before: what comes before it; some text if not given.
+            before: the tokens before it; by default any text.
         """
         context = self._some_text() if before is None else self._context(before)
         result: list[str] = []
@@ -59,7 +59,7 @@ class Detokenizer:
             stable = whole if end == len(ids) else whole.rstrip(_BROKEN)
             result.append(stable[written:])
             written = max(written, len(stable))
-            if whole == stable:  # all characters have ended: what follows needs only the last tokens
+            if whole == stable:  # all characters are complete: what follows needs only the last tokens as context
                 context, start, written = [*context, *ids[start:end]][-_CONTEXT:], end, 0
         return result
 
@@ -77,7 +77,7 @@ class Detokenizer:
         return [] if begins_text else [int(before[-1])]
 
     def _some_text(self) -> list[int]:
-        """Some token that is a text."""
+        """Any token that is text."""
         for i in range(self._tokenizer.get_vocab_size()):
             if i not in self._special and i not in self._bytes and self._decode([i]).strip(_BROKEN + " "):
                 return [i]
@@ -92,14 +92,14 @@ class Detokenizer:
         return whole[same:]
 
     def _decode(self, ids: list[int]) -> str:
-        """The tokenizer's text, but bytes that are no character never take the characters beside them along."""
+        """The tokenizer's text, except that invalid bytes never spoil the characters beside them."""
         broken = self._broken(ids)
         if not broken:
             return self._plain(ids)
         parts, start = [], 0
         for end in [*broken, len(ids)]:
             part = ids[start:end]
-            # Behind a letter, so that the decoder does not take it for the beginning of the text.
+            # After a letter, so that the decoder does not treat it as the beginning of a text.
             parts.append(self._plain([self._letter, *part])[1:] if start else self._plain(part))
             start = end + 1
         return _BROKEN.join(parts)
@@ -118,7 +118,7 @@ class Detokenizer:
         return {i: byte for byte, i in enumerate(ids)}
 
     def _broken(self, ids: list[int]) -> list[int]:
-        """Indices of byte tokens that belong to no character."""
+        """Indices of byte tokens that are not part of a character."""
         result, run = [], bytearray()
         for place, i in enumerate([*ids, None] if self._bytes else []):
             byte = None if i is None else self._bytes.get(i)

@@ -1,4 +1,4 @@
-"""Rows of one kind as one array, and where their steps end."""
+"""Rows padded into one array, and the masks of where their steps end."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def pad(items: Sequence[Array], fill: int, length: int | None = None) -> tuple[A
 def step_mask(
     values: Array, step_masks: Sequence[Sequence[int]] | None, skip: Sequence[int], step_token: int | None
 ) -> Array:
-    """Where steps end in padded rows (rows, T[, E]): int64 (rows, T), from the step token or as the caller marks them.
+    """Where steps end in padded rows (rows, T[, E]): int64 (rows, T), from the step token or the caller's masks.
 
-    The caller's marks begin behind the tokens to be skipped.
+    The caller's masks begin after the skipped tokens.
 
     Raises:
         InputError: no step token and no masks, or marks that do not fit the rows.

@@ -1,7 +1,7 @@
-"""Content in parts, handed to a chat template in such a way that one that expects a text is noticed.
+"""Content in parts, passed to a chat template so that a template that expects a text is detected.
 
-A template that expects a text writes a list as Python shows it, or nothing at all. So parts tell whether the template
-read them, and refuse to become a text.
+Such a template would write a list as Python shows it, or nothing at all. So parts record whether the template read
+them, and refuse to become a text.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class TakesTextError(Exception):
 
 
 class _ContentPart(dict[str, object]):
-    """One part. `{{ part }}` is no use of a part."""
+    """One part; refuses to be written as a whole, by `{{ part }}`."""
 
     def __init__(self, part: Mapping[str, object], role: str) -> None:
         super().__init__(part)
@@ -32,9 +32,9 @@ class _ContentPart(dict[str, object]):
 
 
 class ContentParts(Sequence[_ContentPart]):
-    """A list of parts for a template, which knows whether it was looked into.
+    """A list of parts for a template, which records what was read.
 
-    It is no `list`: `json` would look into one unnoticed. Names begin with `_` because templates cannot reach these.
+    It is not a `list`, which `json` would read unnoticed. Names begin with `_` because templates cannot access these.
     """
 
     def __init__(self, parts: Sequence[Mapping[str, object]], role: str) -> None:
@@ -42,7 +42,7 @@ class ContentParts(Sequence[_ContentPart]):
         self._unread, self._read = set(range(len(parts))), False
 
     def __len__(self) -> int:
-        self._read |= not self._parts  # there is no more to read
+        self._read |= not self._parts  # there is nothing more to read
         return len(self._parts)
 
     def __iter__(self) -> Iterator[_ContentPart]:
@@ -77,15 +77,15 @@ class ContentParts(Sequence[_ContentPart]):
 
 
 def joined(parts: Sequence[Mapping[str, object]]) -> str:
-    """The words of parts, one after the other."""
+    """The texts of all parts, joined."""
     return "".join(str(part["text"]) for part in parts)
 
 
 def was_read(parts: ContentParts) -> bool:
-    """Whether the template looked at a part."""
+    """Whether the template read any part."""
     return parts._read
 
 
 def lost_words(parts: ContentParts) -> bool:
-    """Whether it looked at some and passed over others."""
+    """Whether the template read some parts but not others."""
     return parts._read and bool(parts._unread)

@@ -1,4 +1,4 @@
-"""What a caller passes becomes the arrays that a graph takes; what cannot be ranked is refused by name."""
+"""Prompts and candidates of every kind become the arrays that a graph takes; invalid ones are refused by name."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ __all__ = [
 
 
 def check_stop(stop: object) -> None:
-    """Refuse what is no list of token ids and texts.
+    """Refuse anything but a list of token ids and texts.
 
     Raises:
         InputError: it is something else.
@@ -61,15 +61,16 @@ def none_readable(names: ArgumentNames, reasons: Mapping[int, str]) -> str:
 
 @dataclass(frozen=True)
 class EncodedRows:
-    """What a graph is to score.
+    """Rows for a graph.
 
     Attributes:
         prompt: (P,) int64 or (P, embed_dim) float32, read once for all rows; None for rows that stand alone.
         items: the rows after the prompt, of the same kinds.
-        skip: how many tokens at the beginning of each row are the prompt's still: its end, in another tokenization.
+        skip: number of tokens at the beginning of each row that still belong to the prompt, whose end is tokenized
+            differently in each.
         ends: for each row (its length,) bool, where a step ends; None if the rows do not tell.
-        unreadable: for each row that could not be read, why; it has no tokens here.
-        cut: tokens of the prompt that were left out.
+        unreadable: the reason for each row that could not be read; it has no tokens here.
+        cut: number of tokens dropped from the prompt.
     """
 
     prompt: Array | None
@@ -82,7 +83,7 @@ class EncodedRows:
 
 @dataclass
 class _UnreadItems:
-    """Items on their way to rows, by their index: texts become rows, and what cannot be read moves to `unreadable`."""
+    """Items by their index while they are read: texts become rows, and unreadable items move to `unreadable`."""
 
     called: ArgumentNames
     count: int
@@ -97,13 +98,13 @@ class _UnreadItems:
         return [self.called.candidate(i) for i in self.texts]
 
     def refuse(self, i: int, reason: str) -> None:
-        """Say that an item cannot be read."""
+        """Mark an item as unreadable."""
         self.texts.pop(i, None)
         self.arrays.pop(i, None)
         self.unreadable[i] = reason
 
     def take(self, read: Sequence[TokenizedRow | str]) -> None:
-        """The rows of the texts, or why one cannot be read."""
+        """Take the row of each text, or the reason that it cannot be read."""
         for i, row in zip([*self.texts], read, strict=True):
             if isinstance(row, str):
                 self.refuse(i, row)
@@ -117,7 +118,7 @@ class _UnreadItems:
             raise NoneReadableError(self.called, self.unreadable)
 
     def rows_behind_prompt(self) -> EncodedRows:
-        """Of texts that begin with the same prompt."""
+        """Rows of texts that begin with the same prompt."""
         rows = [*self.read.values()]
         shared = min(min(row.first, len(row.ids) - 1) for row in rows)
         first = np.array(rows[0].ids[:shared], np.int64)
@@ -152,7 +153,7 @@ class Reader:
         self._blank: Array = np.zeros(0, np.int64) if self.width is None else np.zeros((0, self.width), np.float32)
 
     def prompt(self, item: Item, name: str = "prompt") -> Array:
-        """What the model is to continue; `name` is what errors call it.
+        """The prompt that the model continues; `name` is its name in errors.
 
         Raises:
             InputError: it cannot be read; the message says why.
@@ -168,11 +169,11 @@ class Reader:
 
     @property
     def most_characters(self) -> int | None:
-        """A text with more cannot fit into the limit of tokens; None without a tokenizer."""
+        """The maximum length of a text that can fit into the limit of tokens; None without a tokenizer."""
         return None if self.tokenizer is None else self._limit * self.tokenizer.longest_token
 
     def rows(self, items: Sequence[Item], names: ArgumentNames, *, partial: bool) -> EncodedRows:
-        """Rows that stand alone; `names` says what errors call them.
+        """Independent rows; `names` are their names in errors.
 
         Raises:
             InputError: an item is not of a kind that this artifact takes (it is named), or none can be read.
@@ -199,9 +200,9 @@ class Reader:
         Args:
             prompt: text, messages, token ids or embeddings.
             candidates: at least one.
-            names: what errors call them.
+            names: their names in errors.
             partial: text candidates are not finished.
-            truncate: leave out the beginning of a prompt that is too long.
+            truncate: drop the beginning of a prompt that is too long.
 
         Raises:
             InputError: the prompt cannot be read, a candidate is not of a kind that this artifact takes (it is named),
@@ -217,7 +218,7 @@ class Reader:
         else:
             prompt_row = self.prompt(prompt, names.prompt)
             if texts:
-                # After a prompt that is no text, or beside candidates that are none.
+                # After a prompt that is not text, or beside candidates that are not.
                 passages = [self._composer.alone(text, name) for text, name in zip(texts, text_names, strict=True)]
                 tokenizer = self._require_tokenizer(text_names[0])
                 unread.take(tokenizer.rows(passages, names, special=False, partial=partial))
@@ -241,7 +242,7 @@ class Reader:
         return unread
 
     def _truncated(self, rows: EncodedRows, names: ArgumentNames) -> EncodedRows:
-        """Without the oldest tokens of the prompt, if that is too long; a special token that begins it stays."""
+        """Drop the oldest tokens of a prompt that is too long; a special token at its beginning stays."""
         prompt, longest = rows.prompt, max(map(len, rows.items))
         assert prompt is not None
         excess = len(prompt) + longest - self._limit
@@ -275,7 +276,7 @@ class Reader:
         return [f"{token} " for token in ids] if self.tokenizer is None else self.tokenizer.pieces(ids)
 
     def stops(self, stop: Sequence[int | str] | None, scoring: Scoring) -> tuple[int, ...]:
-        """The tokens that end a completion: those given, or the artifact's own.
+        """The tokens that end a completion: those in `stop`, or by default the artifact's own.
 
         Raises:
             InputError: a text that is not one token, or an id outside the vocabulary.

@@ -1,4 +1,4 @@
-"""The rendering of a chat template under way in this thread: its budget, and the time of day that it sees."""
+"""The current rendering of a chat template in this thread: its budget and its time of day."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def rendering(variables: Mapping[str, object], now: datetime, most_bytes: int) -
     """Render in this block.
 
     Args:
-        variables: what the template is given; larger messages raise the budget.
-        now: what `strftime_now` tells.
-        most_bytes: bytes of the variables that raise the budget.
+        variables: the variables of the template; larger messages raise the budget.
+        now: the time that `strftime_now` formats.
+        most_bytes: maximum number of bytes of the variables that raise the budget.
     """
     token = _current.set((Budget(deep_size(dict(variables), most_bytes)), now))
     try:
@@ -32,12 +32,12 @@ def rendering(variables: Mapping[str, object], now: datetime, most_bytes: int) -
 
 
 def current_budget() -> Budget:
-    """What this rendering may still cost."""
+    """The rest of this rendering's budget."""
     return _current.get()[0]
 
 
 def current_time() -> datetime:
-    """The time of day, the same in all of a rendering."""
+    """The time of day, constant during a rendering."""
     return _current.get()[1]
 
 

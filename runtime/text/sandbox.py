@@ -1,4 +1,4 @@
-"""Chat templates in Jinja2's sandbox: untrusted code, with a limit on what it reads and makes. Imported lazily."""
+"""Chat templates in Jinja2's sandbox: untrusted code with a budget for what it reads and makes. Imported lazily."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class _EscapeFormatter(_Formatter, SandboxedEscapeFormatter):
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
-    """The sandbox in which transformers renders templates, with a limit on everything."""
+    """The sandbox in which transformers renders templates, with a budget for every operation."""
 
     code_generator_class = MeteredCode
     intercepted_binops = frozenset(("+", "-", "*", "/", "//", "%", "**"))
@@ -146,8 +146,8 @@ def render(template: jinja2.Template, variables: Mapping[str, object], now: date
 
     Raises:
         InputError: the template refuses these messages, or fails on them.
-        ArtifactError: it reached for what the sandbox withholds, or exceeds what a rendering may cost.
-        TakesTextError: it takes a text where content is in parts.
+        ArtifactError: it accessed something that the sandbox withholds, or exceeded its budget.
+        TakesTextError: it expects a text where the content is in parts.
     """
     try:
         with rendering(variables, now, MAX_CHARACTERS):
@@ -160,5 +160,5 @@ def render(template: jinja2.Template, variables: Mapping[str, object], now: date
         raise ArtifactError(f"the chat template was refused: {type(e).__name__}: {e}") from e
     except TakesTextError:
         raise
-    except Exception as e:  # whatever an expression of the template raises
+    except Exception as e:  # anything that an expression of the template raises
         raise InputError(f"the model's chat template cannot render these messages: {type(e).__name__}: {e}") from e

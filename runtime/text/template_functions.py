@@ -1,4 +1,4 @@
-"""What a chat template may call: filters, tests and functions that pay for what they read and make before they run."""
+"""The functions of chat templates: filters, tests and globals that pay for what they read and make before they run."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _READING_TESTS = (
     *("in", "lower", "upper", "==", "eq", "equalto", "!=", "ne"),
     *(">", "gt", "greaterthan", ">=", "ge", "<", "lt", "lessthan", "<=", "le"),
 )
-# What Jinja2 passes first to a filter that asks for it.
+# The leading arguments that Jinja2 passes to filters that request them.
 _LEADING: dict[str | None, Callable[[Context], tuple[object, ...]]] = {
     "context": lambda context: (context,),
     "eval_context": lambda context: (context.eval_ctx,),
@@ -56,7 +56,7 @@ _LEADING: dict[str | None, Callable[[Context], tuple[object, ...]]] = {
 
 
 def _metered_filter(name: str, function: _Function) -> _Function:
-    """A filter that pays first. As it takes the context, Jinja2 never runs it when it compiles."""
+    """A filter that pays first. It takes the context, so Jinja2 never runs it at compile time."""
     leading = _LEADING[getattr(getattr(function, "jinja_pass_arg", None), "name", None)]
     shown = f"the filter `{name}`"
 
@@ -87,7 +87,7 @@ def _metered_test(function: _Function) -> _Function:
 
 @pass_context
 def write(context: Context, value: object) -> object:
-    """What `{{ value }}` writes pays for its text."""
+    """Pays for the text that `{{ value }}` writes."""
     spend_shown(value, "the text")
     return value
 

@@ -1,7 +1,7 @@
 """Text to token ids and back, with the artifact's own tokenizer. Imported for language models only.
 
 A prompt and a candidate are tokenized as one text, as the model saw them in training: a token may begin in the prompt
-and end in the candidate. What belongs to whom is told by the characters that a token covers.
+and end in the candidate. The characters that a token covers tell which of the two it belongs to.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Passage:
     Attributes:
         text: prompt and candidate.
         start: character at which the candidate's own part begins.
-        stop: character at which it ends; behind it a template may have put something.
+        stop: character at which it ends; a template may write something after it.
     """
 
     text: str
@@ -42,12 +42,12 @@ class Passage:
 
 @dataclass(frozen=True)
 class TokenizedRow:
-    """Its tokens.
+    """The tokens of a passage.
 
     Attributes:
         ids: all of them.
         first: index of the first that reaches into the candidate's own part.
-        ends: indices of those at which a step ends, if the artifact's steps end with a text; else None.
+        ends: indices of those at which a step ends, if the artifact's steps end with a text; otherwise None.
     """
 
     ids: list[int]
@@ -63,7 +63,7 @@ class _Fault(NamedTuple):
     reason: str
 
     def describe(self, border: int, before: str = "prompt") -> str:
-        """The reason, and where, counted from `border`; `before` names what lies before that."""
+        """The reason and the place, counted from `border`; `before` names the part before that."""
         if self.start < border:
             return f"{self.reason} (it begins in the {before})"
         return f"{self.reason} (at character {self.start - border})"
@@ -87,7 +87,7 @@ class Tokenizer:
         self._detokenizer = Detokenizer(self._tokenizer, self._special)
 
     def encode(self, text: str, name: str, *, special: bool = False) -> list[int]:
-        """Token ids, with the tokenizer's own special tokens around them if `special`; `name` names the text.
+        """Token ids, with the tokenizer's own special tokens if `special`; `name` is the text's name in errors.
 
         Raises:
             InputError: a piece of the text has no token.
@@ -128,7 +128,7 @@ class Tokenizer:
         first = next((i for i, (_, end) in enumerate(spans) if end > passage.start), None)
         if first is None or passage.stop <= passage.start:
             return NO_TOKENS
-        # A text that stands alone has the tokens that begin it, too.
+        # An independent text keeps the special tokens at its beginning.
         first = first if passage.start else 0
         end_token = self._scoring.end_token
         if not partial and end_token is not None and ids[-1:] != [end_token]:
@@ -166,17 +166,17 @@ class Tokenizer:
         return ids[0]
 
     def decode(self, ids: Sequence[int], before: Sequence[int], finish_reason: str | None) -> str:
-        """What a completion adds to the text of its prompt: the two together are what was generated.
+        """The text that a completion adds to its prompt: prompt plus text is what the model wrote.
 
-        It has no special tokens, not the artifact's end or stop token if that ended it, and while it grows
-        (`finish_reason` is None) no bytes of a character that has not ended.
+        Special tokens are left out, as are the artifact's end or stop token that ended it and, while it grows
+        (`finish_reason` is None), the bytes of an incomplete character.
         """
         ends = {self._scoring.end_token, *self._scoring.stop_tokens}
         kept = ids[:-1] if finish_reason == "stop" and ids[-1] in ends else ids
         return self._detokenizer.text(kept, before, growing=finish_reason is None)
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
-        """What each token adds to a text; bytes of a character that has not ended yet come with its last token."""
+        """The text that each token adds; the bytes of a character come with its last token."""
         return self._detokenizer.pieces(ids)
 
 

@@ -161,7 +161,7 @@ def test_a_policy_for_another_model_is_refused(puzzler, tmp_path):
     (tmp_path / "p.json").write_text("{}")
     with pytest.raises(InputError, match="not a policy"):
         puzzler.search(PUZZLE, budget=4, policy=tmp_path / "p.json")
-    with pytest.raises(InputError, match="the policy knows 4"):
+    with pytest.raises(InputError, match="budget: expected at least 4"):
         puzzler.search(PUZZLE, budget=3, policy=good)
     with pytest.raises(InputError, match="a policy sets the method"):
         puzzler.search(PUZZLE, budget=4, policy=good, width=2)

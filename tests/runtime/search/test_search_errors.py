@@ -19,7 +19,7 @@ from tests.runtime.search.obvious import run
         ("lookahead", {"steps": 8}, "8 is less than one beam that looks 8 steps ahead"),
         ("dvts", {"width": 9}, "fewer than the width"),
         ("majority", {}, "needs answers"),
-        ("self_certainty", {"vote": "score"}, "votes by a rule of its own"),
+        ("self_certainty", {"vote": "score"}, "votes by its own rule"),
         ("self_certainty", {"power": -1}, "power: expected"),
         ("self_certainty", {"power": math.inf}, "power: expected"),
         ("adaptive", {"price": 0}, "price: expected"),
