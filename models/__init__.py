@@ -1,6 +1,6 @@
-"""What the network is: configurations (torch-free), PyTorch modules, checkpoints.
+"""The network: configurations (without torch), PyTorch modules and checkpoints.
 
-Torch is imported only when a name that needs it is asked for.
+torch is imported only when a name that needs it is accessed.
 """
 
 from __future__ import annotations

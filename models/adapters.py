@@ -1,4 +1,4 @@
-"""Adapters of peft, which are refused until they are merged: without them the model would be another one."""
+"""Refuse unmerged peft adapters, without which the model would compute something else."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["ADAPTER_FILES", "check_adapter_files", "check_adapter_names"]
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 _WRAPPER = "base_model.model."
-# What the parts of a tensor's name are, or begin with, where one of peft's methods has put them into a model.
+# Parts of tensor names, and below their prefixes, that peft's methods add to a model.
 _PARTS = {"base_layer", "modules_to_save", "original_module", "prompt_encoder", "prompt_embeddings"}
 _METHODS = (
     *("lora", "adamss", "adaption_prompt", "beft", "boft", "c3a", "cartridge", "cpt", "deft", "delora", "fourierft"),
@@ -23,7 +23,7 @@ _METHODS = (
     *("vblora", "vera_lambda", "waveft", "xlora"),
 )
 _PREFIXES = tuple(f"{method}_" for method in _METHODS)
-# Methods whose weights stand beside the model and not in it.
+# Methods whose weights are not inside the model's modules.
 _PROMPTS = {
     "PROMPT_TUNING",
     "MULTITASK_PROMPT_TUNING",
@@ -33,15 +33,15 @@ _PROMPTS = {
     "ADAPTION_PROMPT",
     "CARTRIDGE",
 }
-# Of adapter_config.json: which of peft's classes loads the model with its head.
+# `task_type` of adapter_config.json -> the peft class that loads the model with its head.
 _TASKS = {"SEQ_CLS": "SequenceClassification", "TOKEN_CLS": "TokenClassification"}
 
 
 def check_adapter_files(folder: Path) -> None:
-    """Refuse a folder that holds an adapter, with or without the model that it changes.
+    """Refuse a folder that contains an adapter, with or without its base model.
 
     Raises:
-        ConfigError: names the file, and how it is merged.
+        ConfigError: with the file, and how to merge it.
     """
     names = [name for name in ADAPTER_FILES if (folder / name).is_file()]
     if not names:
@@ -51,29 +51,29 @@ def check_adapter_files(folder: Path) -> None:
     base = settings.get("base_model_name_or_path")
     if kind in _PROMPTS:
         raise ConfigError(
-            f"{folder / names[0]}: an adapter ({kind}{f' of {base}' if base else ''}) that puts trained vectors before "
-            "the text; they cannot be merged into weights, so it is not supported. To export the model without it, "
-            f"take {' and '.join(names)} out of the folder"
+            f"{folder / names[0]}: an adapter ({kind}{f' of {base}' if base else ''}) that prepends trained vectors to "
+            "the text; these cannot be merged into weights, so it is not supported. To export the model without it, "
+            f"move {' and '.join(names)} out of the folder"
         )
     raise ConfigError(
         f"{folder / names[0]}: an adapter ({kind}{f' of {base}' if base else ''}) that is not merged into its model; "
-        f"expected the merged weights. Merge it once: {_merge(folder, settings)}; then pass MERGED. Where the weights "
-        f"beside it are merged already, take {' and '.join(names)} out of the folder"
+        f"expected the merged weights. Merge it once: {_merge(folder, settings)}; then pass MERGED. If the weights in "
+        f"the folder are already merged, move {' and '.join(names)} out of the folder"
     )
 
 
 def check_adapter_names(names: Iterable[str]) -> None:
-    """Refuse weights that were saved with an adapter inside, or under the names of its wrapper.
+    """Refuse weights that were saved with an unmerged adapter or from inside peft's wrapper.
 
     Raises:
-        ConfigError: names the first such tensor, and how to save the model without.
+        ConfigError: with the first such tensor, and how to save the merged model.
     """
     for name in sorted(names):
         if name.startswith(_WRAPPER) or any(p in _PARTS or p.startswith(_PREFIXES) for p in name.split(".")):
             raise ConfigError(
-                f"tensor '{name}' is of a model with an adapter of peft that is not merged; expected the merged "
-                "weights: in the program that made it, save `model.merge_and_unload()` with `save_pretrained(MERGED)`, "
-                "and pass MERGED"
+                f"tensor '{name}' belongs to a model with an unmerged peft adapter; expected the merged weights: in "
+                "the program that trained it, save `model.merge_and_unload()` with `save_pretrained(MERGED)`, and pass "
+                "MERGED"
             )
 
 
@@ -86,9 +86,9 @@ def _settings(folder: Path) -> dict[str, Any]:
 
 
 def _merge(folder: Path, settings: dict[str, Any]) -> str:
-    """The command that merges the adapter, its head included."""
+    """Return the command that merges the adapter, including a trained head."""
     task = _TASKS.get(str(settings.get("task_type")), "CausalLM")
-    # A reward model has one label; peft would make a head of two.
+    # A reward model has one label, but peft would create a head with two.
     labels = ", num_labels=1" if task == "SequenceClassification" else ""
     return (
         f'python -c "from peft import AutoPeftModelFor{task} as A; '

@@ -1,4 +1,4 @@
-"""The backbone that a config.json of transformers describes: its options, and the names of its blocks' tensors."""
+"""Read the backbone from a config.json of transformers: its options, and the names of its blocks' tensors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .head import PARTS
 
 __all__ = ["FARTHEST", "ConfigReader", "backbone_options", "block_names"]
 
-# Far beyond any size and any position of a model; larger numbers would overflow before they are refused.
+# Far above any size and any position of a real model; larger numbers would overflow before they could be refused.
 _LARGEST, FARTHEST = 2**20, 2**31 - 1
 _ROPE_NUMBERS = (
     *("rope_theta", "factor", "partial_rotary_factor", "original_max_position_embeddings", "low_freq_factor"),
@@ -21,24 +21,30 @@ _ROPE_NUMBERS = (
 
 
 class ConfigReader:
-    """A config.json of a family in `FAMILIES`; errors name the field."""
+    """Reads fields of a config.json whose family is in `FAMILIES`; errors name the field."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.config = config
         self.family = FAMILIES[config["model_type"]]
 
     def whole(self, name: str, default: int | None = None, most: int = _LARGEST) -> int:
-        """A whole number from 1 to `most`."""
+        """Return a whole number from 1 to `most`.
+
+        Raises:
+            ConfigError: if the field has another value.
+        """
         value = self.config.get(name)
         value = default if value is None else value
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-            raise ConfigError(
-                f"config.json, '{name}': expected a whole number of at least 1 and at most {most}; found {value!r:.40}"
-            )
+            raise ConfigError(f"config.json, '{name}': expected a whole number from 1 to {most}; found {value!r:.40}")
         return value
 
     def flag(self, name: str, default: bool) -> bool:
-        """True or false."""
+        """Return a boolean.
+
+        Raises:
+            ConfigError: if the field has another value.
+        """
         value = self.config.get(name)
         value = default if value is None else value
         if not isinstance(value, bool):
@@ -47,24 +53,24 @@ class ConfigReader:
 
 
 def backbone_options(fields: ConfigReader, tensors: int) -> dict[str, Any]:
-    """Options of `NetworkConfig` for the backbone that a config.json describes.
+    """Return the options of `NetworkConfig` for the backbone that a config.json describes.
 
     Args:
-        fields: of a family in `FAMILIES`.
-        tensors: how many the checkpoint has.
+        fields: the config.json.
+        tensors: number of tensors in the checkpoint.
 
     Raises:
-        ConfigError: a field has a value that no backbone can have.
+        ConfigError: if a field has an invalid value.
     """
     config, family = fields.config, fields.family
     hidden, heads = fields.whole("hidden_size"), fields.whole("num_attention_heads")
-    # Each layer has tensors: a number far beyond theirs is refused before anything is built.
+    # Each layer has tensors, so more layers than tensors are refused before anything is built.
     layers = fields.whole("num_hidden_layers", most=max(1, tensors))
     if config.get("head_dim") is None and hidden % heads:
-        raise ConfigError(f"config.json: 'hidden_size' {hidden} is no multiple of 'num_attention_heads' {heads}")
+        raise ConfigError(f"config.json: 'hidden_size' {hidden} is not a multiple of 'num_attention_heads' {heads}")
     bias = family.reads_attention_bias and fields.flag("attention_bias", False)
     window, sliding = _sliding(fields, layers)
-    # The family's default counts where the field is missing; null stands for as many as there are heads.
+    # If the field is missing, the family's default applies; null means as many as there are heads.
     kv_heads = heads if "num_key_value_heads" in config else family.num_key_value_heads or heads
     theta, scaling = _rope(fields)
     return {
@@ -91,9 +97,9 @@ def backbone_options(fields: ConfigReader, tensors: int) -> dict[str, Any]:
 
 
 def _sliding(fields: ConfigReader, layers: int) -> tuple[int | None, list[int] | None]:
-    """The window, and the layers that have it (None: all)."""
+    """Return the sliding window, and the layers that have it (None: all)."""
     config, kind = fields.config, fields.family.sliding_window
-    # The classes' own default is 4096; a config that was written by them says null where there is none.
+    # The classes default to 4096; a config written by them has null if there is no window.
     has_window = kind == "always" or (kind == "optional" and fields.flag("use_sliding_window", False))
     window = config.get("sliding_window", 4096) if has_window else None
     window = None if window is None else fields.whole("sliding_window", 4096, FARTHEST)
@@ -125,7 +131,7 @@ def _sliding(fields: ConfigReader, layers: int) -> tuple[int | None, list[int] |
 
 
 def _numbers(rope: Any, name: str) -> dict[str, Any]:
-    """The parameters of the rotation: an object whose numbers are numbers."""
+    """Check that the rotary parameters are an object whose numeric fields are numbers; return a copy."""
     if not isinstance(rope, Mapping):
         raise ConfigError(f"config.json, '{name}': expected an object; found {rope!r:.80}")
     for key in _ROPE_NUMBERS:
@@ -137,21 +143,23 @@ def _numbers(rope: Any, name: str) -> dict[str, Any]:
 
 
 def _rope(fields: ConfigReader) -> tuple[float, dict[str, Any] | None]:
-    """Theta and scaling, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before)."""
+    """Read theta and scaling from `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (before 5)."""
     config = fields.config
-    # As in transformers: where both are given, the older field counts.
+    # As in transformers, the older field takes precedence.
     name = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
     rope: dict[str, Any] = {"rope_theta": config.get("rope_theta")} | _numbers(config.get(name) or {}, name)
     _numbers(rope, "rope_theta")
     if nested := [kind for kind, value in rope.items() if isinstance(value, Mapping)]:
         raise ConfigError(
-            f"config.json, 'rope_parameters': found parameters for each kind of layer ({', '.join(nested)}); expected "
-            "one set for all layers"
+            "config.json, 'rope_parameters': expected one set of parameters for all layers; found one for each kind of "
+            f"layer ({', '.join(nested)})"
         )
     theta = 10000.0 if rope["rope_theta"] is None else float(rope["rope_theta"])
     kind = rope.get("rope_type", rope.get("type", "default"))
     if rope.get("partial_rotary_factor") not in (None, 1.0):
-        raise ConfigError("config.json, 'partial_rotary_factor': only heads that are rotated whole are supported")
+        raise ConfigError(
+            "config.json, 'partial_rotary_factor': expected 1.0; only rotation of whole heads is supported"
+        )
     if kind == "default":
         return theta, None
     longest = fields.whole("max_position_embeddings", 8192, FARTHEST)
@@ -166,7 +174,7 @@ def _rope(fields: ConfigReader) -> tuple[float, dict[str, Any] | None]:
     if factor is None:
         raise ConfigError(f"config.json, '{name}', 'factor': expected a number; found none")
     options: dict[str, Any] = {"kind": kind, "factor": float(factor)}
-    # transformers stretches from here in dynamic scaling, whatever is said of an original context.
+    # For dynamic scaling, transformers ignores the original context and scales beyond this length.
     options["original_max_positions"] = longest if kind == "dynamic" else original
     if kind == "llama3":
         options |= {n: float(rope[n]) for n in ("low_freq_factor", "high_freq_factor") if rope.get(n) is not None}
@@ -177,7 +185,7 @@ def _rope(fields: ConfigReader) -> tuple[float, dict[str, Any] | None]:
 
 
 def _attention_factor(rope: Mapping[str, Any], factor: float) -> float:
-    """Of yarn (Peng et al., 2023, equation 22), with DeepSeek's two multipliers where they are given."""
+    """Return yarn's attention factor (Peng et al., 2023, equation 22), with DeepSeek's two multipliers if given."""
     if rope.get("attention_factor") is not None:
         return float(rope["attention_factor"])
 
@@ -189,7 +197,7 @@ def _attention_factor(rope: Mapping[str, Any], factor: float) -> float:
 
 
 def block_names(config: NetworkConfig, prefix: str) -> dict[str, str]:
-    """Our parameter name -> the checkpoint's, for every block; `prefix` stands before `layers` in the latter."""
+    """Map our parameter names to the checkpoint's for every block; `prefix` precedes `layers` in the latter."""
     names = {}
     for i in range(config.num_layers):
         ours, theirs = f"network.blocks.{i}", f"{prefix}layers.{i}"

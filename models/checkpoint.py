@@ -1,4 +1,4 @@
-"""Checkpoints: a folder with `config.json` and safetensors, ours or as transformers writes it."""
+"""Checkpoints: folders with `config.json` and safetensors, in bonnx's format or that of transformers."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ def save_checkpoint(
     metadata: dict[str, Any] | None = None,
     tokenizer_from: str | os.PathLike[str] | None = None,
 ) -> None:
-    """Write the model's config and its weights as `dtype` into `folder`, which is made if it is not there.
+    """Write a model's config and weights into a folder.
 
     Args:
-        model: what is saved.
-        folder: where; what it holds under the same names is replaced.
-        dtype: of the weights in the file.
+        model: the model to save.
+        folder: the folder, created if needed; files of the same names are replaced.
+        dtype: the dtype of the weights in the file.
         metadata: further keys of config.json, such as `scoring` (see `docs/checkpoint.md`).
-        tokenizer_from: folder of the checkpoint that the model was made from; its tokenizer and its chat templates are
-            copied, and text becomes the same tokens.
+        tokenizer_from: folder of the checkpoint from which the model was made; its tokenizer and chat templates are
+            copied, so that text becomes the same tokens.
 
     Raises:
-        ConfigError: `tokenizer_from` has no tokenizer.json, or is `folder`.
+        ConfigError: if `tokenizer_from` has no tokenizer.json, or is `folder`.
     """
     folder, metadata = Path(folder), dict(metadata or {})
     if tokenizer_from is not None:
@@ -62,18 +62,22 @@ def save_checkpoint(
 def load_checkpoint(
     folder: str | os.PathLike[str], *, label_tokens: tuple[int, ...] | None = None, new_scorer: bool = False
 ) -> tuple[LanguageModel | TwoHeadedNetwork, dict[str, Any]]:
-    """The model in inference mode, float32, and the further keys of its config.json: `scoring`, `text`, `limits`.
+    """Load a model in float32 and inference mode, with the further keys of its config.json.
 
-    Of a checkpoint of transformers there are `remarks` too: what its config says that is not followed.
+    These keys are `scoring`, `text` and `limits`; for a checkpoint of transformers also `remarks`, sentences about the
+    settings of its config that are ignored.
 
     Args:
-        folder: what `save_checkpoint` wrote, or `save_pretrained` of transformers; see `docs/reward_models.md`.
-        label_tokens: for a language model that answers at a step tag: the tokens whose logits are the scorer's labels.
-        new_scorer: give a language model without a scorer a fresh one, to be trained.
+        folder: written by `save_checkpoint`, or by `save_pretrained` of transformers; see `docs/reward_models.md`.
+        label_tokens: for a language model that answers at a step tag, the tokens whose logits are the scorer's labels.
+        new_scorer: give a language model without a scorer a new one, to be trained.
+
+    Returns:
+        The model, and the keys.
 
     Raises:
-        ConfigError: a file is missing or unreadable, what it holds is not supported, or a tensor's name or shape does
-            not fit the config (it is named).
+        ConfigError: if a file is missing, unreadable or not supported, or a tensor's name or shape does not match the
+            config.
     """
     folder = Path(folder)
     config = read_config(folder)
@@ -89,7 +93,7 @@ def load_checkpoint(
 
 
 def _own_model(folder: Path, config: dict[str, Any]) -> LanguageModel | TwoHeadedNetwork:
-    """The module that a config of ours describes; its key is taken out."""
+    """Build the model that a config in bonnx's format describes, and remove its key from the config."""
     if "language_model" in config:
         description = dict(config.pop("language_model"))
         network = NetworkConfig.from_dict(description.pop("network", {}))
@@ -97,8 +101,8 @@ def _own_model(folder: Path, config: dict[str, Any]) -> LanguageModel | TwoHeade
     if "network" in config:
         return TwoHeadedNetwork(NetworkConfig.from_dict(config.pop("network")))
     raise ConfigError(
-        f"{folder / CONFIG_FILE}: expected a key 'model_type' as transformers writes it, or one of ours, "
-        f"'language_model' or 'network'; found {sorted(config)}"
+        f"{folder / CONFIG_FILE}: expected the key 'model_type' of transformers, or 'language_model' or 'network' of "
+        f"bonnx; found {sorted(config)}"
     )
 
 
@@ -107,7 +111,7 @@ def _load_huggingface(
 ) -> tuple[LanguageModel, dict[str, Any]]:
     weights = _supported_weights(folder, config)
     if (folder / GENERATION_FILE).is_file():
-        # Where both name tokens that end a text, generation goes by this file: it often has more of them.
+        # transformers' generation takes the end tokens from this file if it has any; often there are more of them.
         config = {**config, **{k: v for k, v in read_json(folder / GENERATION_FILE).items() if k == "eos_token_id"}}
     try:
         translation = translate(config, weights.shapes, label_tokens=label_tokens, new_scorer=new_scorer)
@@ -144,7 +148,7 @@ def _load_huggingface(
 
 
 def _supported_weights(folder: Path, config: Mapping[str, Any]) -> Weights:
-    """The weights; a family that is not supported is refused before they are looked for."""
+    """Open the weights, but refuse an unsupported family before looking for them."""
     try:
         check_fields(config)
     except ConfigError as e:
@@ -153,14 +157,14 @@ def _supported_weights(folder: Path, config: Mapping[str, Any]) -> Weights:
 
 
 def _normalize(state: dict[str, Tensor], mean: float, std: float) -> None:
-    """Put (score - mean) / std into the scorer's last layer."""
+    """Fold (score - mean) / std into the scorer's last layer."""
     weight, bias = (f"network.scorer.dense2.{part}" for part in ("weight", "bias"))
     state[bias] = (state.get(bias, torch.zeros(len(state[weight]))) - mean) / std
     state[weight] = state[weight] / std
 
 
 def _fill(model: LanguageModel | TwoHeadedNetwork, state: dict[str, Tensor]) -> None:
-    """A model that was made without memory of its own takes these tensors as its parameters."""
+    """Set the parameters of a model that was built on the meta device."""
     model.load_state_dict(state, assign=True)
     network = model.network if isinstance(model, LanguageModel) else model
     network.inverse_frequencies = inverse_frequencies(network.config)
@@ -168,10 +172,10 @@ def _fill(model: LanguageModel | TwoHeadedNetwork, state: dict[str, Tensor]) -> 
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The checkpoint's config.json, after a look at the folder.
+    """Check a checkpoint's folder and read its config.json.
 
     Raises:
-        ConfigError: it is missing or is not a JSON object, or `check_folder` refuses the folder.
+        ConfigError: if the file is missing or not a JSON object, or `check_folder` refuses the folder.
     """
     check_folder(folder)
     try:
@@ -184,17 +188,17 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def _check_shapes(expected: Mapping[str, tuple[int, ...]], actual: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuse tensors that do not fit.
+    """Refuse tensors that do not match the config.
 
     Raises:
-        ConfigError: names the tensors that are missing, unexpected, or of another shape.
+        ConfigError: with the tensors that are missing or unexpected, or the first whose shape differs.
     """
     missing, extra = sorted(set(expected) - set(actual)), sorted(set(actual) - set(expected))
     if missing or extra:
         raise ConfigError(
-            f"the weights do not fit the config; missing: {', '.join(missing) or 'none'}; "
+            f"the weights do not match the config; missing: {', '.join(missing) or 'none'}; "
             f"unexpected: {', '.join(extra) or 'none'}"
         )
     for name, shape in expected.items():
         if shape != actual[name]:
-            raise ConfigError(f"tensor '{name}': the config needs {shape}, the weights have {actual[name]}")
+            raise ConfigError(f"tensor '{name}': expected shape {shape} from the config; got {actual[name]}")

@@ -1,4 +1,4 @@
-"""What a two-headed network is, as plain data: frozen, validated when made, JSON both ways. No torch here."""
+"""The configuration of a two-headed network: frozen, validated on creation, to and from JSON. It needs no torch."""
 
 from __future__ import annotations
 
@@ -14,29 +14,30 @@ __all__ = ["ConfigError", "LanguageModelConfig", "NetworkConfig", "RopeScaling",
 
 
 class ConfigError(BonnxError, ValueError):
-    """A configuration that no network can have: the message names the option, its value and the rule."""
+    """An invalid configuration: the message names the option, its value and the rule."""
 
 
 def ffn_inner_size(hidden_size: int) -> int:
-    """Inner size of the original's gated FFN: hidden x 2.667 rounded, then rounded up to a multiple of 8."""
+    """Return the inner size of the original's gated FFN: hidden x 2.667 rounded, then rounded up to a multiple of 8."""
     raw = round(hidden_size * 2.667)
     return raw + (-raw) % 8
 
 
 class _ValidatedConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Shared JSON reading and writing."""
+    """Base class with conversion to and from JSON."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Every option, defaults included, as JSON-ready values."""
+        """Return every option, defaults included, as JSON-compatible values."""
         result: dict[str, Any] = msgspec.to_builtins(self)
         return result
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Any:
-        """Validate `data`.
+        """Make a configuration of `data`.
 
         Raises:
-            ConfigError: an unknown key (the near miss is named), a wrong type, or a value that breaks a rule.
+            ConfigError: if a key is unknown (the message suggests a similar one), a value has the wrong type, or a
+                value breaks a rule.
         """
         known = set(cls.__struct_fields__)
         for key in data:
@@ -51,13 +52,13 @@ class _ValidatedConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
 
 
 class RopeScaling(_ValidatedConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How the rotary frequencies are stretched beyond the trained context.
+    """How the rotary frequencies are scaled to exceed the trained context.
 
-    `linear` divides every frequency by `factor` (Chen et al., 2023). `dynamic` raises the base with the length of the
-    row, once that exceeds the original context (NTK-aware scaling as in transformers). `llama3` divides the low
-    frequencies by `factor`, keeps the high ones and blends between (Llama 3.1 reference code). `yarn` blends likewise,
-    by the turns that a frequency makes in the original context, and multiplies cosines and sines by `attention_factor`
-    (Peng et al., 2023).
+    `linear` divides every frequency by `factor` (Chen et al., 2023). `dynamic` increases the base with the row's
+    length once that exceeds the original context (NTK-aware scaling as in transformers). `llama3` divides the low
+    frequencies by `factor`, keeps the high ones and interpolates between them (Llama 3.1 reference code). `yarn`
+    interpolates similarly, by the number of turns that a frequency makes within the original context, and multiplies
+    cosines and sines by `attention_factor` (Peng et al., 2023).
     """
 
     kind: Literal["linear", "dynamic", "llama3", "yarn"]
@@ -68,7 +69,7 @@ class RopeScaling(_ValidatedConfig, frozen=True, kw_only=True, forbid_unknown_fi
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     truncate: bool = True
-    """Whether yarn rounds the bounds of its blend to whole frequencies."""
+    """Whether yarn rounds the bounds of its interpolation to whole frequencies."""
     attention_factor: float = 1.0
 
     def __post_init__(self) -> None:
@@ -88,10 +89,10 @@ class RopeScaling(_ValidatedConfig, frozen=True, kw_only=True, forbid_unknown_fi
 
 
 class NetworkConfig(_ValidatedConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A causal backbone (grouped-query attention, rotary positions, SwiGLU) and a scorer that rates every position.
+    """A causal backbone (grouped-query attention, rotary positions, SwiGLU) and a scorer for every position.
 
-    The defaults are the original's. The options below `dropout` exist for the backbones that reward models are made
-    from; with their defaults the network is the original one.
+    The defaults are the original's. The options after `dropout` exist for the backbones of common reward models; with
+    their defaults the network is the original one.
     """
 
     embed_dim: int
@@ -103,9 +104,9 @@ class NetworkConfig(_ValidatedConfig, frozen=True, kw_only=True, forbid_unknown_
     dropout: float = 0.1
 
     head_dim: int | None = None
-    """Size of one head; `hidden_size // num_heads` if not given."""
+    """Head size; `hidden_size // num_heads` if None."""
     ffn_inner: int | None = None
-    """Inner size of the gated FFN; the original's rule if not given."""
+    """Inner size of the gated FFN; `ffn_inner_size(hidden_size)` if None."""
     attention_bias: bool = True
     """Biases of the q, k and v projections."""
     attention_output_bias: bool = True
@@ -118,9 +119,9 @@ class NetworkConfig(_ValidatedConfig, frozen=True, kw_only=True, forbid_unknown_
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
     sliding_window: int | None = None
-    """Each position attends to itself and this many minus one before it; to all before it if not given."""
+    """Number of positions that each position attends to, itself included; all preceding ones if None."""
     sliding_layers: list[int] | None = None
-    """Layers that have the window, counted from 0; all of them if not given."""
+    """Layers with the sliding window, counted from 0; all layers if None."""
     scorer_kind: Literal["mlp", "linear"] = "mlp"
     scorer_activation: Literal["silu", "relu"] = "silu"
     scorer_bias: bool = True
@@ -152,7 +153,7 @@ class NetworkConfig(_ValidatedConfig, frozen=True, kw_only=True, forbid_unknown_
             raise ConfigError(f"dropout must be in [0, 1); got {self.dropout}")
         for layer in self.sliding_layers or []:
             if not 0 <= layer < self.num_layers:
-                raise ConfigError(f"sliding_layers: there is no layer {layer}, only 0 to {self.num_layers - 1}")
+                raise ConfigError(f"sliding_layers must be from 0 to {self.num_layers - 1}; got {layer}")
         if self.rope_scaling is not None and self.rope_scaling.kind == "dynamic" and self.size_of_head < 4:
             raise ConfigError(f"dynamic rope scaling needs a head size of at least 4; got {self.size_of_head}")
 
@@ -182,7 +183,7 @@ class LanguageModelConfig(_ValidatedConfig, frozen=True, kw_only=True, forbid_un
     vocab_size: int
     tie_embeddings: bool = True
     vocabulary_head: bool = True
-    """Reward models have none: they score tokens, and generate nothing."""
+    """Whether the model generates; reward models only score tokens."""
 
     def __post_init__(self) -> None:
         if self.vocab_size < 2:

@@ -1,4 +1,4 @@
-"""Token-by-token sampling in PyTorch with cached keys and values, for training recipes and as a reference in tests."""
+"""Token-by-token sampling in PyTorch with a key-value cache, for training recipes and as a reference in tests."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Cache", "forward_cached", "sample"]
 
 
 class Cache:
-    """Rotated keys and values of every layer: (B, G, capacity, K) each; the first `length` positions are filled."""
+    """Rotated keys and values of every layer, (B, G, capacity, K) each; the first `length` positions are filled."""
 
     def __init__(self, model: LanguageModel, rows: int, capacity: int, dtype: torch.dtype) -> None:
         config = model.config.network
@@ -24,7 +24,7 @@ class Cache:
 
 
 def forward_cached(model: LanguageModel, ids: Tensor, cache: Cache) -> Tensor:
-    """Run ids (B, T) after what the cache holds, none of it padding -> backbone (B, T, D); the cache grows by T."""
+    """Run ids (B, T), without padding, after the cached ones -> backbone (B, T, D); the cache grows by T."""
     network, start, end = model.network, cache.length, cache.length + ids.shape[1]
     cos, sin = network.rotation(torch.arange(start, end)[None])
     back = torch.arange(start, end)[:, None] - torch.arange(end)[None]
@@ -56,12 +56,12 @@ def sample(
     """Sample one completion for each row.
 
     Args:
-        model: in inference mode.
-        prompts: (B, P) int64, no padding.
-        max_new_tokens: completions are cut here.
-        end_token: ends a completion, as each of several does; what follows it is `pad_token`.
+        model: the model, in inference mode.
+        prompts: (B, P) int64, without padding.
+        max_new_tokens: maximum length of a completion.
+        end_token: the token or tokens that end a completion.
         pad_token: fills rows that have ended.
-        generator: source of every random number.
+        generator: source of all random numbers.
         temperature: divides the logits.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Parameters of the original implementation (Edifice's TestTimeCompute), by their own names."""
+"""Read parameters of the original implementation, Edifice's TestTimeCompute."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .network import TwoHeadedNetwork
 
 __all__ = ["edifice_names", "from_edifice"]
 
-# Keys of a recorded config that describe the recording, not the network.
+# Keys of a recorded config that describe the recording rather than the network.
 _RECORDING_KEYS = {"seq_len", "batch", "seed"}
 
 
@@ -43,14 +43,14 @@ def edifice_names(config: NetworkConfig) -> dict[str, str]:
 
 
 def from_edifice(config: Mapping[str, Any], params: Mapping[str, NDArray[np.float32]]) -> TwoHeadedNetwork:
-    """The module for a config and arrays of the original, in inference mode.
+    """Build the network from a config and parameters of the original, in inference mode.
 
     Args:
         config: options of `NetworkConfig`; `seq_len`, `batch` and `seed` of a recording are ignored.
         params: arrays by `layer.parameter`, dense kernels (in, out); a leading `param:` in a name is dropped.
 
     Raises:
-        ConfigError: an option, a tensor's name or a tensor's shape does not fit (the tensor is named).
+        ConfigError: if an option is invalid, or a tensor's name or shape does not match the config.
     """
     network = TwoHeadedNetwork(NetworkConfig.from_dict({k: v for k, v in config.items() if k not in _RECORDING_KEYS}))
     arrays = {name.removeprefix("param:"): array for name, array in params.items()}
@@ -59,7 +59,7 @@ def from_edifice(config: Mapping[str, Any], params: Mapping[str, NDArray[np.floa
     extra = sorted(set(arrays) - set(names.values()))
     if missing or extra:
         raise ConfigError(
-            f"parameters do not fit the config; missing: {missing or 'none'}, unexpected: {extra or 'none'}"
+            f"the parameters do not match the config; missing: {missing or 'none'}, unexpected: {extra or 'none'}"
         )
     state = {}
     for ours, expected in network.state_dict().items():
@@ -68,7 +68,7 @@ def from_edifice(config: Mapping[str, Any], params: Mapping[str, NDArray[np.floa
             array = array.T
         if array.shape != tuple(expected.shape):
             shape = arrays[names[ours]].shape
-            raise ConfigError(f"tensor '{names[ours]}': the config needs {tuple(expected.shape)}, found {shape}")
+            raise ConfigError(f"tensor '{names[ours]}': expected shape {tuple(expected.shape)}; got {shape}")
         state[ours] = torch.from_numpy(array.copy())
     network.load_state_dict(state)
     return network.eval()

@@ -1,7 +1,7 @@
-"""The families of transformers' models that are read, and how their classes differ: one entry each.
+"""The supported model families of transformers and how their classes differ: one entry each.
 
-To add a family whose blocks are Llama's (pre-norm, grouped-query attention, SwiGLU, rotated halves), add its entry here
-and its name to `docs/reward_models.md`; the tests take the families from this table.
+To add a family whose blocks are like Llama's (pre-norm, grouped-query attention, SwiGLU, rotated halves), add its entry
+here and its name to `docs/reward_models.md`; the tests take the families from this table.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ __all__ = ["FAMILIES", "Family"]
 
 @dataclass(frozen=True)
 class Family:
-    """How the classes of a family read config.json.
+    """How a family's classes read config.json.
 
     Attributes:
-        name: prefix of the classes, as in `LlamaForSequenceClassification`.
-        head_dim: the size of a head if config.json has none; `hidden_size // num_attention_heads` if None.
-        num_key_value_heads: their number if config.json lacks the field; `num_attention_heads` if None.
-        qkv_bias: whether the q, k and v projections have biases, whatever config.json says.
-        reads_attention_bias: whether `attention_bias` gives all four projections biases.
-        reads_mlp_bias: whether `mlp_bias` gives the feed-forward network biases.
-        qk_norm: whether each head's queries and keys are normed before the rotation.
-        sliding_window: `never`; `always`, 4096 if config.json lacks the field; or `optional`, with
-            `use_sliding_window` and from layer `max_window_layers` on.
-        tokenizer_class: what AutoTokenizer takes for the family if the checkpoint declares no class.
+        name: prefix of the class names, as in `LlamaForSequenceClassification`.
+        head_dim: default head size if config.json has none; `hidden_size // num_attention_heads` if None.
+        num_key_value_heads: default number if config.json has none; `num_attention_heads` if None.
+        qkv_bias: whether the q, k and v projections always have biases.
+        reads_attention_bias: whether `attention_bias` adds biases to all four projections.
+        reads_mlp_bias: whether `mlp_bias` adds biases to the feed-forward network.
+        qk_norm: whether each head's queries and keys are normalized before the rotation.
+        sliding_window: `never`; `always`, by default 4096; or `optional`, enabled by `use_sliding_window` from layer
+            `max_window_layers` on.
+        tokenizer_class: the class that AutoTokenizer uses for the family if the checkpoint declares none.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""A checkpoint's folder before anything of it is read: what is whole, and what only stands in for a file."""
+"""Check a checkpoint's folder for incomplete and unsupported files before reading it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from .config import ConfigError
 
 __all__ = ["check_folder", "check_present", "read_json", "unpickling"]
 
-# How the small text begins that Git LFS leaves where a file was not downloaded.
+# The start of a Git LFS pointer, the small text in place of a file that was not downloaded.
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _READ = ("*.json", "*.jinja", "*.safetensors", "additional_chat_templates/*.jinja")
-# Weights that lie beside the model's own: other formats of the same, and what no model is computed with.
+# Weights that are ignored: other formats of the model's own, and files that inference does not need.
 _UNREAD = (
     "model.safetensors",
     "model.*.safetensors",
@@ -27,11 +27,11 @@ _UNREAD = (
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a folder whose files would be read as something else than they are, or passed over.
+    """Refuse a folder with files that would be misread or ignored.
 
     Raises:
-        ConfigError: it holds an adapter, a head in a file of its own, a pointer of Git LFS or a link to nothing, or it
-            is no checkpoint but has some inside.
+        ConfigError: if the folder contains an adapter, a head in a separate file, a Git LFS pointer or a broken link,
+            or is not a checkpoint but has some inside.
     """
     if not folder.is_dir():
         return
@@ -43,21 +43,21 @@ def check_folder(folder: Path) -> None:
 
 
 def check_present(folder: Path) -> None:
-    """Refuse a link to nothing, and the small text that Git LFS leaves where a file was not downloaded.
+    """Refuse broken links and Git LFS pointers.
 
     Raises:
-        ConfigError: names the file, and how to get it.
+        ConfigError: with the file, and how to get it.
     """
     for path in _files(folder):
         _check_present(path)
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
+    """Read a JSON object from a file.
 
     Raises:
-        OSError: it cannot be read.
-        ConfigError: it is not JSON, or no object.
+        OSError: if the file cannot be read.
+        ConfigError: if it is not JSON, or not an object.
     """
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -69,7 +69,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def unpickling(names: list[str]) -> str:
-    """How the weights in these pickles become safetensors, the head too, which a class that lacks it would drop."""
+    """Return how to convert pickled weights to safetensors, including a head that transformers' class would drop."""
     shards = [name for name in names if name.startswith("pytorch_model") and name.endswith(".bin")]
     files = "glob.glob('pytorch_model*.bin')" if shards else f"[{names[0]!r}]"
     return (
@@ -88,8 +88,8 @@ def _files(folder: Path) -> Iterator[Path]:
 def _check_present(path: Path) -> None:
     if path.is_symlink() and not path.exists():
         raise ConfigError(
-            f"{path} is a link to {path.readlink()}, which is not there: a folder of a hub's cache holds links into "
-            "'blobs' beside it; copy it with its links followed (`cp -rL`), or download the checkpoint again"
+            f"{path} is a link to {path.readlink()}, which does not exist: a folder of a hub's cache contains links to "
+            "'blobs' next to it; copy the folder with `cp -rL`, which follows links, or download the checkpoint again"
         )
     if not path.is_file():
         return
@@ -97,16 +97,16 @@ def _check_present(path: Path) -> None:
         with path.open("rb") as file:
             pointer = file.read(len(_LFS_POINTER)) == _LFS_POINTER
     except OSError:
-        return  # who reads it says why it cannot be read
+        return  # reading it later reports the reason
     if pointer:
         raise ConfigError(
-            f"{path} is a pointer of Git LFS, and not the file itself; run `git lfs pull` in the clone, or pass the "
-            "id of the repository on the hub instead of a folder"
+            f"{path} is a Git LFS pointer instead of the file itself; run `git lfs pull` in the clone, or pass the "
+            "repository's id on the hub instead of a folder"
         )
 
 
 def _check_further_weights(folder: Path) -> None:
-    """Refuse safetensors that are not the model's own: a head in a file of its own would be passed over."""
+    """Refuse further safetensors, because a head in a separate file would be ignored."""
     further = [path.name for path in sorted(folder.glob("*.safetensors")) if not any(map(path.match, _UNREAD))]
     if further and (folder / "model.safetensors.index.json").is_file():
         # Shards may have any name.
@@ -115,17 +115,17 @@ def _check_further_weights(folder: Path) -> None:
     if further:
         raise ConfigError(
             f"{folder}: {', '.join(further[:4])} would not be read; expected all weights in model.safetensors, or in "
-            "the shards of model.safetensors.index.json. Put the tensors in there, under the names that "
-            "docs/reward_models.md lists, or take the file out of the folder"
+            "the shards of model.safetensors.index.json. Add the tensors there, under the names listed in "
+            "docs/reward_models.md, or move the file out of the folder"
         )
 
 
 def _check_place(folder: Path) -> None:
-    """Say which folder was meant, where this one only holds checkpoints."""
+    """Suggest a checkpoint inside a folder that is not one itself."""
     inner = sorted(path.parent.relative_to(folder) for path in folder.glob("*/config.json"))
     inner += sorted(path.parent.relative_to(folder) for path in folder.glob("snapshots/*/config.json"))
     if inner:
         kind = "the hub's cache of a repository" if (folder / "snapshots").is_dir() else "not a checkpoint itself"
         raise ConfigError(
-            f"{folder} is {kind}: it has no config.json, but {inner[0]} in it has one; pass {folder / inner[0]}"
+            f"{folder} is {kind}: it has no config.json, but its subfolder {inner[0]} does; pass {folder / inner[0]}"
         )

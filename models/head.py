@@ -1,7 +1,7 @@
-"""The head of a checkpoint as transformers writes it: which it is, told by its tensors, and how its score is read.
+"""Recognize the head of a transformers checkpoint by its tensors, and determine how its score is read.
 
 =================================  ========================================  =====================  =================
-tensors                            who writes them                           scorer                 read at
+tensors                            written by                                scorer                 read at
 =================================  ========================================  =====================  =================
 score.weight [score.bias]          *ForSequenceClassification                linear                 last token
 the same                           *ForTokenClassification                   linear                 ends of steps
@@ -9,10 +9,10 @@ score.0.*, score.2.*               *ForRewardModel                           Lin
 the same                           *ForProcessRewardModel                    Linear, ReLU, Linear   ends of steps
 v_head.summary.* or v_head.*       a model with a value head                 linear                 last token
 the same                           *ForPrmModel                              linear, sigmoid        ends of steps
-none                               *ForCausalLM that answers with a token    rows of lm_head        as the caller says
+none                               *ForCausalLM that answers with a token    rows of lm_head        chosen by caller
 =================================  ========================================  =====================  =================
 
-A head alone says nothing about steps: the architecture does, or the caller.
+The tensors do not show whether steps are scored; the architecture or the caller determines that.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Head:
-    """A scorer in our terms.
+    """A recognized head, in bonnx's terms.
 
     Attributes:
-        options: of the network's config.
+        options: options of `NetworkConfig`.
         names: our parameter name -> the checkpoint's.
-        scoring: fields of the artifact's scoring rule; without `aggregation` nothing says whether there are steps.
+        scoring: fields of the artifact's scoring rule; without `aggregation` if it is unknown whether steps are scored.
         steps: how a step ends in text: `step_text` and `step_split`.
-        normal: mean and standard deviation of rewards, which make a score of what the head gives; or None.
+        normal: mean and standard deviation of rewards, which standardize the head's output; or None.
     """
 
     options: dict[str, Any]
@@ -53,7 +53,7 @@ class Head:
 
 
 def architecture(config: Mapping[str, Any]) -> str:
-    """The first class that config.json names, or an empty text."""
+    """Return the first class that config.json lists, or an empty string."""
     names = config.get("architectures") or [""]
     if not isinstance(names, list) or not isinstance(names[0], str):
         raise ConfigError(f"config.json, 'architectures': expected a list of names; found {names!r:.80}")
@@ -71,13 +71,13 @@ def read_head(
 
     Args:
         config: the parsed config.json.
-        shapes: of every tensor, by its name.
-        further: names of the tensors beside backbone and vocabulary head.
+        shapes: the shape of every tensor, by name.
+        further: names of the tensors that belong neither to the backbone nor to the vocabulary head.
         label_tokens: the tokens whose logits are the labels, for a model that answers with one.
-        new_scorer: a model without a head gets a fresh one.
+        new_scorer: give a model without a head a new one.
 
     Raises:
-        ConfigError: there is none that is supported; the tensors that are left over are named.
+        ConfigError: if there is no supported head; the message lists the further tensors.
     """
     if label_tokens is not None:
         options = {"scorer_kind": "linear", "scorer_bias": False, "num_labels": len(label_tokens)}
@@ -96,7 +96,7 @@ def _mlp(config: Mapping[str, Any], shapes: Shapes) -> Head:
     labels = _labels(config.get("id2label"), shapes["score.2.weight"][0])
     options = {"scorer_kind": "mlp", "scorer_activation": "relu", "scorer_hidden": shapes["score.0.weight"][0]}
     names = {f"network.scorer.dense{i}.{p}": f"score.{n}.{p}" for i, n in ((1, 0), (2, 2)) for p in PARTS}
-    # As its authors do: steps are divided by blank lines, and each ends with a token of its own.
+    # As its authors use it: steps are separated by blank lines, and each ends with a special token.
     known = architecture(config).endswith("ForProcessRewardModel")
     steps = {"step_text": "<extra_0>", "step_split": "\n\n"} if known else {}
     scoring = _rule(labels) | _reading(config)
@@ -113,14 +113,14 @@ def _linear(config: Mapping[str, Any], shapes: Shapes, name: str) -> Head:
     if value and architecture(config).endswith("ForPrmModel"):
         scoring["activation"] = "sigmoid"
     elif value and scoring["aggregation"] == "last":
-        # A value head may rate steps as well: here the caller decides.
+        # A value head may score steps as well, so the caller decides.
         del scoring["aggregation"]
     known = architecture(config).endswith("ForPrmModel" if value else "ForTokenClassification")
     return Head(options, names, scoring, {"step_text": "\n"} if known else {}, normal)
 
 
 def _reading(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Where the score is read, and what says so."""
+    """Return where the score is read, and the setting that determines it."""
     name = architecture(config)
     if not name.endswith(_STEPWISE):
         return {"aggregation": "last"}
@@ -128,21 +128,23 @@ def _reading(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _labels(named: Any, count: int) -> list[str]:
-    """Names of the labels, in order."""
+    """Return the names of the labels in order."""
     if named is None:
         return [f"LABEL_{i}" for i in range(count)]
     if not isinstance(named, dict):
-        raise ConfigError(f"config.json, 'id2label': expected an object of names by number; found {named!r:.80}")
+        raise ConfigError(
+            f"config.json, 'id2label': expected an object that maps numbers to names; found {named!r:.80}"
+        )
     if {str(i) for i in range(count)} != {str(key) for key in named}:
         raise ConfigError(
-            f"config.json, 'id2label': it names {len(named)} labels; the weights of the head have {count}: "
-            "one of the two is of another model"
+            f"config.json, 'id2label': it names {len(named)} labels, but the weights of the head have {count}; the "
+            "config or the weights belong to another model"
         )
     return [str({str(key): name for key, name in named.items()}[str(i)]) for i in range(count)]
 
 
 def _rule(labels: list[str]) -> dict[str, Any]:
-    """The usual reading: one label as it is; of two the second's probability; of more none is more likely meant."""
+    """Return the usual rule: a single label as it is; of two, the probability of the second; of more, no default."""
     rule: dict[str, Any] = {"labels": labels}
     if len(labels) == 2:
         rule |= {"activation": "softmax", "label": 1}
@@ -150,7 +152,7 @@ def _rule(labels: list[str]) -> dict[str, Any]:
 
 
 def _normal(config: Mapping[str, Any], labels: int) -> tuple[float, float] | None:
-    """Mean and standard deviation of rewards, where scores are normalized by them (OpenRLHF)."""
+    """Return the mean and standard deviation of rewards if scores are normalized by them (OpenRLHF)."""
     if not normalizes(config):
         return None
     mean, std = config["mean"], config.get("std")
@@ -165,18 +167,18 @@ def _normal(config: Mapping[str, Any], labels: int) -> tuple[float, float] | Non
 
 def _no_head(config: Mapping[str, Any], shapes: Shapes, further: list[str]) -> str:
     name = architecture(config)
-    declared = f"'architectures' says {name}" if name else "'architectures' is not given"
-    start = f"the checkpoint has no scorer that is read here (config.json, {declared}): "
+    declared = f"'architectures' is {name}" if name else "'architectures' is missing"
+    start = f"the checkpoint has no scorer that is supported (config.json, {declared}): "
     if further:
         shown = ", ".join(f"{tensor} {shapes[tensor]}" for tensor in further[:6])
         more = f" and {len(further) - 6} more" if len(further) > 6 else ""
         return (
-            f"{start}beside the backbone it has {shown}{more}; expected score.weight, score.0.weight with "
-            "score.2.weight, v_head.weight or v_head.summary.weight (docs/reward_models.md lists the heads that are "
-            "supported). One linear layer that is read at the last token may be renamed to score.weight"
+            f"{start}besides the backbone it has {shown}{more}; expected score.weight, score.0.weight with "
+            "score.2.weight, v_head.weight or v_head.summary.weight (docs/reward_models.md lists the supported heads). "
+            "A single linear layer that is read at the last token can be renamed to score.weight"
         )
     return (
-        f"{start}beside the backbone it has no tensors, and expected were score.weight, score.0.weight with "
-        "score.2.weight, v_head.weight or v_head.summary.weight. A language model that answers with a token needs "
-        "--label-tokens; for another train a scorer first, see docs/scorer.md"
+        f"{start}besides the backbone it has no tensors; expected score.weight, score.0.weight with score.2.weight, "
+        "v_head.weight or v_head.summary.weight. For a language model that answers with a token, pass --label-tokens; "
+        "for any other, train a scorer first, see docs/scorer.md"
     )

@@ -1,7 +1,7 @@
-"""Checkpoints by their id on a hub: which text is one, and the download of the files that a checkpoint needs.
+"""Download checkpoints from a hub by id.
 
 The endpoint, cache, token and offline mode are those of `huggingface_hub` (HF_ENDPOINT, HF_HOME, HF_TOKEN,
-HF_HUB_OFFLINE). Only JSON, templates and safetensors are asked for: nothing of a repository can run.
+HF_HUB_OFFLINE). Only JSON, templates and safetensors are downloaded, so nothing in a repository can run.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _WANTED = [
     "chat_template.jinja",
     "additional_chat_templates/*.jinja",
 ]
-# A star of these patterns matches slashes too. Folders hold other models; consolidated* holds the same weights again.
+# A star in these patterns also matches slashes. Subfolders contain other models; consolidated* repeats the weights.
 _UNWANTED = ["*/*.safetensors", "*/*.safetensors.index.json", "additional_chat_templates/*/*", "consolidated*"]
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -39,11 +39,11 @@ _ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision
 
 @dataclass(frozen=True)
 class HubSource:
-    """A repository of models on the hub.
+    """A model repository on the hub.
 
     Attributes:
         repo: `org/name`.
-        revision: branch, tag or commit; None is the repository's main branch.
+        revision: branch, tag or commit; None for the repository's main branch.
     """
 
     repo: str
@@ -54,16 +54,16 @@ class HubSource:
 
 
 def parse_source(text: str) -> Path | HubSource:
-    """What `--checkpoint` names: a folder if there is one of this name, else `org/name` or `org/name@revision`.
+    """Parse `--checkpoint`: an existing folder, or else `org/name` or `org/name@revision`.
 
     Raises:
-        ConfigError: it is neither.
+        ConfigError: if it is neither.
     """
     if os.path.isdir(text):
         return Path(text)
     match = None if os.path.lexists(text) else _ID.fullmatch(text)
     if match is None:
-        state = "is a file" if os.path.isfile(text) else "is neither, and no folder of this name is there"
+        state = "is a file" if os.path.isfile(text) else "is neither an existing folder nor an id"
         raise ConfigError(
             f"checkpoint {text!r} {state}; expected a folder with config.json, or an id on the hub "
             "such as org/name or org/name@revision"
@@ -72,13 +72,14 @@ def parse_source(text: str) -> Path | HubSource:
 
 
 def download(source: HubSource) -> tuple[Path, str]:
-    """The folder of the checkpoint in the hub's cache, and the commit (40 hex digits) that the revision is now.
+    """Download a checkpoint; return its folder in the hub's cache and the revision's current commit (40 hex digits).
 
-    Where the hub cannot be reached, a whole snapshot in the cache is taken, with its own commit.
+    If the hub cannot be reached, a complete snapshot in the cache is used, with its commit.
 
     Raises:
-        ConfigError: huggingface_hub is not installed; the hub cannot be reached or has no such repository or revision;
-            the repository is gated; the download broke off; it holds an adapter, or no weights in safetensors.
+        ConfigError: if huggingface_hub is not installed, the hub cannot be reached or has no such repository or
+            revision, the repository is gated, the download fails, or the repository contains an adapter or no
+            safetensors.
     """
     try:
         from huggingface_hub import HfApi, snapshot_download
@@ -92,7 +93,7 @@ def download(source: HubSource) -> tuple[Path, str]:
         )
         complete = any((folder / name).is_file() for name in _WEIGHTS)
         files = [] if complete else HfApi().list_repo_files(source.repo, revision=folder.name)
-    # Its errors of the network are those of the HTTP library below it, which differs by version.
+    # Network errors are those of its HTTP library, which differs between versions.
     except Exception as e:
         raise ConfigError(f"checkpoint {source}: {_reason(e)}") from e
     check_adapter_files(folder)
@@ -102,37 +103,36 @@ def download(source: HubSource) -> tuple[Path, str]:
 
 
 def _reason(error: Exception) -> str:
-    """Why a download failed, and what to do."""
+    """Return why a download failed, and what to do."""
     from huggingface_hub import constants, errors
 
-    # The library's messages go over several lines.
+    # The library's messages span several lines.
     detail = " ".join(str(error.__cause__ or error).split())
     if isinstance(error, errors.GatedRepoError):
         return "the repository is gated; accept its terms on its page, and set HF_TOKEN to a token of that account"
     if isinstance(error, errors.RepositoryNotFoundError):
         return (
-            f"no folder has this name, and {constants.ENDPOINT} has no such repository or shows it to its members "
-            "only; check the name, or set HF_TOKEN"
+            f"no folder has this name, and {constants.ENDPOINT} has no such repository, or it is private; check the "
+            "name, or set HF_TOKEN"
         )
     if isinstance(error, errors.RevisionNotFoundError):
-        return "the repository has no such revision; expected a branch, a tag or a commit of it"
+        return "the repository has no such revision; expected a branch, a tag or a commit"
     if isinstance(error, errors.OfflineModeIsEnabled | errors.LocalEntryNotFoundError):
         return (
-            f"{constants.ENDPOINT} cannot be reached, and the cache does not hold the checkpoint whole ({detail}); "
-            "check the connection, HF_ENDPOINT and HF_HUB_OFFLINE, or pass a folder"
+            f"{constants.ENDPOINT} cannot be reached, and the cache does not contain the complete checkpoint "
+            f"({detail}); check the connection, HF_ENDPOINT and HF_HUB_OFFLINE, or pass a folder"
         )
-    return f"the download failed ({type(error).__name__}: {detail}); try again: it resumes where it stopped"
+    return f"the download failed ({type(error).__name__}: {detail}); try again, and it resumes where it stopped"
 
 
 def _refusal(source: HubSource, files: list[str]) -> str:
-    """Why a repository with these files is no checkpoint."""
+    """Return why a repository with these files is not a supported checkpoint, and what to do."""
     pickles = sorted(name for name in files if name.endswith(_PICKLES))
     if pickles:
         return (
-            f"it has no {_WEIGHTS[0]}, only {pickles[0]}: a pickle, which can run any code when it is opened, and is "
-            "never downloaded. Look among the pull requests on its page for the hub's own safetensors, and pass "
-            f"{source.repo}@refs/pr/N with that request's number; or run `hf download {source.repo} --local-dir "
-            "FOLDER`. "
-            f"{unpickling(pickles)} and pass FOLDER"
+            f"it has no {_WEIGHTS[0]}, only {pickles[0]}: a pickle, which can run any code when it is opened, so it is "
+            "never downloaded. Look at the pull requests on its page for safetensors converted by the hub, and pass "
+            f"{source.repo}@refs/pr/N with that pull request's number; or run `hf download {source.repo} --local-dir "
+            f"FOLDER`. {unpickling(pickles)} and pass FOLDER"
         )
     return f"expected {_WEIGHTS[0]} in it; found {', '.join(sorted(files)[:8]) or 'no files'}"

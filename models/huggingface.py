@@ -1,7 +1,7 @@
-"""Checkpoints as transformers writes them: the one place where their configs and tensor names become ours.
+"""Translate configs and tensor names of transformers checkpoints to bonnx's.
 
-`families.py` lists the families, `fields.py` refuses what would change the mathematics, `backbone.py` reads the blocks
-and `head.py` the head.
+`families.py` lists the families, `fields.py` refuses settings that would change the computation, `backbone.py` reads
+the blocks and `head.py` the head.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from .head import Head, Shapes, architecture, read_head
 
 __all__ = ["Translation", "is_huggingface", "translate"]
 
-# Parts of names that a module has when it is wrapped while it is saved: by torch.compile, DDP, FSDP, DeepSpeed.
+# Parts that torch.compile, DDP, FSDP and DeepSpeed add to tensor names if a wrapped module is saved.
 _WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
 
 
 @dataclass(frozen=True)
 class Translation:
-    """What a checkpoint is in our terms.
+    """A transformers checkpoint in bonnx's terms.
 
     Attributes:
-        config: of the model.
+        config: the model's config.
         names: our parameter name -> the checkpoint's.
         label_rows: tokens whose rows of the vocabulary head are the scorer's weights, or None.
-        new_scorer: whether the checkpoint has no scorer and the model starts with a fresh one.
+        new_scorer: whether the checkpoint has no scorer and the model starts with a new one.
         scoring: fields of the artifact's scoring rule.
         steps: how a step ends in text: `step_text` and `step_split`.
         limits: fields of the artifact's limits.
-        normal: mean and standard deviation of rewards that scores are normalized by, or None.
-        remarks: what the config says that is not followed.
+        normal: mean and standard deviation of rewards by which scores are normalized, or None.
+        remarks: sentences for the user, one for each setting that is ignored.
     """
 
     config: LanguageModelConfig
@@ -50,7 +50,7 @@ class Translation:
 
 
 def is_huggingface(config: Mapping[str, Any]) -> bool:
-    """Whether a config.json is one of transformers'."""
+    """Whether a config.json is in the format of transformers."""
     return "model_type" in config or "architectures" in config
 
 
@@ -61,16 +61,16 @@ def translate(
     label_tokens: tuple[int, ...] | None = None,
     new_scorer: bool = False,
 ) -> Translation:
-    """Read a config.json beside the shapes of its tensors.
+    """Translate a config.json, given the shapes of the checkpoint's tensors.
 
     Args:
         config: the parsed config.json.
-        shapes: of every tensor, by its name.
-        label_tokens: for a language model that answers at a step tag: the tokens whose logits are the labels.
-        new_scorer: give a language model without a scorer a fresh one, to be trained.
+        shapes: the shape of every tensor, by name.
+        label_tokens: for a language model that answers at a step tag, the tokens whose logits are the labels.
+        new_scorer: give a language model without a scorer a new one, to be trained.
 
     Raises:
-        ConfigError: what is not supported, or which field contradicts the weights.
+        ConfigError: if a field or tensor is not supported, or a field contradicts the weights.
     """
     check_fields(config)
     check_adapter_names(shapes)
@@ -95,7 +95,7 @@ def translate(
     _check_extra(shapes, set(names.values()), _further(shapes, prefix), label_tokens is not None)
     pad = _token(config, "pad_token_id", vocabulary)
     scoring = head.scoring | {"pad_token": pad or 0, "stop_tokens": _stops(config, vocabulary)}
-    # Where a text may end with its pad token (pad = eos), these read the token before: they were trained so.
+    # If a text may end with its pad token (pad = eos), these classes read the token before it, as they were trained to.
     scoring["passes_pad"] = pad is not None and architecture(config).endswith("ForSequenceClassification")
     return Translation(
         config=model,
@@ -111,7 +111,7 @@ def translate(
 
 
 def _names(config: LanguageModelConfig, head: Head, prefix: str, label_tokens: bool, tied: bool) -> dict[str, str]:
-    """Our parameter name -> the checkpoint's, without wrappers; a scorer of label tokens reads the vocabulary head."""
+    """Map our parameter names to the checkpoint's, without wrappers; label tokens use rows of the vocabulary head."""
     names = {
         "embedding.weight": f"{prefix}embed_tokens.weight",
         "network.final_norm.weight": f"{prefix}norm.weight",
@@ -126,24 +126,24 @@ def _names(config: LanguageModelConfig, head: Head, prefix: str, label_tokens: b
 
 
 def _unwrapped(shapes: Shapes) -> tuple[Shapes, dict[str, str]]:
-    """The tensors by the names that they have without wrappers, and {that name: the one in the file}."""
+    """Return the shapes by names without wrappers, and {name without wrappers: name in the file}."""
     stored: dict[str, str] = {}
     for name in shapes:
         plain = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
         if plain in stored:
-            raise ConfigError(f"the weights have tensor '{plain}' twice, as '{stored[plain]}' and as '{name}'")
+            raise ConfigError(f"the weights contain tensor '{plain}' twice, as '{stored[plain]}' and as '{name}'")
         stored[plain] = name
     return {plain: shapes[name] for plain, name in stored.items()}, stored
 
 
 def _further(shapes: Shapes, prefix: str) -> list[str]:
-    """Tensors beside backbone and vocabulary head, in order of their names."""
-    own = (f"{prefix}layers.", f"{prefix}embed_tokens.", f"{prefix}norm.", "lm_head.")
-    return sorted(name for name in shapes if not name.startswith(own))
+    """Return the sorted names of the tensors that belong neither to the backbone nor to the vocabulary head."""
+    known = (f"{prefix}layers.", f"{prefix}embed_tokens.", f"{prefix}norm.", "lm_head.")
+    return sorted(name for name in shapes if not name.startswith(known))
 
 
 def _prefix(shapes: Shapes) -> str:
-    """What stands before `embed_tokens.weight` in every name of the backbone."""
+    """Return the common prefix of the backbone's tensor names."""
     ending = "embed_tokens.weight"
     prefixes = [name.removesuffix(ending) for name in shapes if name.endswith(ending)]
     if len(prefixes) != 1:
@@ -152,37 +152,37 @@ def _prefix(shapes: Shapes) -> str:
 
 
 def _check_extra(shapes: Shapes, used: set[str], further: list[str], label_tokens: bool) -> None:
-    """Refuse tensors that nothing reads: the config would describe another model."""
-    # Old buffers, and a head that is tied or that a classifier was cut from.
+    """Refuse unused tensors, because they show that the config describes another model."""
+    # Unused but harmless: old buffers, and a vocabulary head that is tied or was replaced by a classifier.
     harmless = ("rotary_emb.inv_freq",)
     extra = {n for n in shapes if n not in used and not n.endswith(harmless) and n != "lm_head.weight"}
     if extra:
-        # Those of a head say more than those of the backbone.
+        # A head's tensors are more informative than the backbone's.
         named = [name for name in further if name in extra] or sorted(extra)
         shown = f"{', '.join(f'{name} {shapes[name]}' for name in named[:6])}{', ...' if len(extra) > 6 else ''}"
         if label_tokens and further:
             raise ConfigError(
-                f"label tokens were given, but the weights have a scorer too, which would not be read: {shown}; leave "
-                "out --label-tokens and --label-token-ids, or take these tensors out of the weights"
+                f"label tokens were given, but the weights have a scorer too, which would be ignored: {shown}; omit "
+                "--label-tokens and --label-token-ids, or remove these tensors from the weights"
             )
         raise ConfigError(
-            f"the weights have {len(extra)} tensor{'s' if len(extra) > 1 else ''} that a model of this config has no "
-            f"place for: {shown}; the config is of another model, or the architecture is not one of those in "
+            f"the weights have {len(extra)} tensor{'s' if len(extra) > 1 else ''} that a model with this config does "
+            f"not use: {shown}; the config belongs to another model, or the architecture is not one of those listed in "
             "docs/reward_models.md"
         )
 
 
 def _token(config: Mapping[str, Any], name: str, vocabulary: int) -> int | None:
-    """A token's id; None if there is none."""
+    """Return a special token's id; None if it is not set."""
     token = config.get(name)
     if token is None:
         return None
     if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocabulary:
-        # The tokens that end a text may come from either file.
+        # End tokens may come from either file.
         file = "config.json or generation_config.json" if name == "eos_token_id" else "config.json"
         raise ConfigError(
-            f"{file}, '{name}': {token!r} is outside the vocabulary (0 to {vocabulary - 1}); write the id of a "
-            "token that the model has, or null if it has none"
+            f"{file}, '{name}': {token!r} is outside the vocabulary (0 to {vocabulary - 1}); set it to the id of a "
+            "token in the vocabulary, or to null"
         )
     return token
 

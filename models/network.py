@@ -1,6 +1,6 @@
-"""The two-headed network in PyTorch: a causal backbone and a scorer that rates every position.
+"""The two-headed network in PyTorch: a causal backbone, and a scorer for every position.
 
-Shapes in comments: B rows, T positions, E embed_dim, D hidden_size, H heads, G kv heads, K size of a head.
+Shapes: B rows, T positions, E embed_dim, D hidden_size, H heads, G kv heads, K head size.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ __all__ = [
 
 
 def inverse_frequencies(config: NetworkConfig) -> Tensor:
-    """Rotary frequencies `theta^(-2i/K)`, scaled as the config says: (K/2,) float32, radians per position.
+    """Return the rotary frequencies `theta^(-2i/K)`, scaled as configured: (K/2,) float32, radians per position.
 
-    In float32 throughout, as transformers computes them: at far positions the last digit of a frequency counts.
-    `dynamic` scaling is not in them, it depends on the row's length.
+    They are computed in float32 throughout, as in transformers, because at distant positions the last digit of a
+    frequency matters. `dynamic` scaling is not included, because it depends on the row's length.
     """
     size, scaling = config.size_of_head, config.rope_scaling
     frequencies = 1.0 / config.rope_theta ** (torch.arange(0, size, 2).to(torch.float32) / size)
@@ -52,7 +52,7 @@ def inverse_frequencies(config: NetworkConfig) -> Tensor:
 
 
 def _kept(frequencies: Tensor, theta: float, scaling: RopeScaling) -> Tensor:
-    """How much of each frequency `llama3` and `yarn` leave as it is: 1 all, 0 none."""
+    """Return the share of each frequency that `llama3` and `yarn` leave unscaled, from 0 to 1."""
     if scaling.kind == "llama3":
         turns = scaling.original_max_positions * frequencies / (2 * math.pi)
         blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
@@ -60,7 +60,7 @@ def _kept(frequencies: Tensor, theta: float, scaling: RopeScaling) -> Tensor:
     size = 2 * len(frequencies)
 
     def place(turns: float) -> float:
-        """Index of the frequency that makes so many turns within the original context."""
+        """Return the index of the frequency that makes `turns` turns within the original context."""
         return size * math.log(scaling.original_max_positions / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
     low, high = place(scaling.beta_fast), place(scaling.beta_slow)
@@ -72,7 +72,7 @@ def _kept(frequencies: Tensor, theta: float, scaling: RopeScaling) -> Tensor:
 
 
 def rotation(positions: Tensor, frequencies: Tensor, scaling: RopeScaling | None) -> tuple[Tensor, Tensor]:
-    """Positions (B or 1, T) int64 -> cos and sin (B or 1, T, K/2) float32; angles rounded to float32."""
+    """Positions (B or 1, T) int64 -> cos and sin (B or 1, T, K/2) float32 of angles in float32."""
     angles = positions.to(torch.float32)[:, :, None]
     if scaling is not None and scaling.kind == "dynamic":
         size, original = 2 * len(frequencies), scaling.original_max_positions
@@ -86,13 +86,13 @@ def rotation(positions: Tensor, frequencies: Tensor, scaling: RopeScaling | None
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions, rotate-half layout (Su et al., 2021): x (..., T, K), cos and sin (..., T, K/2)."""
+    """Apply rotary positions, rotate-half layout (Su et al., 2021): x (..., T, K), cos and sin (..., T, K/2)."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
 
 
 class Attention(nn.Module):
-    """Projections of grouped-query attention; head h of the queries reads kv head h div (H / G)."""
+    """Grouped-query attention; query head h uses kv head h div (H / G)."""
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ class Attention(nn.Module):
         return rotate(q.transpose(1, 2), cos, sin), rotate(k.transpose(1, 2), cos, sin), v.transpose(1, 2)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
-        """x (B, T, D); mask (B or 1, 1, T, T) bool, True where a key may be read, or None for plain causal."""
+        """x (B, T, D); mask (B or 1, 1, T, T) bool, True where a key may be attended to, or None for plain causal."""
         q, k, v = self.project(x, cos, sin)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
         projected: Tensor = self.out_proj(out.transpose(1, 2).flatten(2))
@@ -165,7 +165,7 @@ class TwoHeadedNetwork(nn.Module):
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
         self.config = config
-        # The projection exists only where the sizes differ, as in the original.
+        # As in the original, there is a projection only if the sizes differ.
         self.input_projection = (
             nn.Linear(config.embed_dim, config.hidden_size) if config.embed_dim != config.hidden_size else nn.Identity()
         )
@@ -180,7 +180,7 @@ class TwoHeadedNetwork(nn.Module):
         self.apply(initialize)
 
     def layers(self) -> Iterator[Block]:
-        """The blocks in order, with their type."""
+        """Yield the blocks in order, typed as `Block`."""
         for block in self.blocks:
             assert isinstance(block, Block)
             yield block
@@ -193,9 +193,9 @@ class TwoHeadedNetwork(nn.Module):
     def surroundings(
         self, inputs_embeds: Tensor, attention_mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-        """What the blocks need beside x: cos and sin (B or 1, 1, T, K/2), and for each block its mask.
+        """Return what the blocks need besides x: cos and sin (B or 1, 1, T, K/2), and a mask for each block.
 
-        A mask is (B, 1, T, T) bool, True where a key may be read, or None for plain causal.
+        A mask is (B, 1, T, T) bool, True where a key may be attended to, or None for plain causal.
         """
         windows = self.config.windows
         masks: dict[int | None, Tensor | None] = {None: None}
@@ -204,14 +204,14 @@ class TwoHeadedNetwork(nn.Module):
         else:
             if attention_mask is None:
                 attention_mask = torch.ones(inputs_embeds.shape[:2], dtype=torch.int64, device=inputs_embeds.device)
-            # Real tokens are counted from 0, so padding on either side leaves every score as it was.
+            # Positions count real tokens only, so that padding on either side does not change a score.
             positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
             masks |= {window: self._mask(attention_mask, window) for window in set(windows)}
         cos, sin = (t.to(inputs_embeds.dtype) for t in self.rotation(positions))
         return cos, sin, [masks[window] for window in windows]
 
     def encode(self, inputs_embeds: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """The backbone's normed output: (B, T, E) and an optional mask (B, T) of 0 and 1 -> (B, T, D)."""
+        """Run the backbone: (B, T, E) and an optional mask (B, T) of 0 and 1 -> normed output (B, T, D)."""
         cos, sin, masks = self.surroundings(inputs_embeds, attention_mask)
         x = self.input_projection(inputs_embeds)
         for block, mask in zip(self.layers(), masks, strict=True):
@@ -220,13 +220,13 @@ class TwoHeadedNetwork(nn.Module):
         return out
 
     def _mask(self, attention_mask: Tensor, window: int | None) -> Tensor:
-        """(B, T) -> (B, 1, T, T), True where key j may be read by query i; every query may read itself."""
+        """(B, T) -> (B, 1, T, T), True where query i may attend to key j; every query may attend to itself."""
         index = torch.arange(attention_mask.shape[1], device=attention_mask.device)
         back = index[:, None] - index[None]
         causal = back >= 0
         if window is not None:
             causal = causal & (back < window)
-        # A padding query that may read nothing would turn into NaN and poison its row.
+        # A padding query without any key would become NaN and spoil its whole row.
         allowed: Tensor = causal & (attention_mask[:, None, None, :] > 0) | (back == 0)
         return allowed
 
@@ -237,7 +237,7 @@ class TwoHeadedNetwork(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """Token embedding, two-headed network, vocabulary head: one forward gives logits and scores."""
+    """Token embedding, two-headed network and vocabulary head: one forward pass computes logits and scores."""
 
     def __init__(self, config: LanguageModelConfig) -> None:
         super().__init__()
@@ -253,13 +253,13 @@ class LanguageModel(nn.Module):
         return F.linear(backbone, self.embedding.weight) if self.config.tie_embeddings else self.head(backbone)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, ...]:
-        """Ids (B, T) int64 -> backbone (B, T, D), scores (B, T, labels), and of a vocabulary head logits (B, T, V)."""
+        """Ids (B, T) int64 -> backbone (B, T, D), scores (B, T, labels), and logits (B, T, V) if it generates."""
         backbone, scores = self.network(self.embedding(input_ids), attention_mask)
         return (backbone, scores, self.logits(backbone)) if self.config.vocabulary_head else (backbone, scores)
 
 
 def initialize(module: nn.Module) -> None:
-    """The original's initial values, but final norms start at one (its U(+-sqrt 3) is an accident of a default)."""
+    """Initialize as the original does, except that final norms start at 1 (its U(+-sqrt 3) is an accident)."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:
@@ -267,21 +267,21 @@ def initialize(module: nn.Module) -> None:
 
 
 def build(**options: Any) -> TwoHeadedNetwork:
-    """The network for these options of `NetworkConfig`; `embed_dim` is required.
+    """Build the network for options of `NetworkConfig`; `embed_dim` is required.
 
     Raises:
-        ConfigError: an option is unknown, missing, of the wrong type or out of range.
+        ConfigError: if an option is unknown, missing, of the wrong type or out of range.
     """
     return TwoHeadedNetwork(NetworkConfig.from_dict(options))
 
 
 def output_size(**options: Any) -> int:
-    """The backbone's width for these options: `hidden_size`, 256 if not given."""
+    """Return the backbone's width for these options: `hidden_size`, by default 256."""
     return int(options.get("hidden_size", 256))
 
 
 def recommended_defaults() -> dict[str, Any]:
-    """The original's recommended options."""
+    """Return the original's recommended options."""
     return {
         "hidden_size": 256,
         "num_layers": 4,
@@ -295,17 +295,17 @@ def recommended_defaults() -> dict[str, Any]:
 def select_best_of_n(scores: Tensor) -> Tensor:
     """Scores (num_candidates, ...) -> the best candidate (...) int64; ties go to the lowest index, NaN never wins.
 
-    -1 where every score is NaN. The original returns the index of a NaN, which no caller wants.
+    If every score is NaN, the result is -1; the original returns the index of a NaN, which no caller wants.
 
     Raises:
-        InputError: no candidate axis, or an empty one.
+        InputError: if the candidate axis is missing or empty.
     """
     if scores.ndim < 1 or scores.shape[0] < 1:
         raise InputError(f"scores need at least one candidate on axis 0; got shape {tuple(scores.shape)}")
     if not scores.is_floating_point():
         return scores.argmax(dim=0)
     usable = ~scores.isnan()
-    # Usable first, then value: -inf is a score and beats NaN.
+    # A score of -inf is valid and beats NaN, hence both conditions.
     best = torch.where(usable, scores, -torch.inf)
     first = (usable & (best == best.amax(dim=0))).to(torch.int64).argmax(dim=0)
     return torch.where(usable.any(dim=0), first, -1)

@@ -1,8 +1,8 @@
-"""The recipe that gives a language model a scorer: the backbone stays as it is, and only the scorer learns.
+"""Train a scorer for a language model whose backbone stays frozen.
 
-`draw_examples` lets the model write completions, which the caller's own checker labels; `train_scorer` fits the
-scorer to them. Completions from elsewhere may be used as well, but a scorer should see mistakes like those that it will
-meet.
+`draw_examples` samples completions from the model, which the caller's checker labels; `train_scorer` fits the scorer to
+them. Completions from other sources can be used too, but a scorer should be trained on mistakes like those that it will
+have to judge.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from .scorer_kinds import Scorer, make_scorer
 
 __all__ = ["Example", "Labels", "draw_examples", "schedule", "train_scorer"]
 
-# Chances in [0, 1] that a completion is right: one for each of its tokens, NaN where nothing is known (process
-# supervision: at the ends of steps), or a single one for all of them (outcome supervision).
+# Probabilities in [0, 1] that a completion is right: one per token, NaN where unknown (process supervision labels the
+# ends of steps), or a single one for all tokens (outcome supervision).
 Labels: TypeAlias = float | Sequence[float]
 # Ids of the prompt, ids of the completion, labels of the completion.
 Example: TypeAlias = tuple[Sequence[int], Sequence[int], Labels]
@@ -45,14 +45,14 @@ def draw_examples(
     """Sample `n` completions of each prompt and label them.
 
     Args:
-        model: in inference mode, as `load_checkpoint` gives it.
-        prompts: token ids of each.
-        label: the checker, called with a prompt's ids and a completion's, its stop token included.
-        n: completions of each prompt.
-        max_new_tokens: completions are cut here.
-        stop_tokens: each of them ends a completion.
+        model: the model in inference mode, as returned by `load_checkpoint`.
+        prompts: token ids of each prompt.
+        label: the checker, called with the token ids of a prompt and of a completion, including its stop token.
+        n: number of completions per prompt.
+        max_new_tokens: maximum length of a completion.
+        stop_tokens: the tokens that end a completion.
         temperature: divides the logits.
-        seed: of every random number.
+        seed: seeds all random numbers.
     """
     generator, stops, examples = torch.Generator().manual_seed(seed), set(stop_tokens), list[Example]()
     for prompt in map(list, prompts):
@@ -74,29 +74,29 @@ def train_scorer(
     seed: int = 0,
     progress: Callable[[int, float], object] | None = None,
 ) -> list[float]:
-    """Replace the model's scorer by one that gives the logits of the labels, from fresh weights.
+    """Train a new scorer to predict the labels, and put it in place of the model's scorer.
 
-    The loss is binary cross entropy, the mean over labelled tokens. The backbone is run once over each example; its
-    outputs at labelled tokens are kept meanwhile, 4 bytes times `hidden_size` for each.
+    The loss is binary cross-entropy on logits, averaged over labelled tokens. The backbone processes each example once;
+    its outputs at labelled tokens are kept in memory, 4 bytes times `hidden_size` each.
 
     Args:
-        model: in inference mode; nothing but `network.scorer` changes.
+        model: the model in inference mode; only `network.scorer` changes.
         examples: labelled completions.
-        steps: optimizer steps.
-        learning_rate: the peak, see `schedule`.
-        batch_size: labelled tokens of a step, drawn at random.
-        seed: of the fresh weights and of the batches.
-        progress: called after each step with the number of steps done and the loss.
+        steps: number of optimizer steps.
+        learning_rate: the peak learning rate, see `schedule`.
+        batch_size: number of labelled tokens per optimizer step, drawn at random.
+        seed: seeds the initial weights and the batches.
+        progress: called after each optimizer step with the number of steps done and the loss.
 
     Returns:
-        The loss of each step.
+        The loss of each optimizer step.
 
     Raises:
-        ConfigError: the model's scorer has several labels.
-        InputError: an example's labels are not as described, or there are none.
+        ConfigError: if the model's scorer has several labels.
+        InputError: if an example's labels are invalid, or no example has any.
     """
     if model.config.network.num_labels != 1:
-        raise ConfigError(f"the recipe trains a scorer of one label; num_labels is {model.config.network.num_labels}")
+        raise ConfigError(f"num_labels: expected 1, a scorer with one label; got {model.config.network.num_labels}")
     features, labels = _labelled(model, examples)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -109,19 +109,19 @@ def train_scorer(
 
 
 def schedule(step: int, steps: int, peak: float) -> float:
-    """The learning rate: a linear warm-up over the first 2%, then a cosine to a tenth of the peak."""
+    """Return the learning rate: linear warm-up over the first 2%, then cosine decay to a tenth of the peak."""
     warm = max(1, steps // 50)
     return peak * min((step + 1) / warm, 0.55 + 0.45 * math.cos(math.pi * step / steps))
 
 
 @torch.no_grad()
 def _labelled(model: LanguageModel, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
-    """The backbone's output at each labelled token (M, D) float32, and the labels (M,) float32."""
+    """Return the backbone's output at each labelled token (M, D) float32, and the labels (M,) float32."""
     labels = [_labels(i, completion, given) for i, (_, completion, given) in enumerate(examples)]
     known = [~row.isnan() for row in labels]
     total = sum(int(places.sum()) for places in known)
     if total == 0:
-        raise InputError(f"none of the {len(examples)} examples has a label; there is nothing to learn from")
+        raise InputError(f"none of the {len(examples)} examples has a label; expected at least one")
     features, filled = torch.empty(total, model.config.network.hidden_size), 0
     for (prompt, completion, _), places in zip(examples, known, strict=True):
         if not places.any():
@@ -134,7 +134,7 @@ def _labelled(model: LanguageModel, examples: Sequence[Example]) -> tuple[Tensor
 
 
 def _labels(index: int, completion: Sequence[int], marks: Labels) -> Tensor:
-    """One label for each token of a completion (L,) float32."""
+    """Return one label for each token of a completion, (L,) float32."""
     labels = torch.tensor(marks, dtype=torch.float32)
     if labels.ndim == 0:
         labels = labels.expand(len(completion))
@@ -147,20 +147,20 @@ def _labels(index: int, completion: Sequence[int], marks: Labels) -> Tensor:
 
 
 def _standardize(features: Tensor, *, centre: bool) -> tuple[Tensor, Tensor]:
-    """Give every feature mean 0 and standard deviation 1, in place; returns both (D,) as they were.
+    """Scale every feature to mean 0 and standard deviation 1, in place; return the original ones, (D,) each.
 
-    Language models have a few features hundreds of times as large as the others, which would drown the rest.
+    A few features of a language model are hundreds of times larger than the others and would dominate them.
     """
     mean = features.mean(0) if centre else torch.zeros(features.shape[1])
     deviation = features.std(0, correction=0)
-    # A feature that hardly varies is no signal worth amplifying, and may be a constant.
+    # A feature that hardly varies, or is constant, must not be amplified.
     deviation = deviation.clamp(min=max(0.1 * deviation.median().item(), 1e-6))
     features.sub_(mean).div_(deviation)
     return mean, deviation
 
 
 def _absorb(scorer: Scorer, mean: Tensor, deviation: Tensor) -> None:
-    """Make a scorer of standardized features the same function of features as they are."""
+    """Fold the standardization of features into a scorer's weights."""
     with torch.no_grad():
         for layer in scorer.readers:
             layer.weight.div_(deviation)

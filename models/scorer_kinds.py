@@ -1,7 +1,7 @@
-"""The kinds of scorer: what reads the normed backbone and gives one value per label at every position.
+"""The kinds of scorer, which map the normed backbone to one value per label at every position.
 
-A new kind is a subclass of `Scorer` in `KINDS`, and its name in `NetworkConfig.scorer_kind`. The graphs are traced from
-the same class, with its linear layers exchanged for the graphs' own products, so that it is written once.
+To add one, add a subclass of `Scorer` to `KINDS` and its name to `NetworkConfig.scorer_kind`. The graphs are traced
+from the same class, with its linear layers replaced by the graphs' own products.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "relu": F
 
 
 class Scorer(nn.Module):
-    """The base of every kind: (..., D) -> (..., num_labels), for any number of leading axes.
+    """Base class of all kinds: (..., D) -> (..., num_labels), for any number of leading axes.
 
     Attributes:
-        dense2: the last layer, which gives the labels; the normalization of rewards is folded into it.
+        dense2: the last layer, which outputs the labels; reward normalization is folded into it.
     """
 
     dense2: nn.Linear
@@ -33,7 +33,7 @@ class Scorer(nn.Module):
 
     @property
     def readers(self) -> list[nn.Linear]:
-        """The layers that read the backbone: a change of its scale or mean is folded into their weights."""
+        """The layers that read the backbone; changes of its scale or mean are folded into their weights."""
         raise NotImplementedError
 
 
@@ -78,5 +78,5 @@ KINDS: dict[str, type[Scorer]] = {"mlp": MlpScorer, "linear": LinearScorer}
 
 
 def make_scorer(config: NetworkConfig) -> Scorer:
-    """The scorer of a network, with fresh weights."""
+    """Make a network's scorer, with new weights."""
     return KINDS[config.scorer_kind](config)

@@ -1,4 +1,4 @@
-"""The files of a checkpoint that say how text becomes tokens, and their way into a checkpoint of ours."""
+"""The tokenizer files of a checkpoint, and how they are copied into one of bonnx's."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ __all__ = ["class_fields", "copy_tokenizer"]
 TOKENIZER = "tokenizer.json"
 _FILES = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 _TEMPLATES = "additional_chat_templates"
-# What transformers reads of config.json to choose the tokenizer's class.
+# The fields of config.json by which transformers chooses the tokenizer's class.
 _CLASS = ("model_type", "tokenizer_class")
 
 
 def class_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a config.json, ours or transformers': the fields that decide the tokenizer's class.
+    """Return the fields of a config.json, bonnx's or transformers', that determine the tokenizer's class.
 
-    Ours keep those of the checkpoint that the tokenizer came from under `tokenizer`.
+    bonnx's config.json stores those of the checkpoint that the tokenizer came from under `tokenizer`.
 
     Raises:
-        ConfigError: `tokenizer` is no object.
+        ConfigError: if `tokenizer` is not an object.
     """
     fields = config if is_huggingface(config) else config.get("tokenizer", {})
     if not isinstance(fields, Mapping):
@@ -34,15 +34,17 @@ def class_fields(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy the tokenizer and the chat templates of a checkpoint's folder into another one.
+    """Copy the tokenizer and the chat templates from one checkpoint's folder to another.
 
     Raises:
-        ConfigError: there is no tokenizer.json, or both are one folder.
+        ConfigError: if there is no tokenizer.json, or both folders are the same.
     """
     if not (source / TOKENIZER).is_file():
-        raise ConfigError(f"{source / TOKENIZER} is missing; expected the folder of the checkpoint with its tokenizer")
+        raise ConfigError(f"{source / TOKENIZER} is missing; expected the folder of a checkpoint with a tokenizer")
     if source.resolve() == target.resolve():
-        raise ConfigError(f"{target}: the checkpoint would replace the one that it is made from; choose another folder")
+        raise ConfigError(
+            f"{target}: the checkpoint would replace the one that it was made from; choose another folder"
+        )
     target.mkdir(parents=True, exist_ok=True)
     for name in (TOKENIZER, *_FILES):
         (target / name).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint's safetensors files, one or many, read when they are asked for. Nothing is ever unpickled."""
+"""Read the tensors of a checkpoint's safetensors files on demand. Nothing is ever unpickled."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["WEIGHTS_FILE", "Weights"]
 WEIGHTS_FILE = "model.safetensors"
 _INDEX_FILE = f"{WEIGHTS_FILE}.index.json"
 _FLOATS = {"F64", "F32", "F16", "BF16"}
-# Numbers that are read at a time, so that a tensor is not in memory twice.
+# Values that are read at a time, so that no tensor is in memory twice.
 _PART = 2**22
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
@@ -29,10 +29,10 @@ class Weights:
     """The tensors of a folder.
 
     Attributes:
-        shapes: of each tensor, by its name.
+        shapes: the shape of each tensor, by name.
 
     Raises:
-        ConfigError: no safetensors file, one that the index names is missing, or one cannot be read.
+        ConfigError: if there is no safetensors file, one that the index lists is missing, or one cannot be read.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -42,36 +42,36 @@ class Weights:
         for path, promised in _shards(folder).items():
             with _reading(path), safe_open(path, framework="pt") as file:
                 present = set(file.keys())
-                for name in file.keys():  # noqa: SIM118 - a file is no dictionary
+                for name in file.keys():  # noqa: SIM118 - not a mapping
                     part = file.get_slice(name)
                     if part.get_dtype() not in _FLOATS:
                         raise ConfigError(
                             f"{path}: tensor '{name}' is {part.get_dtype()}; expected float32, float16 or bfloat16: "
-                            "pass the checkpoint as it was before it was quantized"
+                            "pass the checkpoint as it was before quantization"
                         )
                     self._files[name], self.shapes[name] = path, tuple(part.get_shape())
             if missing := sorted(promised - present):
                 raise ConfigError(
-                    f"{path}: the index names tensor '{missing[0]}', which is not in it; get the file again"
+                    f"{path}: the index lists tensor '{missing[0]}', which the file lacks; download the file again"
                 )
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)
 
     def file(self, name: str) -> Path:
-        """The file that holds a tensor."""
+        """Return the path of the file that contains a tensor."""
         return self._files[name]
 
     def read(self, names: dict[str, str]) -> dict[str, Tensor]:
-        """Tensors of one or more axes as float32: {ours: theirs} -> {ours: tensor}.
+        """Read tensors of one or more axes as float32: {our name: name in the file} -> {our name: tensor}.
 
         Raises:
-            ConfigError: a tensor holds NaN or infinity.
+            ConfigError: if a tensor contains NaN or infinity.
         """
         tensors: dict[str, Tensor] = {}
         for ours, theirs in names.items():
             tensors[ours] = tensor = torch.empty(self.shapes[theirs])
-            # Opened for each part anew: the pages of a file that stays open stay in memory.
+            # Reopened for each part, because the pages of an open file stay in memory.
             step = max(1, _PART * len(tensor) // max(1, tensor.numel()))
             for start in range(0, len(tensor), step):
                 place = slice(start, start + step)
@@ -79,19 +79,20 @@ class Weights:
                     part = tensor[place].copy_(file.get_slice(theirs)[place])
                 if not part.isfinite().all():
                     raise ConfigError(
-                        f"{self._files[theirs]}: tensor '{theirs}' holds NaN or infinity; the training went wrong"
+                        f"{self._files[theirs]}: tensor '{theirs}' contains NaN or infinity, probably because the "
+                        "training diverged; pass another checkpoint"
                     )
         return tensors
 
 
 def _shards(folder: Path) -> dict[Path, set[str]]:
-    """The files, and the tensors that the index promises of each."""
+    """Return the files, and the tensors that the index lists for each."""
     single, index = folder / WEIGHTS_FILE, folder / _INDEX_FILE
     if single.is_file() or not index.is_file():
         pickled = sorted(path.name for pattern in _PICKLED for path in folder.glob(pattern))
         if not single.is_file() and pickled:
             raise ConfigError(
-                f"{folder}: {pickled[0]} is a pickle, which can run any code when it is opened, and is never read; "
+                f"{folder}: {pickled[0]} is a pickle, which can run any code when it is opened, so it is never read; "
                 f"expected {WEIGHTS_FILE}. {unpickling(pickled)}"
             )
         return {single: set()}
@@ -100,14 +101,14 @@ def _shards(folder: Path) -> dict[Path, set[str]]:
         shards: dict[Path, set[str]] = {}
         for name, file in names.items():
             if Path(file).name != file:
-                raise ConfigError(f"{index}: '{file}' leaves the checkpoint's folder; refused")
+                raise ConfigError(f"{index}: expected the names of files in the checkpoint's folder; got '{file}'")
             shards.setdefault(folder / file, set()).add(name)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        raise ConfigError(f"{index} is not an index of shards ({e!r}); expected a JSON object with 'weight_map'") from e
+        raise ConfigError(f"{index} is not a shard index ({e!r}); expected a JSON object with 'weight_map'") from e
     if missing := sorted(path.name for path in shards if not path.is_file()):
         raise ConfigError(
-            f"{folder}: {len(missing)} of {len(shards)} shards are missing, {missing[0]} first ({_INDEX_FILE} names "
-            "them); download the checkpoint again"
+            f"{folder}: {len(missing)} of the {len(shards)} shards listed in {_INDEX_FILE} are missing, such as "
+            f"{missing[0]}; download the checkpoint again"
         )
     return shards
 

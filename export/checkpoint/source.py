@@ -137,7 +137,7 @@ def _text(settings: dict[str, Any], overrides: Overrides, tokenizer: TextFiles |
     for name, value in stated.items():
         option = f"--{name.replace('_', '-')}"
         if tokenizer is None:
-            raise InputError(f"{option}: expected a checkpoint that reads text; this one has no tokenizer.json")
+            raise InputError(f"{option}: the checkpoint has no tokenizer (tokenizer.json), so it cannot read text")
         if not value:
             raise InputError(f"{option}: expected a text; got an empty one")
     rules: TextRules = _convert({**settings, **stated}, "text", TextRules)

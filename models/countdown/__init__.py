@@ -1,4 +1,4 @@
-"""The small trained model that ships: puzzles, recipe, weights and report."""
+"""The small trained model that is included: puzzles, training recipe, weights and report."""
 
 from pathlib import Path
 

@@ -1,7 +1,8 @@
-"""How good is best-of-N? `python -m bonnx.models.countdown.evaluate` writes the recipe's report.
+"""Measure best-of-N: `python -m bonnx.models.countdown.evaluate` writes the recipe's report.
 
-Held-out puzzles share no (numbers, target) with training. Each gets `samples` completions; best-of-N for N below that
-is the mean over disjoint groups of N, so every completion counts once. Intervals are 95% bootstraps over puzzles.
+Held-out puzzles share no (numbers, target) with training. Each gets `samples` completions. Best-of-N for a smaller N is
+the mean over disjoint groups of N, so that every completion counts once. Intervals are 95% bootstrap intervals over
+puzzles.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ METHODS = ("one sample", "best-of-N by the scorer", "majority vote", "oracle")
 def sample_and_score(
     model: LanguageModel, prompt: str, samples: int, seed: int
 ) -> tuple[list[str], NDArray[np.float32]]:
-    """Completions of one prompt, and the scorer's probability at each one's last token (samples,)."""
+    """Sample completions of one prompt; return them and the scorer's probability at each last token (samples,)."""
     generator = torch.Generator().manual_seed(seed)
     prompts = torch.tensor([encode(prompt)]).expand(samples, -1)
     completions = sample(model, prompts, MAX_NEW_TOKENS, END, PAD, generator)
@@ -47,11 +48,11 @@ def sample_and_score(
 
 
 def best_of(count: int, texts: list[str], scores: NDArray[np.float32], right: NDArray[np.bool_]) -> list[float]:
-    """For one puzzle, how often each of `METHODS` is right, over disjoint groups of `count` completions."""
+    """Return how often each of `METHODS` is right for one puzzle, over disjoint groups of `count` completions."""
     solved = np.zeros(len(METHODS))
     groups = [slice(i, i + count) for i in range(0, len(texts) - count + 1, count)]
     for group in groups:
-        # Counter keeps the order of first sight, so ties go to the earliest completion.
+        # Counter keeps the order of first occurrence, so ties go to the earliest completion.
         vote = Counter(texts[group]).most_common(1)[0][0]
         chosen = int(scores[group].argmax())
         solved += [
@@ -64,7 +65,7 @@ def best_of(count: int, texts: list[str], scores: NDArray[np.float32], right: ND
 
 
 def calibration(scores: NDArray[np.float64], right: NDArray[np.bool_], bins: int = 10) -> dict[str, Any]:
-    """Reliability of probabilities (n,) in equal bins, and the expected calibration error (Guo et al., 2017)."""
+    """Return the reliability of probabilities (n,) in equal bins, and their calibration error (Guo et al., 2017)."""
     place = np.minimum((scores * bins).astype(int), bins - 1)
     rows = [
         (float(scores[place == b].mean()), float(right[place == b].mean()), int((place == b).sum()))
@@ -76,7 +77,7 @@ def calibration(scores: NDArray[np.float64], right: NDArray[np.bool_], bins: int
 
 
 def evaluate(model: LanguageModel, puzzles: int = 600, samples: int = 64, seed: int = 0) -> dict[str, Any]:
-    """Accuracy with intervals for N = 1, 2, 4, ... `samples`, on half 3-number and half 4-number held-out puzzles."""
+    """Measure accuracy for N = 1, 2, 4, ... `samples` on held-out puzzles, half of 3 numbers and half of 4."""
     rng = random.Random(f"evaluate {seed}")
     drawn: dict[str, Any] = {}
     for count in (3, 4):
@@ -105,7 +106,7 @@ def evaluate(model: LanguageModel, puzzles: int = 600, samples: int = 64, seed: 
 
 
 def report(result: dict[str, Any]) -> str:
-    """The report as Markdown."""
+    """Return the report as Markdown."""
     cells = {(row["n"], row["method"]): row for row in result["accuracy"]}
     lines = [
         "# Countdown: what best-of-N gives",
@@ -140,7 +141,7 @@ def report(result: dict[str, Any]) -> str:
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """The picture of the report: accuracy against N, and the reliability of the score."""
+    """Draw the report's figure: accuracy against N, and the reliability of the score."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.5), dpi=130, layout="constrained")
@@ -167,13 +168,15 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
 
 def main() -> None:
-    """The command line of the evaluation."""
+    """Run the evaluation from the command line."""
     parser = argparse.ArgumentParser(description="Write report.md, report.json and report.png of the Countdown model.")
-    parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
-    parser.add_argument("-o", "--output", type=Path, help="folder of the report; the checkpoint's if not given")
-    parser.add_argument("--puzzles", type=int, default=600)
-    parser.add_argument("--samples", type=int, default=64)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--checkpoint", type=Path, default=CHECKPOINT, help="the checkpoint's folder (default: the included model)"
+    )
+    parser.add_argument("-o", "--output", type=Path, help="folder of the report (default: the checkpoint's folder)")
+    parser.add_argument("--puzzles", type=int, default=600, help="held-out puzzles (default: %(default)s)")
+    parser.add_argument("--samples", type=int, default=64, help="completions per puzzle (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
     arguments = parser.parse_args()
     model, _ = load_checkpoint(arguments.checkpoint)
     assert isinstance(model, LanguageModel)

@@ -1,7 +1,7 @@
 """Countdown puzzles: combine all the numbers with + - * / to reach the target. Generator and exact checker.
 
-A solution is one operation per step, `25-12=13;13*7=91;91+3=94;`, on the numbers that are left. Every result is a whole
-number from 1 to 999. Finding a solution needs search; checking one needs arithmetic only.
+A solution has one operation per step, `25-12=13;13*7=91;91+3=94;`, on the remaining numbers. Every result is a whole
+number from 1 to 999. Finding a solution requires search; checking one requires only arithmetic.
 """
 
 from __future__ import annotations
@@ -42,29 +42,29 @@ class Puzzle:
 
     @property
     def prompt(self) -> str:
-        """The text a model is asked with, such as `3,7,12,25>98:`."""
+        """The text that a model completes, such as `3,7,12,25>98:`."""
         return f"{','.join(map(str, self.numbers))}>{self.target}:"
 
 
 def parse_prompt(prompt: str) -> Puzzle:
-    """The puzzle of a prompt.
+    """Return the puzzle of a prompt.
 
     Raises:
-        InputError: the text is not numbers separated by commas, `>`, the target and `:`.
+        InputError: if the text is not numbers separated by commas, `>`, the target and `:`.
     """
     match = _PROMPT.fullmatch(prompt)
     if match is None:
-        raise InputError(f"a Countdown prompt looks like '3,7,12,25>98:'; got {prompt!r}")
+        raise InputError(f"expected a Countdown prompt such as '3,7,12,25>98:'; got {prompt!r}")
     return Puzzle(tuple(sorted(map(int, match[1].split(",")))), int(match[2]))
 
 
 def held_out(puzzle: Puzzle) -> bool:
-    """Whether the puzzle is kept from training: one in ten, by a hash that never changes."""
+    """Whether the puzzle is held out from training, as one in ten is, by a stable hash."""
     return zlib.crc32(puzzle.prompt.encode()) % 10 == 0
 
 
 def _apply(a: int, operator: str, b: int) -> int | None:
-    """The result, or None where the rules forbid the operation."""
+    """Return the result, or None if the rules forbid the operation."""
     if operator == "/":
         return a // b if b and a % b == 0 else None
     result = a + b if operator == "+" else a - b if operator == "-" else a * b
@@ -72,7 +72,7 @@ def _apply(a: int, operator: str, b: int) -> int | None:
 
 
 def draw_solution(rng: random.Random, count: int) -> tuple[Puzzle, str]:
-    """A random puzzle of `count` numbers with one solution: random operations until the result can be a target."""
+    """Draw a puzzle of `count` numbers with a solution, by random operations until the result is a valid target."""
     while True:
         numbers = sorted(rng.randint(1, MAX_NUMBER) for _ in range(count))
         left, steps = numbers.copy(), []
@@ -90,7 +90,7 @@ def draw_solution(rng: random.Random, count: int) -> tuple[Puzzle, str]:
 
 
 def draw_puzzles(rng: random.Random, count: int, amount: int, *, test: bool) -> list[tuple[Puzzle, str]]:
-    """`amount` solved puzzles of `count` numbers, all from the training set or all held out."""
+    """Draw `amount` solved puzzles of `count` numbers, all from the training set or all held out."""
     drawn: list[tuple[Puzzle, str]] = []
     while len(drawn) < amount:
         puzzle, solution = draw_solution(rng, count)
@@ -101,7 +101,7 @@ def draw_puzzles(rng: random.Random, count: int, amount: int, *, test: bool) -> 
 
 @lru_cache(maxsize=200_000)
 def reachable(numbers: tuple[int, ...]) -> frozenset[int]:
-    """Every value that all of the numbers (ascending) can be combined into."""
+    """Return every value that can be computed from all of the numbers (ascending)."""
     if len(numbers) == 1:
         return frozenset(numbers)
     values: set[int] = set()
@@ -116,7 +116,7 @@ def reachable(numbers: tuple[int, ...]) -> frozenset[int]:
 
 
 def _walk(puzzle: Puzzle, completion: str) -> Iterator[list[int] | None]:
-    """After each step the numbers that are left, or None once a step is wrong."""
+    """Yield the remaining numbers after each step, or None once a step is wrong."""
     left: list[int] | None = list(puzzle.numbers)
     for step in completion.rstrip("\n").removesuffix(";").split(";"):
         match = _STEP.fullmatch(step)
@@ -135,21 +135,20 @@ def _walk(puzzle: Puzzle, completion: str) -> Iterator[list[int] | None]:
 
 
 def answer(completion: str) -> str | None:
-    """What a completion claims to compute, so that votes count equal ones together: `((24-20)/(7-3))`.
+    """Return a completion's calculation in a normal form, `((24-20)/(7-3))`, so that a vote counts equal ones together.
 
-    Steps that do not need one another may stand in any order, and so may the operands of + and *. A number that is the
-    result of a step and has not been used since is that result, of several the first by its text; any other number is
-    one of the puzzle's. Nothing is checked: that would be the checker's work, not a vote's. None if a step is no
-    operation.
+    The order of independent steps does not matter, nor that of the operands of + and *. A number that equals an unused
+    result of an earlier step stands for that result (if there are several, the first in text order); any other number
+    is one of the puzzle's. The calculation is not checked. Returns None if a step is not an operation.
     """
     results: list[tuple[int, str]] = []
 
     def operand(value: int) -> str:
-        made = min((result for result in results if result[0] == value), default=None)
-        if made is None:
+        earlier = min((result for result in results if result[0] == value), default=None)
+        if earlier is None:
             return str(value)
-        results.remove(made)
-        return made[1]
+        results.remove(earlier)
+        return earlier[1]
 
     for step in completion.rstrip("\n").removesuffix(";").split(";"):
         match = _STEP.fullmatch(step)
@@ -164,11 +163,11 @@ def answer(completion: str) -> str | None:
 
 
 def check(puzzle: Puzzle, completion: str) -> bool:
-    """Whether the completion uses every number once, computes every step right and ends at the target."""
+    """Whether the completion uses every number once, computes every step correctly and ends at the target."""
     *_, left = _walk(puzzle, completion)
     return left == [puzzle.target] and completion.rstrip("\n").endswith(";")
 
 
 def step_labels(puzzle: Puzzle, completion: str) -> list[bool]:
-    """For each step: right so far, and the target can still be reached from the numbers that are left."""
+    """Return for each step whether all steps so far are correct and the target can still be reached."""
     return [left is not None and puzzle.target in reachable(tuple(sorted(left))) for left in _walk(puzzle, completion)]

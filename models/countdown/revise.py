@@ -1,9 +1,9 @@
 """Fine-tune the Countdown model to revise: `python -m bonnx.models.countdown.revise -o FOLDER`.
 
-As in Snell et al. (2024), section 6: a sequence is a prompt, up to four wrong attempts, the last of them the nearest to
-the right one by edit distance, and a right attempt, which alone is learned. Attempts are samples of the model that
-ships, each with its end token. At the same time the scorer learns to rate attempts in view of earlier ones, right and
-wrong, on chains that the model under training writes itself.
+As in Snell et al. (2024), section 6, a sequence is a prompt, up to four wrong attempts, the last of them the closest to
+the right one by edit distance, and a right attempt, the only part with a loss. Attempts, each with its end token, are
+sampled from the included model. At the same time the scorer learns to score attempts that follow earlier ones, on
+chains of right and wrong attempts that the model in training samples itself.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from .vocabulary import END, PAD, decode, encode
 
 __all__ = ["MEMORY", "chain_batch", "distance", "main", "revise", "revision", "revision_batch"]
 
-# Earlier attempts that are in view, and samples of each puzzle that these are chosen from.
+# Maximum number of earlier attempts, and samples of each puzzle from which they are chosen.
 MEMORY, SAMPLES = 4, 6
 METADATA_REVISE = {**METADATA, "limits": {"max_tokens": 128}}
 
 
 def distance(a: list[int], b: list[int]) -> int:
-    """Edit distance of two sequences of tokens (Levenshtein, 1966)."""
+    """Return the edit distance of two token sequences (Levenshtein, 1966)."""
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
         before, row[0] = row[0], i
@@ -52,23 +52,23 @@ def distance(a: list[int], b: list[int]) -> int:
 def revision(
     rng: random.Random, puzzle: Puzzle, solution: str, attempts: list[list[int]]
 ) -> tuple[list[list[int]], list[int]]:
-    """Wrong attempts in the order in which they are shown, and the right one; all end with END.
+    """Return wrong attempts in the order in which they precede the right one, and the right one; all end with END.
 
-    The right one is one of the attempts if any is right, else the known solution.
+    The right one is a right attempt if there is any, otherwise the known solution.
     """
     right = [a for a in attempts if check(puzzle, decode(a))]
     wrong = [a for a in attempts if a not in right]
     target = rng.choice(right) if right else [*encode(solution), END]
     shown = rng.sample(wrong, min(len(wrong), rng.randint(0, MEMORY)))
     shown.sort(key=lambda a: -distance(a, target))
-    # Only the last place means something.
+    # Only the last position is significant.
     first = shown[:-1]
     rng.shuffle(first)
     return [*first, *shown[-1:]], target
 
 
 def _attempts(model: LanguageModel, contexts: Tensor, rng: random.Random) -> list[list[int] | None]:
-    """One attempt for each context (rows, T); None for one that did not end."""
+    """Sample one attempt for each context (rows, T); None for an attempt that did not end."""
     generator = torch.Generator().manual_seed(rng.getrandbits(62))
     training = model.training
     model.eval()
@@ -79,15 +79,15 @@ def _attempts(model: LanguageModel, contexts: Tensor, rng: random.Random) -> lis
 
 
 def revision_batch(base: LanguageModel, rng: random.Random, rows: int) -> tuple[Tensor, Tensor]:
-    """Sequences (rows, T) int64 and the next token to learn at each place; half of 3 numbers, half of 4."""
+    """Return sequences (rows, T) int64 and the next token to learn at each position; half of 3 numbers, half of 4."""
     sequences: list[tuple[list[int], list[int]]] = []
     for count in (3, 4):
         puzzles = draw_puzzles(rng, count, rows // 2, test=False)
         prompts = torch.tensor([encode(puzzle.prompt) for puzzle, _ in puzzles])
         attempts = _attempts(base, prompts.repeat_interleave(SAMPLES, 0), rng)
         for i, (puzzle, solution) in enumerate(puzzles):
-            mine = [a for a in attempts[i * SAMPLES : (i + 1) * SAMPLES] if a is not None]
-            shown, target = revision(rng, puzzle, solution, mine)
+            ended = [a for a in attempts[i * SAMPLES : (i + 1) * SAMPLES] if a is not None]
+            shown, target = revision(rng, puzzle, solution, ended)
             sequences.append(([*encode(puzzle.prompt), *(token for a in shown for token in a)], target))
     length = max(len(context) + len(target) for context, target in sequences)
     inputs, targets = torch.full((len(sequences), length), PAD), torch.full((len(sequences), length), IGNORED)
@@ -99,10 +99,9 @@ def revision_batch(base: LanguageModel, rng: random.Random, rows: int) -> tuple[
 
 
 def chain_batch(model: LanguageModel, rng: random.Random, count: int, rows: int) -> tuple[Tensor, Tensor]:
-    """Chains that the model writes -> ids (rows, T) int64 and what the scorer should say (rows, T) float32.
+    """Sample chains from the model -> ids (rows, T) int64 and the scorer's labels (rows, T) float32.
 
-    Chains with an attempt of another length than the puzzle's solutions, or without an end, are left out: nothing is
-    padded.
+    To avoid padding, chains are dropped if an attempt does not end or is not as long as the puzzle's solutions.
     """
     puzzles = [puzzle for puzzle, _ in draw_puzzles(rng, count, rows, test=False)]
     ids = torch.tensor([encode(puzzle.prompt) for puzzle in puzzles])
@@ -122,14 +121,14 @@ def chain_batch(model: LanguageModel, rng: random.Random, count: int, rows: int)
 
 
 def revise(folder: Path, *, steps: int = 600, rows: int = 64, seed: int = 0, save_every: int = 25) -> LanguageModel:
-    """Fine-tune in `folder`, going on from what is there, and leave a checkpoint in it.
+    """Fine-tune in `folder`, resuming a run found there, and write a checkpoint to it.
 
     Args:
         folder: as in `train`.
-        steps: of the optimizer.
-        rows: sequences of a batch, and puzzles of the chains.
-        seed: of every puzzle and sample.
-        save_every: steps between saves.
+        steps: number of optimizer steps.
+        rows: number of sequences in a batch, and of puzzles for the chains.
+        seed: seeds all puzzles and samples.
+        save_every: optimizer steps between saves.
     """
     base, model = (load_checkpoint(CHECKPOINT)[0] for _ in range(2))
     assert isinstance(base, LanguageModel)
@@ -137,7 +136,7 @@ def revise(folder: Path, *, steps: int = 600, rows: int = 64, seed: int = 0, sav
 
     def losses(model: LanguageModel, rng: random.Random) -> dict[str, Tensor]:
         language = next_token_loss(model, *revision_batch(base, rng, rows))
-        # Four numbers are harder; three are seen now and then, so that they are not forgotten.
+        # Puzzles of four numbers are harder; some of three are included so that they are not forgotten.
         ids, labels = chain_batch(model, rng, 3 if rng.random() < 0.25 else 4, rows)
         return {"language": language, "scorer": label_losses(model, ids, labels).mean()}
 
@@ -148,14 +147,14 @@ def revise(folder: Path, *, steps: int = 600, rows: int = 64, seed: int = 0, sav
 
 
 def main() -> None:
-    """The command line of the recipe."""
+    """Run the recipe from the command line."""
     parser = argparse.ArgumentParser(description="Fine-tune the Countdown model to revise its attempts.")
     parser.add_argument(
-        "-o", "--output", type=Path, required=True, help="folder to write; a run that it holds is resumed"
+        "-o", "--output", type=Path, required=True, help="folder to write; a run found there is resumed"
     )
-    parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--rows", type=int, default=64, help="batch size")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=600, help="optimizer steps (default: %(default)s)")
+    parser.add_argument("--rows", type=int, default=64, help="batch size (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
     arguments = parser.parse_args()
     revise(arguments.output, steps=arguments.steps, rows=arguments.rows, seed=arguments.seed)
 

@@ -1,4 +1,4 @@
-"""A training run that can be stopped at any time and resumed: phases, optimizer and state on disk."""
+"""A training run that can be stopped and resumed at any time: phases, optimizer, and state on disk."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["Phase", "TrainingRun"]
 
 @dataclass(frozen=True)
 class Phase:
-    """Steps that share losses, which are added up, and a schedule with its peak learning rate."""
+    """A number of optimizer steps with the same losses, which are summed, and one learning rate schedule."""
 
     steps: int
     peak: float
@@ -30,7 +30,7 @@ class Phase:
 
 
 class TrainingRun:
-    """The model, its optimizer and the step, kept in one file so that a stopped run can resume."""
+    """The model, its optimizer and the number of steps done, saved in one file from which a run can resume."""
 
     def __init__(self, folder: Path, seed: int, model: LanguageModel) -> None:
         self.path, self.seed, self.step, self.phase_start = folder / "run.safetensors", seed, 0, 0
@@ -40,12 +40,12 @@ class TrainingRun:
             self._restore()
 
     def begin_phase(self) -> None:
-        """A fresh optimizer: each phase has its own loss and schedule."""
+        """Start a phase with a new optimizer, because its loss and schedule differ."""
         self.phase_start = self.step
         self.optimizer = torch.optim.AdamW(self.model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
 
     def advance(self, loss: Tensor, rate: float) -> None:
-        """One optimizer step."""
+        """Take one optimizer step."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad()
@@ -55,7 +55,7 @@ class TrainingRun:
         self.step += 1
 
     def follow(self, phases: Sequence[Phase], save_every: int) -> None:
-        """Train to the end of the phases, with a line of `log.jsonl` at every save."""
+        """Train to the end of the phases, and append a line to `log.jsonl` at every save."""
         total, start = sum(phase.steps for phase in phases), 0
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
         with Progress(*columns, TimeRemainingColumn()) as progress:
@@ -77,7 +77,7 @@ class TrainingRun:
                 start += phase.steps
 
     def save(self) -> None:
-        """Replace the file in one move, so that a torn write is never read."""
+        """Replace the file atomically, so that an incomplete one is never read."""
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         for name, parameter in self.model.named_parameters():
             for moment in ("exp_avg", "exp_avg_sq"):
@@ -85,9 +85,9 @@ class TrainingRun:
                     tensors[f"{moment}.{name}"] = self.optimizer.state[parameter][moment]
         numbers = {"seed": self.seed, "size": self._size(), "step": self.step, "phase_start": self.phase_start}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        torn = self.path.with_suffix(".part")
-        save_file(tensors, torn, metadata={name: str(value) for name, value in numbers.items()})
-        torn.replace(self.path)
+        partial = self.path.with_suffix(".part")
+        save_file(tensors, partial, metadata={name: str(value) for name, value in numbers.items()})
+        partial.replace(self.path)
 
     def _size(self) -> int:
         return sum(parameter.numel() for parameter in self.model.parameters())
@@ -97,11 +97,14 @@ class TrainingRun:
             numbers = {name: int(value) for name, value in file.metadata().items()}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
         if numbers["seed"] != self.seed:
-            raise SystemExit(f"{self.path} was begun with --seed {numbers['seed']}; give that seed or another folder")
+            raise SystemExit(
+                f"{self.path} was started with --seed {numbers['seed']}; got --seed {self.seed}: pass the same seed or "
+                "another folder"
+            )
         if numbers["size"] != self._size():
             raise SystemExit(
-                f"{self.path} was begun with a model of {numbers['size']} parameters, this one has {self._size()}; "
-                "give the same --size or another folder"
+                f"{self.path} was started with a model of {numbers['size']} parameters; got one of {self._size()}: "
+                "pass the same --size or another folder"
             )
         self.step, self.phase_start = numbers["step"], numbers["phase_start"]
         self.model.load_state_dict({name: tensors[f"model.{name}"] for name in self.model.state_dict()})

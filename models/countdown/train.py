@@ -1,17 +1,18 @@
 """Train a language model and its scorer on Countdown: `python -m bonnx.models.countdown.train --output FOLDER`.
 
-1. Language model: next-token loss on random solved puzzles, fresh ones at every step.
-2. Scorer, together with the language model: at every step the model samples completions for fresh puzzles, the exact
-   checker labels each step (right so far, and the target still within reach), and the scorer learns the labels at the
-   step tokens and at the end. Samples are always the present model's own, so the scorer learns the mistakes that it
-   will meet.
-3. The same, and some of the samples are spoiled before they are labelled: ended early, or one token changed. People
-   rank completions from elsewhere too, and a scorer that has seen only its own model's may like what that never writes.
+1. Language model: next-token loss on random solved puzzles, new ones at every optimizer step.
+2. Scorer, together with the language model: the model samples completions of new puzzles, the exact checker labels each
+   reasoning step (correct so far, and the target still reachable), and the scorer learns the labels at the step tokens
+   and at the end. Samples always come from the current model, so the scorer learns from the mistakes that it will have
+   to judge.
+3. As 2, but some samples are corrupted before they are labelled: cut short, or with one token changed. Users rank
+   completions from other sources too, and a scorer that has only seen its own model's completions may overrate those
+   that this model never writes.
 
-For another task, replace `solved_batch` (solved examples) and `label` (the checker). Every step draws its data from
-(seed, step), so a run that was stopped resumes as if it had not been, and two runs with one seed are the same.
-`--size small` is a network with a fourteenth of the parameters. With `--labels outcome` the scorer is told only whether
-the whole completion is right, not which steps are.
+For another task, replace `solved_batch` (solved examples) and `label` (the checker). The data of an optimizer step
+depends only on (seed, step), so a stopped run resumes exactly, and two runs with one seed are identical. `--size small`
+is a network with a fourteenth of the parameters. With `--labels outcome`, the scorer learns only whether the whole
+completion is right, not which steps are.
 """
 
 from __future__ import annotations
@@ -47,30 +48,30 @@ __all__ = [
     "train",
 ]
 
-# A completion of 4 numbers: 3 steps of 6 tokens and the end.
+# A completion for 4 numbers: 3 steps of 6 tokens and the end token.
 MAX_NEW_TOKENS = 19
 IGNORED = -100
-# Of the third phase's samples, the share that is spoiled.
+# Share of the third phase's samples that is corrupted.
 SPOILED = 0.25
 _OPERATORS = [VOCABULARY[operator] for operator in "+-*/"]
-# What an export needs to know beyond the network: see `export/checkpoint/source.py`.
+# What an export needs besides the network: see `export/checkpoint/source.py`.
 METADATA = {
     "scoring": {"aggregation": "last", "activation": "sigmoid", "step_token": STEP, "end_token": END, "pad_token": PAD},
     "limits": {"max_tokens": 64},
 }
-# No dropout, because no example is ever seen twice.
+# No dropout, because no example is seen twice.
 NETWORKS = {
     "default": NetworkConfig(embed_dim=256, dropout=0.0),
     "small": NetworkConfig(
         embed_dim=80, hidden_size=80, num_layers=2, num_heads=4, num_kv_heads=2, scorer_hidden=64, dropout=0.0
     ),
 }
-# What the scorer learns at the end of a step: whether that step is right, or whether the whole completion is.
+# What the scorer learns at the end of a step: whether the steps so far are right, or whether the whole completion is.
 Supervision: TypeAlias = Literal["process", "outcome"]
 
 
 def solved_batch(rng: random.Random, rows: int) -> tuple[Tensor, Tensor]:
-    """Solved training puzzles of 3 and 4 numbers -> ids (rows, T) int64, and the next token to learn at each place."""
+    """Return solved puzzles of 3 and 4 numbers: ids (rows, T) int64, and the next token to learn at each position."""
     examples = [example for count in (3, 4) for example in draw_puzzles(rng, count, rows // 2, test=False)]
     ids = [(encode(puzzle.prompt), [*encode(solution), END]) for puzzle, solution in examples]
     length = max(len(prompt) + len(completion) for prompt, completion in ids)
@@ -84,7 +85,7 @@ def solved_batch(rng: random.Random, rows: int) -> tuple[Tensor, Tensor]:
 
 
 def label(puzzle: Puzzle, completion: list[int], kind: Supervision = "process") -> list[float]:
-    """What the scorer should say at each token of a completion: 0 or 1 at step tokens and at the end, else IGNORED."""
+    """Return the scorer's label for each token of a completion: 0 or 1 at step and end tokens, else IGNORED."""
     text = decode([token for token in completion if token != PAD])
     right = check(puzzle, text)
     steps = step_labels(puzzle, text) if kind == "process" else [right] * completion.count(STEP)
@@ -99,7 +100,7 @@ def label(puzzle: Puzzle, completion: list[int], kind: Supervision = "process") 
 
 
 def spoil(rng: random.Random, completion: list[int]) -> list[int]:
-    """A completion cut short and ended there, after a step or anywhere, or with one of its tokens changed."""
+    """Corrupt a completion: end it early, after a step or anywhere, or change one of its tokens."""
     written = [token for token in completion if token not in (END, PAD)]
     if len(written) < 2:
         return completion
@@ -118,9 +119,9 @@ def spoil(rng: random.Random, completion: list[int]) -> list[int]:
 def scored_batch(
     model: LanguageModel, rng: random.Random, count: int, rows: int, spoiled: float, kind: Supervision
 ) -> tuple[Tensor, Tensor]:
-    """The model's own completions for fresh training puzzles -> ids (rows, T) int64, labels (rows, T) float32.
+    """Sample completions of new training puzzles from the model -> ids (rows, T) int64, labels (rows, T) float32.
 
-    `spoiled` is the share of them that `spoil` changes.
+    `spoiled` is the share of completions that `spoil` corrupts.
     """
     puzzles = [puzzle for puzzle, _ in draw_puzzles(rng, count, rows, test=False)]
     prompts = torch.tensor([encode(puzzle.prompt) for puzzle in puzzles])
@@ -138,7 +139,7 @@ def scored_batch(
 
 
 def next_token_loss(model: LanguageModel, inputs: Tensor, targets: Tensor) -> Tensor:
-    """Mean loss of the next tokens (rows, T) int64 that are not IGNORED, after inputs (rows, T) int64."""
+    """Return the mean loss of next tokens (rows, T) int64 that are not IGNORED, for inputs (rows, T) int64."""
     with torch.autocast("cpu", torch.bfloat16):
         backbone = model.network.encode(model.embedding(inputs))[targets != IGNORED]
         logits = model.logits(backbone)
@@ -146,7 +147,7 @@ def next_token_loss(model: LanguageModel, inputs: Tensor, targets: Tensor) -> Te
 
 
 def label_losses(model: LanguageModel, ids: Tensor, labels: Tensor) -> Tensor:
-    """Binary loss of the scorer at each label (rows, T) that is not IGNORED, on ids (rows, T) int64."""
+    """Return the scorer's binary loss at each label (rows, T) that is not IGNORED, for ids (rows, T) int64."""
     with torch.autocast("cpu", torch.bfloat16):
         backbone = model.network.encode(model.embedding(ids))[labels != IGNORED]
         scores = model.network.scorer(backbone)
@@ -154,13 +155,13 @@ def label_losses(model: LanguageModel, ids: Tensor, labels: Tensor) -> Tensor:
 
 
 def language_loss(model: LanguageModel, rng: random.Random, rows: int) -> Tensor:
-    """Mean next-token loss over the completions of fresh solved puzzles."""
+    """Return the mean next-token loss over the completions of new solved puzzles."""
     return next_token_loss(model, *solved_batch(rng, rows))
 
 
 def scorer_loss(model: LanguageModel, rng: random.Random, rows: int, spoiled: float, kind: Supervision) -> Tensor:
-    """Mean binary loss of the scorer at the labelled places of the model's own completions."""
-    # Four numbers are harder and get three rows in four.
+    """Return the scorer's mean binary loss at the labelled positions of the model's own completions."""
+    # Puzzles of four numbers are harder and get three quarters of the rows.
     shares = ((3, rows // 4), (4, rows - rows // 4))
     losses = [label_losses(model, *scored_batch(model, rng, count, share, spoiled, kind)) for count, share in shares]
     return torch.cat(losses).mean()
@@ -184,18 +185,18 @@ def train(
     seed: int = 0,
     save_every: int = 100,
 ) -> LanguageModel:
-    """Train the three phases in `folder`, going on from what is there, and leave a checkpoint in it.
+    """Train the three phases in `folder`, resuming a run found there, and write a checkpoint to it.
 
     Args:
-        folder: holds the state of the run, `log.jsonl`, and at the end `config.json` and `model.safetensors`.
-        size: of the network, a key of `NETWORKS`.
-        labels: what the scorer learns. The first phase has none, so two runs may share its state.
-        language_steps: steps of the first phase.
-        joint_steps: steps of the second.
-        spoiled_steps: steps of the third.
-        rows: solved puzzles in a batch, and sampled completions in a batch of the other phases.
-        seed: of the initial weights and of every puzzle and sample.
-        save_every: steps between saves.
+        folder: receives the state of the run, `log.jsonl`, and at the end `config.json` and `model.safetensors`.
+        size: the network's size, a key of `NETWORKS`.
+        labels: what the scorer learns. The first phase has no labels, so two runs may share its state.
+        language_steps: optimizer steps of the first phase.
+        joint_steps: optimizer steps of the second phase.
+        spoiled_steps: optimizer steps of the third phase.
+        rows: batch size: solved puzzles, or sampled completions in the second and third phase.
+        seed: seeds the initial weights and all puzzles and samples.
+        save_every: optimizer steps between saves.
     """
 
     def language(model: LanguageModel, rng: random.Random) -> dict[str, Tensor]:
@@ -218,18 +219,24 @@ def train(
 
 
 def main() -> None:
-    """The command line of the recipe."""
+    """Run the recipe from the command line."""
     parser = argparse.ArgumentParser(description="Train the Countdown model and its scorer.")
     parser.add_argument(
-        "-o", "--output", type=Path, required=True, help="folder to write; a run that it holds is resumed"
+        "-o", "--output", type=Path, required=True, help="folder to write; a run found there is resumed"
     )
-    parser.add_argument("--size", choices=list(NETWORKS), default="default", help="of the network")
-    parser.add_argument("--labels", choices=get_args(Supervision), default="process", help="of the scorer")
-    parser.add_argument("--language-steps", type=int, default=3000)
-    parser.add_argument("--joint-steps", type=int, default=1800)
-    parser.add_argument("--spoiled-steps", type=int, default=600)
-    parser.add_argument("--rows", type=int, default=256, help="batch size")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--size", choices=list(NETWORKS), default="default", help="network size (default: %(default)s)")
+    parser.add_argument(
+        "--labels",
+        choices=get_args(Supervision),
+        default="process",
+        help="whether the scorer learns the steps or only the outcome (default: %(default)s)",
+    )
+    steps = "optimizer steps of the %s phase (default: %%(default)s)"
+    parser.add_argument("--language-steps", type=int, default=3000, help=steps % "first")
+    parser.add_argument("--joint-steps", type=int, default=1800, help=steps % "second")
+    parser.add_argument("--spoiled-steps", type=int, default=600, help=steps % "third")
+    parser.add_argument("--rows", type=int, default=256, help="batch size (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
     arguments = parser.parse_args()
     train(
         arguments.output,

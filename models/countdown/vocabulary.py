@@ -1,4 +1,4 @@
-"""Countdown's tokens: one for each whole number 0..999, one for each symbol. The tokenizer that ships is made here."""
+"""Countdown's tokens, one for each whole number 0..999 and each symbol, and the tokenizer that is included."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ _PIECE = re.compile(r"[0-9]+|[^0-9]")
 
 
 def encode(text: str) -> list[int]:
-    """Token ids of a text.
+    """Return the token ids of a text.
 
     Raises:
-        KeyError: a number above 999 or a foreign symbol.
+        KeyError: if the text has a number above 999 or an unknown symbol.
     """
     return [VOCABULARY[piece] for piece in _PIECE.findall(text)]
 
 
 def decode(ids: list[int]) -> str:
-    """The text of token ids."""
+    """Return the text of token ids."""
     return "".join(_TEXTS[i] for i in ids)
 
 
 def make_tokenizer() -> tokenizers.Tokenizer:
-    """The same vocabulary as a Hugging Face tokenizer, for programs that know nothing of Countdown."""
+    """Return the same vocabulary as a Hugging Face tokenizer, for programs that are independent of Countdown."""
     tokenizer = tokenizers.Tokenizer(models.WordLevel(VOCABULARY, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex("[0-9]+|[^0-9]"), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()

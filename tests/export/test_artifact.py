@@ -142,7 +142,7 @@ def test_checkpoints_that_cannot_be_read(network, tmp_path):
     weights.write_bytes(whole)
     config = (folder / "config.json").read_text()
     (folder / "config.json").write_text(config.replace('"scorer_hidden": 8', '"scorer_hidden": 9'))
-    with pytest.raises(ConfigError, match=r"tensor 'scorer\.dense1\.\w+': the config needs \(9"):
+    with pytest.raises(ConfigError, match=r"tensor 'scorer\.dense1\.\w+': expected shape \(9"):
         load_checkpoint(folder)
     (folder / "config.json").write_text(config.replace('"num_layers": 2', '"num_layers": 3'))
     with pytest.raises(ConfigError, match=r"missing: blocks\.2"):

@@ -216,12 +216,12 @@ def test_a_field_that_changes_the_output_is_honoured_or_refused(family, tmp_path
 
 # One value of each field that is refused although the tensors fit; "other" where transformers then computes otherwise.
 REFUSED = [
-    ({"is_causal": False}, "'is_causal': expected true or no such field; found false: tokens would attend", True),
-    ({"architectures": ["LlamaBidirectionalForSequenceClassification"]}, "the class LlamaBi.*attend to those", False),
+    ({"is_causal": False}, "'is_causal': expected true or no value; found false: tokens would attend", True),
+    ({"architectures": ["LlamaBidirectionalForSequenceClassification"]}, "the class LlamaBi.*attend to later", False),
     ({"auto_map": {"AutoModel": "modeling_llama_encoder.LlamaEncoderModel"}}, r"modeling_llama_encoder\.Llama", False),
     ({"hidden_act": "gelu"}, "'hidden_act': expected 'silu'", True),
     ({"use_bidirectional_attention": True}, "'use_bidirectional_attention': expected false", False),
-    ({"attn_logit_softcapping": 50.0}, "'attn_logit_softcapping': expected no such field; found 50.0", False),
+    ({"attn_logit_softcapping": 50.0}, "'attn_logit_softcapping': expected no value; found 50.0", False),
     ({"compression_config": {"format": "dense"}}, "'compression_config'.*quantized already", False),
     ({"per_layer_config": {"0": {"sliding_window": 3}}}, "'per_layer_config'", False),
     ({"transformers_weights": "other.safetensors"}, "'transformers_weights': expected 'model.safetensors'", False),

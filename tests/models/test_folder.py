@@ -93,7 +93,7 @@ def test_an_adapter_is_refused_and_the_advice_merges_it(reward, copy, tmp_path):
     # Beside the weights of its model it is passed over just as little.
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copy(tmp_path / "adapter" / name, copy)
-        with pytest.raises(ConfigError, match=rf"adapter_\w+\.\w+: an adapter .*take .*{name} out of the folder"):
+        with pytest.raises(ConfigError, match=rf"adapter_\w+\.\w+: an adapter .*move .*{name} out of the folder"):
             read_checkpoint(copy, Overrides())
         if name == "adapter_config.json":
             (copy / name).unlink()
@@ -107,15 +107,13 @@ def test_adapters_inside_the_weights_are_refused(reward, copy, tmp_path):
     inside = {name.removeprefix("base_model.model."): tensor for name, tensor in model.state_dict().items()}
     for state in (model.state_dict(), inside):
         safetensors.torch.save_file({n: t.contiguous() for n, t in state.items()}, copy / "model.safetensors")
-        with pytest.raises(
-            ConfigError, match=r"is of a model with an adapter of peft that is not merged.*merge_and_unlo"
-        ):
+        with pytest.raises(ConfigError, match=r"belongs to a model with an unmerged peft adapter.*merge_and_unlo"):
             load_checkpoint(copy)
 
 
 def test_every_method_of_peft_is_known():
     for prefix in PEFT_TYPE_TO_PREFIX_MAPPING.values():
-        with pytest.raises(ConfigError, match="adapter of peft"):
+        with pytest.raises(ConfigError, match="peft adapter"):
             check_adapter_names([f"model.layers.0.self_attn.q_proj.{prefix}A.default.weight"])
 
 
@@ -168,11 +166,13 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0a" * 32 
 def test_pointers_of_git_lfs_and_links_to_nothing_are_named(name, copy):
     """A chat template that is a pointer would even be a template."""
     (copy / name).write_text(POINTER)
-    with pytest.raises(ConfigError, match=rf"{re.escape(name)} is a pointer of Git LFS.*git lfs pull"):
+    with pytest.raises(ConfigError, match=rf"{re.escape(name)} is a Git LFS pointer.*git lfs pull"):
         read_checkpoint(copy, Overrides())
     (copy / name).unlink()
     (copy / name).symlink_to("../../blobs/0a0a")
-    with pytest.raises(ConfigError, match=rf"{re.escape(name)} is a link to \.\./\.\./blobs/0a0a, which is not there"):
+    with pytest.raises(
+        ConfigError, match=rf"{re.escape(name)} is a link to \.\./\.\./blobs/0a0a, which does not exist"
+    ):
         read_checkpoint(copy, Overrides())
 
 
@@ -195,7 +195,7 @@ def test_a_cache_of_links_is_read_and_its_root_names_the_snapshot(reward, tmp_pa
 def test_an_adapter_that_cannot_be_merged_gets_no_advice_to_merge_it(copy):
     (copy / "adapter_config.json").write_text('{"peft_type": "PROMPT_TUNING", "task_type": "SEQ_CLS"}')
     with pytest.raises(
-        ConfigError, match=r"\(PROMPT_TUNING\).*cannot be merged.*take adapter_config.json out of the folder"
+        ConfigError, match=r"\(PROMPT_TUNING\).*cannot be merged.*move adapter_config.json out of the folder"
     ):
         load_checkpoint(copy)
 
@@ -218,13 +218,13 @@ def test_a_head_in_a_file_of_its_own_is_named(copy):
 def test_a_head_that_is_not_supported_is_named_by_its_tensors(copy):
     rename(copy, lambda name: name.replace("score.", "regression_head."))
     with pytest.raises(
-        ConfigError, match=r"beside the backbone it has regression_head\.weight \(1, \d+\); expected score"
+        ConfigError, match=r"besides the backbone it has regression_head\.weight \(1, \d+\); expected score"
     ):
         load_checkpoint(copy)
     state = safetensors.torch.load_file(copy / "model.safetensors")
     state["score.weight"] = state["regression_head.weight"].clone()
     safetensors.torch.save_file(state, copy / "model.safetensors")
-    with pytest.raises(ConfigError, match=r"has no place for: regression_head\.weight \(1, \d+\)"):
+    with pytest.raises(ConfigError, match=r"does not use: regression_head\.weight \(1, \d+\)"):
         load_checkpoint(copy)
 
 

@@ -195,7 +195,7 @@ def test_a_gated_repository_needs_its_token(hub, fetch):
 
 def test_offline_the_cache_is_taken_or_missed(hub, fetch):
     hub.push(FAKE)
-    with pytest.raises(ConfigError, match=r"cannot be reached, and the cache does not hold.*HF_HUB_OFFLINE"):
+    with pytest.raises(ConfigError, match=r"cannot be reached, and the cache does not contain.*HF_HUB_OFFLINE"):
         fetch(HF_HUB_OFFLINE="1")
     assert not hub.asked
     online = fetch()
@@ -216,7 +216,7 @@ def test_a_connection_cut_in_a_file_leaves_nothing_that_looks_complete(hub, fetc
     assert hub.asked.count("model.safetensors") == 1
     assert not list((tmp_path / "home").rglob("model.safetensors"))
     # What is half there is not taken for whole without the hub either.
-    with pytest.raises(ConfigError, match="the cache does not hold the checkpoint whole"):
+    with pytest.raises(ConfigError, match="the cache does not contain the complete checkpoint"):
         fetch(HF_HUB_OFFLINE="1")
     hub.cut = None
     folder, commit = fetch()

@@ -101,7 +101,7 @@ def test_a_bent_last_step_is_wrong():
 
 @pytest.mark.parametrize("prompt", ["", "3,7", "3,7>", "3>5:", "a,b>5:", "3,7>5:1"])
 def test_prompts_that_are_none(prompt):
-    with pytest.raises(ValueError, match="a Countdown prompt looks like"):
+    with pytest.raises(ValueError, match="expected a Countdown prompt"):
         parse_prompt(prompt)
 
 

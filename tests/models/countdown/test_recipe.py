@@ -41,7 +41,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch, stop
     train.train(tmp_path / "parts", **SHORT, seed=5, save_every=1)
     whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
-    with pytest.raises(SystemExit, match="was begun with --seed 5"):
+    with pytest.raises(SystemExit, match="was started with --seed 5"):
         train.train(tmp_path / "parts", **SHORT, seed=6)
 
 
@@ -69,7 +69,7 @@ def test_outcome_labels_are_the_whole_completions():
 
 def test_a_run_of_another_size_is_refused(tmp_path):
     train.train(tmp_path, **SHORT, seed=5, size="small")
-    with pytest.raises(SystemExit, match="give the same --size"):
+    with pytest.raises(SystemExit, match="pass the same --size"):
         train.train(tmp_path, **SHORT, seed=5)
 
 
