@@ -1,1 +1,1 @@
-"""Figures: run each as `python -m benchmarks.NAME` from the root of the repository."""
+"""Benchmarks: run each as `python -m benchmarks.NAME` from the root of the repository."""

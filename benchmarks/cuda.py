@@ -1,7 +1,7 @@
-"""Every CUDA parity check and benchmark in one go: `python -m benchmarks.cuda` on a machine with a GPU.
+"""Run every CUDA parity check and benchmark: `python -m benchmarks.cuda` on a machine with a GPU.
 
-Exports on the CPU, then runs the artifacts with provider="cuda": the recorded cases, ragged random cases against the
-CPU provider, and the time of `rank` against PyTorch on the same GPU (whole rows, float32 and bfloat16).
+It exports on the CPU, then runs the artifacts with provider="cuda": the recorded cases, random ragged cases against the
+CPU provider, and the time of `rank` against PyTorch on the same GPU.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from bonnx.runtime.engine.providers import installed_flavours
 
 from .rank import LENGTH, PROMPT, SharedByHand, draw, network
 
-# TensorFloat-32 products on the GPU keep 10 bits: |a-b| <= this.
+# Absolute tolerance: TensorFloat-32 products on the GPU keep 10 bits.
 TOLERANCE = 5e-3
 
 
 def parity(folder: Path) -> list[tuple[str, str]]:
-    """Recorded cases and ragged random ones: name and result."""
+    """Run the recorded cases and random ragged ones; return names and results."""
     torch.manual_seed(0)
     model, metadata = load_checkpoint(CHECKPOINT)
     scoring = Scoring(**metadata["scoring"])
@@ -54,7 +54,7 @@ def parity(folder: Path) -> list[tuple[str, str]]:
         try:
             _, checks = bonnx.verify(path, provider="cuda")
             worst = max(check.max_difference for check in checks)
-            rows.append((f"recorded cases, {name}", f"ok, largest difference {worst:.1e}"))
+            rows.append((f"recorded cases, {name}", f"ok, maximum difference {worst:.1e}"))
             if path.name == "countdown":
                 rows.append(("generate, countdown", generated(path)))
             else:
@@ -65,7 +65,7 @@ def parity(folder: Path) -> list[tuple[str, str]]:
 
 
 def generated(path: Path, prompts: int = 50, count: int = 16) -> str:
-    """The same seeds on both providers, in one run and steered by the host: how many candidates are the same."""
+    """Count the candidates that are the same on both providers, and with `generate` and the host's loop."""
     rng = random.Random(0)
     puzzles = [puzzle.prompt for puzzle, _ in draw_puzzles(rng, 4, prompts, test=True)]
     cpu, cuda = bonnx.load(path, provider="cpu"), bonnx.load(path, provider="cuda")
@@ -77,13 +77,13 @@ def generated(path: Path, prompts: int = 50, count: int = 16) -> str:
         same += sum(np.array_equal(a.tokens, b.tokens) for a, b, _ in pairs)
         steered += sum(np.array_equal(b.tokens, c.tokens) for _, b, c in pairs)
     total = len(puzzles) * count
-    # A draw close to an edge may fall on the other side of it; a wrong graph would change nearly all.
+    # Rounding may change a draw that is close to a boundary; a wrong graph would change nearly all of them.
     verdict = "ok" if min(same, steered) > 0.95 * total else "FAILED"
-    return f"{verdict}, {same} of {total} as on the CPU, {steered} as steered by the host"
+    return f"{verdict}, {same} of {total} as on the CPU, {steered} as in the host's loop"
 
 
 def ragged(path: Path, cases: int = 20) -> str:
-    """CUDA against the CPU provider, which the export has compared with PyTorch."""
+    """Compare CUDA with the CPU provider, which the export has compared with PyTorch."""
     rng = np.random.default_rng(0)
     cpu, cuda = bonnx.load(path, provider="cpu"), bonnx.load(path, provider="cuda")
     worst = 0.0
@@ -96,24 +96,24 @@ def ragged(path: Path, cases: int = 20) -> str:
             close = a.candidate_scores[a.best_index] - a.candidate_scores[b.best_index] <= TOLERANCE
             if worst > TOLERANCE or not close:
                 return f"FAILED: difference {worst:.1e}, chose {a.best_index} and {b.best_index}"
-    return f"ok, largest difference {worst:.1e}"
+    return f"ok, maximum difference {worst:.1e}"
 
 
 def timed(way: Callable[[], Any], repeats: int = 10) -> float:
-    """Median seconds, the GPU's work included."""
+    """Return the median time in seconds, including the GPU's work."""
     taken = []
-    for turn in range(repeats + 2):
+    for repeat in range(repeats + 2):
         torch.cuda.synchronize()
         start = time.perf_counter()
         way()
         torch.cuda.synchronize()
-        if turn > 1:
+        if repeat > 1:
             taken.append(time.perf_counter() - start)
     return float(np.median(taken))
 
 
 def speed(folder: Path) -> list[tuple[str, str]]:
-    """`rank` of the 85M network against PyTorch on the same GPU."""
+    """Time `rank` with the 85M network against PyTorch on the same GPU."""
     net = network()
     export_model(net, folder / "85M", name="85M")
     model = bonnx.load(folder / "85M", provider="cuda")
@@ -134,7 +134,7 @@ def speed(folder: Path) -> list[tuple[str, str]]:
 
 def main() -> int:
     if not torch.cuda.is_available():
-        print("no CUDA device: nothing was measured", file=sys.stderr)
+        print("no CUDA device; nothing was measured", file=sys.stderr)
         return 1
     torch.set_default_device("cpu")
     with tempfile.TemporaryDirectory() as name:

@@ -1,8 +1,8 @@
-"""Export of a reward model with half a billion parameters: size, time, peak memory and agreement of each precision.
+"""Export a reward model with half a billion parameters: size, time, peak memory and agreement at each precision.
 
 `python -m benchmarks.export FOLDER` makes a random Qwen2 reward model in FOLDER with transformers (bfloat16, three
-shards; the sizes of Qwen2-0.5B), exports it at each precision by `bonnx export` in a process of its own, and prints the
-table. Peak memory is the process's maximum resident set, the libraries and the file pages that it maps included.
+shards; the sizes of Qwen2-0.5B), exports it at each precision with `bonnx export` in a separate process, and prints a
+table. Peak memory is the process's maximum resident set size, including libraries and mapped file pages.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def make(folder: Path) -> None:
         num_labels=1,
     )
     model = transformers.Qwen2ForSequenceClassification(config)
-    # Scores of order 1, as those of a trained model are.
+    # Scales the scores to order 1, as in a trained model.
     model.score.weight.data *= 2
     model.to(torch.bfloat16).save_pretrained(folder, max_shard_size="400MB")
 
@@ -68,7 +68,7 @@ def main() -> None:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         _, status, usage = os.wait4(process.pid, 0)
         if status:
-            raise SystemExit(f"export at {precision} failed")
+            raise SystemExit(f"bonnx export --precision {precision} failed with status {status}")
         seconds = time.perf_counter() - start
         manifest = json.loads((output / "manifest.json").read_text())
         size = sum(file["size"] for file in manifest["files"].values())

@@ -1,7 +1,7 @@
-"""What breaks, and what comes of it: `python -m benchmarks.faults artifacts/countdown` prints a line for each.
+"""Inject faults and report their effects: `python -m benchmarks.faults artifacts/countdown` prints a line for each.
 
-A server that is killed, an artifact whose folder or files are replaced while it is served, clients that are slow to
-send and slow to read, and 64 threads that share one model.
+The faults are a killed server, an artifact whose folder or files are replaced while it is served, clients that send or
+read slowly, and 64 threads that share one model.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def command(artifact: Path | str, port: int) -> list[str]:
 
 
 def killed(artifact: Path) -> str:
-    """kill -9 under load: the clients see broken connections and nothing else; the next server answers the same."""
+    """Kill the server with SIGKILL under load: clients see only broken connections; a new server answers the same."""
     port, requests = free_port(), bodies("rank")
     with server(command(artifact, port), port, "/health") as process:
         expected = ask(port, requests[0])
@@ -51,11 +51,11 @@ def killed(artifact: Path) -> str:
     others = {status: count for status, count in result.statuses.items() if status not in (0, 200)}
     with server(command(artifact, port), port, "/health"):
         same = ask(port, requests[0]) == expected
-    return f"{result.statuses.get(200, 0)} answers before, {others or 'no'} error answers; same answer after: {same}"
+    return f"{result.statuses.get(200, 0)} answers before, {others or 'no'} errors; same answer after restart: {same}"
 
 
 def replaced(artifact: Path) -> str:
-    """Another artifact takes the folder's place while it is served; the folder goes; its files are written over."""
+    """Replace the artifact's folder by another artifact while it is served, delete it, and overwrite its files."""
     port, requests = free_port(), bodies("rank")[:8] + [body | {"seed": 3} for body in bodies("generate")[:8]]
     with tempfile.TemporaryDirectory() as place:
         copy, old = Path(place) / "artifact", Path(place) / "old"
@@ -75,8 +75,8 @@ def replaced(artifact: Path) -> str:
             shutil.rmtree(copy)
             gone = [ask(port, body) for body in requests] == expected
     return (
-        f"same answers after another took its place: {swapped}, and without the folder: {gone}; written over, "
-        f"{refused.count(503)} of {len(requests)} refused with 503, health {ready}"
+        f"same answers after the folder was replaced: {swapped}, and deleted: {gone}; after its files were "
+        f"overwritten, {refused.count(503)} of {len(requests)} refused with 503, health {ready}"
     )
 
 
@@ -88,7 +88,7 @@ def overwrite(folder: Path) -> None:
 
 
 def refusal(port: int, body: dict[str, Any] | None) -> int:
-    """The status of the answer; without a body, of the server's health."""
+    """Return the status of the answer to a request, or of the server's health if there is no body."""
     try:
         if body is not None:
             ask(port, body)
@@ -100,7 +100,7 @@ def refusal(port: int, body: dict[str, Any] | None) -> int:
 
 
 def slow(artifact: Path) -> str:
-    """200 clients that send a byte now and then, or never read their answers."""
+    """Connect 200 clients that send single bytes slowly, or never read their answers."""
     port, requests = free_port(), bodies("rank")
     with server(command(artifact, port), port, "/health") as process:
         load(port, "/v1/best-of-n", requests, 8, 1.0)
@@ -122,7 +122,7 @@ def slow(artifact: Path) -> str:
 
         dripping = threading.Thread(target=drip)
         dripping.start()
-        beside = load(port, "/v1/best-of-n", requests, 8, 12.0)
+        disturbed = load(port, "/v1/best-of-n", requests, 8, 12.0)
         stop.set()
         dripping.join()
         closed = sum(_is_closed(connection) for connection in connections[1::2])
@@ -130,10 +130,11 @@ def slow(artifact: Path) -> str:
             connection.close()
         time.sleep(1)
         after = status_of(process.pid)
-    share = beside.statuses.get(200, 0) / sum(beside.statuses.values())
+    share = disturbed.statuses.get(200, 0) / sum(disturbed.statuses.values())
     return (
-        f"p99 of 8 others {1e3 * alone.percentile(0.99):.0f} ms without them, {1e3 * beside.percentile(0.99):.0f} ms "
-        f"with them, {share:.0%} answered; {closed} of 100 that sent too slowly closed; {after['files']} open files"
+        f"p99 of 8 other clients {1e3 * alone.percentile(0.99):.0f} ms without the slow ones, "
+        f"{1e3 * disturbed.percentile(0.99):.0f} ms with them, {share:.0%} answered; {closed} of 100 slow senders were "
+        f"disconnected; {after['files']} open files"
     )
 
 
@@ -151,7 +152,7 @@ def _is_closed(connection: socket.socket) -> bool:
 
 
 def shared(artifact: Path) -> str:
-    """64 threads, one model: every answer is the one that it gives in turn."""
+    """Share one model among 64 threads, and compare every answer with that of a single thread."""
     model = bonnx.load(artifact)
 
     def answer(number: int) -> Any:
@@ -168,14 +169,16 @@ def shared(artifact: Path) -> str:
     same = sum(a == b for a, b in zip(answers, expected, strict=True))
     pairs = zip(answers[:192], expected[:192], strict=True)
     worst = max(float(np.abs(np.subtract(a, b)).max()) for a, b in pairs)
-    return f"{same} of {len(numbers)} answers equal, bit for bit; largest difference of a score {worst:g}"
+    return f"{same} of {len(numbers)} answers bitwise equal; maximum difference of a score {worst:g}"
 
 
 def main() -> None:
-    """Print what came of each."""
+    """Print the effect of each fault."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("artifact", type=Path)
-    parser.add_argument("--only", nargs="+", choices=["killed", "replaced", "slow", "shared"])
+    parser.add_argument(
+        "--only", nargs="+", choices=["killed", "replaced", "slow", "shared"], help="faults to inject (default: all)"
+    )
     arguments = parser.parse_args()
     for fault in (killed, replaced, slow, shared):
         if arguments.only is None or fault.__name__ in arguments.only:

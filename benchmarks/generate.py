@@ -1,14 +1,14 @@
-"""Time of `generate` at each precision, beside a loop that the host steers and other tools.
+"""Time of `generate` at each precision, compared with a loop on the host and with other tools.
 
     python -m benchmarks.generate --peers FOLDER
 
 85M parameters (hidden 768, 12 layers, 12 heads, 4 kv heads, FFN 2048), vocabulary 32000, prompt 512, 64 new tokens,
-CPU. All ways take turns in one run; medians. FOLDER is what `benchmarks.peers` has installed and prepared: other tools
-on a Llama of the same sizes, which score nothing.
+CPU. All methods alternate within one run; the figures are medians. FOLDER is prepared by `benchmarks.peers`: other
+tools with a Llama of the same sizes, which compute no scores.
 
-The floor of a precision is what cannot be avoided: for the prompt its operations at the measured matrix rate; for each
-step its operations at that rate or the weights' bytes at the measured memory rate, whichever takes longer. Attention is
-float32 at every precision.
+The floor of a precision is the time that cannot be avoided: for the prompt, its operations at the measured matrix rate;
+for each token, its operations at that rate or the weights' bytes at the measured memory rate, whichever takes longer.
+Attention is float32 at every precision.
 """
 
 from __future__ import annotations
@@ -35,8 +35,7 @@ from .rank import interleave, matrix_rates
 
 PROMPT, NEW, VOCABULARY, WIDTH, LAYERS = 512, 64, 32000, 768, 12
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
-# Bytes of a weight, and which of the measured rates its products can reach.
-# A CPU computes with 16-bit weights in float32.
+# Bytes per weight, and the measured rate that bounds its products; a CPU computes with 16-bit weights in float32.
 COST = {"fp32": (4.0, "float32"), "fp16": (4.0, "float32"), "bf16": (4.0, "float32")}
 COST |= {"int8": (1.0, "int8"), "int4": (0.625, "int8")}
 
@@ -57,24 +56,24 @@ def language_model() -> LanguageModel:
 
 
 def artifact(folder: Path, precision: str) -> Path:
-    """The model at a precision; one that is there from an earlier run is used again."""
+    """Export the model at a precision, unless an earlier run has."""
     path = folder / precision
     if not path.exists():
-        begun = time.perf_counter()
+        start_time = time.perf_counter()
         options: dict[str, Any] = {"precision": precision, "min_agreement": 0.0}
         export_model(language_model(), path, name="85M", **options)
-        print(f"{precision}: exported and verified in {time.perf_counter() - begun:.0f} s", flush=True)
+        print(f"{precision}: exported and verified in {time.perf_counter() - start_time:.0f} s", flush=True)
     return path
 
 
 def memory_rate(megabytes: int = 400) -> float:
-    """GB/s of reading memory on all threads."""
+    """Return the rate of reading memory on all threads, in GB/s."""
     values = torch.ones(megabytes * 250_000)
     return megabytes * 1e-3 / interleave({"sum": lambda: values.sum()}, 9)["sum"]
 
 
 def floor(count: int, precision: str, rates: dict[str, float], gigabytes: float) -> float:
-    """Seconds that no way avoids."""
+    """Return the time that no method can avoid, in seconds."""
     size, kind = COST[precision]
     rate, float_rate = (max(r for way, r in rates.items() if way.endswith(k)) for k in (kind, "float32"))
     weights = LAYERS * (2 * WIDTH * WIDTH + 2 * WIDTH * 256 + 3 * WIDTH * 2048)
@@ -87,7 +86,7 @@ def floor(count: int, precision: str, rates: dict[str, float], gigabytes: float)
 
 @contextlib.contextmanager
 def running(folder: Path | None, names: list[str], threads: int) -> Iterator[dict[str, Any]]:
-    """The peers, as `benchmarks.peers` starts them."""
+    """Start the peers with `benchmarks.peers`, and close them when the block ends."""
     peers = start(folder, names, threads) if folder else {}
     try:
         yield peers
@@ -97,12 +96,14 @@ def running(folder: Path | None, names: list[str], threads: int) -> Iterator[dic
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description="Time `generate` at each precision.")
     parser.add_argument("--counts", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=["fp32", "int8", "int4"])
-    parser.add_argument("--peers", type=Path, metavar="FOLDER", help="prepared by benchmarks.peers; none if not given")
-    parser.add_argument("--only", nargs="+", choices=PEERS, default=list(PEERS), help="these peers")
-    parser.add_argument("--artifacts", type=Path, help="folder that keeps the exported artifacts for the next run")
+    parser.add_argument(
+        "--peers", type=Path, metavar="FOLDER", help="folder prepared by benchmarks.peers (default: no peers)"
+    )
+    parser.add_argument("--only", nargs="+", choices=PEERS, default=list(PEERS), help="peers to run (default: all)")
+    parser.add_argument("--artifacts", type=Path, help="folder that keeps the exported artifacts for later runs")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("-o", "--output", type=Path, help="write the figures as JSON")
@@ -130,7 +131,7 @@ def main() -> None:
 
 
 def _ways(models: dict[str, Any], count: int) -> dict[str, Callable[[], Any]]:
-    """`generate` and the host's loop, each call with another prompt."""
+    """Return `generate` and the host's loop for each model; each call draws a new prompt."""
     rng, options = np.random.default_rng(0), {"n": count, "max_new_tokens": NEW}
     ways: dict[str, Callable[[], Any]] = {}
 
@@ -148,7 +149,7 @@ def _ways(models: dict[str, Any], count: int) -> dict[str, Callable[[], Any]]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Markdown: seconds of each way by N, and the share of the floor."""
+    """Return a Markdown table: seconds of each method by N, and the floor's share of them."""
     counts = list(result["seconds"])
 
     def row(name: str, cells: Iterable[str]) -> str:

@@ -1,7 +1,7 @@
-"""`bonnx batch` killed at random moments and started again, until it ends: are its bytes those of an undisturbed run?
+"""Kill `bonnx batch` at random moments and restart it until it finishes: is the output that of an uninterrupted run?
 
-`python -m benchmarks.kill artifacts/countdown` does 20 rounds. With `--ray`, on Ray Data, the driver is killed, and in
-another run of each round a worker, after which the run must end by itself.
+`python -m benchmarks.kill artifacts/countdown` does 20 rounds. With `--ray`, it runs on Ray Data: each round kills the
+driver in one run, and in another a worker, after which the run must finish by itself.
 """
 
 from __future__ import annotations
@@ -22,36 +22,36 @@ from bonnx.models.countdown.puzzle import draw_solution
 __all__ = ["kill_a_worker", "kill_again_and_again", "leftovers", "run", "start"]
 
 
-# What the run said that was started last.
+# The output of the run that was started last.
 _LOG = Path(tempfile.gettempdir()) / f"bonnx-batch-{os.getpid()}.log"
 
 
 def start(arguments: Sequence[str]) -> subprocess.Popen[bytes]:
-    """`bonnx batch` with these arguments."""
+    """Start `bonnx batch` with these arguments."""
     command = [sys.executable, "-m", "bonnx", "batch", *arguments]
     with _LOG.open("wb") as log:
         return subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
 def check_ended(process: subprocess.Popen[bytes], moment: str) -> None:
-    """Stop here, with what it said, if a run failed."""
+    """Wait for a run; if it fails, exit with its output."""
     if process.wait():
-        raise SystemExit(f"{moment} the run failed with {process.returncode}: {_LOG.read_text()[-2000:]}")
+        raise SystemExit(f"{moment}, the run failed with status {process.returncode}: {_LOG.read_text()[-2000:]}")
 
 
 def run(arguments: Sequence[str]) -> float:
-    """Run it undisturbed; how many seconds that took."""
+    """Run `bonnx batch` without interruption; return the seconds it took."""
     begin = time.monotonic()
-    check_ended(start(arguments), "undisturbed")
+    check_ended(start(arguments), "uninterrupted")
     return time.monotonic() - begin
 
 
 def kill_again_and_again(
     arguments: Sequence[str], output: Path, seconds: float, rng: random.Random, most: int = 1000
 ) -> int:
-    """kill -9 at random moments of a run that takes so long, until it ends; how many kills came in its midst.
+    """Kill a run with SIGKILL at random moments and restart it until it finishes; return the number of kills.
 
-    After `most` of them it may end undisturbed.
+    Only kills before the run was complete count. After `most` of them, the run may finish without interruption.
     """
     killed = 0
     while True:
@@ -65,17 +65,17 @@ def kill_again_and_again(
             process.kill()
             process.wait()
             if not output.with_name(output.name + ".progress").is_file() and output.is_file():
-                # It had done everything but to say so.
+                # The output was complete; only the exit was missing.
                 return killed
             killed += output.with_name(output.name + ".progress").is_file()
-            # What is left grows less with each start, so that it ends in time.
+            # Less work remains after each start, so the run finishes eventually.
             continue
         check_ended(process, f"after {killed} kills")
         return killed
 
 
 def kill_a_worker(arguments: Sequence[str], output: Path, name: str = "^ray::MapWorker") -> int:
-    """kill -9 an actor in the midst of a run, which must end by itself; how many were killed."""
+    """Kill a worker with SIGKILL during a run, which must finish by itself; return the number of workers killed."""
     process, killed = start(arguments), 0
     progress = output.with_name(output.name + ".progress")
     while process.poll() is None and not killed:
@@ -89,12 +89,12 @@ def kill_a_worker(arguments: Sequence[str], output: Path, name: str = "^ray::Map
 
 
 def leftovers(output: Path) -> dict[str, bytes]:
-    """Everything that a run left, by the ending of its name."""
+    """Return the contents of all files of a run, by file name suffix."""
     return {path.name.removeprefix(output.stem): path.read_bytes() for path in output.parent.glob(f"{output.stem}.*")}
 
 
 def draw_rows(path: Path, count: int) -> None:
-    """Puzzles with four candidates each; some lines are none."""
+    """Write puzzles with four candidates each; some lines are malformed."""
     rng = random.Random(0)
     with path.open("w") as file:
         for i in range(count):
@@ -117,14 +117,14 @@ def main() -> None:
     options = parser.parse_args()
     rng, passed, kills, workers, seen = random.Random(), 0, 0, 0, 0
     with tempfile.TemporaryDirectory() as place:
-        rows, peace = Path(place) / "rows.jsonl", Path(place) / "peace.jsonl"
+        rows, uninterrupted = Path(place) / "rows.jsonl", Path(place) / "uninterrupted.jsonl"
         draw_rows(rows, options.rows)
         more = ["--chunk", "32", "--threads", "1", *(["--ray", "--ray-workers", "2"] if options.ray else [])]
-        run([options.artifact, str(rows), "-o", str(peace), "--chunk", "32", "--threads", "1"])
-        expected = leftovers(peace)
+        run([options.artifact, str(rows), "-o", str(uninterrupted), "--chunk", "32", "--threads", "1"])
+        expected = leftovers(uninterrupted)
         first = Path(place) / "first.jsonl"
         seconds = run([options.artifact, str(rows), "-o", str(first), *more])
-        # On Ray most of a short run is its start.
+        # On Ray, most of a short run is startup.
         most = 3 if options.ray else 1000
         for number in range(options.rounds):
             output = Path(place) / f"killed{number}.jsonl"
@@ -132,12 +132,12 @@ def main() -> None:
                 [options.artifact, str(rows), "-o", str(output), *more], output, seconds, rng, most
             )
             passed += leftovers(output) == expected
-            print(f"{passed} of {number + 1} the same, {kills} kills in their midst", flush=True)
+            print(f"{passed} of {number + 1} identical after {kills} kills", flush=True)
             if options.ray:
                 output = Path(place) / f"worker{number}.jsonl"
                 seen += kill_a_worker([options.artifact, str(rows), "-o", str(output), *more], output)
                 workers += leftovers(output) == expected
-                print(f"{workers} of {number + 1} the same after {seen} killed workers", flush=True)
+                print(f"{workers} of {number + 1} identical after {seen} killed workers", flush=True)
     raise SystemExit(0 if passed == options.rounds and (not options.ray or workers == options.rounds) else 1)
 
 

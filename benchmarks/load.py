@@ -17,7 +17,7 @@ LEVELS = ["DISABLE_ALL", "ENABLE_BASIC", "ENABLE_EXTENDED", "ENABLE_ALL"]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("artifact", type=Path)
     parser.add_argument("--repeats", type=int, default=7)
     arguments = parser.parse_args()
@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def draw(manifest: Any) -> dict[str, Any]:
-    """Sixteen candidates of 20 tokens after a prompt of 10."""
+    """Draw feeds for 16 candidates of 20 tokens after a prompt of 10."""
     rng, shapes = np.random.default_rng(0), {"prompt": (1, 10), "candidate": (16, 1, 20)}
     feeds: dict[str, Any] = {**plain_selection()}
     for name, shape in shapes.items():

@@ -1,4 +1,4 @@
-"""Load on a server of this machine: clients that each send one request after another over one connection."""
+"""Put load on a local server: clients that each send one request after another over one connection."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ __all__ = ["Load", "free_port", "load", "server"]
 
 @dataclass
 class Load:
-    """What clients saw.
+    """The clients' results.
 
     Attributes:
-        seconds: how long the load lasted.
-        times: seconds of each answered request.
-        statuses: how many answers of each status; 0 for a connection that broke.
-        bodies: of each answer that is not 200.
+        seconds: duration of the load.
+        times: latency of each answered request, in seconds.
+        statuses: number of answers by status; 0 for a broken connection.
+        bodies: body of each answer with a status other than 200.
     """
 
     seconds: float
@@ -35,11 +35,11 @@ class Load:
 
     @property
     def rate(self) -> float:
-        """Answers of status 200 for each second."""
+        """Answers with status 200 per second."""
         return self.statuses.get(200, 0) / self.seconds
 
     def percentile(self, share: float) -> float:
-        """Seconds within which this share of the requests was answered."""
+        """Return the seconds within which this share of the requests was answered."""
         times = sorted(self.times)
         return times[min(len(times) - 1, int(share * len(times)))] if times else float("nan")
 
@@ -53,12 +53,12 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def server(command: Sequence[str], port: int, ready: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A server process that listens at a port, until the block ends.
+    """Run a server process until the block ends.
 
     Args:
-        command: what to run after the interpreter.
-        port: where it listens.
-        ready: path that answers once it does, whatever it answers.
+        command: arguments of the Python interpreter.
+        port: the port on which the server listens.
+        ready: a path that answers with any status once the server is up.
     """
     process = subprocess.Popen([sys.executable, *command], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     try:
@@ -83,14 +83,14 @@ def server(command: Sequence[str], port: int, ready: str) -> Iterator[subprocess
 
 
 def load(port: int, path: str, bodies: Sequence[Any], clients: int, seconds: float) -> Load:
-    """Send requests from so many clients for so long.
+    """Send requests from several clients at once.
 
     Args:
-        port: of the server.
-        path: of the endpoint.
-        bodies: JSON values; the clients take turns in them.
-        clients: how many at once.
-        seconds: for how long.
+        port: the server's port.
+        path: the endpoint's path.
+        bodies: JSON request bodies, distributed among the clients.
+        clients: number of clients.
+        seconds: duration of the load.
     """
     requests = []
     for body in bodies:
@@ -139,7 +139,7 @@ async def _client(port: int, requests: Sequence[bytes], first: int, step: int, u
 
 
 async def _answer(reader: asyncio.StreamReader) -> tuple[int, bytes, bool]:
-    """Status, body, and whether the connection stays open."""
+    """Read an answer; return its status, its body, and whether the connection stays open."""
     head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
     length = int(head.split("content-length:")[1].split("\r\n")[0])
     body = await reader.readexactly(length)

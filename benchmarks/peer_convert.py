@@ -1,6 +1,6 @@
-"""The random checkpoint, and what each peer makes of it: `python peer_convert.py WHAT FOLDER`.
+"""Make the random checkpoint, and convert it for each peer: `python peer_convert.py WHAT FOLDER`.
 
-`benchmarks.peers prepare` runs this file with the python of each peer's environment; it imports nothing of ours.
+`benchmarks.peers prepare` runs this file in each peer's environment, so it does not import bonnx.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def library(name: str) -> Any:
 
 
 def make_checkpoint(folder: Path, layers: int) -> None:
-    """A Llama with random weights, and a tokenizer whose tokens are t0, t1, ... because some converters ask for one."""
+    """Make a Llama with random weights, and a tokenizer with tokens t0, t1, ..., which some converters require."""
     torch, tokenizers, transformers = map(library, ("torch", "tokenizers", "transformers"))
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
@@ -43,7 +43,7 @@ def make_checkpoint(folder: Path, layers: int) -> None:
 
 
 def make_openvino(folder: Path, layers: int) -> None:
-    """optimum-intel's export, its weights as they are, in 8 bits and in 4 bits (its own defaults for each)."""
+    """Export with optimum-intel: float32 weights, and 8 and 4 bits with its default settings."""
     exporter = library("optimum.exporters.openvino").main_export
     quantization = library("optimum.intel").OVWeightQuantizationConfig
     settings = library("optimum.intel").OVConfig
@@ -59,13 +59,13 @@ def make_openvino(folder: Path, layers: int) -> None:
 
 
 def make_ctranslate2(folder: Path, layers: int) -> None:
-    """float32 weights; a mode that computes with others converts them when it loads."""
+    """Convert with float32 weights; other modes convert them at loading."""
     converter = library("ctranslate2").converters.TransformersConverter(str(folder / "checkpoint"))
     converter.convert(str(folder / "ctranslate2"), quantization="float32", force=True)
 
 
 def make_onnxruntime(folder: Path, layers: int) -> None:
-    """onnxruntime-genai's own builder, for the CPU; the vocabulary head reads only the prompt's last token."""
+    """Export with onnxruntime-genai's builder for the CPU; the vocabulary head reads only the prompt's last token."""
     builder = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-e", "cpu", "-c", str(folder / "cache")]
     for precision in ("fp32", "int8", "int4"):
         options = ["-i", str(folder / "checkpoint"), "-o", str(folder / f"onnxruntime-{precision}"), "-p", precision]
@@ -73,10 +73,10 @@ def make_onnxruntime(folder: Path, layers: int) -> None:
 
 
 def make_llama(folder: Path, layers: int) -> None:
-    """GGUF files in float32, q8_0 and q4_0 (llama.cpp's own quantizer keeps the q4_0 file's embeddings in q6_K).
+    """Write GGUF files in float32, q8_0 and q4_0 (llama.cpp's quantizer keeps the embeddings of q4_0 in q6_K).
 
-    The files for rank have a vocabulary of 32, so that all positions' scores (the logit of token 0) cost no more than
-    a scorer would.
+    The files for rank have a vocabulary of 32, so that the scores of all positions (the logits of token 0) cost no more
+    than a scorer would.
     """
     for purpose, vocabulary in (("generate", VOCABULARY), ("rank", RANK_VOCABULARY)):
         source = folder / f"llama-{purpose}-f32.gguf"
@@ -111,7 +111,7 @@ def write_gguf(checkpoint: Path, path: Path, layers: int, vocabulary: int) -> No
         if name == "model.embed_tokens.weight":
             value = value[:vocabulary]
         for projection, heads in (("q_proj", HEADS), ("k_proj", KV_HEADS)):
-            if projection in name:  # GGUF keeps the two halves that rotate together side by side
+            if projection in name:  # GGUF interleaves the two halves that are rotated together
                 value = value.reshape(heads, 2, -1, WIDTH).swapaxes(1, 2).reshape(value.shape)
         writer.add_tensor(new, value)
     writer.write_header_to_file()
@@ -130,7 +130,7 @@ MAKERS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=MAKERS)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--layers", type=int, default=12)

@@ -1,11 +1,11 @@
-"""One peer in one mode, as a process: `python peer_server.py LIBRARY FOLDER MODE --threads 2`.
+"""Serve one peer in one mode: `python peer_server.py LIBRARY FOLDER MODE --threads 2`.
 
-`benchmarks.peers` starts this file with the python of the peer's environment; it imports nothing of ours. It loads the
-model, prints `ready`, and for each line `N` on its input samples N completions of one new random prompt and prints
-the seconds taken as JSON. `rank N` scores N given candidates instead, where the peer can.
+`benchmarks.peers` starts this file in the peer's environment, so it does not import bonnx. It loads the model and
+prints `ready`. For each line `N` on its standard input, it samples N completions of a new random prompt and prints the
+seconds taken as JSON; for `rank N`, it scores N given candidates, if the peer supports that.
 
 Every completion has exactly --new tokens (the end token is suppressed or ignored), drawn at temperature 1 from the
-whole vocabulary. The prompt is another one at each line, so that nothing of it can be cached before.
+whole vocabulary. Every line uses a new prompt, so that nothing of it is cached.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def library(name: str) -> Any:
 
 
 def sample(logits: Any, rng: np.random.Generator, block: int = 128) -> Any:
-    """(N, V) float32 -> (N,): a token of each row by its share, found by sums of blocks, then within one block."""
+    """Draw a token of each row: logits (N, V) float32 -> (N,); first the block is found, then the token within it."""
     rows = np.arange(len(logits))
     shares = np.exp(logits - logits.max(1, keepdims=True)).reshape(len(logits), -1, block)
     sums = shares.sum(2)
@@ -42,10 +42,10 @@ def sample(logits: Any, rng: np.random.Generator, block: int = 128) -> Any:
 
 
 class Transformers:
-    """`generate(num_return_sequences=N)`, which repeats the prompt; its top-k is off.
+    """`generate(num_return_sequences=N)`, which repeats the prompt; without top-k.
 
-    Modes: float32, bfloat16; with `-once`, the prompt's cache is computed first and repeated, as the library's
-    documentation of caches shows. Rank: whole rows through the model without its vocabulary head.
+    Modes: float32 and bfloat16; with `-once`, the prompt's cache is computed first and repeated, as in the library's
+    documentation of caches. Rank: whole rows through the model without its vocabulary head.
     """
 
     def __init__(self, folder: Path, mode: str, threads: int, new: int) -> None:
@@ -80,11 +80,11 @@ class Transformers:
 
 
 class OpenVINO:
-    """openvino-genai's continuous batching, which computes the prompt once for all its sequences.
+    """openvino-genai's continuous batching, which computes the prompt once for all sequences.
 
-    Modes: f32 (all in float32: weights, arithmetic, cache); default (float32 weights in the file, everything else as
-    the library chooses: bfloat16 arithmetic where the processor has it, 8-bit cache); int8 and int4 (weights compressed
-    by optimum-intel's defaults, the rest as in default). The whole prompt is scheduled as one step.
+    Modes: f32 (float32 weights, arithmetic and cache); default (float32 weights in the file, everything else as the
+    library chooses: bfloat16 arithmetic if the processor supports it, 8-bit cache); int8 and int4 (weights compressed
+    with optimum-intel's defaults, the rest as in default). The whole prompt is processed in one batch.
     """
 
     def __init__(self, folder: Path, mode: str, threads: int, new: int) -> None:
@@ -109,11 +109,11 @@ class OpenVINO:
 
 
 class Llama:
-    """llama.cpp: the prompt decoded once, its cache copied to N sequences, then batches of N tokens.
+    """llama.cpp: the prompt is decoded once, its cache copied to N sequences; then batches of N tokens are decoded.
 
-    Modes: f32 (weights and cache), q8_0 and q4_0 (cache in float16, the library's default). Tokens are drawn by numpy
-    from all rows at once. Flash attention is off: at N = 16 it was slower for f32 and no faster for q8_0. Rank: the
-    candidates as one batch; the files for it have a vocabulary of 32, whose token 0 is the score of a position.
+    Modes: f32 (weights and cache), q8_0 and q4_0 (cache in float16, the library's default). NumPy draws the tokens of
+    all rows at once. Flash attention is off, because at N = 16 it was slower for f32 and no faster for q8_0. Rank: the
+    candidates as one batch; its files have a vocabulary of 32, and the logit of token 0 is the score of a position.
     """
 
     def __init__(self, folder: Path, mode: str, threads: int, new: int) -> None:
@@ -127,7 +127,7 @@ class Llama:
         self.rng = np.random.default_rng(0)
 
     def prepare(self, purpose: str, count: int, prompt: int) -> Any:
-        """The context for this many sequences, cleared; made anew only when the number changes."""
+        """Return an empty context for this many sequences, newly created only if the sizes change."""
         lib, key = self.lib, (purpose, count, prompt)
         if self.context[0] != key:
             if self.context[1] is not None:
@@ -149,7 +149,7 @@ class Llama:
         return self.context[1]
 
     def decode(self, context: Any, tokens: Any, positions: Any, sequences: Any, outputs: Any) -> None:
-        """Arrays of one length, int32; outputs: where logits are wanted."""
+        """Decode a batch, given int32 arrays of equal length; `outputs` marks the tokens whose logits are needed."""
         count = len(tokens)
         batch = self.lib.llama_batch_init(count, 0, 1)
         batch.n_tokens = count
@@ -201,9 +201,9 @@ class Llama:
 
 
 class CTranslate2:
-    """CTranslate2 with `num_hypotheses=N`, which computes the prompt once; sampled from the whole vocabulary.
+    """CTranslate2 with `num_hypotheses=N`, which computes the prompt once, sampling from the whole vocabulary.
 
-    Modes: float32, int8 (weights and products; the library converts the float32 file when it loads it).
+    Modes: float32 and int8 (weights and products; the library converts the float32 file at loading).
     """
 
     def __init__(self, folder: Path, mode: str, threads: int, new: int) -> None:
@@ -226,10 +226,10 @@ class CTranslate2:
 
 
 class OnnxRuntime:
-    """onnxruntime-genai on its own builder's files; the prompt is repeated N times.
+    """onnxruntime-genai with files of its own builder; the prompt is repeated N times.
 
-    Modes: fp32, int8, int4 (weights in blocks of 32, activations in 8 bits: the builder's defaults for the CPU). Tokens
-    are drawn by numpy and handed over as logits, since the library's sampling without top-k takes longer.
+    Modes: fp32, int8 and int4 (weights in blocks of 32, 8-bit activations: the builder's defaults for the CPU). NumPy
+    draws the tokens, which are passed on as logits, because the library's sampling without top-k is slower.
     """
 
     def __init__(self, folder: Path, mode: str, threads: int, new: int) -> None:
@@ -263,7 +263,7 @@ LIBRARIES = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("library", choices=LIBRARIES)
     parser.add_argument("folder", type=Path)
     parser.add_argument("mode")
@@ -279,7 +279,7 @@ def main() -> None:
         task, count = line.split()[:-1], int(line.split()[-1])
         prompt = rng.integers(SPECIAL, arguments.vocabulary, arguments.prompt, np.int32)
         candidates = rng.integers(SPECIAL, arguments.vocabulary, (count, arguments.new), np.int32)
-        if hasattr(peer, "start"):  # what a program would do once, before its first prompt
+        if hasattr(peer, "start"):  # setup that a program does once, before its first prompt
             peer.start(count, arguments.prompt, bool(task))
         start = time.perf_counter()
         outputs = peer.rank(prompt, candidates) if task else peer.generate(prompt, count)

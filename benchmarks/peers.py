@@ -1,13 +1,13 @@
-"""Other tools that sample N completions of one prompt, in turns: `python -m benchmarks.peers`.
+"""Time other tools that sample N completions of one prompt: `python -m benchmarks.peers`.
 
     python -m benchmarks.peers install FOLDER    # a virtual environment for each library, under FOLDER/envs
-    python -m benchmarks.peers prepare FOLDER    # one random checkpoint, and each library's form of it
+    python -m benchmarks.peers prepare FOLDER    # a random checkpoint, converted for each library
     python -m benchmarks.peers run FOLDER --counts 1 4 16 64 --repeats 3
     python -m benchmarks.peers rank FOLDER --counts 16
 
-A Llama of hidden 768, 12 layers, 12 heads, 4 kv heads, FFN 2048, vocabulary 32000, tied embeddings; prompt 512, exactly
-64 new tokens in every completion, temperature 1, top-k off. Each peer in each mode is a process of its own
-(`peer_server.py`, where every class says what its modes are), so that all can take turns in one run.
+The model is a Llama with hidden size 768, 12 layers, 12 heads, 4 kv heads, FFN 2048, vocabulary 32000 and tied
+embeddings; prompt 512, exactly 64 new tokens in every completion, temperature 1, no top-k. Each peer in each mode is a
+separate process (`peer_server.py`, whose classes document their modes), so that all can alternate within one run.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from .rank import interleave
 HERE = Path(__file__).parent
 TORCH = ["torch==2.13.0"]
 
-# Requirements of each library's environment, then those that are installed without their own requirements:
-# optimum-intel asks for torchvision, which a text model does not use and which has to fit torch's build.
+# Requirements of each library's environment, then packages installed without their dependencies: optimum-intel requires
+# torchvision, which a text model does not use and which has to match torch's build.
 ENVIRONMENTS: dict[str, tuple[list[str], list[str]]] = {
     "transformers": ([*TORCH, "transformers==5.24.0", "numpy==2.4.6"], []),
     "openvino": (
@@ -65,7 +65,7 @@ RANKERS = ["transformers float32", "transformers bfloat16", "llama.cpp f32", "ll
 
 
 class Peer:
-    """A running server: `peer(n)` is the seconds of one generation of n completions, `peer(n, "rank")` of one rank."""
+    """A running server: `peer(n)` returns the seconds for n completions, `peer(n, "rank")` those for one ranking."""
 
     def __init__(self, command: list[str], environment: dict[str, str], log: Path) -> None:
         self.log = log
@@ -75,7 +75,7 @@ class Peer:
             )
 
     def wait(self) -> None:
-        """Return when the model is loaded."""
+        """Wait until the model is loaded."""
         while self.answer() != "ready":
             pass
 
@@ -92,7 +92,7 @@ class Peer:
         self.process.stdin.flush()
         while True:
             line = self.answer()
-            with suppress(ValueError):  # a library may print lines of its own
+            with suppress(ValueError):  # libraries may print other lines
                 return float(json.loads(line))
 
     def close(self) -> None:
@@ -117,14 +117,14 @@ def install(folder: Path, libraries: list[str]) -> None:
 
 
 def prepare(folder: Path, libraries: list[str], layers: int) -> None:
-    """The checkpoint, made by transformers, then each library's form of it, under FOLDER/models."""
+    """Make the checkpoint with transformers, then convert it for each library, under FOLDER/models."""
     (folder / "models").mkdir(parents=True, exist_ok=True)
     for task in ["checkpoint", *libraries]:
-        if task == "transformers":  # reads the checkpoint as it is
+        if task == "transformers":  # reads the checkpoint directly
             continue
         command = python(folder, "transformers" if task == "checkpoint" else task)
         if not command.exists():
-            print(f"skipped {task}: no environment, run `python -m benchmarks.peers install {folder}`", file=sys.stderr)
+            print(f"skipped {task}: no environment; run `python -m benchmarks.peers install {folder}`", file=sys.stderr)
             continue
         options = [task, str(folder / "models"), "--layers", str(layers)]
         environment = os.environ | {"HF_HUB_OFFLINE": "1"}
@@ -132,7 +132,7 @@ def prepare(folder: Path, libraries: list[str], layers: int) -> None:
 
 
 def start(folder: Path, names: list[str], threads: int) -> dict[str, Peer]:
-    """Servers by name, models loaded; a peer whose environment is missing is left out, with a line on stderr."""
+    """Start servers and load their models; peers without an environment are skipped, with a message on stderr."""
     peers = {}
     (folder / "logs").mkdir(exist_ok=True)
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
@@ -140,7 +140,7 @@ def start(folder: Path, names: list[str], threads: int) -> dict[str, Peer]:
         library, mode = PEERS[name]
         command = python(folder, library)
         if not command.exists():
-            print(f"skipped {name}: no {command}, run `python -m benchmarks.peers install {folder}`", file=sys.stderr)
+            print(f"skipped {name}: no {command}; run `python -m benchmarks.peers install {folder}`", file=sys.stderr)
             continue
         options = [library, str(folder / "models"), mode, "--threads", str(threads)]
         peer = Peer(
@@ -171,7 +171,7 @@ def compare(folder: Path, arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description="Install, prepare and time other tools.")
     parser.add_argument("command", choices=["install", "prepare", "run", "rank"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--libraries", nargs="+", choices=ENVIRONMENTS, default=list(ENVIRONMENTS))

@@ -1,4 +1,4 @@
-"""The server that one writes first: each request is one run, in the thread that FastAPI gives it.
+"""The simplest server, as a baseline: each request is one run in a thread of FastAPI's pool.
 
 `python -m benchmarks.plain_server ARTIFACT PORT`
 """
@@ -19,7 +19,7 @@ app = fastapi.FastAPI()
 
 
 class Body(pydantic.BaseModel):
-    """As in `bonnx serve`."""
+    """A request, with fields as in `bonnx serve`."""
 
     prompt: str | list[int]
     candidates: list[str] | list[list[int]] | None = None

@@ -1,6 +1,6 @@
-"""Countdown: accuracy against tokens computed, pruned or with fewer candidates: `python -m benchmarks.prune ARTIFACT`.
+"""Countdown accuracy against tokens computed, pruned or with fewer candidates: `python -m benchmarks.prune ARTIFACT`.
 
-Every setting solves the same held-out puzzles with the same seed, so that an unpruned candidate is the same everywhere.
+Every setting solves the same held-out puzzles with the same seed, so a candidate that is not pruned is the same in all.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ import numpy as np
 import bonnx
 from bonnx.models.countdown.puzzle import check, draw_puzzles
 
-# Which share of the candidates is begun, and which goes on after every so many tokens (0: never). A step of a solution
-# has 6 tokens.
+# The share of the candidates that is started, the number of tokens between prunings (0: never), and the share kept by
+# each. A step of a solution has 6 tokens.
 SETTINGS = [(1.0, 0, 1.0), (0.875, 0, 1.0), (0.75, 0, 1.0), (0.5, 0, 1.0)]
 SETTINGS += [(1.0, 12, 0.5), (1.0, 12, 0.25), (1.0, 6, 0.75), (1.0, 6, 0.5), (1.0, 6, 0.25)]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("artifact", type=Path)
-    parser.add_argument("-n", type=int, default=16)
+    parser.add_argument("-n", type=int, default=16, help="candidates per puzzle (default: %(default)s)")
     parser.add_argument("--puzzles", type=int, default=600)
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()

@@ -1,7 +1,8 @@
-"""Time and memory of `rank` against other ways to do the same: `python -m benchmarks.rank`.
+"""Time and memory of `rank`, compared with other methods: `python -m benchmarks.rank`.
 
-85M parameters (hidden 768, 12 layers, 12 heads, 4 kv heads, FFN 2048), prompt 512, 64 tokens a candidate, CPU. All ways
-take turns in one run, so that a slow minute of the machine is everyone's; medians. Outputs are compared first.
+85M parameters (hidden 768, 12 layers, 12 heads, 4 kv heads, FFN 2048), prompt 512, 64 tokens per candidate, CPU. All
+methods alternate within one run, so that slow phases of the machine affect all of them; the figures are medians.
+Outputs are compared first.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def network(layers: int = 12) -> TwoHeadedNetwork:
 
 
 class SharedByHand(nn.Module):
-    """What a careful engineer writes in PyTorch: prompt once, its keys and values expanded to the candidates."""
+    """A careful implementation in PyTorch: the prompt is computed once, its cache expanded to the candidates."""
 
     def __init__(self, net: TwoHeadedNetwork) -> None:
         super().__init__()
@@ -81,7 +82,7 @@ class SharedByHand(nn.Module):
 
 
 def plain_session(net: TwoHeadedNetwork, folder: Path, threads: int) -> Any:
-    """The network as `torch.onnx.export` makes it: whole rows."""
+    """Export the network with plain `torch.onnx.export`, for whole rows."""
     path = folder / "plain.onnx"
     shapes = ({0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC},)
     with warnings.catch_warnings(), torch.no_grad():
@@ -100,23 +101,24 @@ def session(path: Path, threads: int) -> Any:
 
 
 def interleave(ways: dict[str, Callable[[], Any]], repeats: int, pause: float = 0.0) -> dict[str, float]:
-    """Median seconds of each way, all taking turns; a way that returns a float has taken its own time.
+    """Return the median seconds of each method, alternating between them.
 
-    A pause lets the threads of one library, which spin for a while after its call, fall asleep before the next one.
+    A method that returns a float has measured its own time. The pause lets the threads of one library, which spin for a
+    while after a call, fall asleep before the next call.
     """
     taken: dict[str, list[float]] = {name: [] for name in ways}
-    for turn in range(repeats + 1):
+    for repeat in range(repeats + 1):
         for name, way in ways.items():
             time.sleep(pause)
             start = time.perf_counter()
-            own = way()
-            if turn:
-                taken[name].append(own if isinstance(own, float) else time.perf_counter() - start)
+            result = way()
+            if repeat:
+                taken[name].append(result if isinstance(result, float) else time.perf_counter() - start)
     return {name: float(np.median(values)) for name, values in taken.items()}
 
 
 def matrix_rates(folder: Path, threads: int, repeats: int = 9) -> dict[str, float]:
-    """GFLOP/s of one product of this work's shape, (1536, 768) by (768, 2048)."""
+    """Return the GFLOP/s of a matrix product of typical shape, (1536, 768) by (768, 2048)."""
     a, b = torch.randn(1536, WIDTH), torch.randn(WIDTH, 2048)
     a16, b16, feeds = a.bfloat16(), b.bfloat16(), {"a": a.numpy()}
     product, product8 = _product_session(folder, b, threads), _product_session(folder, b, threads, integer=True)
@@ -126,7 +128,7 @@ def matrix_rates(folder: Path, threads: int, repeats: int = 9) -> dict[str, floa
         "ONNX Runtime float32": lambda: product.run(None, feeds),
         "ONNX Runtime int8": lambda: product8.run(None, feeds),
     }
-    # In blocks with a pause: the threads of one library spin for a while after its call and slow the other's.
+    # Measured in blocks with pauses, because one library's threads spin for a while after a call and slow the other.
     best = dict.fromkeys(ways, float("inf"))
     for _ in range(5):
         for way_name, way in ways.items():
@@ -136,7 +138,7 @@ def matrix_rates(folder: Path, threads: int, repeats: int = 9) -> dict[str, floa
 
 
 def _product_session(folder: Path, b: Tensor, threads: int, *, integer: bool = False) -> Any:
-    """One matrix product; in integers as ONNX Runtime is fastest at it, with one range for all rows."""
+    """Make a session with one matrix product; the integer one has a single input scale, which is fastest."""
     info, node = onnx.helper.make_tensor_value_info, onnx.helper.make_node
     weights, nodes = {"b": b.numpy()}, [node("MatMul", ["a", "b"], ["c"])]
     if integer:
@@ -162,7 +164,7 @@ def _product_session(folder: Path, b: Tensor, threads: int, *, integer: bool = F
 
 
 def work(layers: int, count: int) -> float:
-    """GFLOP that `rank` cannot avoid: every product of every token, attention to what may be read."""
+    """Return the GFLOP that `rank` cannot avoid: all products of all tokens, and attention to unmasked positions."""
     kv, inner = 256, 2048
     linear = 2 * (2 * WIDTH * WIDTH + 2 * WIDTH * kv + 3 * WIDTH * inner)
     tokens = PROMPT + count * LENGTH
@@ -171,7 +173,7 @@ def work(layers: int, count: int) -> float:
 
 
 def peak_memory(path: Path, count: int) -> float:
-    """MB that one `rank` adds to a process that has loaded the graph; measured in a process of its own."""
+    """Return the MB that one call of `rank` adds after the graph is loaded, measured in a separate process."""
     command = [sys.executable, "-m", "benchmarks.rank", "--memory-of", str(path), "--counts", str(count)]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
@@ -181,7 +183,7 @@ def measure_memory(path: Path, count: int) -> None:
     model = bonnx.load(path, provider="cpu", threads=2)
     prompt, candidates = draw(rng, count)
     model.rank(prompt[:2], [c[:2] for c in candidates[:1]])
-    # Loading peaks higher than a short call: the peak is set back first (Linux).
+    # Loading has a higher peak than a short call, so the peak is reset first (Linux).
     Path("/proc/self/clear_refs").write_text("5")
     before = _memory("VmRSS")
     model.rank(prompt, candidates)
@@ -189,7 +191,7 @@ def measure_memory(path: Path, count: int) -> None:
 
 
 def _memory(name: str) -> int:
-    """A line of this process's status, kB."""
+    """Read a memory value of this process from its status, in kB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(name))
 
@@ -200,12 +202,12 @@ def draw(rng: np.random.Generator, count: int) -> tuple[Any, list[Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--counts", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--opset-18", action="store_true", help="also time the decomposed flavour")
+    parser.add_argument("--opset-18", action="store_true", help="also time the graph with decomposed operators")
     parser.add_argument("--memory-of", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("-o", "--output", type=Path, help="write the figures as JSON")
     arguments = parser.parse_args()
@@ -243,7 +245,7 @@ def compare(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         rows = torch.cat([p.expand(count, -1, -1), c], 1).contiguous()
         p16, c16, feeds = p.bfloat16(), c.bfloat16(), {"x": rows.numpy()}
         ways: dict[str, Callable[[], Any]] = {
-            "rank": lambda: model.rank(prompt, candidates),  # noqa: B023 - used within this turn only
+            "rank": lambda: model.rank(prompt, candidates),  # noqa: B023 - used within this iteration only
             "rank, int8": lambda: model8.rank(prompt, candidates),  # noqa: B023
             "PyTorch eager, whole rows": lambda: net(rows)[1],  # noqa: B023
             "plain export, whole rows": lambda: plain.run(None, feeds),  # noqa: B023

@@ -1,9 +1,9 @@
-"""A trained model at every precision: size, time, errors, and whether it still selects as float32 does.
+"""A trained model at every precision: size, time, errors, and whether it still selects what float32 selects.
 
-`python -m benchmarks.real_models FOLDER` takes the folder of a trained language model, as transformers writes it,
-trains a scorer for it on its own answers to sums, and exports it at each precision, by the command. `--text` compares
-the float32 artifact's text on 50 chat prompts with transformers'. What was measured stands in
-FOLDER-bonnx/real_models.jsonl: a run that was interrupted resumes from there.
+`python -m benchmarks.real_models FOLDER` takes the folder of a trained language model in the format of transformers,
+trains a scorer for it on its own answers to sums, and exports it at each precision with the command. `--text` compares
+the float32 artifact's text on 50 chat prompts with transformers'. The results are written to
+FOLDER-bonnx/real_models.jsonl, from which an interrupted run resumes.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def make_scorer(model_folder: Path, folder: Path, questions: int, samples: int) 
 
 
 def export(checkpoint: Path, output: Path, precision: str, held_out: Path) -> dict[str, Any]:
-    """Export by the command, and read what it measured."""
+    """Export with the command, and read its measurements from the manifest."""
     command = [sys.executable, str(ROOT / "export.py"), "--checkpoint", str(checkpoint), "-o", str(output)]
     command += ["--precision", precision, "--overwrite", "--held-out", str(held_out), "--min-agreement", "0"]
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
@@ -82,7 +82,7 @@ def export(checkpoint: Path, output: Path, precision: str, held_out: Path) -> di
 
 
 def table(rows: list[dict[str, Any]]) -> None:
-    """For the docs."""
+    """Print the results as a Markdown table."""
     print("| precision | size, MB | CPU time, s | error of scores: ONNX Runtime / PyTorch |", end="")
     print(" of log-probabilities | as good as float32's choice | the same | mean error of a candidate's score |")
     print("|---|---|---|---|---|---|---|---|")
@@ -106,8 +106,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model", type=Path, metavar="FOLDER")
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
-    parser.add_argument("--questions", type=int, default=24, help="for the scorer's training")
-    parser.add_argument("--samples", type=int, default=8, help="answers to each of them")
+    parser.add_argument(
+        "--questions", type=int, default=24, help="questions to train the scorer on (default: %(default)s)"
+    )
+    parser.add_argument("--samples", type=int, default=8, help="sampled answers per question (default: %(default)s)")
     parser.add_argument("--text", action="store_true", help="compare text with transformers' on 50 chat prompts")
     arguments = parser.parse_args()
     work = arguments.model.with_name(arguments.model.name + "-bonnx")

@@ -1,7 +1,7 @@
-"""Families x heads: a checkpoint that transformers wrote, exported and ranked by the commands, beside transformers.
+"""Families x heads: export and rank checkpoints of transformers with the commands, and compare with transformers.
 
-`python -m benchmarks.reward_models` prints the table; `--families` and `--heads` choose a part of it. The checkpoints
-are small and random; texts, chats and steps go through the tokenizer and template in the checkpoint's folder.
+`python -m benchmarks.reward_models` prints the table; `--families` and `--heads` select a part of it. The checkpoints
+are small and random; texts, chats and steps use the tokenizer and template in the checkpoint's folder.
 """
 
 from __future__ import annotations
@@ -46,15 +46,15 @@ def rank(folder: Path, prompt: str) -> Any:
 
 
 def chat_rewards(case: Case, messages: list[dict[str, str]]) -> Any:
-    """What transformers gives for the answers of a conversation."""
+    """Return transformers' rewards for the answers in a conversation."""
     rewards = []
     opening = case.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     for answer in ANSWERS:
         if case.step == "<extra_0>":
             answer += case.step
-        turn = {"role": "assistant", "content": answer}
-        text = case.tokenizer.apply_chat_template([*messages, turn], tokenize=False)
-        # The template's own line end, behind the answer, ends no step.
+        reply = {"role": "assistant", "content": answer}
+        text = case.tokenizer.apply_chat_template([*messages, reply], tokenize=False)
+        # The template's own newline after the answer does not end a step.
         stop = len(text) if case.step is None else text.index(answer.strip(), len(opening)) + len(answer)
         rewards.append(case.reward(text, len(opening), special=False, stop=stop))
     return np.array(rewards)

@@ -1,11 +1,11 @@
-"""`bonnx serve` under load, beside the same model behind a plain server in which each request is one run.
+"""`bonnx serve` under load, compared with a plain server for the same model in which each request is one run.
 
 `python -m benchmarks.serve artifacts/countdown` prints requests per second and the 50th, 95th and 99th percentile of
-their times, in ms, for 1, 8 and 64 clients that each send one request after another. The servers run one at a time, in
-turns; medians of the repeats. The clients share the machine with the server.
+latency, in ms, for 1, 8 and 64 clients that each send one request after another. The servers alternate, one running at
+a time; the figures are medians of the repeats. The clients run on the same machine as the server.
 
-`--work shared` is another model, random, of Countdown's size: rankings of one candidate of 32 tokens each, 16 of them
-after the same prompt of 384, as workers send them that each score what they made.
+`--work shared` uses a random model of Countdown's size: each request ranks one candidate of 32 tokens, and 16 requests
+share a prompt of 384 tokens, as when each worker of a pool scores its own completion.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ WORK = ("rank", "generate", "shared")
 
 
 def bodies(work: str, count: int = 256) -> list[dict[str, Any]]:
-    """Countdown puzzles: 4 candidates to rank after each, or 4 to generate."""
+    """Draw requests for Countdown puzzles, with 4 candidates to rank or 4 to generate; for `shared`, random ids."""
     rng = random.Random(0)
     if work == "shared":
         draw = lambda length: [rng.randrange(1000) for _ in range(length)]  # noqa: E731
@@ -43,7 +43,7 @@ def bodies(work: str, count: int = 256) -> list[dict[str, Any]]:
 
 
 def random_model(folder: Path) -> str:
-    """An artifact that takes ids: what is measured does not depend on its weights."""
+    """Export a model with random weights, on which the measurements do not depend."""
     import torch
 
     from bonnx.export.artifact import export_model
@@ -57,7 +57,7 @@ def random_model(folder: Path) -> str:
 
 
 def measure(name: str, artifact: str, work: str, arguments: argparse.Namespace) -> Iterator[tuple[int, Load]]:
-    """One server under each load."""
+    """Measure one server with each number of clients."""
     port, requests = free_port(), bodies(work)
     command = ["-m", "bonnx", "serve", artifact, "--port", str(port)]
     command += ["--timeout", str(arguments.timeout)]
@@ -75,9 +75,16 @@ def main() -> None:
     parser.add_argument("artifact")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--work", nargs="+", choices=WORK, default=WORK)
-    parser.add_argument("--seconds", type=float, default=8, help="of each measurement")
+    parser.add_argument(
+        "--seconds", type=float, default=8, help="duration of each measurement, in seconds (default: %(default)s)"
+    )
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--timeout", type=float, default=30, help="that a request may take, in seconds")
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=30,
+        help="the server's timeout for a request, in seconds (default: %(default)s)",
+    )
     arguments = parser.parse_args()
     loads_by_run: dict[tuple[str, int, str], list[Load]] = {}
     with tempfile.TemporaryDirectory() as place:
@@ -88,7 +95,7 @@ def main() -> None:
                     artifact = other if work == "shared" else arguments.artifact
                     for clients, measured in measure(name, artifact, work, arguments):
                         loads_by_run.setdefault((work, clients, name), []).append(measured)
-    print("| work | clients | server | requests/s | times plain | p50, ms | p95, ms | p99, ms | not answered |")
+    print("| work | clients | server | requests/s | relative to plain | p50, ms | p95, ms | p99, ms | failed |")
     print("|---|---|---|---|---|---|---|---|---|")
     for work in arguments.work:
         for clients in arguments.clients:

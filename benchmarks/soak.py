@@ -1,8 +1,8 @@
 """An hour of requests in minutes: is the server's memory flat?
 
-`python -m benchmarks.soak artifacts/countdown` sends as many requests as an hour at 10 a second has (36,000;
-`--requests`) of every kind: rankings, votes, generations, watched ones, clients that leave, and bad input. It prints
-the process's resident memory after each tenth, its threads and its open files.
+`python -m benchmarks.soak artifacts/countdown` sends 36,000 requests (`--requests`), as many as in an hour at 10 per
+second, of every kind: rankings, votes, generations, streams, clients that disconnect, and bad input. After each tenth
+it prints the process's resident memory, threads and open files.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from benchmarks.serve import bodies
 
 
 def status_of(pid: int) -> dict[str, int]:
-    """Resident memory in kB, threads, open files."""
+    """Return a process's resident memory in kB, and its numbers of threads and open files."""
     text = Path(f"/proc/{pid}/status").read_text()
     status = {name: int(re.search(rf"{name}:\s+(\d+)", text)[1]) for name in ("VmRSS", "Threads")}  # type: ignore[index]
     return status | {"files": len([*Path(f"/proc/{pid}/fd").iterdir()])}
@@ -50,7 +50,7 @@ async def client(port: int, numbers: asyncio.Queue[int], answers: Load) -> None:
         elif kind < 0.95:
             data = request(rng.choice([b"{", b"[]", b'{"prompt": 3}', b'{"prompt": "what?", "n": 2}']))
         else:
-            # Somebody watches, or waits, and leaves.
+            # A client that streams or waits, and disconnects.
             body = rng.choice(generations) | ({"stream": True} if kind < 0.98 else {})
             writer.write(request(json.dumps(body).encode()))
             await asyncio.sleep(0.01 * rng.random())

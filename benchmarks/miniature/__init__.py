@@ -1,1 +1,1 @@
-"""Snell et al. (2024) in miniature: ways to spend test-time compute, compared on held-out Countdown puzzles."""
+"""Snell et al. (2024) in miniature: methods of using test-time compute, compared on held-out Countdown puzzles."""

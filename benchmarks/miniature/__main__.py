@@ -1,6 +1,6 @@
-"""`python -m benchmarks.miniature RUN` computes what is missing in RUN and draws; `--draw` only draws.
+"""`python -m benchmarks.miniature RUN` computes the missing results in RUN and draws; `--draw` only draws.
 
-A run that was stopped, in whatever way, resumes where it was: every finished task is one line of `results.jsonl`.
+A run that was stopped for any reason resumes where it was, because every finished task is a line of `results.jsonl`.
 `python -m benchmarks.miniature RUN --models shipped --puzzles 20 --table` runs every method on 20 puzzles and prints
 accuracy and cost.
 """
@@ -31,7 +31,7 @@ _CHECKPOINTS = {"shipped": CHECKPOINT, **{name: CHECKPOINT / name for name in ("
 
 
 def export(folder: Path, models: Collection[str]) -> Path:
-    """The artifacts of these models, made if they are not there."""
+    """Export the artifacts of these models that do not exist yet; return their folder."""
     for name in models:
         checkpoint = _CHECKPOINTS[name]
         if not (folder / name / "manifest.json").is_file():
@@ -42,7 +42,7 @@ def export(folder: Path, models: Collection[str]) -> Path:
 
 
 def finished(path: Path) -> dict[str, Any]:
-    """Results by task, of a run or packed; a last line that was not written whole is cut off."""
+    """Return the results by task, from a run or its compressed form; an incomplete last line is removed."""
     packed = path.with_suffix(".jsonl.gz")
     if not path.is_file():
         lines = gzip.decompress(packed.read_bytes()).splitlines() if packed.is_file() else []
@@ -56,7 +56,7 @@ def finished(path: Path) -> dict[str, Any]:
 
 
 def run(folder: Path, count: int, workers: int, models: Collection[str]) -> None:
-    """Compute every task of these models that has no result yet."""
+    """Compute all tasks of these models that have no result yet."""
     folder.mkdir(parents=True, exist_ok=True)
     path, drawn = folder / "results.jsonl", puzzles(count)
     done = finished(path)
@@ -82,14 +82,16 @@ def run(folder: Path, count: int, workers: int, models: Collection[str]) -> None
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.miniature", description=__doc__)
     parser.add_argument("folder", type=Path, metavar="RUN")
     parser.add_argument("--puzzles", type=int, default=300)
-    parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
+    parser.add_argument("--workers", type=int, default=2, help="processes with one thread each (default: %(default)s)")
     parser.add_argument("--models", nargs="+", choices=_CHECKPOINTS, default=[*_CHECKPOINTS])
-    parser.add_argument("--draw", action="store_true", help="only draw, from the stored results")
-    parser.add_argument("--table", action="store_true", help="print accuracy and cost of every method, draw nothing")
+    parser.add_argument("--draw", action="store_true", help="only draw the stored results")
+    parser.add_argument(
+        "--table", action="store_true", help="print accuracy and cost of every method instead of drawing"
+    )
     arguments = parser.parse_args()
     if not arguments.draw:
         run(arguments.folder, arguments.puzzles, arguments.workers, arguments.models)

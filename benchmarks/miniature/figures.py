@@ -1,4 +1,4 @@
-"""Figures and tables from stored results: nothing is sampled here."""
+"""Figures and tables from stored results; nothing is sampled here."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _PICTURE = ("methods", "search", "saving", "optimal")
 
 
 def methods(results: Results) -> list[dict[str, Any]]:
-    """(a) Methods x budgets."""
+    """Return figures (a): methods x budgets."""
     axes = {"x_label": "budget, completions", "y_label": "puzzles solved, %", "x_scale": "log2"}
     names = ("best-of-N", "best-of-N weighted", "majority", "self-certainty")
     any_right = line("any of the N (the limit)", [(b, results.pool.solvable(b)) for b in BUDGETS])
@@ -43,8 +43,8 @@ def methods(results: Results) -> list[dict[str, Any]]:
         {
             "id": "search",
             "title": "Search against the scorer",
-            "caption": "Beams and trees choose at every step by the scorer's value at its end; a budget of N for "
-            "lookahead is N / (k + 1) beams. The best candidate by score is taken.",
+            "caption": "Beams and trees select at every step by the score at its end; a budget of N for lookahead is "
+            "N / (k + 1) beams. The best candidate by score is selected.",
             **axes,
             "series": [results.curve(name) for name in ("best-of-N", *METHODS)],
         },
@@ -53,7 +53,7 @@ def methods(results: Results) -> list[dict[str, Any]]:
 
 
 def saving(results: Results) -> dict[str, Any]:
-    """Fewer tokens for the same: pruning, and stopping when more samples are not worth it."""
+    """Return the figure of methods that save tokens: pruning, and stopping when more samples are not worth it."""
     voted = [f"adaptive at {price}, weighted" for price in PRICES]
     stopped = {
         "adaptive N": [adaptive(results.pool, price, by_score) for price in PRICES],
@@ -62,8 +62,8 @@ def saving(results: Results) -> dict[str, Any]:
     return {
         "id": "saving",
         "title": "Fewer tokens",
-        "caption": "Pruning drops half of the candidates at 12 tokens; adaptive N samples 4 at a time until one more "
-        "is not worth its price, 0.1 to 0.002 of a score, at most 256.",
+        "caption": "Pruning drops half of the candidates at 12 tokens; adaptive N samples 4 at a time, up to 256, "
+        "until one more is not worth its price, 0.1 to 0.002 in units of the score.",
         "x_label": "tokens sampled for a puzzle",
         "y_label": "puzzles solved, %",
         "x_scale": "log2",
@@ -78,13 +78,13 @@ def saving(results: Results) -> dict[str, Any]:
 
 
 def bins(results: Results) -> list[dict[str, Any]]:
-    """(b) Difficulty x budget."""
+    """Return figures (b): difficulty x budget."""
     names = ["majority", "best-of-N", "beam, M = 4", "beam, M = sqrt N", "lookahead, k = 1"]
     return [
         {
             "id": f"bins-{budget}",
             "title": f"By difficulty, budget {budget}",
-            "caption": "Bins are fifths of the puzzles by how many of 64 other samples are right.",
+            "caption": "Bins are quintiles of the puzzles by the number of 64 other samples that are right.",
             "x_label": "difficulty",
             "y_label": "puzzles solved, %",
             "x_scale": "category",
@@ -101,7 +101,7 @@ def bins(results: Results) -> list[dict[str, Any]]:
 
 
 def optimal(results: Results) -> dict[str, Any]:
-    """(c) The compute-optimal policy, cross-validated, against best-of-N."""
+    """Return figure (c): the compute-optimal policy, cross-validated, against best-of-N."""
     series = []
     for label, place, probe in (
         ("compute-optimal, oracle difficulty", results.oracle, 0),
@@ -112,7 +112,7 @@ def optimal(results: Results) -> dict[str, Any]:
         for budget in BUDGETS:
             accuracy, chosen = cross_validated(results.accuracy[budget], place, tokens=results.tokens[budget])
             spent = np.array([results.tokens[budget][name][i] for i, name in enumerate(chosen)])
-            # The samples that say how hard a puzzle is are the first ones of a method that samples.
+            # For methods that sample, the samples that estimate difficulty are among their own.
             extra = np.array([name in METHODS for name in chosen]) * results.pool.spent(probe)
             points.append((float((spent + extra).mean()), accuracy))
         series.append(line(label, points))
@@ -120,9 +120,10 @@ def optimal(results: Results) -> dict[str, Any]:
     return {
         "id": "optimal",
         "title": "Choosing the method by difficulty",
-        "caption": "For each fifth of difficulty and each budget the method that solved most on one half of the "
-        "puzzles (the cheapest within a point) is used on the other half. Difficulty by right samples (oracle) or by "
-        "the mean score (predicted) of 64 other samples, which are not counted; or from 4 that are.",
+        "caption": "For each quintile of difficulty and each budget, the method that solved the most puzzles in one "
+        "half (the cheapest within a point) is used on the other half. Difficulty is the number of right samples "
+        "(oracle) or the mean score (predicted) of 64 other samples, whose cost is not counted, or the mean score of 4 "
+        "samples, whose cost is.",
         "x_label": "tokens sampled for a puzzle",
         "y_label": "puzzles solved, %",
         "x_scale": "log2",
@@ -131,14 +132,14 @@ def optimal(results: Results) -> dict[str, Any]:
 
 
 def scorers(results: Results) -> list[dict[str, Any]]:
-    """(d) Aggregations, and labels of the process against labels of the outcome."""
+    """Return figures (d): aggregations, and process labels against outcome labels."""
     axes = {"x_label": "budget, completions", "y_label": "puzzles solved, %", "x_scale": "log2"}
     pool = results.pool
     figures = [
         {
             "id": "aggregation",
             "title": "Aggregation of step scores",
-            "caption": "Best-of-N with the scores at the steps' ends and at the end, put together in four ways.",
+            "caption": "Best-of-N with the scores at the ends of steps and at the end, aggregated in four ways.",
             **axes,
             "series": [
                 line(name, [(b, pool.accuracy(b, by_score, pool.aggregated(name))) for b in BUDGETS])
@@ -168,7 +169,7 @@ def scorers(results: Results) -> list[dict[str, Any]]:
 
 
 def matched(results: Results) -> list[dict[str, Any]]:
-    """(e) A model of a fourteenth of the parameters with test-time compute, FLOPs matched."""
+    """Return figure (e): a model with a fourteenth of the parameters and test-time compute, FLOPs matched."""
     if "small/pool/0" not in results.stored or f"shipped/greedy/{results.count - 1}" not in results.stored:
         return []
     small = Pool.read(results.stored, "small")
@@ -190,7 +191,7 @@ def matched(results: Results) -> list[dict[str, Any]]:
             "id": "flops",
             "title": "Test-time compute or parameters",
             "caption": "The small model has a fourteenth of the parameters and samples as many completions as the "
-            "same FLOPs allow, for three ratios R of inference to pretraining tokens. Bins by its own samples.",
+            "same FLOPs allow, for three ratios R of inference to pretraining tokens. Bins are by its own samples.",
             "x_label": "difficulty for the small model",
             "y_label": "puzzles solved, %",
             "x_scale": "category",
@@ -200,13 +201,13 @@ def matched(results: Results) -> list[dict[str, Any]]:
 
 
 def revisions(results: Results) -> list[dict[str, Any]]:
-    """(f) Sequential against parallel."""
+    """Return figures (f): sequential against parallel."""
     rows = []
     while f"revise/chains/{len(rows)}" in results.stored:
         rows.append(results.stored[f"revise/chains/{len(rows)}"])
     if len(rows) < 2:
         return []
-    # How hard a puzzle is: the first attempts of 32 chains.
+    # Difficulty is measured by the first attempts of 32 chains.
     first = np.array([np.mean(row["32"]["right"]) for row in rows])
     easy = first >= np.median(first)
     labels = [f"{c} x {32 // c}" for c in CHAINS]
@@ -221,8 +222,8 @@ def revisions(results: Results) -> list[dict[str, Any]]:
         {
             "id": "revisions",
             "title": "Revisions: sequential or parallel",
-            "caption": f"{len(rows)} puzzles, 32 attempts of a model that was trained to revise, in chains x attempts "
-            "in each; weighted is a vote within each chain, then among the chains.",
+            "caption": f"{len(rows)} puzzles, 32 attempts of a model trained to revise, as chains x attempts per "
+            "chain; weighted is a vote within each chain, then among the chains.",
             "x_label": "chains x attempts in each",
             "y_label": "puzzles solved, %",
             "x_scale": "category",
@@ -231,7 +232,7 @@ def revisions(results: Results) -> list[dict[str, Any]]:
         {
             "id": "attempts",
             "title": "The attempts of a chain",
-            "caption": "How many of the n-th attempts are right, each written with the four before it in view.",
+            "caption": "The share of n-th attempts that is right; each attempt follows up to four earlier ones.",
             "x_label": "attempt",
             "y_label": "right, %",
             "x_scale": "linear",
@@ -241,7 +242,7 @@ def revisions(results: Results) -> list[dict[str, Any]]:
 
 
 def figures(stored: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Every figure that the stored results suffice for."""
+    """Return every figure for which there are enough stored results."""
     results = Results(stored)
     return [
         *methods(results),
@@ -254,7 +255,7 @@ def figures(stored: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def policy(stored: Mapping[str, Any], artifact: Path) -> Policy:
-    """What to use on puzzles of each difficulty, if the difficulty is seen from a few samples; without votes."""
+    """Return the policy for puzzles of each difficulty, as estimated from a few samples; without votes."""
     results, manifest = Results(stored), read_verified(artifact)
     settings = {"best-of-N": Choice("best_of_n", {}), **{name: Choice(*how) for name, how in METHODS.items()}}
     accuracy = {
@@ -283,7 +284,7 @@ def draw(stored: Mapping[str, Any], folder: Path) -> None:
 
 
 def table(stored: Mapping[str, Any], count: int) -> str:
-    """Accuracy and cost of every method at every budget, as Markdown."""
+    """Return accuracy and cost of every method at every budget, as Markdown."""
     results = Results({key: value for key, value in stored.items() if int(key.rsplit("/", 1)[1]) < count})
     lines = [f"{results.count} held-out puzzles; solved, %, and tokens sampled for a puzzle", ""]
     lines += ["| method |" + "".join(f" {b} |" for b in BUDGETS), "|---|" + "---|" * len(BUDGETS)]

@@ -1,4 +1,4 @@
-"""The samples of a model, and what each way of choosing among them would have chosen."""
+"""A model's samples, and the ones that each method of selection would have selected."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ AGGREGATIONS: dict[str, Callable[[Sequence[float], float], float]] = {
 
 @dataclass
 class Pool:
-    """The samples of a model: (puzzles, samples) each."""
+    """A model's samples: arrays (puzzles, samples)."""
 
     right: NDArray[np.bool_]
     answers: NDArray[np.int64]
@@ -50,7 +50,7 @@ class Pool:
 
     @classmethod
     def read(cls, results: Mapping[str, Any], model: str) -> Pool:
-        """All puzzles from the first that have their samples."""
+        """Read the samples of all puzzles up to the first without any."""
         rows = []
         while f"{model}/pool/{len(rows)}" in results:
             rows.append(results[f"{model}/pool/{len(rows)}"])
@@ -59,14 +59,14 @@ class Pool:
         return cls(**arrays, steps=[row["steps"] for row in rows])
 
     def aggregated(self, name: str) -> Array:
-        """Another score of each sample, from the scores at its steps' ends."""
+        """Return another score of each sample, aggregated from the scores at the ends of its steps."""
         rule = AGGREGATIONS[name]
         return np.array(
             [[rule(s, last) for s, last in zip(*row, strict=True)] for row in zip(self.steps, self.score, strict=True)]
         )
 
     def accuracy(self, budget: int, choose: Callable[[Array, NDArray[np.int64]], int], scores: Array) -> Array:
-        """How often each puzzle is solved (n,) over disjoint groups of `budget` samples."""
+        """Return how often each puzzle is solved (n,), over disjoint groups of `budget` samples."""
         right = np.zeros(len(self.right))
         for start in range(0, POOL, budget):
             part = slice(start, start + budget)
@@ -75,22 +75,22 @@ class Pool:
         return right * budget / POOL
 
     def solvable(self, budget: int) -> Array:
-        """How often any of `budget` samples is right."""
+        """Return how often any of `budget` samples is right (n,)."""
         groups = self.right.reshape(len(self.right), -1, budget)
         return groups.any(2).mean(1)
 
     def spent(self, budget: int) -> Array:
-        """Tokens of `budget` samples, on average (n,)."""
+        """Return the mean number of tokens of `budget` samples (n,)."""
         return self.tokens.mean(1) * budget
 
 
 def by_score(scores: Array, answers: NDArray[np.int64]) -> int:
-    """Best-of-N."""
+    """Select by best-of-N."""
     return int(scores.argmax())
 
 
 def by_vote(weights: Array, scores: Array, answers: NDArray[np.int64]) -> int:
-    """The best candidate of the answer with the largest weight; without any answer the best candidate."""
+    """Select the best candidate of the answer with the largest weight; without any answer, the best candidate."""
     voters = answers >= 0
     if not voters.any():
         return by_score(scores, answers)
@@ -101,24 +101,24 @@ def by_vote(weights: Array, scores: Array, answers: NDArray[np.int64]) -> int:
 
 
 def weighted(scores: Array, answers: NDArray[np.int64]) -> int:
-    """Best-of-N weighted."""
+    """Select by best-of-N weighted."""
     return by_vote(scores, scores, answers)
 
 
 def majority(scores: Array, answers: NDArray[np.int64]) -> int:
-    """Majority vote."""
+    """Select by majority vote."""
     return by_vote(np.ones(len(scores)), scores, answers)
 
 
 def by_certainty(certainties: Array, answers: NDArray[np.int64]) -> int:
-    """Self-certainty with Borda voting."""
+    """Select by self-certainty with Borda voting."""
     return borda(certainties, answers, SelfCertainty.power)[0]
 
 
 def adaptive(
     pool: Pool, price: float, choose: Callable[[Array, NDArray[np.int64]], int], most: int = POOL, batch: int = 4
 ) -> tuple[Array, Array]:
-    """Tokens, and how often each puzzle is solved, (n,) each, if sampling stops by the rule `gain` of `adaptive`."""
+    """Return tokens and how often each puzzle is solved, (n,) each, if `adaptive`'s rule `gain` stops sampling."""
     right, spent = np.zeros((2, len(pool.right)))
     starts = range(0, POOL, POOL // 8)
     for start in starts:

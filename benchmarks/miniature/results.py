@@ -1,4 +1,4 @@
-"""Stored results as accuracy and cost of every method; every interval is a bootstrap over puzzles."""
+"""Accuracy and cost of every method from stored results, with bootstrap intervals over puzzles."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from .work import BUDGETS, METHODS, PRUNED
 
 __all__ = ["FEW", "PRICES", "Results", "interval", "line", "searched"]
 
-# Completions whose mean score says how hard a prompt is, where their cost is counted.
+# Completions whose mean score predicts a prompt's difficulty when their cost is counted.
 FEW = 4
-# Of one more completion, in units of the score.
+# Prices of one more completion, in units of the score.
 PRICES = (0.1, 0.05, 0.02, 0.01, 0.005, 0.002)
 
 
 def searched(results: Mapping[str, Any], model: str, kind: str, count: int, budget: int, column: int) -> Array | None:
-    """The mean over repeats of a column (n,) of the results of a search."""
+    """Return the mean over repeats of a column (n,) of a search's results."""
     rows = [results.get(f"{model}/{kind}/{i}", {}).get(str(budget)) for i in range(count)]
     if any(row is None for row in rows):
         return None
@@ -29,7 +29,7 @@ def searched(results: Mapping[str, Any], model: str, kind: str, count: int, budg
 
 
 def interval(values: Array, seed: int = 0) -> dict[str, float]:
-    """Mean in per cent and its 95% bootstrap interval over puzzles."""
+    """Return the mean in per cent and its 95% bootstrap interval over puzzles."""
     rows = np.random.default_rng(seed).integers(len(values), size=(2000, len(values)))
     low, high = np.percentile(values[rows].mean(1), [2.5, 97.5])
     bounds = {"y": values.mean(), "low": low, "high": high}
@@ -37,12 +37,12 @@ def interval(values: Array, seed: int = 0) -> dict[str, float]:
 
 
 def line(name: str, points: Sequence[tuple[float | str, Array]]) -> dict[str, Any]:
-    """A series of a figure."""
+    """Return a series of a figure."""
     return {"name": name, "points": [{"x": x, **interval(values)} for x, values in points]}
 
 
 class Results:
-    """Stored results, read once."""
+    """Accuracy and cost of all methods, computed once from stored results."""
 
     def __init__(self, stored: Mapping[str, Any]) -> None:
         self.stored = stored
@@ -63,7 +63,7 @@ class Results:
                 name = f"adaptive at {price}, weighted"
                 spent[name], table[name] = adaptive(pool, price, weighted, budget)
             for kind in METHODS:
-                # Searches choose by score: on this task votes help none of them.
+                # Searches select by score, because votes do not help any of them on this task.
                 accuracy = searched(stored, "shipped", kind, self.count, budget, 1)
                 cost = searched(stored, "shipped", kind, self.count, budget, 2)
                 if accuracy is not None and cost is not None:
@@ -74,15 +74,15 @@ class Results:
         self.few = quantile_bins(pool.probe_score[:, :FEW].mean(1))
 
     def curve(self, name: str) -> dict[str, Any]:
-        """Accuracy of a method against the budget."""
+        """Return a method's accuracy against the budget."""
         return line(name, [(b, self.accuracy[b][name]) for b in BUDGETS if name in self.accuracy[b]])
 
     def by_tokens(self, name: str) -> dict[str, Any]:
-        """Accuracy of a method against what it costs."""
+        """Return a method's accuracy against its cost."""
         return line(name, [(float(self.tokens[b][name].mean()), self.accuracy[b][name]) for b in BUDGETS])
 
     def pruned(self) -> list[tuple[Array, Array]]:
-        """What each puzzle cost, and whether it was solved, at each budget that pruning was run at."""
+        """Return each puzzle's cost and whether it was solved, for each budget at which pruning was run."""
         points = []
         for budget in BUDGETS:
             right, spent = (searched(self.stored, "shipped", PRUNED, self.count, budget, column) for column in (0, 1))

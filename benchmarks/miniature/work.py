@@ -1,4 +1,4 @@
-"""What is computed: tasks, each of one model on one puzzle, independent of every other."""
+"""The tasks to compute: one model on one puzzle each, independent of all others."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ __all__ = ["BUDGETS", "CHAINS", "METHODS", "POOL", "PRUNED", "Task", "compute", 
 Task = tuple[str, str, int]
 
 BUDGETS = (4, 16, 64, 256)
-# Samples that every method without a search is computed from, and others that only say how hard a puzzle is.
+# Number of samples from which every method without a search is computed, and of others that only estimate difficulty.
 POOL, PROBE = 256, 64
-# A search is run again, with other seeds, where it costs little.
+# Number of seeds of a search by budget: more where it is cheap.
 REPEATS = {4: 4, 16: 2, 64: 1, 256: 1}
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "beam, M = 4": ("beam", {"width": 4}),
@@ -40,7 +40,7 @@ ATTEMPTS = 32
 
 
 def puzzles(count: int) -> list[Puzzle]:
-    """Held-out puzzles of 4 numbers: of those of 3 the model that ships solves too many."""
+    """Draw held-out puzzles of 4 numbers; of those of 3, the included model solves too many."""
     drawn: dict[str, Puzzle] = {}
     rng = random.Random("miniature")
     while len(drawn) < count:
@@ -50,7 +50,7 @@ def puzzles(count: int) -> list[Puzzle]:
 
 
 def plan(count: int) -> list[Task]:
-    """Every task for the first puzzles, in the order in which the figures need them."""
+    """Return every task for the first puzzles, in the order in which the figures need them."""
     kinds = [("shipped", "pool"), *(("shipped", method) for method in METHODS), ("shipped", PRUNED)]
     kinds += [("shipped", "greedy")]
     kinds += [(model, kind) for model in ("small", "small_outcome") for kind in ("pool", "beam, M = 4")]
@@ -62,7 +62,7 @@ _MODELS: dict[tuple[Path, str], bonnx.Model] = {}
 
 
 def compute(artifacts: Path, task: Task, puzzle: Puzzle) -> dict[str, Any]:
-    """One task; in a process of its own, with one thread."""
+    """Compute one task with one thread; called in a worker process."""
     name, kind, _ = task
     if (artifacts, name) not in _MODELS:
         os.nice(5)
@@ -74,7 +74,7 @@ def compute(artifacts: Path, task: Task, puzzle: Puzzle) -> dict[str, Any]:
 
 
 def _pool(model: bonnx.Model, puzzle: Puzzle) -> dict[str, Any]:
-    """Samples with all that any method reads of them."""
+    """Draw samples, with everything that any method needs."""
     pool, probe = _sample(model, puzzle, POOL, seed=1), _sample(model, puzzle, PROBE, seed=2)
     return {**pool, "probe_right": probe["right"], "probe_score": probe["score"], "probe_tokens": probe["tokens"]}
 
@@ -92,7 +92,7 @@ def _sample(model: bonnx.Model, puzzle: Puzzle, count: int, seed: int) -> dict[s
         engine.reader.tokenizer.decode(branch.tokens, ids.tolist(), reason)
         for branch, reason in zip(branches, reasons, strict=True)
     ]
-    # The scorer's values at the ends of steps, and at the end.
+    # The scores at the ends of steps.
     steps = [[s for t, s in zip(b.tokens, b.scores, strict=True) if t == STEP] for b in branches]
     return {
         "right": [int(check(puzzle, text)) for text in texts],
@@ -152,7 +152,7 @@ def _greedy(model: bonnx.Model, puzzle: Puzzle) -> dict[str, Any]:
 
 
 def _chains(model: bonnx.Model, puzzle: Puzzle) -> dict[str, Any]:
-    """The same number of attempts in more or fewer chains: right by score, by weighted votes, and each attempt."""
+    """Split the attempts into chains; return correctness by score, by weighted vote, and of each attempt."""
     runs = {}
     for chains in CHAINS:
         result = model.search(

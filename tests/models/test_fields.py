@@ -227,7 +227,7 @@ REFUSED = [
     ({"transformers_weights": "other.safetensors"}, "'transformers_weights': expected 'model.safetensors'", False),
     ({"rope_parameters": {"full_attention": {"rope_theta": 9.0}}}, "'rope_parameters': .*each kind of layer", False),
     ({"layer_types": ["sliding_attention"] * 2}, "layer 0 is 'sliding_attention', but there is no window", False),
-    ({"pad_token_id": VOCABULARY}, r"'pad_token_id': 40 is outside the vocabulary \(0 to 39\).*or null", False),
+    ({"pad_token_id": VOCABULARY}, r"'pad_token_id': 40 is outside the vocabulary \(0 to 39\).*or to null", False),
     ({"pad_token_id": -1}, "'pad_token_id': -1 is outside", False),
     ({"pad_token_id": True}, "'pad_token_id': True is outside", False),
     ({"eos_token_id": [2, 400]}, "'eos_token_id': 400 is outside", False),
