@@ -6,16 +6,21 @@ So a link between README.md, docs/ and CHANGELOG.md is the same on the site as w
 import importlib
 import re
 from pathlib import Path
+from types import ModuleType
 
 from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
-# The public names of these packages are the reference, in this order.
+STYLE = "docs/site.css"
+# The public names of these packages are the reference.
 REFERENCE = {
     "bonnx": "Load a model, rank, score, generate, search.",
     "bonnx.runtime.search": "What `Model.search` runs and returns, and policies that choose a method.",
     "bonnx.models": "Networks in PyTorch, their configurations and checkpoints.",
+    "bonnx.models.hub": "Checkpoints by hub id.",
     "bonnx.export.artifact": "From a network to an artifact.",
     "bonnx.runtime.batch": "Files ranked row by row.",
     "bonnx.runtime.batch.ray_ranker": "For datasets of Ray Data.",
@@ -34,17 +39,17 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         files.append(File.generated(config, name, abs_src_path=str(ROOT / name)))
     for name, content in reference.items():
         files.append(File.generated(config, name, content=content))
-    config.nav = [
-        {"bonnx": "README.md"},
-        {"Guides": [name for name in linked if re.fullmatch(r"docs/\w+\.md", name)]},
-        {"Reference": [{name.removeprefix("reference/").removesuffix(".md"): name} for name in reference]},
-        {"Project": ["CHANGELOG.md", *(name for name in linked if name.endswith(".md") and not _elsewhere(name))]},
-    ]
+    files.append(File.generated(config, STYLE, abs_src_path=str(ROOT / STYLE)))
     return files
 
 
-def _elsewhere(name: str) -> bool:
-    return name in ("README.md", "CHANGELOG.md") or name.startswith("docs/")
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> None:
+    """Refuse a page of the reference that lacks a public name."""
+    package = page.file.src_uri.removeprefix("reference/").removesuffix(".md")
+    if package in REFERENCE:
+        missing = [name for name in importlib.import_module(package).__all__ if f">{name}</" not in html]
+        if missing:
+            raise PluginError(f"the reference of {package} lacks {', '.join(missing)}")
 
 
 def _below(pattern: str) -> list[str]:
@@ -73,10 +78,22 @@ def _with_links(pages: list[str]) -> list[str]:
 def _reference(package: str, about: str) -> str:
     """A page of the public names of a package: for each an instruction to mkdocstrings to show its docstring."""
     module = importlib.import_module(package)
-    shown = []
-    for name in module.__all__:
-        value = getattr(module, name)
-        # Constants do not know where they are defined, and have no docstring.
-        if hasattr(value, "__qualname__"):
-            shown.append(f"::: {value.__module__}.{value.__qualname__}\n")
-    return "\n".join([f"# {package}\n\n{about}\n", *shown])
+    names = sorted(module.__all__, key=lambda name: _kind(getattr(module, name)))
+    return "\n".join([f"# {package}\n\n{about}\n", *(f"::: {_path(module, name)}\n" for name in names)])
+
+
+def _path(module: ModuleType, name: str) -> str:
+    """Where mkdocstrings finds a name: where it is defined, or for a constant where it is imported by name."""
+    value = getattr(module, name)
+    if hasattr(value, "__qualname__"):
+        return f"{value.__module__}.{value.__qualname__}"
+    # bonnx takes its names from bonnx.runtime as they are asked for.
+    package = "bonnx.runtime" if module.__name__ == "bonnx" else module.__name__
+    return f"{package}.{name}"
+
+
+def _kind(value: object) -> int:
+    """Where a name stands in the reference: functions first, then classes, errors and constants."""
+    if isinstance(value, type):
+        return 2 if issubclass(value, Exception) else 1
+    return 0 if callable(value) else 3

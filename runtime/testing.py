@@ -38,7 +38,7 @@ class FakeModel:
         complete: takes a prompt and a candidate's number (0, 1, ...) and returns its text; needed to generate.
         aggregation: the default of its calls.
 
-    Example:
+    Examples:
         >>> model = FakeModel(lambda prompt, candidate: len(candidate))
         >>> model.rank("2+2=", ["4", "four"]).best
         'four'

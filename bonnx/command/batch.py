@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from bonnx.runtime.artifact.manifest import VOTES
+from bonnx.runtime.artifact.manifest import AGGREGATIONS, VOTES
 from bonnx.runtime.batch import Summary, Task, here, run_batch
 from bonnx.runtime.batch.source import Chunk
 from bonnx.runtime.batch.worker import Result
@@ -38,7 +38,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--aggregation",
-        help="last, mean, min, max, prod, or step_ and one of these; by default the artifact's own rule",
+        help=f"{', '.join(AGGREGATIONS)}, or step_ and one of these; by default the artifact's own rule",
     )
     parser.add_argument("--partial", action="store_true", help="candidates are unfinished: append no end token")
     parser.add_argument("--truncate", action="store_true", help="drop the beginning of a prompt that is too long")

@@ -24,6 +24,7 @@ from bonnx.runtime.generate.request import options_within
 from bonnx.runtime.generate.result import Candidate, Generation
 from bonnx.runtime.model import Model
 from bonnx.runtime.report import Search, show
+from bonnx.runtime.search import METHODS
 from bonnx.runtime.text.reader import Item
 
 from ..errors import BonnxError, InputError, NoWinnerError
@@ -44,7 +45,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", action="store_true", help="read prompts as text even where they look like JSON")
     _add_sampling(parser)
     parser.add_argument("--deadline", type=float, metavar="SECONDS", help="cut what is not finished after this time")
-    parser.add_argument("--method", help="another way to spend n completions: beam, lookahead, dvts, weighted, ...")
+    parser.add_argument("--method", help=f"how to spend n completions in a search: {', '.join(METHODS)}")
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the method, such as width=4"
     )

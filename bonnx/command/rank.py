@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from bonnx.runtime.artifact.manifest import VOTES
+from bonnx.runtime.artifact.manifest import AGGREGATIONS, VOTES
 from bonnx.runtime.files.lines import load_arrays, read_candidates
 from bonnx.runtime.files.values import to_prompt, to_value
 from bonnx.runtime.model import load
@@ -40,7 +40,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--aggregation",
-        help="last, mean, min, max, prod, or step_ and one of these; by default the artifact's own rule",
+        help=f"{', '.join(AGGREGATIONS)}, or step_ and one of these; by default the artifact's own rule",
     )
     parser.add_argument(
         "--vote", choices=VOTES, default="score", help="choose by score, or vote by the answers' weights or number"

@@ -33,8 +33,11 @@ __all__ = [
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 2
-# The graph input `aggregation` is an index into this.
 AGGREGATIONS = ("last", "mean", "min", "max", "prod")
+"""How the scores of a candidate's tokens become one; `step_` in front of a name reads only the ends of steps.
+
+The input `aggregation` of a graph is an index into this.
+"""
 Aggregation: TypeAlias = Literal[
     "last", "mean", "min", "max", "prod", "step_last", "step_mean", "step_min", "step_max", "step_prod"
 ]

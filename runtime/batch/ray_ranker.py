@@ -29,7 +29,7 @@ class Ranker:
         threads: of one run; give the actor as many cores.
         **options: of `Model.rank`: `aggregation`, `partial`, `truncate`.
 
-    Example:
+    Examples:
         >>> dataset.map_batches(Ranker, fn_constructor_args=("artifacts/countdown",), concurrency=4)  # doctest: +SKIP
     """
 

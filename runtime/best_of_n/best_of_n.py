@@ -37,7 +37,7 @@ class BestOfN:
             takes a prompt and a number and returns so many texts or messages.
         model: the name of the generator's model, for an OpenAI client, or in place of the upstream's own.
 
-    Example:
+    Examples:
         >>> scorer = FakeModel(lambda prompt, candidate: len(candidate))
         >>> BestOfN(scorer, lambda prompt, n: ["4", "four"]).run("2+2=", n=2).best.text
         'four'

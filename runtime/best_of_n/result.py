@@ -28,7 +28,7 @@ class BestOfNResult(Result):
         completion_tokens: likewise.
     """
 
-    _summary: ClassVar = ("best", "completions", "failures", "method", "seconds")
+    _summary: ClassVar[tuple[str, ...]] = ("best", "completions", "failures", "method", "seconds")
 
     best_index: int
     completions: list[Completion]

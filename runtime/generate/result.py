@@ -13,8 +13,8 @@ from ..results import Result
 
 __all__ = ["FINISH_REASONS", "Candidate", "Generation", "candidate_columns"]
 
-# `generate.onnx` returns an index into the first three.
 FINISH_REASONS = ("length", "stop", "pruned", "deadline")
+"""Why a completion ended. The output `finish_reasons` of a graph is an index into the first three."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -31,7 +31,7 @@ class Candidate(Result):
         finish_reason: `stop`, `length`, `pruned`, `deadline`, or None while it grows.
     """
 
-    _summary: ClassVar = ("text", "score", "tokens", "finish_reason")
+    _summary: ClassVar[tuple[str, ...]] = ("text", "score", "tokens", "finish_reason")
 
     text: str | None
     tokens: NDArray[np.int64]
@@ -53,7 +53,7 @@ class Generation(Result):
         aggregation: how a candidate's scores became one.
     """
 
-    _summary: ClassVar = ("best_index", "best", "candidates", "prompt_tokens", "computed_tokens")
+    _summary: ClassVar[tuple[str, ...]] = ("best_index", "best", "candidates", "prompt_tokens", "computed_tokens")
 
     best_index: int
     candidates: list[Candidate]

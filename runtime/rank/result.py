@@ -41,8 +41,8 @@ class Ranking(Result):
             and why; its score is NaN, and it has no `scores`.
     """
 
-    _optional: ClassVar = ("step_scores", "cut", "unreadable", "answers", "group_scores")
-    _summary: ClassVar = ("best_index", "best", "candidate_scores", "margin", "aggregation")
+    _optional: ClassVar[tuple[str, ...]] = ("step_scores", "cut", "unreadable", "answers", "group_scores")
+    _summary: ClassVar[tuple[str, ...]] = ("best_index", "best", "candidate_scores", "margin", "aggregation")
 
     best_index: int
     best: Item
@@ -74,8 +74,8 @@ class Scored(Result):
         order: as in `Ranking`, as are the following.
     """
 
-    _optional: ClassVar = ("backbone", "unreadable", "answers", "group_scores")
-    _summary: ClassVar = ("best_index", "row_scores", "margin", "aggregation")
+    _optional: ClassVar[tuple[str, ...]] = ("backbone", "unreadable", "answers", "group_scores")
+    _summary: ClassVar[tuple[str, ...]] = ("best_index", "row_scores", "margin", "aggregation")
 
     best_index: int
     row_scores: NDArray[np.float32]

@@ -75,7 +75,7 @@ class SearchResult(Result):
         policy: how a policy judged the prompt, if one chose the method.
     """
 
-    _summary: ClassVar = ("method", "best_index", "best", "vote", "candidates", "cost")
+    _summary: ClassVar[tuple[str, ...]] = ("method", "best_index", "best", "vote", "candidates", "cost")
 
     method: str
     options: dict[str, object]

@@ -36,7 +36,6 @@ from .tree import Branch, ScoreFunction, Tree
 
 __all__ = ["METHODS", "search"]
 
-# Each method, and its vote; None is a weighted vote if there are answers, else no vote.
 METHODS: dict[str, tuple[type[Method], str | None]] = {
     "best_of_n": (Sampling, "score"),
     "weighted": (Sampling, "weighted"),
@@ -49,6 +48,10 @@ METHODS: dict[str, tuple[type[Method], str | None]] = {
     "dvts": (DiverseTrees, None),
     "revisions": (Revisions, None),
 }
+"""Each search method by name: its class, whose fields are its settings, and how it chooses from its candidates.
+
+None stands for a weighted vote if there are answers, otherwise for the best score.
+"""
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ class Completion(Result):
         finish_reason: why it ended, in the server's words, such as `stop`, `length` or `tool_calls`.
     """
 
-    _summary: ClassVar = ("text", "finish_reason")
+    _summary: ClassVar[tuple[str, ...]] = ("text", "finish_reason")
 
     text: str
     message: Message | None = None
