@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from typing import Any, Literal
 
 import msgspec
 
-from bonnx.errors import BonnxError
+from bonnx.errors import BonnxError, near_miss
 
 __all__ = ["ConfigError", "LanguageModelConfig", "NetworkConfig", "RopeScaling", "ffn_inner_size"]
 
@@ -42,9 +41,7 @@ class _ValidatedConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
         known = set(cls.__struct_fields__)
         for key in data:
             if key not in known:
-                near = difflib.get_close_matches(str(key), known, n=1)
-                hint = f"did you mean '{near[0]}'?" if near else f"known options: {', '.join(sorted(known))}"
-                raise ConfigError(f"unknown option '{key}' in {cls.__name__}; {hint}")
+                raise ConfigError(f"unknown option '{key}' in {cls.__name__}; {near_miss(key, sorted(known))}")
         try:
             return msgspec.convert(data, cls)
         except msgspec.ValidationError as e:

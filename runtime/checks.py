@@ -94,7 +94,7 @@ class Bounds(TypedDict, total=False):
 def number_words(
     noun: str, *, ge: float | None = None, gt: float | None = None, le: float | None = None, lt: float | None = None
 ) -> str:
-    """What an error calls the numbers within bounds: `a number of at least 0 and below 1`."""
+    """The words for a number within bounds: `a number of at least 0 and below 1`."""
     bounds = [
         ("of at least", ge),
         ("above", gt),
@@ -119,7 +119,7 @@ def check_number(
     le: float | None = None,
     lt: float | None = None,
 ) -> None:
-    """Refuse what is no real number, or one out of bounds; `noun` is what the message calls such a number.
+    """Refuse anything but a real number within bounds; `noun` is the message's word for such a number.
 
     Raises:
         InputError: names it.
@@ -134,16 +134,18 @@ def check_number(
         raise InputError(f"{name}: expected {number_words(noun, ge=ge, gt=gt, le=le, lt=lt)}; got {shown(value)}")
 
 
-def check_whole(name: str, value: object, least: int, otherwise: str = "") -> None:
-    """Refuse what is no whole number of at least `least` that fits into 64 bits; `otherwise` says what else would do.
+def check_whole(name: str, value: object, least: int, otherwise: str = "", *, bits: int = 63) -> None:
+    """Refuse anything but a whole number of at least `least` and below 2^bits; `otherwise` names other valid values.
 
     Raises:
         InputError: names it.
     """
-    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not whole or not least <= value < 2**63:  # type: ignore[operator]
-        most = " and below 2^63" if whole and value >= 2**63 else ""  # type: ignore[operator]
-        raise InputError(f"{name}: expected a whole number of at least {least}{most}{otherwise}; got {shown(value)}")
+    upper = ""
+    if isinstance(value, int | np.integer) and not isinstance(value, bool):
+        if least <= value < 2**bits:
+            return
+        upper = f" and below 2^{bits}" if value >= 2**bits else ""
+    raise InputError(f"{name}: expected a whole number of at least {least}{upper}{otherwise}; got {shown(value)}")
 
 
 def check_some(items: Sequence[object], name: str) -> None:

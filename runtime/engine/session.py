@@ -18,7 +18,7 @@ from bonnx.errors import ArtifactError, InputError, ProviderError
 from ..arrays import Array
 from ..artifact.folder import WEIGHTS
 from ..artifact.manifest import Graph
-from ..checks import shown
+from ..checks import check_whole, shown
 from .providers import runtime_module
 
 __all__ = [
@@ -50,12 +50,12 @@ class SessionOptions(msgspec.Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         if not isinstance(self.provider, str) or self.provider not in ("auto", "cpu", "cuda"):
             raise InputError(f"provider: expected 'auto', 'cpu' or 'cuda'; got {shown(self.provider)}")
-        # ONNX Runtime holds the first two in 32 bits.
-        for name, least, most in (("threads", 1, 2**31), ("device_id", 0, 2**31), ("memory_limit", 1, 2**63)):
-            value = getattr(self, name)
-            known = isinstance(value, int | np.integer) and not isinstance(value, bool)
-            if value is not None and not (known and least <= value < most):
-                raise InputError(f"{name}: expected a whole number of at least {least}; got {shown(value)}")
+        # ONNX Runtime holds threads and device_id in 32 bits.
+        if self.threads is not None:
+            check_whole("threads", self.threads, 1, bits=31)
+        check_whole("device_id", self.device_id, 0, bits=31)
+        if self.memory_limit is not None:
+            check_whole("memory_limit", self.memory_limit, 1)
 
 
 class Stop(Protocol):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from bonnx.errors import InputError
 
 from ..arrays import Array
-from ..checks import check_whole
+from ..checks import check_flag, check_whole
 from ..generate.decoding import STOP
 from .count import Count, as_count, check_count
 from .method import Method
@@ -38,8 +38,7 @@ class Beam(Method):
 
     def __post_init__(self) -> None:
         check_count("width", self.width)
-        if not isinstance(self.distinct, bool):
-            raise InputError(f"distinct: expected True or False; got {self.distinct!r}")
+        check_flag("distinct", self.distinct)
         check_whole("rounds", self.rounds, 1)
 
     def run(self, tree: Tree, budget: int, begun: Sequence[Branch] = ()) -> list[Branch]:

@@ -24,6 +24,7 @@ from ..generate.decoding import DEADLINE, LENGTH, PRUNED, STOP, CachedRows, pref
 from ..generate.options import CheckedOptions
 from ..selection.aggregate import aggregate_tokens
 from ..selection.vote import check_weight
+from ..text.padding import pad
 from .result import Cost, Node
 
 __all__ = ["Branch", "ScoreFunction", "Tree", "certainty"]
@@ -242,12 +243,8 @@ class Tree:
             return np.array([self._ask(self.scorer, branch) for branch in branches], np.float32)
         if not branches:
             return np.zeros(0, np.float32)
-        width = max(len(branch.tokens) for branch in branches)
-        scores, mask = np.zeros((len(branches), width), np.float32), np.zeros((len(branches), width), np.int64)
-        tokens = np.full(mask.shape, -1)
-        for i, branch in enumerate(branches):
-            size = len(branch.tokens)
-            scores[i, :size], mask[i, :size], tokens[i, :size] = branch.scores, 1, branch.tokens
+        scores, mask = pad([np.array(branch.scores, np.float32) for branch in branches], 0)
+        tokens, _ = pad([np.array(branch.tokens, np.int64) for branch in branches], -1)
         return aggregate_tokens(scores, mask, tokens, self.step_token, self.options.aggregation)[0]
 
     def _ask(self, scorer: ScoreFunction, branch: Branch) -> float:
