@@ -41,7 +41,7 @@ def read_verified(folder: Path) -> Manifest:
         if size != expected.size:
             _check_pointer(path)
             raise ArtifactError(
-                f"{path}: expected {expected.size} bytes, found {size}; "
+                f"{path}: expected {expected.size} bytes, got {size}; "
                 "the file was cut or edited: copy the artifact again, or export it again"
             )
     for name, path in paths.items():

@@ -9,6 +9,7 @@ from typing import TypeAlias, TypeGuard
 
 from bonnx.errors import ArtifactError, BonnxError, InputError
 
+from ..checks import shown
 from .parts import ContentParts, TakesTextError, joined, lost_words, was_read
 
 __all__ = ["ChatTemplate", "Messages", "is_messages"]
@@ -193,10 +194,6 @@ def _common(a: str, b: str) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def _shown(value: object) -> str:
-    return repr(value)[:80]
-
-
 def _plain_messages(messages: Messages, name: str) -> list[dict[str, object]]:
     """Copies as plain JSON values, through which a template can neither change anything nor reach Python objects.
 
@@ -204,29 +201,29 @@ def _plain_messages(messages: Messages, name: str) -> list[dict[str, object]]:
     """
     if not isinstance(messages, (list, tuple)) or not messages:
         raise InputError(
-            f'{name}: expected a list of {{"role": ..., "content": ...}}, not empty; found {_shown(messages)}'
+            f'{name}: expected a list of {{"role": ..., "content": ...}}, not empty; got {shown(messages)}'
         )
     return [_plain_message(message, f"{name}[{i}]") for i, message in enumerate(messages)]
 
 
 def _plain_message(message: object, name: str) -> dict[str, object]:
     if not isinstance(message, Mapping):
-        raise InputError(f'{name}: expected {{"role": ..., "content": ...}}; found {_shown(message)}')
+        raise InputError(f'{name}: expected {{"role": ..., "content": ...}}; got {shown(message)}')
     plain = {key: value for key, value in _plain_object(message, name, 0).items() if value is not None}
     if not isinstance(plain.get("role"), str):
-        raise InputError(f"{name}: 'role' must be a text such as 'user'; found {_shown(plain.get('role'))}")
+        raise InputError(f"{name}: 'role' must be a text such as 'user'; got {shown(plain.get('role'))}")
     content = plain.get("content")
     if content is None and "tool_calls" not in plain:
-        raise InputError(f"{name}: there is no 'content'; found the keys {', '.join(map(repr, plain))}")
+        raise InputError(f"{name}: there is no 'content'; got the keys {', '.join(map(repr, plain))}")
     if isinstance(content, list):
         for i, part in enumerate(content):
             if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):
                 raise InputError(
                     f"{name}['content'][{i}]: expected {{'type': 'text', 'text': ...}}: only text can be ranked; "
-                    f"found {_shown(part)}"
+                    f"got {shown(part)}"
                 )
     elif content is not None and not isinstance(content, str):
-        raise InputError(f"{name}: 'content' must be a text or a list of text parts; found {_shown(content)}")
+        raise InputError(f"{name}: 'content' must be a text or a list of text parts; got {shown(content)}")
     names = ("reasoning_content", "thinking", "reasoning")
     reasoning = next((plain[name] for name in names if name in plain), None)
     return plain if reasoning is None else {"thinking": reasoning, **plain, "reasoning_content": reasoning}
@@ -245,12 +242,12 @@ def _plain(value: object, name: str, depth: int) -> object:
         return _plain_object(value, name, depth)
     if isinstance(value, (list, tuple)):
         return [_plain(item, name, depth + 1) for item in value]
-    raise InputError(f"{name}: expected plain JSON values; found {_shown(value)} ({type(value).__name__})")
+    raise InputError(f"{name}: expected plain JSON values; got {shown(value)}")
 
 
 def _plain_object(value: Mapping[object, object], name: str, depth: int) -> dict[str, object]:
     """A copy of a JSON object."""
     for key in value:
         if not isinstance(key, str):
-            raise InputError(f"{name}: keys must be texts; found {_shown(key)}")
+            raise InputError(f"{name}: keys must be texts; got {shown(key)}")
     return {str(key): _plain(item, name, depth + 1) for key, item in value.items()}

@@ -17,55 +17,6 @@ from tests.tolerance import RUNTIME, within
 RULES = ["last", "mean", "min", "max", "prod"]
 
 
-class SizedRequest:
-    def __init__(self, key, prompt_slot, candidates, prompt, length, tokens):
-        self.key, self.prompt_slot = key, prompt_slot
-        self.shape, self.tokens = Shape(candidates, prompt, length), tokens
-
-
-@st.composite
-def pieces(draw):
-    prompts = draw(st.lists(st.integers(1, 20), min_size=1, max_size=4))
-    found = []
-    for _ in range(draw(st.integers(1, 30))):
-        column = draw(st.integers(0, len(prompts) - 1))
-        candidates, length = draw(st.integers(1, 6)), draw(st.integers(1, 12))
-        tokens = draw(st.integers(candidates, candidates * length))
-        key = draw(st.sampled_from(["last", "mean", None]))
-        found.append(SizedRequest(key, column, candidates, prompts[column], length, tokens))
-    return found
-
-
-@given(pieces(), st.integers(1, 400), st.floats(0, 0.9))
-def test_a_plan_holds_every_request_once_within_its_bounds(requests, limit, waste):
-    fits = lambda columns, shape: padded_tokens(columns, shape) <= limit  # noqa: E731
-    groups = plan(requests, fits, waste)
-    assert sorted(i for group in groups for i in group) == list(range(len(requests)))
-    assert groups == sorted(map(sorted, groups)) == plan(requests, fits, waste)
-    for group in groups:
-        if len(group) == 1:
-            continue
-        members = [requests[i] for i in group]
-        assert len({work.key for work in members}) == 1
-        assert members[0].key is not None
-        columns = {work.prompt_slot: 0 for work in members}
-        for work in members:
-            columns[work.prompt_slot] += work.shape.candidates
-        prompts = {work.prompt_slot: work.shape.prompt for work in members}
-        whole = len(columns) * (
-            max(prompts.values()) + max(columns.values()) * max(work.shape.length for work in members)
-        )
-        real = sum(prompts.values()) + sum(work.tokens for work in members)
-        assert whole <= limit
-        assert real >= (1 - waste) * whole - 1e-6
-
-
-def test_requests_of_one_shape_fill_runs_to_the_limit():
-    requests = [SizedRequest("last", i, 4, 10, 5, 20) for i in range(32)]
-    groups = plan(requests, lambda columns, shape: padded_tokens(columns, shape) <= 240, 0.0)
-    assert [len(group) for group in groups] == [8] * 4
-
-
 def draw_requests(rng, embed_dim, count):
     prompts = [rng.standard_normal((rng.integers(1, 12), embed_dim)).astype(np.float32) for _ in range(4)]
     requests = []
@@ -168,3 +119,52 @@ def test_the_best_of_a_shared_slot_is_elected_as_in_the_graph(rng):
         mask = np.ones((n, 1, 1), np.int64)
         found, best = aggregate(scores[..., None], mask, mask, "last")
         assert elect(found, np.full((n, 1), -1), "score")[0] == best
+
+
+class SizedRequest:
+    def __init__(self, key, prompt_slot, candidates, prompt, length, tokens):
+        self.key, self.prompt_slot = key, prompt_slot
+        self.shape, self.tokens = Shape(candidates, prompt, length), tokens
+
+
+@st.composite
+def pieces(draw):
+    prompts = draw(st.lists(st.integers(1, 20), min_size=1, max_size=4))
+    found = []
+    for _ in range(draw(st.integers(1, 30))):
+        column = draw(st.integers(0, len(prompts) - 1))
+        candidates, length = draw(st.integers(1, 6)), draw(st.integers(1, 12))
+        tokens = draw(st.integers(candidates, candidates * length))
+        key = draw(st.sampled_from(["last", "mean", None]))
+        found.append(SizedRequest(key, column, candidates, prompts[column], length, tokens))
+    return found
+
+
+@given(pieces(), st.integers(1, 400), st.floats(0, 0.9))
+def test_a_plan_holds_every_request_once_within_its_bounds(requests, limit, waste):
+    fits = lambda columns, shape: padded_tokens(columns, shape) <= limit  # noqa: E731
+    groups = plan(requests, fits, waste)
+    assert sorted(i for group in groups for i in group) == list(range(len(requests)))
+    assert groups == sorted(map(sorted, groups)) == plan(requests, fits, waste)
+    for group in groups:
+        if len(group) == 1:
+            continue
+        members = [requests[i] for i in group]
+        assert len({work.key for work in members}) == 1
+        assert members[0].key is not None
+        columns = {work.prompt_slot: 0 for work in members}
+        for work in members:
+            columns[work.prompt_slot] += work.shape.candidates
+        prompts = {work.prompt_slot: work.shape.prompt for work in members}
+        whole = len(columns) * (
+            max(prompts.values()) + max(columns.values()) * max(work.shape.length for work in members)
+        )
+        real = sum(prompts.values()) + sum(work.tokens for work in members)
+        assert whole <= limit
+        assert real >= (1 - waste) * whole - 1e-6
+
+
+def test_requests_of_one_shape_fill_runs_to_the_limit():
+    requests = [SizedRequest("last", i, 4, 10, 5, 20) for i in range(32)]
+    groups = plan(requests, lambda columns, shape: padded_tokens(columns, shape) <= 240, 0.0)
+    assert [len(group) for group in groups] == [8] * 4

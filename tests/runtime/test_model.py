@@ -89,33 +89,38 @@ def test_step_masks_for_embeddings(model, rng):
         model.rank(embeddings(rng, 3), candidates, aggregation="step_mean", step_masks=[[2], [1]])
 
 
+@pytest.mark.parametrize("verb", ["rank", "score"])
 @pytest.mark.parametrize("vote", ["score", "weighted", "majority"])
-def test_votes(model, rng, vote):
+def test_votes(model, rng, vote, verb):
     """The graphs against the scores that they themselves give, for candidates and for whole rows."""
     candidates, answers = [embeddings(rng, n) for n in rng.integers(1, 9, 12)], [*"abcabcabc", None, None, "d"]
     options = {"vote": vote, "answers": answers, "aggregation": "mean"}
-    ranking, scored = model.rank(embeddings(rng, 3), candidates, **options), model.score(candidates, **options)
-    for found, scores in ((ranking, ranking.candidate_scores), (scored, scored.row_scores)):
-        total = dict.fromkeys("abcd", 0.0)
-        # Raw scores: the shares of those that vote.
-        voters = [i for i in range(12) if answers[i]]
-        weights = torch.from_numpy(scores[voters]).double().softmax(0)
-        for i, weight in zip(voters, weights.tolist(), strict=True):
-            total[answers[i]] += weight if vote == "weighted" else 1
-        if vote == "score":
-            wanted, second = sorted(scores, reverse=True)[:2]
-            assert found.best_index == scores.argmax()
-            assert found.group_scores is None
-        else:
-            wanted, second = sorted(total.values(), reverse=True)[:2]
-            winner = max(total, key=total.get)
-            assert found.best_index == max((i for i in range(12) if answers[i] == winner), key=lambda i: scores[i])
-            assert within(found.group_scores[[0, 1, 2, 11]], [*total.values()], RUNTIME)
-            assert np.isnan(found.group_scores[9:11]).all()
-        assert within(found.margin, wanted - second, RUNTIME)
-        assert found.order[0] == found.best_index
-        assert sorted(found.order) == [*range(12)]
-        assert found.answers == tuple(answers)
+    if verb == "rank":
+        result = model.rank(embeddings(rng, 3), candidates, **options)
+        scores = result.candidate_scores
+    else:
+        result = model.score(candidates, **options)
+        scores = result.row_scores
+    total = dict.fromkeys("abcd", 0.0)
+    # Raw scores: the shares of those that vote.
+    voters = [i for i in range(12) if answers[i]]
+    weights = torch.from_numpy(scores[voters]).double().softmax(0)
+    for i, weight in zip(voters, weights.tolist(), strict=True):
+        total[answers[i]] += weight if vote == "weighted" else 1
+    if vote == "score":
+        best, second = sorted(scores, reverse=True)[:2]
+        assert result.best_index == scores.argmax()
+        assert result.group_scores is None
+    else:
+        best, second = sorted(total.values(), reverse=True)[:2]
+        winner = max(total, key=total.get)
+        assert result.best_index == max((i for i in range(12) if answers[i] == winner), key=lambda i: scores[i])
+        assert within(result.group_scores[[0, 1, 2, 11]], [*total.values()], RUNTIME)
+        assert np.isnan(result.group_scores[9:11]).all()
+    assert within(result.margin, best - second, RUNTIME)
+    assert result.order[0] == result.best_index
+    assert sorted(result.order) == [*range(12)]
+    assert result.answers == tuple(answers)
 
 
 def test_probabilities_are_their_own_weights(countdown):
@@ -282,18 +287,26 @@ def test_many_threads_get_their_own_answers(model, rng):
     assert all(within(a, b, RUNTIME) for a, b in zip(together, alone, strict=True))
 
 
-def test_options(small, rng):
+def test_a_call_beyond_the_memory_limit_is_refused(small, rng):
     prompt, candidates = embeddings(rng, 5), [embeddings(rng, 5)]
     with pytest.raises(InputError, match="memory_limit=1000"):
         bonnx.load(small, memory_limit=1000).rank(prompt, candidates)
     assert bonnx.load(small, threads=1, memory_limit=10**8, provider="cpu").rank(prompt, candidates).best_index == 0
-    for options, message in (
-        ({"threads": 0}, "threads"),
-        ({"device_id": -1}, "device_id"),
-        ({"provider": "gpu"}, "gpu"),
-    ):
-        with pytest.raises(InputError, match=message):
-            bonnx.load(small, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"threads": 0}, "threads: expected a whole number of at least 1; got 0"),
+        ({"threads": 2**31}, r"threads: expected a whole number of at least 1 and below 2\^31; got 2147483648"),
+        ({"device_id": -1}, "device_id: expected a whole number of at least 0; got -1"),
+        ({"device_id": None}, "device_id: expected a whole number of at least 0; got None"),
+        ({"provider": "gpu"}, "provider: expected 'auto', 'cpu' or 'cuda'; got 'gpu'"),
+    ],
+)
+def test_invalid_options_of_load_are_refused(small, options, message):
+    with pytest.raises(InputError, match=message):
+        bonnx.load(small, **options)
 
 
 def test_cuda_that_is_not_there_is_an_error(small, monkeypatch):

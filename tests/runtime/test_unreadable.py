@@ -46,8 +46,17 @@ def check(found, scores, alone, good, bad):
     assert set(found.order[len(good) :]) == set(bad)
 
 
-def test_reasons_are_short(puzzles):
-    """However long the piece is that has no token."""
+def test_an_unreadable_candidate_cannot_win_and_says_why(puzzles):
+    ranking = puzzles.rank(PUZZLE, ["", GOOD[0], "^"])
+    assert ranking.best == GOOD[0]
+    assert np.isnan(ranking.candidate_scores).tolist() == [True, False, True]
+    assert ranking.unreadable == {
+        0: "it has no tokens; expected at least one",
+        2: "the vocabulary has no token for '^' (at character 0)",
+    }
+
+
+def test_a_reason_is_short_even_if_the_piece_without_token_is_long(puzzles):
     found = puzzles.rank(PUZZLE, [GOOD[0], "1" * 100_000])
     assert "the vocabulary has no token for '111" in found.unreadable[1]
     assert len(found.unreadable[1]) < 150
@@ -68,26 +77,37 @@ def test_texts(puzzles, rng, aggregation):
     assert [len(found.backbone[i]) for i in bad] == [0] * len(bad)
 
 
-def test_ids_and_texts_beside_ids(puzzles, rng):
-    ids = [[*encode(text), END] for text in GOOD]
-    alone = puzzles.rank(PUZZLE, ids).candidate_scores
-    for prompt, own, bad_items in (
-        (encode(PUZZLE), ids, [[], np.zeros(0, np.int64)]),
-        (PUZZLE, [ids[0], *GOOD[1:]], ["", [], "^"]),
-        (encode(PUZZLE), GOOD, ["", "^"]),
-    ):
-        items, good, bad = with_holes(rng, own, bad_items)
-        found = puzzles.rank(prompt, items)
-        check(found, found.candidate_scores, alone, good, bad)
+IDS = [[*encode(text), END] for text in GOOD]
 
 
-def test_embeddings(model, rng):
+@pytest.mark.parametrize(
+    ("prompt", "readable", "unreadable"),
+    [
+        pytest.param(encode(PUZZLE), IDS, [[], np.zeros(0, np.int64)], id="ids after ids"),
+        pytest.param(PUZZLE, [IDS[0], *GOOD[1:]], ["", [], "^"], id="ids and texts after a text"),
+        pytest.param(encode(PUZZLE), GOOD, ["", "^"], id="texts after ids"),
+    ],
+)
+def test_ids_and_texts_beside_ids(puzzles, rng, prompt, readable, unreadable):
+    alone = puzzles.rank(PUZZLE, IDS).candidate_scores
+    items, good, bad = with_holes(rng, readable, unreadable)
+    found = puzzles.rank(prompt, items)
+    check(found, found.candidate_scores, alone, good, bad)
+
+
+@pytest.mark.parametrize("aggregation", ["last", "step_max"])
+def test_embeddings(model, rng, aggregation):
     prompt, *own = (rng.standard_normal((length, 12)).astype(np.float32) for length in (4, 3, 1, 6))
     items, good, bad = with_holes(rng, own, [own[0][:0], []])
-    for aggregation, marks in (("last", None), ("step_max", [[1] * len(item) for item in items])):
-        alone = model.rank(prompt, own, aggregation=aggregation, step_masks=marks and [marks[i] for i in good])
-        found = model.rank(prompt, items, aggregation=aggregation, step_masks=marks)
-        check(found, found.candidate_scores, alone.candidate_scores, good, bad)
+    marks = [[1] * len(item) for item in items] if aggregation == "step_max" else None
+    alone = model.rank(prompt, own, aggregation=aggregation, step_masks=marks and [marks[i] for i in good])
+    found = model.rank(prompt, items, aggregation=aggregation, step_masks=marks)
+    check(found, found.candidate_scores, alone.candidate_scores, good, bad)
+
+
+def test_rows_of_embeddings(model, rng):
+    own = [rng.standard_normal((length, 12)).astype(np.float32) for length in (3, 1, 6)]
+    items, good, bad = with_holes(rng, own, [own[0][:0], []])
     alone = model.score(own)
     found = model.score(items)
     check(found, found.row_scores, alone.row_scores, good, bad)

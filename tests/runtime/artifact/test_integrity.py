@@ -70,7 +70,7 @@ def test_truncated_and_missing_files(edited):
     weights = edited / "onnx/weights.bin"
     data = weights.read_bytes()
     weights.write_bytes(data[:-1])
-    with pytest.raises(ArtifactError, match=rf"expected {len(data)} bytes, found {len(data) - 1}"):
+    with pytest.raises(ArtifactError, match=rf"expected {len(data)} bytes, got {len(data) - 1}"):
         bonnx.load(edited)
     weights.unlink()
     with pytest.raises(ArtifactError, match=r"weights\.bin is missing"):

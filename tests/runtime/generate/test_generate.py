@@ -184,99 +184,135 @@ def test_length_and_stop(puzzler):
     assert {(c.finish_reason, len(c.tokens)) for c in endless.candidates} == {("length", 30)}
 
 
-def test_bad_input(puzzler, babbler, small):
-    cases = [
-        ({"n": 0}, "n: expected a whole number of at least 1; got 0"),
-        ({"n": 5000}, "5000 candidates: this artifact takes at most 4096"),
-        ({"n": 2.0}, "n: expected a whole number"),
-        ({"max_new_tokens": 60}, "at most 64 together"),
-        ({"temperature": -0.1}, "temperature: expected a number of at least 0"),
-        ({"temperature": float("nan")}, "temperature"),
-        ({"temperature": "hot"}, "temperature: expected a number"),
-        ({"temperature": float("inf")}, "temperature: .* got inf"),
-        ({"temperature": 1e39}, r"temperature: .* at most 3.4e38; got 1e\+39"),
-        ({"temperature": 10**400}, "temperature: .* at most 3.4e38; got 1000"),
-        ({"temperature": 10**9999}, "temperature: .* got a number of thousands of digits"),
-        ({"temperature": 1j}, "temperature: expected a number"),
-        ({"temperature": True}, "temperature: expected a number"),
-        ({"top_p": 0.0}, "top_p: expected a number above 0 and at most 1"),
-        ({"top_p": 1.1}, "top_p"),
-        ({"top_p": float("nan")}, "top_p: .* got nan"),
-        ({"top_p": "0.5"}, "top_p: .* got '0.5'"),
-        ({"top_k": -1}, "top_k"),
-        ({"top_k": 2**63}, r"top_k: expected a whole number of at least 0 and below 2\^63"),
-        ({"seed": 2**63}, r"seed: expected a whole number of at least -9223372036854775808 and below 2\^63"),
-        ({"seed": -(2**63) - 1}, "seed: expected a whole number of at least -9223372036854775808; got -92"),
-        ({"seed": 10**9999}, "seed: .* got a number of thousands of digits"),
-        ({"n": 2**63}, r"n: expected a whole number of at least 1 and below 2\^63"),
-        ({"n": 2**62}, "candidates: this artifact takes at most 4096"),
-        ({"max_new_tokens": 2**62}, "at most 64 together"),
-        ({"max_new_tokens": 0}, "max_new_tokens: expected a whole number of at least 1"),
-        ({"stop": ["12-"]}, "stop: '12-' is 2 tokens; expected a text of exactly one"),
-        ({"stop": ["^"]}, r"stop: the vocabulary has no token for '\^'"),
-        ({"stop": ";"}, "stop: expected a list"),
-        ({"stop": [1012]}, "stop: token id 1012 is outside the vocabulary"),
-        ({"aggregation": "median"}, "aggregation: expected one of"),
-        ({"prune_keep": 0}, "prune_keep"),
-        ({"deadline": 0}, "deadline: expected seconds above 0; got 0"),
-        ({"temprature": 1}, "unknown option 'temprature' of generate; did you mean 'temperature'"),
-    ]
-    for options, message in cases:
-        with pytest.raises(InputError, match=message):
-            puzzler.generate(PUZZLE, **options)
-        with pytest.raises(InputError, match=message):
-            puzzler.stream(PUZZLE, **options)
-    for prompt, message in (("", "prompt: it has no tokens"), ("x", "no token for 'x'"), ([], "no tokens")):
-        with pytest.raises(InputError, match=message):
-            puzzler.generate(prompt)
+BAD_OPTIONS = [
+    ({"n": 0}, "n: expected a whole number of at least 1; got 0"),
+    ({"n": 5000}, "5000 candidates: this artifact takes at most 4096"),
+    ({"n": 2.0}, "n: expected a whole number"),
+    ({"max_new_tokens": 60}, "at most 64 together"),
+    ({"temperature": -0.1}, "temperature: expected a number of at least 0"),
+    ({"temperature": float("nan")}, "temperature"),
+    ({"temperature": "hot"}, "temperature: expected a number"),
+    ({"temperature": float("inf")}, "temperature: .* got inf"),
+    ({"temperature": 1e39}, r"temperature: .* at most 3.4e38; got 1e\+39"),
+    ({"temperature": 10**400}, "temperature: .* at most 3.4e38; got 1000"),
+    ({"temperature": 10**9999}, "temperature: .* got a number of thousands of digits"),
+    ({"temperature": 1j}, "temperature: expected a number"),
+    ({"temperature": True}, "temperature: expected a number"),
+    ({"top_p": 0.0}, "top_p: expected a number above 0 and at most 1"),
+    ({"top_p": 1.1}, "top_p"),
+    ({"top_p": float("nan")}, "top_p: .* got nan"),
+    ({"top_p": "0.5"}, "top_p: .* got '0.5'"),
+    ({"top_k": -1}, "top_k"),
+    ({"top_k": 2**63}, r"top_k: expected a whole number of at least 0 and below 2\^63"),
+    ({"seed": 2**63}, r"seed: expected a whole number of at least -9223372036854775808 and below 2\^63"),
+    ({"seed": -(2**63) - 1}, "seed: expected a whole number of at least -9223372036854775808; got -92"),
+    ({"seed": 10**9999}, "seed: .* got a number of thousands of digits"),
+    ({"n": 2**63}, r"n: expected a whole number of at least 1 and below 2\^63"),
+    ({"n": 2**62}, "candidates: this artifact takes at most 4096"),
+    ({"max_new_tokens": 2**62}, "at most 64 together"),
+    ({"max_new_tokens": 0}, "max_new_tokens: expected a whole number of at least 1"),
+    ({"stop": ["12-"]}, "stop: '12-' is 2 tokens; expected a text of exactly one"),
+    ({"stop": ["^"]}, r"stop: the vocabulary has no token for '\^'"),
+    ({"stop": ";"}, "stop: expected a list"),
+    ({"stop": [1012]}, "stop: token id 1012 is outside the vocabulary"),
+    ({"aggregation": "median"}, "aggregation: expected one of"),
+    ({"prune_keep": 0}, "prune_keep"),
+    ({"deadline": 0}, "deadline: expected seconds above 0; got 0"),
+    ({"temprature": 1}, "unknown option 'temprature' of generate; did you mean 'temperature'"),
+]
+
+
+@pytest.mark.parametrize("verb", ["generate", "stream"])
+@pytest.mark.parametrize(("options", "message"), BAD_OPTIONS, ids=[message[:40] for _, message in BAD_OPTIONS])
+def test_invalid_options_are_refused(puzzler, options, message, verb):
+    with pytest.raises(InputError, match=message):
+        getattr(puzzler, verb)(PUZZLE, **options)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [("", "prompt: it has no tokens"), ("x", "no token for 'x'"), ([], "no tokens")],
+    ids=["empty text", "text without token", "no ids"],
+)
+def test_a_prompt_without_tokens_is_refused(puzzler, prompt, message):
+    with pytest.raises(InputError, match=message):
+        puzzler.generate(prompt)
+
+
+def test_what_an_artifact_lacks_is_refused(babbler, small):
     with pytest.raises(InputError, match="no tokenizer"):
         babbler.generate([1], stop=[";"])
     with pytest.raises(ArtifactError, match="has no graph 'generate'"):
         bonnx.load(small).generate(np.zeros((3, 12), np.float32))
 
 
-def test_a_scorer_that_gives_nan_has_no_winner(tiny):
+@pytest.mark.parametrize("options", [{}, {"prune_every": 1}], ids=["plain", "pruned"])
+def test_a_scorer_that_gives_nan_has_no_winner(tiny, options):
     graph = onnx.load(str(tiny / "onnx/generate.onnx"))
     bias = next(tensor for tensor in graph.graph.initializer if tensor.name.endswith("dense2.bias"))
     bias.CopyFrom(onnx.numpy_helper.from_array(np.array([np.nan], np.float32), bias.name))
     engine = open_engine(tiny)
     model = bonnx.Model(engine)
     engine.session("generate")._session = onnxruntime.InferenceSession(graph.SerializeToString())
-    for options in ({}, {"prune_every": 1}):
-        with pytest.raises(bonnx.NoWinnerError, match="every score is NaN"):
-            model.generate([1, 2], n=3, max_new_tokens=3, **options)
+    with pytest.raises(bonnx.NoWinnerError, match="every score is NaN"):
+        model.generate([1, 2], n=3, max_new_tokens=3, **options)
 
 
-def test_extremes_of_sampling_are_what_they_come_near_to(babbler):
-    options = {"n": 3, "max_new_tokens": 5}
-    likely = sequences(babbler.generate([1, 2], temperature=0, **options))
-    for extreme in ({"temperature": 1e-38}, {"temperature": 1e-46}, {"temperature": 9e-6}, {"temperature": -0.0},
-                    {"top_p": 1e-46}, {"top_p": 1e-38}, {"top_k": 1, "temperature": 1e30}):  # fmt: skip
-        assert sequences(babbler.generate([1, 2], **extreme, **options)) == likely, extreme
-        *_, last = babbler.stream([1, 2], **extreme, **options)
-        assert sequences(last) == likely, extreme
-    plain = sequences(babbler.generate([1, 2], top_p=1.0, **options))
-    assert sequences(babbler.generate([1, 2], top_p=1 - 1e-12, **options)) == plain
-    # All tokens alike, or nearly: none of them is preferred.
+FEW = {"n": 3, "max_new_tokens": 5}
+
+
+@pytest.mark.parametrize(
+    "extreme",
+    [
+        {"temperature": 1e-38},
+        {"temperature": 1e-46},
+        {"temperature": 9e-6},
+        {"temperature": -0.0},
+        {"top_p": 1e-46},
+        {"top_p": 1e-38},
+        {"top_k": 1, "temperature": 1e30},
+    ],
+    ids=str,
+)
+def test_extremes_of_sampling_take_the_most_likely_token(babbler, extreme):
+    likely = sequences(babbler.generate([1, 2], temperature=0, **FEW))
+    assert sequences(babbler.generate([1, 2], **extreme, **FEW)) == likely
+    *_, last = babbler.stream([1, 2], **extreme, **FEW)
+    assert sequences(last) == likely
+
+
+def test_a_top_p_of_nearly_1_is_1_and_a_huge_temperature_prefers_no_token(babbler):
+    plain = sequences(babbler.generate([1, 2], top_p=1.0, **FEW))
+    assert sequences(babbler.generate([1, 2], top_p=1 - 1e-12, **FEW)) == plain
     flat = babbler.generate([1, 2], n=30, max_new_tokens=40, temperature=1e30)
     assert len({token for row in sequences(flat) for token in row}) > 120
-    for seed in (2**63 - 1, -(2**63)):
-        assert sequences(babbler.generate([1, 2], seed=seed, **options)) != plain
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_logits_that_are_no_distribution_have_no_winner(tiny, value):
+@pytest.mark.parametrize("seed", [2**63 - 1, -(2**63)], ids=["largest", "smallest"])
+def test_seeds_have_64_bits(babbler, seed):
+    assert sequences(babbler.generate([1, 2], seed=seed, **FEW)) != sequences(babbler.generate([1, 2], **FEW))
+
+
+@pytest.fixture(scope="module", params=[np.nan, np.inf], ids=["NaN", "infinity"])
+def broken(tiny, request):
+    """A model whose logits hold such a number."""
     graph = onnx.load(str(tiny / "onnx/generate.onnx"))
     (head,) = (tensor for tensor in graph.graph.initializer if list(tensor.dims) in ([16, 130], [130, 16]))
     weight = onnx.numpy_helper.to_array(head).copy()
-    weight[:, 7] = value
+    weight[:, 7] = request.param
     head.CopyFrom(onnx.numpy_helper.from_array(weight, head.name))
     engine = open_engine(tiny)
-    model = bonnx.Model(engine)
     engine.session("generate")._session = onnxruntime.InferenceSession(graph.SerializeToString())
-    for options in ({}, {"temperature": 0}, {"top_k": 3}, {"top_p": 0.5}, {"prune_every": 1}):
-        with pytest.raises(bonnx.NoWinnerError, match="every score is NaN"):
-            model.generate([1, 2], n=3, max_new_tokens=3, **options)
+    return bonnx.Model(engine)
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0}, {"top_k": 3}, {"top_p": 0.5}, {"prune_every": 1}], ids=str)
+def test_logits_that_are_no_distribution_have_no_winner(broken, options):
+    with pytest.raises(bonnx.NoWinnerError, match="every score is NaN"):
+        broken.generate([1, 2], n=3, max_new_tokens=3, **options)
+
+
+def test_a_token_drawn_from_no_distribution_makes_a_candidate_that_cannot_win():
     growing = Growing(check_options({"n": 2}, (), "last", 3), None)
     growing.add(np.arange(2), np.array([4, 5]), np.array([0.3, 0.9], np.float32), np.array([-1.0, np.nan], np.float32))
     assert growing.select()[1] == 0

@@ -149,15 +149,23 @@ def test_a_policy_may_choose_by_certainty(puzzler):
     assert found.cost.prompt_tokens == plain.cost.prompt_tokens
 
 
-def test_a_policy_for_another_model_is_refused(puzzler, tmp_path):
-    good = policy_for(puzzler, [0.5], {"4": [Choice("best_of_n", {})] * 2})
-    for change, message in (
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
         ({"artifact": "0" * 64}, "made for another artifact"),
         ({"schema_version": 2}, "this bonnx reads 1"),
         ({"thresholds": []}, "1 choices for each budget"),
-    ):
-        with pytest.raises(InputError, match=message):
-            puzzler.search(PUZZLE, budget=4, policy=msgspec.structs.replace(good, **change))
+    ],
+    ids=["another artifact", "another version", "bins without choices"],
+)
+def test_a_policy_that_does_not_fit_the_model_is_refused(puzzler, change, message):
+    good = policy_for(puzzler, [0.5], {"4": [Choice("best_of_n", {})] * 2})
+    with pytest.raises(InputError, match=message):
+        puzzler.search(PUZZLE, budget=4, policy=msgspec.structs.replace(good, **change))
+
+
+def test_a_policy_sets_budget_and_method(puzzler, tmp_path):
+    good = policy_for(puzzler, [0.5], {"4": [Choice("best_of_n", {})] * 2})
     (tmp_path / "p.json").write_text("{}")
     with pytest.raises(InputError, match="not a policy"):
         puzzler.search(PUZZLE, budget=4, policy=tmp_path / "p.json")
@@ -218,15 +226,22 @@ def test_the_command_searches(countdown, puzzler, tmp_path):
     policy.save(tmp_path / "policy.json")
     done = command("generate", countdown, PUZZLE, "-n", 8, "--policy", tmp_path / "policy.json", "--json")
     assert json.loads(done.stdout)["policy"]["budget"] == 4
-    for wrong, message in (
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
         (["--method", "bean"], "did you mean 'beam'"),
         (["--method", "beam", "--set", "width"], "--set: expected NAME=VALUE"),
         (["--set", "width=2"], "--set belongs to --method or --policy"),
         (["--method", "beam", "--prune-every", "3"], "--method pruned"),
-    ):
-        done = command("generate", countdown, PUZZLE, "-n", 8, *wrong)
-        assert done.returncode == 2
-        assert message in done.stderr
+    ],
+    ids=["unknown method", "setting without value", "setting without method", "option of generate"],
+)
+def test_the_command_refuses_invalid_searches(countdown, options, message):
+    done = command("generate", countdown, PUZZLE, "-n", 8, *options)
+    assert done.returncode == 2
+    assert message in done.stderr
 
 
 def test_of_settings_within_a_point_the_cheapest_is_taken():

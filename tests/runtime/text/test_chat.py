@@ -1,4 +1,4 @@
-"""Chat templates, held against transformers' own rendering; templates of strangers that misbehave."""
+"""Chat templates, held against transformers' own rendering; untrusted templates that misbehave."""
 
 import subprocess
 import sys
@@ -182,7 +182,7 @@ def test_a_template_that_rewrites_the_past_parts_where_the_texts_do():
 
 
 @pytest.mark.parametrize(
-    ("source", "found"),
+    ("source", "message"),
     [
         ("{{ ''.__class__.__mro__ }}", "SecurityError"),
         ("{% set x = messages.append(1) %}{{ x }}", "SecurityError"),
@@ -204,8 +204,8 @@ def test_a_template_that_rewrites_the_past_parts_where_the_texts_do():
         ("{% for a in range(99999) %}{{ 'a' * 1000 }}{% endfor %}", "more than 10000000 characters"),
     ],
 )
-def test_a_template_that_misbehaves_is_stopped(source, found):
-    with pytest.raises(ArtifactError, match=found):
+def test_a_template_that_misbehaves_is_stopped(source, message):
+    with pytest.raises(ArtifactError, match=message):
         ChatTemplate(source, TOKENS).render([{"role": "user", "content": "x"}])
 
 
@@ -216,7 +216,7 @@ def test_what_is_no_template_is_refused_when_it_is_read(source):
 
 
 @pytest.mark.parametrize(
-    ("wrong", "found"),
+    ("messages", "message"),
     [
         ([], "not empty"),
         ("hello", "expected a list"),
@@ -227,13 +227,13 @@ def test_what_is_no_template_is_refused_when_it_is_read(source):
         ([{"role": "user", "content": None}], "there is no 'content'"),
         ([{"role": "user", "content": 3}], "'content' must be a text"),
         ([{"role": "user", "content": [{"type": "image", "url": "x"}]}], r"\['content'\]\[0\].*only text"),
-        ([{"role": "user", "content": "x", "extra": object()}], r"plain JSON values.*\(object\)"),
+        ([{"role": "user", "content": "x", "extra": object()}], "plain JSON values; got object <object"),
         ([{"role": "user", "content": "x", 3: "y"}], "keys must be texts"),
     ],
 )
-def test_malformed_messages(wrong, found):
-    with pytest.raises(InputError, match=found):
-        ChatTemplate(HEADERS, TOKENS).render(wrong)
+def test_malformed_messages(messages, message):
+    with pytest.raises(InputError, match=message):
+        ChatTemplate(HEADERS, TOKENS).render(messages)
 
 
 def test_messages_nested_without_end():
