@@ -18,7 +18,7 @@ model = bonnx.load(sys.argv[1]) if __name__ == "__main__" else None
 app = fastapi.FastAPI()
 
 
-class Body(pydantic.BaseModel):
+class RankBody(pydantic.BaseModel):
     """A request, with fields as in `bonnx serve`."""
 
     prompt: str | list[int]
@@ -28,7 +28,7 @@ class Body(pydantic.BaseModel):
 
 
 @app.post("/v1/best-of-n")
-def best_of_n(body: Body) -> dict[str, Any]:
+def best_of_n(body: RankBody) -> dict[str, Any]:
     assert model is not None
     if body.candidates is not None:
         ranking = model.rank(body.prompt, body.candidates)

@@ -24,7 +24,7 @@ curl() { command curl --silent --show-error --fail-with-body --max-time 60 "$@";
 
 
 @dataclass(frozen=True)
-class Block:
+class CodeBlock:
     """A code block of a page.
 
     Attributes:
@@ -39,21 +39,21 @@ class Block:
     reason: str | None
 
 
-def read_blocks(text: str) -> list[Block]:
+def read_blocks(text: str) -> list[CodeBlock]:
     """The blocks of a page; a fence that this does not understand is an error, so that none is left out."""
     blocks = []
     for match in _BLOCK.finditer(text):
         line = text.count("\n", 0, match.start("code")) + 1
         reason = match["reason"]
         assert reason is None or reason.strip(), f"line {line}: `<!-- skip: reason -->` needs a reason"
-        blocks.append(Block(match["language"], match["code"], line, reason and reason.strip()))
+        blocks.append(CodeBlock(match["language"], match["code"], line, reason and reason.strip()))
     fences, skips = text.count("```"), len(re.findall("^<!-- skip:", text, re.MULTILINE))
     assert fences == 2 * len(blocks), "a fence is indented, nested or not closed"
     assert skips == sum(block.reason is not None for block in blocks), "a skip stands directly above its block"
     return blocks
 
 
-class Reader:
+class PageReader:
     """Runs the blocks of one page in the current folder; Python blocks share their names, as in one program."""
 
     def __init__(self, page: str) -> None:
@@ -65,13 +65,13 @@ class Reader:
         programs = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
         self._environment = {**os.environ, "PATH": programs}
 
-    def __enter__(self) -> "Reader":
+    def __enter__(self) -> "PageReader":
         return self
 
     def __exit__(self, *_: object) -> None:
         self._open.close()
 
-    def run(self, block: Block) -> None:
+    def run(self, block: CodeBlock) -> None:
         """Run a block, or check what can be checked of one that is skipped."""
         run = getattr(self, f"_{block.language}", None)
         assert run is not None, f"line {block.line}: tests/pages.py cannot run blocks of {block.language!r}"
@@ -82,13 +82,13 @@ class Reader:
         elif block.language == "bash":
             self._shell(block.code, block, "-n")
 
-    def _text(self, block: Block) -> None:
+    def _text(self, block: CodeBlock) -> None:
         """Is read, not run."""
 
-    def _json(self, block: Block) -> None:
+    def _json(self, block: CodeBlock) -> None:
         json.loads(block.code)
 
-    def _python(self, block: Block) -> None:
+    def _python(self, block: CodeBlock) -> None:
         lines = enumerate(block.code.splitlines(), block.line)
         self._expected = {n: line.partition("  # ")[2] for n, line in lines if re.match(r"print\(.*\)  # ", line)}
         # Errors show the line of the page.
@@ -103,7 +103,7 @@ class Reader:
             same = doctest.OutputChecker().check_output(wanted + "\n", printed + "\n", doctest.ELLIPSIS)
             assert same, f"expected {wanted!r}, got {printed!r}"
 
-    def _bash(self, block: Block) -> None:
+    def _bash(self, block: CodeBlock) -> None:
         commands, serves, options = block.code.partition("bonnx serve ")
         # A server that the block starts stays until the page ends; later blocks find it where it listens.
         self._shell(commands.replace("localhost:8000", self._url), block)
@@ -111,10 +111,10 @@ class Reader:
             process = self._open.enter_context(Process(*options.split(), env=self._environment))
             self._url = process.url.removeprefix("http://")
 
-    def _javascript(self, block: Block) -> None:
+    def _javascript(self, block: CodeBlock) -> None:
         raise NotImplementedError("a block of JavaScript needs packages: run it in tests/export/test_web.py")
 
-    def _shell(self, code: str, block: Block, *options: str) -> None:
+    def _shell(self, code: str, block: CodeBlock, *options: str) -> None:
         command = [shutil.which("bash"), *options, "-c", _PRELUDE + code]
         done = subprocess.run(
             command, env=self._environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120

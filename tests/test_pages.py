@@ -12,7 +12,7 @@ import pytest
 
 from bonnx.command import main
 from tests.checkpoints import make
-from tests.pages import PAGES, ROOT, Reader, read_blocks
+from tests.pages import PAGES, ROOT, PageReader, read_blocks
 
 
 def read(page):
@@ -45,7 +45,7 @@ def test_every_block_runs(page, folder, request):
     text = read(page)
     if "--checkpoint DIR -o OUT" in text:
         (folder / "OUT").symlink_to(request.getfixturevalue("reward_model") / "OUT")
-    with Reader(page) as reader:
+    with PageReader(page) as reader:
         for block in read_blocks(text):
             reader.run(block)
 

@@ -9,17 +9,17 @@ import msgspec
 
 from .completion import Completion
 
-__all__ = ["Answer", "Assembly", "Usage", "read_answer"]
+__all__ = ["Answer", "Assembly", "CompletionUsage", "read_answer"]
 
 
-class Usage(msgspec.Struct):
+class CompletionUsage(msgspec.Struct):
     """Tokens, as the server counts them."""
 
     prompt_tokens: int
     completion_tokens: int = 0
 
 
-class Choice(msgspec.Struct):
+class CompletionChoice(msgspec.Struct):
     """A choice, or a piece of it."""
 
     index: int | None = None
@@ -32,9 +32,9 @@ class Choice(msgspec.Struct):
 class Answer(msgspec.Struct):
     """An answer, or a chunk of it. Servers disagree on whatever is not listed here."""
 
-    choices: list[Choice] = []
+    choices: list[CompletionChoice] = []
     model: str | None = None
-    usage: Usage | None = None
+    usage: CompletionUsage | None = None
     error: Any = None
 
 
