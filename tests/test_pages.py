@@ -80,3 +80,14 @@ def test_extras_that_pages_install_exist(page):
     named = {name for names in re.findall(r"pip install [^`\n]*\[([\w,]+)\]", read(page)) for name in names.split(",")}
     # Other packages have extras, too.
     assert named - {"grpc"} <= set(extras)
+
+
+def test_the_architecture_shows_every_folder():
+    tree = read_blocks(read("docs/architecture.md"))[0].code
+    shown, above = set(), []
+    for indent, name in re.findall(r"(?m)^( *)([a-z_]+)/ ", tree):
+        above = [*above[: len(indent) // 2], name]
+        shown.add("/".join(above))
+    packages = ("bonnx", "runtime", "export", "models")
+    folders = {path.parent.relative_to(ROOT).as_posix() for name in packages for path in ROOT.glob(f"{name}/**/*.py")}
+    assert shown == folders | {"tests", "benchmarks", "docs"}
