@@ -33,19 +33,19 @@ def main() -> None:
     print(f"{len(puzzles)} held-out puzzles, {arguments.n} candidates; 95% interval of the difference, same puzzles\n")
     print("   n  prune_every  prune_keep  solved, %  difference          tokens computed")
     base: list[bool] = []
-    whole = 0
+    all_tokens = 0
     for share, every, keep in SETTINGS:
         right, tokens, count = [], 0, round(share * arguments.n)
         for puzzle in puzzles:
             result = model.generate(puzzle.prompt, n=count, seed=arguments.seed, prune_every=every, prune_keep=keep)
             right.append(check(puzzle, str(result.best.text)))
             tokens += result.computed_tokens
-        base, whole = base or right, whole or tokens
+        base, all_tokens = base or right, all_tokens or tokens
         difference = np.array(right, float) - np.array(base, float)
         spread = 196 * difference.std(ddof=1) / np.sqrt(len(difference))
         text = f"{100 * difference.mean():+5.1f} +- {spread:3.1f} points"
         solved = f"{100 * np.mean(right):>9.1f}"
-        print(f"  {count:>2}  {every:>11}  {keep:>10}  {solved}  {text}  {100 * tokens / whole:5.1f}%", flush=True)
+        print(f"  {count:>2}  {every:>11}  {keep:>10}  {solved}  {text}  {100 * tokens / all_tokens:5.1f}%", flush=True)
 
 
 if __name__ == "__main__":

@@ -257,9 +257,9 @@ def compare(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
                 "prompt_mask": np.ones((1, PROMPT), np.int64),
                 "candidate_mask": np.ones((count, 1, LENGTH), np.int64),
             }
-            given = {"prompt_embeds": prompt[None], "candidate_embeds": np.stack(candidates)[:, None], **masks}
-            given |= plain_selection()
-            ways["rank, opset 18"] = lambda: decomposed.run(None, given)  # noqa: B023
+            feeds18 = {"prompt_embeds": prompt[None], "candidate_embeds": np.stack(candidates)[:, None], **masks}
+            feeds18 |= plain_selection()
+            ways["rank, opset 18"] = lambda: decomposed.run(None, feeds18)  # noqa: B023
         expected = net(rows)[1][:, PROMPT:, 0].numpy()
         for scores in (np.stack(model.rank(prompt, candidates).scores), by_hand(p, c).numpy()):
             assert np.abs(scores - expected).max() < 1e-4

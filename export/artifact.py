@@ -38,7 +38,7 @@ from .graphs.vote import with_vote_weight
 from .graphs.write import write_graphs
 from .precision.quantize import quantized
 from .staging import check_output, staged
-from .verify.agreement import HeldOut, measure, own_prompts
+from .verify.agreement import HeldOut, default_prompts, measure
 from .verify.run import verify_graphs
 
 __all__ = ["export_model"]
@@ -102,7 +102,7 @@ def export_model(
         text = _write_tokenizer(tokenizer, text or TextRules(), folder)
         manifest = _manifest(model.config, name, source, precision, scoring, limits, graphs, tokenizer, text, parity)
         if precision != "fp32":
-            prompts, origin = held_out or own_prompts(manifest, model.config, seed)
+            prompts, origin = held_out or default_prompts(manifest, model.config, seed)
             engine = make_engine(folder, manifest, SessionOptions(provider="cpu"))
             agreement = measure(reload or (lambda: model), engine, prompts, source=origin, least=min_agreement)
             manifest = msgspec.structs.replace(manifest, agreement=agreement)

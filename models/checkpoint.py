@@ -70,7 +70,7 @@ def load_checkpoint(
     Args:
         folder: written by `save_checkpoint`, or by `save_pretrained` of transformers; see `docs/reward_models.md`.
         label_tokens: for a language model that answers at a step tag, the tokens whose logits are the scorer's labels.
-        new_scorer: give a language model without a scorer a new one, to be trained.
+        new_scorer: add a new scorer, to be trained, to a language model without one.
 
     Returns:
         The model, and the keys.

@@ -74,10 +74,10 @@ def read_head(
         shapes: the shape of every tensor, by name.
         further: names of the tensors that belong neither to the backbone nor to the vocabulary head.
         label_tokens: the tokens whose logits are the labels, for a model that answers with one.
-        new_scorer: give a model without a head a new one.
+        new_scorer: add a new scorer to a model without a head.
 
     Raises:
-        ConfigError: if there is no supported head; the message lists the further tensors.
+        ConfigError: if there is no supported head; the message lists the unrecognized tensors.
     """
     if label_tokens is not None:
         options = {"scorer_kind": "linear", "scorer_bias": False, "num_labels": len(label_tokens)}

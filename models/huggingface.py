@@ -67,7 +67,7 @@ def translate(
         config: the parsed config.json.
         shapes: the shape of every tensor, by name.
         label_tokens: for a language model that answers at a step tag, the tokens whose logits are the labels.
-        new_scorer: give a language model without a scorer a new one, to be trained.
+        new_scorer: add a new scorer, to be trained, to a language model without one.
 
     Raises:
         ConfigError: if a field or tensor is not supported, or a field contradicts the weights.

@@ -117,7 +117,7 @@ def schedule(step: int, steps: int, peak: float) -> float:
 @torch.no_grad()
 def _labelled(model: LanguageModel, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
     """Return the backbone's output at each labelled token (M, D) float32, and the labels (M,) float32."""
-    labels = [_labels(i, completion, given) for i, (_, completion, given) in enumerate(examples)]
+    labels = [_labels(i, completion, marks) for i, (_, completion, marks) in enumerate(examples)]
     known = [~row.isnan() for row in labels]
     total = sum(int(places.sum()) for places in known)
     if total == 0:

@@ -1,6 +1,6 @@
 """`python -m benchmarks.miniature RUN` computes the missing results in RUN and draws; `--draw` only draws.
 
-A run that was stopped for any reason resumes where it was, because every finished task is a line of `results.jsonl`.
+A run that was stopped for any reason resumes where it stopped: every finished task is a line of `results.jsonl`.
 `python -m benchmarks.miniature RUN --models shipped --puzzles 20 --table` runs every method on 20 puzzles and prints
 accuracy and cost.
 """

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .layers import additive
 
-__all__ = ["allowed", "attend", "attend_own", "attend_prompt", "shared_keys", "shared_values"]
+__all__ = ["allowed", "attend", "attend_prompt", "attend_self", "shared_keys", "shared_values"]
 
 
 def allowed(real: Tensor, positions: Tensor, window: int | None) -> Tensor:
@@ -52,8 +52,8 @@ def shared_keys(k: Tensor, real: Tensor) -> Tensor:
     batch, length, kv_heads, size = k.shape
     padding = additive(real)[:, None, None].expand(batch, kv_heads, 1, length)
     blank = torch.zeros(batch, kv_heads, 1, length)
-    own = torch.tensor([0.0] * (size + 1) + [1.0])[:, None].expand(batch, kv_heads, size + 2, 1)
-    return torch.cat([torch.cat([k.permute(0, 2, 3, 1), padding, blank], 2), own], 3)
+    extra = torch.tensor([0.0] * (size + 1) + [1.0])[:, None].expand(batch, kv_heads, size + 2, 1)
+    return torch.cat([torch.cat([k.permute(0, 2, 3, 1), padding, blank], 2), extra], 3)
 
 
 def shared_values(v: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ def shared_values(v: Tensor) -> Tensor:
     return torch.cat([v, torch.zeros_like(v[:, :, :1])], 2)
 
 
-def attend_own(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+def attend_self(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Self-attention of candidates.
 
     Args:
@@ -87,14 +87,14 @@ def attend_own(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Te
 
 
 def attend_prompt(
-    q: Tensor, own: Tensor, own_logit: Tensor, keys: Tensor, values: Tensor, reach: Tensor | None = None
+    q: Tensor, self_out: Tensor, self_logit: Tensor, keys: Tensor, values: Tensor, reach: Tensor | None = None
 ) -> Tensor:
-    """Merge the attention to the prompt with the results of `attend_own`.
+    """Merge the attention to the prompt with the results of `attend_self`.
 
     Args:
         q: (B, G, M, K), the queries of all candidates.
-        own: (B, G, M, K), the output of `attend_own`.
-        own_logit: (B, G, M, 1), its log-sum-exp.
+        self_out: (B, G, M, K), the output of `attend_self`.
+        self_logit: (B, G, M, 1), its log-sum-exp.
         keys: from `shared_keys`.
         values: from `shared_values`.
         reach: additive sliding-window mask, (B, 1, L, 1, P) where the M queries are L positions of R heads.
@@ -102,10 +102,10 @@ def attend_prompt(
     Returns:
         (B, G, M, K).
     """
-    logits = torch.cat([q, torch.ones_like(own_logit), own_logit], 3) @ keys
+    logits = torch.cat([q, torch.ones_like(self_logit), self_logit], 3) @ keys
     if reach is not None:
         near = logits[..., :-1].reshape(*logits.shape[:2], reach.shape[2], -1, reach.shape[-1]) + reach
         logits = torch.cat([near.flatten(2, 3), logits[..., -1:]], 3)
     weights = logits.softmax(-1)
-    out: Tensor = weights @ values + weights[..., -1:] * own
+    out: Tensor = weights @ values + weights[..., -1:] * self_out
     return out

@@ -105,10 +105,10 @@ class Builder:
         Nodes that only transpose or cast an initializer move too: outside a loop, a runtime folds them once for all
         their readers.
         """
-        ours = {value.name: value for value in self.initializers}
+        by_name = {value.name: value for value in self.initializers}
         for name, value in list(graph.initializers.items()):
             del graph.initializers[name]
-            twin, tensor = ours.get(name), value.const_value
+            twin, tensor = by_name.get(name), value.const_value
             assert tensor is not None
             if twin is not None and np.array_equal(_content(twin), tensor.numpy()):
                 value.replace_all_uses_with(twin)

@@ -17,7 +17,7 @@ import onnx_ir as ir
 from bonnx.models.config import NetworkConfig
 
 from .builder import Builder, name_value
-from .loop_weights import own_integer_weights
+from .loop_weights import localize_integer_weights
 from .sampling import draw_token, prompt_stream, random_uniform
 from .selection import aggregate
 from .vote import best_of_n
@@ -109,13 +109,13 @@ def generate_graph(prompt_pass: ir.Graph, token_pass: ir.Graph, config: NetworkC
     nothing = b.Concat(grid, b.ints(0), axis=0)
     no_ids, no_values = (b.Expand(zero, nothing) for zero in (b.int(0), b.float(0)))
     head = b.ints(config.num_kv_heads, 0, config.size_of_head)
-    own = b.Expand(b.float(0), b.Concat(grid, head, axis=0))
+    empty_cache = b.Expand(b.float(0), b.Concat(grid, head, axis=0))
     rows = RunningRows(tokens, log_probs, yes, numbers)
     tables = Tables(no_ids, no_values, no_values, b.Expand(b.int(0), grid), yes, no, b.int(0))
-    carried = [*rows, *tables, *[own] * (2 * config.num_layers)]
+    carried = [*rows, *tables, *[empty_cache] * (2 * config.num_layers)]
     some = b.Greater(inputs.max_new_tokens, b.int(0))
     body = _body(inputs, token_pass, mask, stream, cache, config, pad_token)
-    own_integer_weights(body)
+    localize_integer_weights(body)
     outputs = b.loop(inputs.max_new_tokens, some, carried, body)
     results = _results(b, inputs, Tables(*outputs[len(rows) :][: len(tables)]))
     for name, value in results.items():
@@ -137,11 +137,12 @@ def _body(
     """Build the loop's body: process and score each running candidate's token, draw the next one, and prune."""
     b = Builder("token")
     iteration, go = ir.val("iteration", INT, []), ir.val("iteration/go", BOOL, [])
-    rows, tables, own = _rows(), _tables(), _own(config)
-    carried = [iteration, go, *rows, *tables, *own]
+    rows, tables, candidate_cache = _rows(), _tables(), _candidate_cache(config)
+    carried = [iteration, go, *rows, *tables, *candidate_cache]
 
     compacted, fewer, index = _compact(b, rows)
-    scores, logits, *grown = _network(b, token_pass, compacted.tokens, mask, prompt_cache, own, (fewer, index))
+    caches = prompt_cache, candidate_cache
+    scores, logits, *grown = _network(b, token_pass, compacted.tokens, mask, *caches, (fewer, index))
     tokens, log_probs, running, numbers = compacted
     done = b.Add(iteration, b.int(1))
     uniform = b.call(random_uniform, stream, done, numbers)
@@ -196,20 +197,22 @@ def _network(
     tokens: ir.Value,
     mask: ir.Value,
     prompt_cache: list[ir.Value],
-    own: list[ir.Value],
+    candidate_cache: list[ir.Value],
     kept_rows: tuple[ir.Value, ir.Value],
 ) -> list[ir.Value]:
     """Insert the traced pass, made to gather the remaining rows of the candidates' cache where it appends to it."""
-    cache = [x for i in range(0, len(own), 2) for x in (*prompt_cache[i : i + 2], *own[i : i + 2])]
+    pairs = range(0, len(candidate_cache), 2)
+    cache = [x for i in pairs for x in (*prompt_cache[i : i + 2], *candidate_cache[i : i + 2])]
     for parameter, value in zip(list(token_pass.inputs), (tokens, mask, *cache), strict=True):
         parameter.replace_all_uses_with(value)
     outputs = list(token_pass.outputs)
     b.adopt(token_pass)
     for i, node in enumerate(b.nodes):
-        if node.op_type == "Concat" and node.inputs[0] in own:
+        reads_cache = node.op_type in ("Concat", "Shape") and node.inputs[0] in candidate_cache
+        if reads_cache and node.op_type == "Concat":
             b.nodes[i] = _joined(node, kept_rows)
             outputs[outputs.index(node.outputs[0])] = b.nodes[i].outputs[0]
-        elif node.op_type == "Shape" and node.inputs[0] in own and node.attributes["end"].as_int() <= len(ROWS):
+        elif reads_cache and node.attributes["end"].as_int() <= len(ROWS):
             # The traced graph may read the number of rows from the cache, which still holds the dropped ones.
             node.replace_input_with(0, tokens)
     return outputs
@@ -245,10 +248,7 @@ def _append(b: Builder, table: ir.Value, new: ir.Value, numbers: ir.Value, fill:
 
 
 def _prune(b: Builder, inputs: LoopInputs, done: ir.Value, tables: Tables) -> ir.Value:
-    """Return which candidates (N, B) survive after `done` tokens, ended ones included.
-
-    This is speculative rejection (Sun et al., 2024) with the scorer's running score.
-    """
+    """Speculative rejection (Sun et al., 2024) by the running score: which (N, B) survive, ended ones included."""
     every = b.Max(inputs.prune_every, b.int(1))
     due = b.And(b.Greater(inputs.prune_every, b.int(0)), b.Equal(b.Mod(done, every), b.int(0)))
     then, otherwise = Builder("prune"), Builder("keep")
@@ -306,8 +306,8 @@ def _results(b: Builder, inputs: LoopInputs, tables: Tables) -> dict[str, ir.Val
     ended = b.Mul(b.Cast(_stops(b, inputs, tables.sequences), to=INT), mask)
     # Indices into `FINISH_REASONS`.
     reasons = b.Where(tables.pruned, b.int(2), b.Max(b.ReduceMax(ended, b.ints(2), keepdims=0), b.int(0)))
-    whole = b.Mul(mask, b.Cast(b.Not(b.Unsqueeze(tables.pruned, b.ints(2))), to=INT))
-    candidate_scores = _aggregate(b, inputs, tables, whole)
+    selectable = b.Mul(mask, b.Cast(b.Not(b.Unsqueeze(tables.pruned, b.ints(2))), to=INT))
+    candidate_scores = _aggregate(b, inputs, tables, selectable)
     best = b.call(best_of_n, candidate_scores)
     index = b.Unsqueeze(b.Max(best, b.int(0)), b.ints(0, 2))
     shape = b.Concat(b.ints(1), b.Shape(tables.sequences, start=1), axis=0)
@@ -342,7 +342,7 @@ def _tables() -> Tables:
     return Tables(*(ir.val(f"table/{n}", kinds.get(n, INT), shapes.get(n, TABLE)) for n in Tables._fields))
 
 
-def _own(config: NetworkConfig) -> list[ir.Value]:
+def _candidate_cache(config: NetworkConfig) -> list[ir.Value]:
     """The candidates' key-value cache, layer by layer."""
     shape: list[int | str | None] = [*ROWS, config.num_kv_heads, "own_length", config.size_of_head]
     names = (f"own/{kind}.{i}" for i in range(config.num_layers) for kind in ("key", "value"))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..precision.products import VocabularyHead
-from .attention import allowed, attend, attend_own, attend_prompt, shared_keys, shared_values
+from .attention import allowed, attend, attend_prompt, attend_self, shared_keys, shared_values
 from .layers import Layer, Trunk, additive
 
 __all__ = ["PromptPass", "TokenPass"]
@@ -91,20 +91,20 @@ class TokenPass(nn.Module):
         for i, layer in enumerate(trunk.layers):
             assert isinstance(layer, Layer)
             kv_heads, size, group = layer.kv_heads, layer.size, layer.heads // layer.kv_heads
-            keys, values, own_k, own_v = cache[4 * i : 4 * i + 4]
+            keys, values, candidate_k, candidate_v = cache[4 * i : 4 * i + 4]
             near, reach = windows[i]
             x = trunk.enter(x)
             y = layer.attention_norm(x)
             q, k = layer.queries(y, cos, sin), layer.keys(y, cos, sin)
-            own_k = torch.cat([own_k, k.reshape(count, batch, kv_heads, 1, size)], 3)
-            own_v = torch.cat([own_v, layer.values(y, rows).reshape(count, batch, kv_heads, 1, size)], 3)
-            grown += [own_k, own_v]
+            candidate_k = torch.cat([candidate_k, k.reshape(count, batch, kv_heads, 1, size)], 3)
+            candidate_v = torch.cat([candidate_v, layer.values(y, rows).reshape(count, batch, kv_heads, 1, size)], 3)
+            grown += [candidate_k, candidate_v]
             q = q.reshape(count, batch, kv_heads, group, size)
-            own, own_logit = attend_own(q, own_k.transpose(3, 4), own_v, near)
-            q, own, own_logit = (
-                t.permute(1, 2, 0, 3, 4).reshape(batch, kv_heads, count * group, -1) for t in (q, own, own_logit)
+            self_out, self_logit = attend_self(q, candidate_k.transpose(3, 4), candidate_v, near)
+            q, self_out, self_logit = (
+                t.permute(1, 2, 0, 3, 4).reshape(batch, kv_heads, count * group, -1) for t in (q, self_out, self_logit)
             )
-            out = attend_prompt(q, own, own_logit, keys, values, reach)
+            out = attend_prompt(q, self_out, self_logit, keys, values, reach)
             out = out.reshape(batch, kv_heads, count, group, size).permute(2, 0, 1, 3, 4)
             x = layer.finish(x, out.reshape(rows, layer.heads * size))
         normed = trunk.final_norm(x)

@@ -6,10 +6,10 @@ import onnx_ir as ir
 
 from .builder import Builder
 
-__all__ = ["own_integer_weights"]
+__all__ = ["localize_integer_weights"]
 
 
-def own_integer_weights(body: ir.Graph) -> None:
+def localize_integer_weights(body: ir.Graph) -> None:
     """Give 8-bit products in a loop weights inside the body: a reshape of the outer weights, which runtimes fold.
 
     On x64 processors without VNNI, 8-bit sums of signed weights overflow, so ONNX Runtime makes the weights unsigned,

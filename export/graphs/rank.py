@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .attention import allowed, attend, attend_own, attend_prompt, shared_keys, shared_values
+from .attention import allowed, attend, attend_prompt, attend_self, shared_keys, shared_values
 from .layers import Layer, Trunk, additive
 
 __all__ = ["RankGraph"]
@@ -33,15 +33,17 @@ class RankGraph(nn.Module):
         batch, prompt_length = prompt_mask.shape
         count, _, length = candidate_mask.shape
         total = prompt_length + count * length
-        real, own_real = prompt_mask > 0, candidate_mask.transpose(0, 1) > 0
-        steps = own_real.to(torch.int64).cumsum(2) - 1 + real.to(torch.int64).sum(1)[:, None, None]
-        own_positions = steps.clamp(min=0).reshape(batch, count * length)
+        real, candidate_real = prompt_mask > 0, candidate_mask.transpose(0, 1) > 0
+        steps = candidate_real.to(torch.int64).cumsum(2) - 1 + real.to(torch.int64).sum(1)[:, None, None]
+        candidate_positions = steps.clamp(min=0).reshape(batch, count * length)
         prompt_positions = (real.to(torch.int64).cumsum(1) - 1).clamp(min=0)
-        cos, sin = trunk.rotation(torch.cat([prompt_positions, own_positions], 1))
-        masks = trunk.for_each_window(lambda window: _Masks(window, real, prompt_positions, own_real, own_positions))
+        cos, sin = trunk.rotation(torch.cat([prompt_positions, candidate_positions], 1))
+        masks = trunk.for_each_window(
+            lambda window: _Masks(window, real, prompt_positions, candidate_real, candidate_positions)
+        )
 
-        own = trunk.embed(candidate).transpose(0, 1)
-        x = torch.cat([trunk.embed(prompt), own.reshape(batch, count * length, own.shape[-1])], 1)
+        embedded = trunk.embed(candidate).transpose(0, 1)
+        x = torch.cat([trunk.embed(prompt), embedded.reshape(batch, count * length, embedded.shape[-1])], 1)
         x = trunk.project(x.reshape(batch * total, x.shape[-1]))
         for layer, mask in zip(trunk.layers[:-1], masks[:-1], strict=True):
             assert isinstance(layer, Layer)
@@ -61,24 +63,24 @@ class RankGraph(nn.Module):
         q = layer.queries(y, cos[:, prompt_length:], sin[:, prompt_length:])
         x = layer.finish(x, masks[-1].attend(q, k, v).reshape(batch * count * length, layer.heads * layer.size))
         scores = trunk.score(trunk.final_norm(x)).reshape(batch, count, length)
-        return torch.where(own_real, scores, 0.0).transpose(0, 1)
+        return torch.where(candidate_real, scores, 0.0).transpose(0, 1)
 
 
 class _Masks:
     """The attention masks for one sliding window, and the candidates' attention that uses them."""
 
     def __init__(
-        self, window: int | None, real: Tensor, positions: Tensor, own_real: Tensor, own_positions: Tensor
+        self, window: int | None, real: Tensor, positions: Tensor, candidate_real: Tensor, candidate_positions: Tensor
     ) -> None:
         self.real, self.prompt_length = real, real.shape[1]
-        self.batch, self.count, self.length = own_real.shape
+        self.batch, self.count, self.length = candidate_real.shape
         rows = self.batch * self.count
         self.prompt = additive(allowed(real, positions, window))
-        own = allowed(own_real.reshape(rows, -1), own_positions.reshape(rows, -1), window)
-        self.own = additive(own).reshape(self.batch, 1, self.count, self.length, 1, self.length)
+        readable = allowed(candidate_real.reshape(rows, -1), candidate_positions.reshape(rows, -1), window)
+        self.candidates = additive(readable).reshape(self.batch, 1, self.count, self.length, 1, self.length)
         self.reach = None
         if window is not None:
-            near = own_positions[:, :, None] - positions[:, None] < window
+            near = candidate_positions[:, :, None] - positions[:, None] < window
             self.reach = additive(near)[:, None, :, None]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -87,13 +89,13 @@ class _Masks:
         group = q.shape[2] // kv_heads
         flat = (batch, kv_heads, count * length * group, size)
         q = q.reshape(batch, count * length, kv_heads, group * size).transpose(1, 2)
-        own_k = k[:, self.prompt_length :].reshape(batch, count, length, kv_heads, size).permute(0, 3, 1, 4, 2)
-        own_v = v[:, self.prompt_length :].reshape(batch, count, length, kv_heads, size).permute(0, 3, 1, 2, 4)
-        own_q = q.reshape(batch, kv_heads, count, length * group, size)
-        own, own_logit = attend_own(own_q, own_k, own_v, self.own)
+        candidate_k = k[:, self.prompt_length :].reshape(batch, count, length, kv_heads, size).permute(0, 3, 1, 4, 2)
+        candidate_v = v[:, self.prompt_length :].reshape(batch, count, length, kv_heads, size).permute(0, 3, 1, 2, 4)
+        candidate_q = q.reshape(batch, kv_heads, count, length * group, size)
+        self_out, self_logit = attend_self(candidate_q, candidate_k, candidate_v, self.candidates)
         keys, values = shared_keys(k[:, : self.prompt_length], self.real), shared_values(v[:, : self.prompt_length])
         out = attend_prompt(
-            q.reshape(flat), own.reshape(flat), own_logit.reshape(*flat[:3], 1), keys, values, self.reach
+            q.reshape(flat), self_out.reshape(flat), self_logit.reshape(*flat[:3], 1), keys, values, self.reach
         )
         out = out.reshape(batch, kv_heads, count * length, group * size)
         return out.transpose(1, 2).reshape(batch, count * length, kv_heads * group * size)

@@ -114,12 +114,12 @@ class Repetition:
 
     def _templates(self, graph: ir.Graph) -> dict[int, _Template]:
         """Return the traced layers of a graph by number."""
-        marks, given = _marks(graph), graph.inputs[: len(self.weights())]
+        marks, weight_inputs = _marks(graph), graph.inputs[: len(self.weights())]
         assert len(marks) == len(self.traced), "the tracer dropped a mark"
         templates = {}
         for place, (i, mark) in enumerate(zip(self.traced, marks, strict=True)):
             stream, end = mark.outputs[0], marks[place + 1].inputs[0] if mark is not marks[-1] else None
-            weights = [value for value in given if str(value.name).startswith(f"trunk.layers.{place}.")]
+            weights = [value for value in weight_inputs if str(value.name).startswith(f"trunk.layers.{place}.")]
             cache, grown = ([x for x in values if _number(x) == i] for values in (graph.inputs, graph.outputs))
             nodes = [] if end is None else _between(graph, [stream, *weights, *cache], [end, *grown])
             templates[i] = _Template(stream, weights, cache, grown, end, nodes)

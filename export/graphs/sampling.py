@@ -35,7 +35,7 @@ def prompt_stream(input_ids, attention_mask, seed):  # type: ignore[no-untyped-d
     zero = op.Constant(value_int=0)
     word = op.Constant(value_int=4294967296)
     axis = op.Constant(value_ints=[1])
-    # The result of `Mod` has the divisor's sign, so negative seeds map to words of their own.
+    # The result of `Mod` has the divisor's sign, so negative seeds map to distinct words.
     low = op.Mod(seed, word)
     high = op.Mod(op.Div(op.Sub(seed, low), word), word)
     start = mix(op.Add(op.Cast(high, to=12), op.Cast(op.Constant(value_int=0x9E3779B9), to=12)))

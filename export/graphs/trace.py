@@ -121,7 +121,7 @@ def _trace_prompt_pass(traced: _Traced, head: VocabularyHead) -> ir.Graph:
     examples = {"input_ids": _example(2, 5), "attention_mask": torch.ones(2, 5, dtype=torch.int64)}
     prompt = ["batch", "prompt_length"]
     outputs: dict[str, Sequence[str | None]] = {"logits": ["batch"]}
-    outputs |= dict(_cache_axes(traced.layers, own=False))
+    outputs |= dict(_cache_axes(traced.layers, candidates=False))
     return _trace(traced, PromptPass(traced.trunk, head), examples, [prompt, prompt], outputs)
 
 
@@ -133,24 +133,24 @@ def _trace_token_pass(traced: _Traced, head: VocabularyHead) -> ir.Graph:
     axes: list[list[str | None]] = [[*rows], ["batch", "prompt_length"]]
     shapes: dict[str, tuple[int, ...]] = {"prompt_key": (2, heads, size + 2, 6), "prompt_value": (2, heads, 6, size)}
     shapes |= dict.fromkeys(("key", "value"), (3, 2, heads, 4, size))
-    for name, names in _cache_axes(traced.layers, own=True):
+    for name, names in _cache_axes(traced.layers, candidates=True):
         examples[name] = torch.zeros(shapes[name.split(".")[0]])
         axes.append(names)
     outputs: dict[str, Sequence[str | None]] = {"scores": rows, "logits": rows}
     outputs |= {
         f"grown_{name}": [*rows, None, "grown_length"]
-        for name, _ in _cache_axes(traced.layers, own=True)
+        for name, _ in _cache_axes(traced.layers, candidates=True)
         if not name.startswith("prompt")
     }
     return _trace(traced, TokenPass(traced.trunk, head), examples, axes, outputs)
 
 
-def _cache_axes(layers: Iterable[int], *, own: bool) -> Iterator[tuple[str, list[str | None]]]:
+def _cache_axes(layers: Iterable[int], *, candidates: bool) -> Iterator[tuple[str, list[str | None]]]:
     """Yield the names of the cache's tensors, layer by layer, and their dynamic axes; None is a fixed axis."""
     for i in layers:
         yield f"prompt_key.{i}", ["batch", None, None, "prompt_length + 1"]
         yield f"prompt_value.{i}", ["batch", None, "prompt_length + 1"]
-        if own:
+        if candidates:
             yield f"key.{i}", ["num_candidates", "batch", None, "own_length"]
             yield f"value.{i}", ["num_candidates", "batch", None, "own_length"]
 

@@ -29,7 +29,7 @@ from bonnx.runtime.text.reader import Item
 from .exact import score_rows
 from .questions import draw_questions
 
-__all__ = ["HeldOut", "measure", "own_prompts", "read_held_out"]
+__all__ = ["HeldOut", "default_prompts", "measure", "read_held_out"]
 
 CANDIDATES, NEW_TOKENS, PROMPTS = 16, 64, 50
 _AS_GOOD = 0.01
@@ -87,7 +87,7 @@ def _lines(path: Path) -> list[HeldOut]:
     return questions
 
 
-def own_prompts(
+def default_prompts(
     manifest: Manifest, config: LanguageModelConfig | NetworkConfig, seed: int
 ) -> tuple[list[HeldOut], str]:
     """Return default prompts for when the user gives none, and a name for them.

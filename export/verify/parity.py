@@ -237,9 +237,9 @@ class Checker:
         backbone = outputs["backbone"][:, real]
         self._backbones.append(self.near("backbone", "score, backbone", backbone, exact["backbone"]))
         if kept is not None:
-            whole = {"scores": outputs["scores"].copy(), "backbone": outputs["backbone"].copy()}
-            whole["scores"][:, real, 0], whole["backbone"][:, real] = exact["scores"], exact["backbone"]
-            self.record(kept, feeds, outputs, **whole)
+            expected = {"scores": outputs["scores"].copy(), "backbone": outputs["backbone"].copy()}
+            expected["scores"][:, real, 0], expected["backbone"][:, real] = exact["scores"], exact["backbone"]
+            self.record(kept, feeds, outputs, **expected)
         return worst
 
     def _reference(self) -> Case:

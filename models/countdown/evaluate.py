@@ -109,7 +109,7 @@ def report(result: dict[str, Any]) -> str:
     """Return the report as Markdown."""
     cells = {(row["n"], row["method"]): row for row in result["accuracy"]}
     lines = [
-        "# Countdown: what best-of-N gives",
+        "# Countdown: results of best-of-N",
         "",
         f"{result['puzzles']} held-out puzzles (no numbers with the same target in training), half of 3 numbers, half "
         f"of 4, {result['samples']} samples each at temperature 1. Per cent right, with 95% intervals over puzzles.",
@@ -124,11 +124,11 @@ def report(result: dict[str, Any]) -> str:
     error = result["calibration"]["expected_calibration_error"]
     lines += [
         "",
-        "Majority vote counts equal texts. The oracle is right if any of the N is.",
+        "Majority vote counts equal texts. The oracle is right if any of the N completions is.",
         "",
         f"Expected calibration error of the score at the last position: {error:.3f}.",
         "",
-        "| score says | right | completions |",
+        "| mean score | share right | completions |",
         "|---|---|---|",
         *(f"| {predicted:.3f} | {true:.3f} | {n} |" for predicted, true, n in result["calibration"]["bins"]),
         "",
