@@ -17,38 +17,38 @@ from .families import FAMILIES
 __all__ = ["check_fields", "remarks"]
 
 _QUANTIZED = "the weights are quantized already; pass the checkpoint as it was before quantization, with --precision"
-_BOTH_WAYS = (
+_NOT_CAUSAL = (
     "tokens would attend to later ones; only causal attention is supported, so that a prompt is computed once for all "
     "candidates"
 )
-_OTHER = "no supported family uses it"
+_UNUSED = "no supported family uses it"
 # Matches the last part of a class's path, as named by LLM2Vec and others.
 _BIDIRECTIONAL = re.compile(r"([Bb]idirec|Bi(Model|For)|(?<!Cross)Encoder(Model|For))[^.]*$")
 # Field -> the values that have no effect (None never has any), and why other values are refused.
 _NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
     "quantization_config": ((), _QUANTIZED),
     "compression_config": ((), _QUANTIZED),
-    "is_causal": ((True,), _BOTH_WAYS),
-    "use_causal_mask": ((True,), _BOTH_WAYS),
-    "use_bidirectional_attention": ((False,), _BOTH_WAYS),
-    "bidirectional": ((False,), _BOTH_WAYS),
+    "is_causal": ((True,), _NOT_CAUSAL),
+    "use_causal_mask": ((True,), _NOT_CAUSAL),
+    "use_bidirectional_attention": ((False,), _NOT_CAUSAL),
+    "bidirectional": ((False,), _NOT_CAUSAL),
     "is_encoder_decoder": ((False,), "only decoders are supported"),
     "per_layer_config": (({},), "layers with different configurations are not supported"),
     "transformers_weights": (("model.safetensors",), "the weights are read from model.safetensors or its shards"),
     "partial_rotary_factor": ((1.0,), "only rotation of whole heads is supported"),
     "rope_interleaved": ((False,), "only rotation of the two halves of a head is supported, not of adjacent pairs"),
-    "attn_logit_softcapping": ((), _OTHER),
-    "final_logit_softcapping": ((), _OTHER),
-    "query_pre_attn_scalar": ((), _OTHER),
-    "attention_chunk_size": ((), _OTHER),
-    "no_rope_layers": (([],), _OTHER),
-    "clip_qkv": ((), _OTHER),
-    "embedding_multiplier": ((1.0,), _OTHER),
-    "residual_multiplier": ((1.0,), _OTHER),
-    "attention_multiplier": ((), _OTHER),
-    "logits_scaling": ((1.0,), _OTHER),
-    "logit_scale": ((1.0,), _OTHER),
-    "use_parallel_residual": ((False,), _OTHER),
+    "attn_logit_softcapping": ((), _UNUSED),
+    "final_logit_softcapping": ((), _UNUSED),
+    "query_pre_attn_scalar": ((), _UNUSED),
+    "attention_chunk_size": ((), _UNUSED),
+    "no_rope_layers": (([],), _UNUSED),
+    "clip_qkv": ((), _UNUSED),
+    "embedding_multiplier": ((1.0,), _UNUSED),
+    "residual_multiplier": ((1.0,), _UNUSED),
+    "attention_multiplier": ((), _UNUSED),
+    "logits_scaling": ((1.0,), _UNUSED),
+    "logit_scale": ((1.0,), _UNUSED),
+    "use_parallel_residual": ((False,), _UNUSED),
 }
 
 
@@ -85,7 +85,7 @@ def _check_classes(config: Mapping[str, Any]) -> None:
     classes = [*(named if isinstance(named, list) else []), *(code.values() if isinstance(code, Mapping) else [])]
     for name in classes:
         if isinstance(name, str) and _BIDIRECTIONAL.search(name):
-            raise ConfigError(f"config.json: found the class {name}; judging by its name, {_BOTH_WAYS}")
+            raise ConfigError(f"config.json: found the class {name}; judging by its name, {_NOT_CAUSAL}")
 
 
 def remarks(config: Mapping[str, Any]) -> list[str]:

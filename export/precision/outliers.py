@@ -20,7 +20,7 @@ __all__ = ["SplitLinear", "find_outliers"]
 # Limits, as multiples of the root mean square of a row's other features. The first is for the inputs of norms: beyond
 # it, the other features span about one of 127 levels. The second is for products that do not follow a norm and have one
 # scale per row. Those lose the most: on SmolLM2 at int8, the inputs of `down` cost more than all others together.
-_FAR, _FAR_IN_ROW = 100.0, 50.0
+_NORM_LIMIT, _ROW_LIMIT = 100.0, 50.0
 _ROWS, _LENGTH = 4, 64
 
 
@@ -57,7 +57,7 @@ def find_outliers(model: LanguageModel | TwoHeadedNetwork, seed: int = 0) -> dic
     outliers: dict[nn.Module, Tensor] = {}
 
     def inspect(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        outliers[module] = _far(inputs[0].flatten(0, -2), _FAR_IN_ROW if module in in_row else _FAR)
+        outliers[module] = _indices_beyond(inputs[0].flatten(0, -2), _ROW_LIMIT if module in in_row else _NORM_LIMIT)
 
     watched: list[nn.Module] = []
     in_row = {part for block in network.layers() for part in (block.attention.out_proj, block.ffn.down)}
@@ -83,7 +83,7 @@ def find_outliers(model: LanguageModel | TwoHeadedNetwork, seed: int = 0) -> dic
     return outliers
 
 
-def _far(x: Tensor, limit: float) -> Tensor:
+def _indices_beyond(x: Tensor, limit: float) -> Tensor:
     """Rows (M, in) -> indices of features beyond a limit; at most one feature in 16, the largest first to be kept."""
     size, most = x.shape[1], max(1, x.shape[1] // 16)
     ordinary = x.square().sort(1).values[:, : max(1, size - most)].mean(1, keepdim=True).sqrt().clamp(min=1e-30)

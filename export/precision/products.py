@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from bonnx.models.network import LanguageModel
 
 from .outliers import SplitLinear
-from .quantize import BLOCK, LEAST, NORMED_STEP, Linear4, Linear8, Linear16
+from .quantize import BLOCK, MIN_SCALE, NORMED_STEP, Linear4, Linear8, Linear16
 
 __all__ = [
     "Product4",
@@ -85,7 +85,7 @@ class Product16(_Biased):
         if self.bounded:
             y = self._product(x)
             return self.add(y if self.scale == 1 else y * self.scale)
-        rows = x.abs().amax(-1, keepdim=True).clamp(min=LEAST)
+        rows = x.abs().amax(-1, keepdim=True).clamp(min=MIN_SCALE)
         return self.add(self._product(x / rows) * (rows if self.scale == 1 else rows * self.scale))
 
     def _product(self, x: Tensor) -> Tensor:
@@ -113,7 +113,7 @@ class Product8(_Biased):
         """(M, in) -> (M, out)."""
         rows = None
         if x.dtype != torch.uint8:
-            rows = x.abs().amax(-1, keepdim=True).clamp(min=LEAST)
+            rows = x.abs().amax(-1, keepdim=True).clamp(min=MIN_SCALE)
             x = _node("QuantizeLinear", (x / rows, self.step, self.zero), torch.uint8, x.shape)
         weight = self.weight.T if self.shared else self.weight
         integers = _node("MatMulInteger", (x, weight, self.zero), torch.int32, (x.shape[0], weight.shape[1]))

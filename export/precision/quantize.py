@@ -34,7 +34,7 @@ from .rotate import rotate
 
 __all__ = [
     "BLOCK",
-    "LEAST",
+    "MIN_SCALE",
     "NORMED_STEP",
     "Embedding8",
     "Embedding16",
@@ -49,7 +49,7 @@ __all__ = [
 NORMED_STEP = 4.5 / 127
 BLOCK = 32
 # Replaces a scale of 0, by which nothing can be divided.
-LEAST = 1e-30
+MIN_SCALE = 1e-30
 # Rows that are rounded at a time; number of weights from which a layer keeps no float32 copy.
 _ROWS, _LARGE = 4096, 2**21
 # At int4 these use 8 bits, because they lose the most accuracy: on SmolLM2 this halves the divergence from float32.
@@ -91,7 +91,7 @@ class Linear16(nn.Module):
 
     def in_halves(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out), with inputs and outputs rounded to float16 as in the graphs' products."""
-        rows = torch.ones(()) if self.bounded else x.abs().amax(-1, keepdim=True).clamp(min=LEAST)
+        rows = torch.ones(()) if self.bounded else x.abs().amax(-1, keepdim=True).clamp(min=MIN_SCALE)
         halves = (x / rows).to(torch.float16).to(torch.float32)
         y = F.linear(halves, self.weight.to(torch.float32)).to(torch.float16).to(torch.float32) * (rows * self.scale)
         return y if self.bias is None else y + self.bias
@@ -116,7 +116,7 @@ class Linear8(nn.Module):
     def __init__(self, linear: nn.Linear, *, normed: bool) -> None:
         super().__init__()
         weight = linear.weight.detach()
-        scale = torch.cat([(rows.abs().amax(1) / 127).clamp(min=LEAST) for rows in torch.split(weight, _ROWS)])
+        scale = torch.cat([(rows.abs().amax(1) / 127).clamp(min=MIN_SCALE) for rows in torch.split(weight, _ROWS)])
         levels = zip(torch.split(weight, _ROWS), torch.split(scale, _ROWS), strict=True)
         rounded = torch.cat([(rows / step[:, None]).round().to(torch.int8) for rows, step in levels])
         self.weight = nn.Parameter(rounded, requires_grad=False)
@@ -139,7 +139,7 @@ class Linear8(nn.Module):
         """(..., in) -> (..., out)."""
         step: Tensor | float = NORMED_STEP
         if not self.normed:
-            step = (x.abs().amax(-1, keepdim=True) * (1 / 127)).clamp(min=LEAST)
+            step = (x.abs().amax(-1, keepdim=True) * (1 / 127)).clamp(min=MIN_SCALE)
         levels = self.weight if self._levels is None else self._levels
         integers = F.linear((x / step).round().clamp(-128, 127), levels.to(x.dtype))
         y = integers * self.scale * step
@@ -177,7 +177,7 @@ class Linear4(nn.Module):
         """(..., in) -> (..., out)."""
         padded = F.pad(x, (0, -self.width % BLOCK))
         blocks = padded.reshape(*padded.shape[:-1], -1, BLOCK)
-        step = (blocks.abs().amax(-1, keepdim=True) / 127).clamp(min=LEAST)
+        step = (blocks.abs().amax(-1, keepdim=True) / 127).clamp(min=MIN_SCALE)
         weight = self._widened(x.dtype) if self._weight is None else self._weight.to(x.dtype)
         return F.linear(((blocks / step).round() * step).flatten(-2), weight, self.bias)
 
@@ -258,11 +258,15 @@ def _network(
         ):
             parent = getattr(block, part)
             for name in names:
-                far = outliers.get(getattr(getattr(before, part), name), nothing)
+                layer_outliers = outliers.get(getattr(getattr(before, part), name), nothing)
                 if precision == "int8" and norm is not None:
-                    far = stream
+                    layer_outliers = stream
                 bits: Precision = "int8" if precision == "int4" and name in _EIGHT_OF_FOUR else precision
-                _replace(parent, name, _layer(getattr(parent, name), bits, norm if bits == precision else None, far))
+                _replace(
+                    parent,
+                    name,
+                    _layer(getattr(parent, name), bits, norm if bits == precision else None, layer_outliers),
+                )
     return network.eval()
 
 

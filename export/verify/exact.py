@@ -22,7 +22,7 @@ from bonnx.runtime.artifact.manifest import Scoring
 
 from ..precision.quantize import Linear4, Linear8, Linear16, table
 
-__all__ = ["FACTOR", "Bar", "Exact", "Outputs", "activated", "score_rows"]
+__all__ = ["FACTOR", "Exact", "Outputs", "Tolerances", "activated", "score_rows"]
 
 Array = NDArray[Any]
 
@@ -32,7 +32,7 @@ FACTOR = 8.0
 _FLOOR = 8 * 2.0**-23
 
 
-class Bar:
+class Tolerances:
     """The tolerance of ONNX Runtime against float64, for each kind of output.
 
     Attributes:
@@ -71,17 +71,17 @@ class Exact:
         self._network = model.network if isinstance(model, LanguageModel) else model
         self._heads: tuple[nn.Module, nn.Module] | None = None
 
-    def rows(self, batches: Sequence[Array], bar: Bar) -> list[tuple[Outputs, Outputs]]:
+    def rows(self, batches: Sequence[Array], tolerances: Tolerances) -> list[tuple[Outputs, Outputs]]:
         """Batches of rows (B, T[, E]) -> for each, the exact outputs and those in the graphs' arithmetic.
 
         Args:
             batches: token ids or embeddings.
-            bar: is updated with PyTorch's errors of `backbone` and `scores`.
+            tolerances: is updated with PyTorch's errors of `backbone` and `scores`.
         """
         pairs = list(zip(self._run(batches, _widened), self._run(batches, _as_graphs), strict=True))
         for exact, rounded in pairs:
             for kind, a, b in zip(Outputs._fields, exact, rounded, strict=True):
-                bar.update(kind, a.numpy(), b.numpy())
+                tolerances.update(kind, a.numpy(), b.numpy())
         return pairs
 
     def logits(self, exact: Tensor, rounded: Tensor) -> tuple[Array, Array]:

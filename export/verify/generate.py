@@ -118,15 +118,15 @@ def _read(checker: Checker, runs: Sequence[_Run]) -> list[dict[tuple[int, int], 
             places[len(prompt) + len(tokens)].append((r, n, b))
     batches = [np.stack([np.concatenate(runs[r].row(n, b)) for r, n, b in group]) for group in places.values()]
     rows: list[dict[tuple[int, int], _ExactValues]] = [{} for _ in runs]
-    for group, (exact, rounded) in zip(places.values(), checker.exact.rows(batches, checker.bar), strict=True):
+    for group, (exact, rounded) in zip(places.values(), checker.exact.rows(batches, checker.tolerances), strict=True):
         for i, (r, n, b) in enumerate(group):
             prompt, tokens = runs[r].row(n, b)
             start = len(prompt)
             backbones = (x.backbone[i, start - 1 : -1] for x in (exact, rounded))
             logits, near_logits = checker.exact.logits(*backbones)
             log_probs, near = (log_softmax(x)[np.arange(len(tokens)), tokens] for x in (logits, near_logits))
-            checker.bar.update("logits", logits, near_logits)
-            checker.bar.update("log_probs", log_probs, near)
+            checker.tolerances.update("logits", logits, near_logits)
+            checker.tolerances.update("log_probs", log_probs, near)
             rows[r][n, b] = _ExactValues(
                 exact.scores[i, start:].numpy(), log_probs, _draws(logits, runs[r].request, prompt, n)
             )
@@ -146,11 +146,11 @@ def _is_certain(checker: Checker, request: CheckedOptions, draws: Sequence[tuple
 
     Many are in an untrained model, which has flat probabilities, with a large vocabulary.
     """
-    edge = edge_width(checker.bar.allowed("logits"), request)
+    edge = edge_width(checker.tolerances.allowed("logits"), request)
     return all(margin > edge for _, margin in draws)
 
 
-def _is_far(checker: Checker, run: _Run, n: int, b: int) -> bool:
+def _is_clear(checker: Checker, run: _Run, n: int, b: int) -> bool:
     """Whether `_is_certain` holds for a candidate that `_read` has not seen."""
     prompt, tokens = run.row(n, b)
     logits = checker.exact.rounded_logits(np.concatenate([prompt, tokens]))[len(prompt) - 1 : -1]
@@ -159,7 +159,7 @@ def _is_far(checker: Checker, run: _Run, n: int, b: int) -> bool:
 
 def _check_tokens(checker: Checker, run: _Run, n: int, b: int, draws: Sequence[tuple[int, float]], label: str) -> None:
     _, tokens = run.row(n, b)
-    edge = edge_width(checker.bar.allowed("logits"), run.request)
+    edge = edge_width(checker.tolerances.allowed("logits"), run.request)
     for position, (token, margin) in enumerate(draws):
         if token != tokens[position] and margin > edge:
             raise ExportError(
@@ -194,7 +194,7 @@ def _is_close_race(checker: Checker, request: CheckedOptions, outputs: dict[str,
     """Whether rounding decided which of two candidates was pruned, as it does when their scores are equal."""
     if not request.prune_every:
         return False
-    close = 2 * checker.bar.allowed("scores")
+    close = 2 * checker.tolerances.allowed("scores")
     scores, lengths = outputs["scores"][:, 0], outputs["lengths"][:, 0]
     for position in range(request.prune_every, scores.shape[1] + 1, request.prune_every):
         reached = np.minimum(lengths, position)
@@ -213,6 +213,6 @@ def _record(checker: Checker) -> None:
         for _ in range(tries):
             prompts, mask, request = _case(checker, shape, temperature, 0, 1.0, 0)
             run = _run(checker, (prompts, mask, dataclasses.replace(request, stop_tokens=())))
-            if all(_is_far(checker, run, n, b) for n, b in np.ndindex(run.outputs["lengths"].shape)):
+            if all(_is_clear(checker, run, n, b) for n, b in np.ndindex(run.outputs["lengths"].shape)):
                 checker.record("generate/1", generate_feeds(*run[:3], None), run.outputs)
                 return

@@ -21,7 +21,7 @@ from bonnx.runtime.engine.session import Session, SessionOptions
 from bonnx.runtime.selection.aggregate import aggregate, elect
 
 from ..graphs.selection import plain_selection
-from .exact import Bar, Exact, Outputs
+from .exact import Exact, Outputs, Tolerances
 from .reference import MatMulNBits
 
 __all__ = ["Case", "Checker", "check_structure"]
@@ -87,7 +87,7 @@ class Checker:
         self.network = model.network if isinstance(model, LanguageModel) else model
         self.is_large = sum(p.numel() for p in model.parameters()) > _LARGE
         self.rng = np.random.default_rng(seed)
-        self.exact, self.bar = Exact(model, scoring), Bar()
+        self.exact, self.tolerances = Exact(model, scoring), Tolerances()
         self.recorded: dict[str, Array] = {}
         self._sessions: dict[str, Session] = {}
         self._pending: list[tuple[Array, Callable[[Outputs], None]]] = []
@@ -104,7 +104,7 @@ class Checker:
     def compute(self) -> None:
         """Run PyTorch on the rows of all pending cases, and fill in their expected outputs."""
         pending, self._pending = self._pending, []
-        outputs = self.exact.rows([rows for rows, _ in pending], self.bar)
+        outputs = self.exact.rows([rows for rows, _ in pending], self.tolerances)
         for (_, put), (exact, _) in zip(pending, outputs, strict=True):
             put(exact)
 
@@ -280,7 +280,7 @@ class Checker:
         final, _ = aggregate(expected, feeds["candidate_mask"], feeds["step_mask"], "last")
         chosen = select_best_of_n(torch.from_numpy(final)).numpy()
         best, taken = (np.take_along_axis(final, index[None], 0)[0] for index in (chosen, outputs["best_index"]))
-        if (best - taken > 2 * self.bar.allowed("scores")).any():
+        if (best - taken > 2 * self.tolerances.allowed("scores")).any():
             raise ExportError(
                 f"{label}: the graph chose {outputs['best_index']}, PyTorch {chosen}; nothing was written"
             )
@@ -297,7 +297,7 @@ class Checker:
         Raises:
             ExportError: if the difference exceeds the tolerance.
         """
-        return self._difference(label, values, exact, self.bar.allowed(kind))
+        return self._difference(label, values, exact, self.tolerances.allowed(kind))
 
     def compare(self, label: str, values: Array, expected: Array, size: float = 1.0) -> float:
         """Return the maximum absolute difference from NumPy's result for the same numbers; NaN equals NaN.
@@ -322,7 +322,7 @@ class Checker:
 
     def parity(self, check: str, differences: Sequence[float], kind: str | None) -> Parity:
         """Summarize the differences of one check."""
-        error, allowed = (0.0, None) if kind is None else (self.bar.errors[kind], self.bar.allowed(kind))
+        error, allowed = (0.0, None) if kind is None else (self.tolerances.errors[kind], self.tolerances.allowed(kind))
         worst = max(differences)
         return Parity(check=check, cases=len(differences), max_difference=worst, pytorch_error=error, allowed=allowed)
 
@@ -333,8 +333,8 @@ class Checker:
         self.recorded |= {f"{name}/out/{key}": value for key, value in recorded.items()}
         for key, value in recorded.items():
             if value.dtype == np.float32:
-                kind = key if key in self.bar.errors else "scores"
-                self.recorded[f"{name}/allowed/{key}"] = np.array(self.bar.allowed(kind))
+                kind = key if key in self.tolerances.errors else "scores"
+                self.recorded[f"{name}/allowed/{key}"] = np.array(self.tolerances.allowed(kind))
 
 
 def _mask(sizes: Array, length: int, padding: str) -> Array:

@@ -115,7 +115,7 @@ def reachable(numbers: tuple[int, ...]) -> frozenset[int]:
     return frozenset(values)
 
 
-def _walk(puzzle: Puzzle, completion: str) -> Iterator[list[int] | None]:
+def _remaining_numbers(puzzle: Puzzle, completion: str) -> Iterator[list[int] | None]:
     """Yield the remaining numbers after each step, or None once a step is wrong."""
     left: list[int] | None = list(puzzle.numbers)
     for step in completion.rstrip("\n").removesuffix(";").split(";"):
@@ -164,10 +164,13 @@ def answer(completion: str) -> str | None:
 
 def check(puzzle: Puzzle, completion: str) -> bool:
     """Whether the completion uses every number once, computes every step correctly and ends at the target."""
-    *_, left = _walk(puzzle, completion)
+    *_, left = _remaining_numbers(puzzle, completion)
     return left == [puzzle.target] and completion.rstrip("\n").endswith(";")
 
 
 def step_labels(puzzle: Puzzle, completion: str) -> list[bool]:
     """Return for each step whether all steps so far are correct and the target can still be reached."""
-    return [left is not None and puzzle.target in reachable(tuple(sorted(left))) for left in _walk(puzzle, completion)]
+    return [
+        left is not None and puzzle.target in reachable(tuple(sorted(left)))
+        for left in _remaining_numbers(puzzle, completion)
+    ]

@@ -10,7 +10,7 @@ import torch
 from bonnx.export.graphs.trace import trace_graphs
 from bonnx.export.precision.quantize import quantized
 from bonnx.export.verify.draws import expected_token
-from bonnx.export.verify.exact import FACTOR, Bar, Exact
+from bonnx.export.verify.exact import FACTOR, Exact, Tolerances
 from bonnx.models import build
 from bonnx.runtime.artifact.folder import read_manifest
 from bonnx.runtime.artifact.manifest import PRECISIONS, Scoring
@@ -23,7 +23,7 @@ def test_layer_by_layer_is_the_whole_model_in_double_precision(language_model, r
     wide = copy.deepcopy(language_model).double()
     # Angles are rounded to float32 by definition, in transformers too.
     wide.network.inverse_frequencies = language_model.network.inverse_frequencies
-    for rows, (outputs, own) in zip(batches, exact.rows(batches, Bar()), strict=True):
+    for rows, (outputs, own) in zip(batches, exact.rows(batches, Tolerances()), strict=True):
         with torch.no_grad():
             backbone, scores, logits = wide(torch.from_numpy(rows))
             near = language_model(torch.from_numpy(rows))
@@ -39,28 +39,28 @@ def test_layer_by_layer_is_the_whole_model_in_double_precision(language_model, r
 def test_the_error_of_a_precision_is_its_arithmetics(precision, rng):
     torch.manual_seed(int(rng.integers(2**31)))
     network = build(embed_dim=24, hidden_size=64, num_layers=3, num_heads=4, num_kv_heads=2, scorer_hidden=16).eval()
-    twin, bar = quantized(network, precision), Bar()
+    twin, tolerances = quantized(network, precision), Tolerances()
     rows = rng.standard_normal((16, 9, 24), np.float32)
-    ((exact, _),) = Exact(twin, Scoring()).rows([rows], bar)
+    ((exact, _),) = Exact(twin, Scoring()).rows([rows], tolerances)
     with torch.no_grad():
         own = (twin(torch.from_numpy(rows))[1][..., 0] - exact.scores).abs().max().item()
     if precision == "fp16":
         # Products that round to float16 err by its 11 bits, and the weights' rounding is no error.
-        assert 1e-5 < bar.errors["scores"] < 1e-2
+        assert 1e-5 < tolerances.errors["scores"] < 1e-2
         assert own < 1e-5
     else:
-        assert bar.errors["scores"] == pytest.approx(own)
+        assert tolerances.errors["scores"] == pytest.approx(own)
         # An input on the border between two of the 8-bit steps falls on either side; that alone can be seen.
-        assert bar.errors["scores"] < (1e-5 if precision in ("fp32", "bf16") else 0.3)
+        assert tolerances.errors["scores"] < (1e-5 if precision in ("fp32", "bf16") else 0.3)
 
 
 def test_an_engine_may_err_a_few_times_as_pytorch_does():
-    bar = Bar()
-    bar.update("scores", np.array([1.0, -26000.0]), np.array([1.0 + 1e-3, -26000.0 + 4e-3]))
-    bar.update("scores", np.array([[2.0]]), np.array([[2.0]]))
-    assert bar.allowed("scores") == pytest.approx(FACTOR * max(4e-3, 26000 * 2.0**-23))
-    bar.update("backbone", np.array([8.0]), np.array([8.0]))
-    assert bar.allowed("backbone") == pytest.approx(8 * 8 * 2.0**-23)
+    tolerances = Tolerances()
+    tolerances.update("scores", np.array([1.0, -26000.0]), np.array([1.0 + 1e-3, -26000.0 + 4e-3]))
+    tolerances.update("scores", np.array([[2.0]]), np.array([[2.0]]))
+    assert tolerances.allowed("scores") == pytest.approx(FACTOR * max(4e-3, 26000 * 2.0**-23))
+    tolerances.update("backbone", np.array([8.0]), np.array([8.0]))
+    assert tolerances.allowed("backbone") == pytest.approx(8 * 8 * 2.0**-23)
 
 
 def test_outputs_have_the_same_names_at_every_precision(language_model, tiny):
