@@ -19,8 +19,11 @@ def outward(match: re.Match[str]) -> str:
     return f"{picture}[{text}]({SOURCE[1]}/{view}/main/{target})"
 
 
+readme = (ROOT / "README.md").read_text(encoding="utf-8")
 # Neither an address, https://..., nor a place in the page itself, #...
-readme = re.sub(
-    r"(!?)\[([^\]]*)\]\((?!https?:|#)([^)\s]+)\)", outward, (ROOT / "README.md").read_text(encoding="utf-8")
-)
+link = r"(!?)\[([^\]]*)\]\((?!https?:|#)([^)\s]+)\)"
+if SOURCE is None:
+    # What is in parentheses only to be followed says nothing as text.
+    readme = re.sub(rf"\s\({link}\)", "", readme)
+readme = re.sub(link, outward, readme)
 setup(long_description=readme, long_description_content_type="text/markdown")

@@ -19,6 +19,12 @@ def read(page):
     return (ROOT / page).read_text(encoding="utf-8")
 
 
+def run_blocks(page, text):
+    with PageReader(page) as reader:
+        for block in read_blocks(text):
+            reader.run(block)
+
+
 @pytest.fixture(scope="module")
 def reward_model(tmp_path_factory):
     """A folder in which `python export.py --checkpoint DIR -o OUT` has run, on a model that scores steps."""
@@ -45,9 +51,23 @@ def test_every_block_runs(page, folder, request):
     text = read(page)
     if "--checkpoint DIR -o OUT" in text:
         (folder / "OUT").symlink_to(request.getfixturevalue("reward_model") / "OUT")
-    with PageReader(page) as reader:
-        for block in read_blocks(text):
-            reader.run(block)
+    run_blocks(page, text)
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("<!-- skip: -->\n```python\n```\n", "line 3: `<!-- skip: reason -->` needs a reason"),
+        ("<!-- skip: slow -->\n\n```python\n```\n", "a skip stands directly above its block"),
+        ("- A list:\n\n    ```python\n    ```\n", "a fence is indented, nested or not closed"),
+        ("```python\nprint(2 + 2)  # 5\n```\n", "expected '5', got '4'"),
+        ("```bash\nfalse | true\n```\n", "line 2: exit code 1"),
+        ("```ruby\n```\n", "line 2: tests/pages.py cannot run blocks of 'ruby'"),
+    ],
+)
+def test_a_page_that_is_wrong_is_an_error(text, error):
+    with pytest.raises(AssertionError, match=re.escape(error)):
+        run_blocks("page", text)
 
 
 @pytest.mark.parametrize("page", PAGES)
