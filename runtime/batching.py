@@ -1,6 +1,6 @@
-"""Which requests run together: those of like shape, the rankings of one prompt first.
+"""Which requests run together: those of similar shape, and first the rankings of the same prompt.
 
-Prompts lie side by side on a graph's batch axis, each in a slot of its own. Rankings of the same prompt share its slot,
+Prompts lie side by side on a graph's batch axis, each in its own slot. Rankings of the same prompt share its slot,
 one after another on the candidates' axis, so that the prompt is computed once.
 """
 
@@ -96,7 +96,7 @@ def plan(requests: Sequence[Batchable], fits: Callable[[int, Shape], bool], wast
     """
     keys: dict[Hashable, int] = {}
     slots: dict[Hashable, int] = {}
-    # The largest first, those of one prompt together.
+    # The largest first, and those of the same prompt together.
     sizes: dict[Hashable, int] = {}
     for request in requests:
         keys.setdefault(request.key, len(keys))

@@ -58,7 +58,7 @@ class Result:
         return f"{type(self).__name__}({', '.join(parts)})"
 
     def _columns(self) -> dict[str, Sequence[object]]:
-        """The columns of the table that a notebook shows, by name, all of one length."""
+        """The columns of the notebook's table by name, all of the same length."""
         names = [field.name for field in dataclasses.fields(self)]
         return {"": names, "value": [_short(getattr(self, name)) for name in names]}
 

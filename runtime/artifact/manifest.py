@@ -94,7 +94,7 @@ class Scoring(_Frozen, frozen=True, kw_only=True, forbid_unknown_fields=True):
     step_token: int | None = None
     """Ends a step; the step forms of the aggregations read only these positions."""
     steps_from: str | None = None
-    """What said where steps end: an option of the export, the checkpoint's config, or its architecture there."""
+    """The source of where steps end: an option of the export, the checkpoint's config, or its architecture."""
     end_token: int | None = None
     """Appended to a text candidate that does not end with it, unless the caller says that it is partial."""
     stop_tokens: list[int] = []
@@ -162,7 +162,7 @@ class Agreement(_Frozen, frozen=True, kw_only=True, forbid_unknown_fields=True):
     def __str__(self) -> str:
         return (
             f"A candidate as good as float32's choice is selected for {100 * self.share:.1f}% of {self.prompts} "
-            f"prompts ({self.source}), the same one for {100 * self.same:.1f}%; {100 * self.least:g}% were asked for. "
+            f"prompts ({self.source}), the same one for {100 * self.same:.1f}%; {100 * self.least:g}% were required. "
             f"Scores are off by {self.mean_error:.2g} on average, {self.max_error:.2g} at most."
         )
 

@@ -89,7 +89,7 @@ class Session:
             settings.add_session_config_entry("session.x64quantprecision", "1")
         try:
             self._session = runtime.InferenceSession(str(path), settings, providers=providers)
-        except Exception as e:  # ONNX Runtime raises bare subclasses of Exception of its own
+        except Exception as e:  # ONNX Runtime raises its own subclasses of Exception
             raise ArtifactError(f"{path}: ONNX Runtime {runtime.__version__} cannot load it: {e}") from e
         self._weights = _MappedWeights(path.with_name(WEIGHTS), path)
         active = self._session.get_providers()[0]

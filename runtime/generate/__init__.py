@@ -1,1 +1,1 @@
-"""Sampling candidates: options, one run of one graph, and the loop that the host steers."""
+"""Sampling candidates: options, one run of one graph, and the loop on the host."""

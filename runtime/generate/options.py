@@ -40,8 +40,8 @@ _MAX_FLOAT32 = 3.4e38
 class GenerateOptions(TypedDict, total=False):
     """How to generate: the one list of options, which Python, the command line and HTTP share.
 
-    None stands for an option that is not given; `DEFAULTS` holds what is then taken. The bounds of a number and its
-    description come with its type: checks, help and the documents of the HTTP API read them here.
+    None means the default in `DEFAULTS`. The bounds of a number and its description come with its type: checks, help
+    and the schema of the HTTP API take them from here.
     """
 
     n: Annotated[int, Meta(ge=1, description="number of candidates; the first 8 of 16 are those of 8")]
@@ -107,7 +107,7 @@ DEFAULTS: Mapping[str, Any] = {
     "prune_every": 0,
     "prune_keep": 0.5,
 }
-# What a search takes: it sets the number of candidates itself, and prunes by a method of its own.
+# What a search takes: it sets the number of candidates itself, and prunes by its own method.
 SEARCH_OPTIONS = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop", "aggregation")
 
 

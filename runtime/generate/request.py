@@ -34,7 +34,7 @@ class GenerateRequest:
 
     @property
     def key(self) -> Hashable:
-        # The options are scalars of the graph. The seed is one too, and still each prompt draws numbers of its own.
+        # The options are scalars of the graph. So is the seed, from which each prompt still draws different numbers.
         return self.options if self.joins else None
 
     @property

@@ -69,7 +69,7 @@ class Scored(Result):
         best_index: index of the best row.
         row_scores: (rows,) float32.
         scores: for each row (its length,) float32.
-        backbone: for each row (its length, hidden_size) float32, or None if it was not asked for.
+        backbone: for each row (its length, hidden_size) float32, or None if it was not requested.
         aggregation: how a row's scores became one.
         order: as in `Ranking`, as are the following.
     """

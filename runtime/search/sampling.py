@@ -60,7 +60,7 @@ class Adaptive(Method):
     """Completions in batches, until one more is not worth its price; the budget is the maximum.
 
     Without a vote sampling is opening boxes (Weitzman, 1979; for best-of-N arXiv 2510.01394): it stops when the
-    expected gain of one more is below its price. After m completions the next is the best of all with probability
+    expected gain of another is below its price. After m completions the next is the best of all with probability
     1 / (m + 1), for any distribution of scores, and cannot exceed `ceiling`.
 
     With a vote it stops when the leading answer will most likely stay ahead of the second (Aggarwal et al., 2023,

@@ -117,19 +117,19 @@ class Tree:
         self._reserved += [Branch(i, (int(tokens[i]), float(log_probs[i]), sure)) for i in range(first, first + count)]
 
     def roots(self, count: int) -> list[Branch]:
-        """Branches that have read nothing; numbers and first tokens are those of `generate`. None is given twice."""
+        """Branches that have read nothing; numbers and first tokens are those of `generate`. None is returned twice."""
         if len(self._reserved) < count:
             self.reserve(count - len(self._reserved))
         reserved, self._reserved = self._reserved[:count], self._reserved[count:]
         return reserved
 
     def fork(self, branch: Branch, count: int) -> list[Branch]:
-        """The branch itself and `count - 1` others that go on from where it is, each with a draw of its own."""
+        """The branch itself and `count - 1` others that continue from the same place, each with its own draw."""
         first = [branch] if count else []
         return [*first, *(self._copy(branch) for _ in range(count - 1))]
 
     def _copy(self, branch: Branch) -> Branch:
-        """A branch with the last token to be read again, since what was drawn after it is another's."""
+        """A copy that reads the last token again, to draw another token after it."""
         self._numbers += 1
         last = len(branch.tokens) - 1
         return replace(
@@ -145,7 +145,7 @@ class Tree:
         )
 
     def look_ahead(self, branches: Sequence[Branch], steps: int) -> list[Branch]:
-        """What follows each branch if the most likely token is always taken, for some tokens; they stay as they are."""
+        """Copies of the branches, grown by `steps` steps of the most likely tokens; the branches stay as they are."""
         grown = [self._copy(branch) for branch in branches]
         for _ in range(steps):
             going = [branch for branch in grown if branch.reason < 0]
@@ -158,11 +158,11 @@ class Tree:
     ) -> None:
         """Let branches grow, each to the end of its next step, or with `whole` to its own end.
 
-        All branches of one length are read together; the shorter ones go first and are joined by the others.
+        Branches of the same length are read together; the shorter ones are read first, until the others join them.
 
         Args:
-            branches: none has ended.
-            whole: go on beyond the ends of steps.
+            branches: that have not ended.
+            whole: continue beyond the ends of steps.
             up_to: stop at this many tokens.
             greedy: take the most likely token.
         """

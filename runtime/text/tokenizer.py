@@ -158,7 +158,7 @@ class Tokenizer:
         """The one token that a stop text is.
 
         Raises:
-            InputError: it is none, or several.
+            InputError: it is not exactly one token.
         """
         ids = self.encode(text, "stop")
         if len(ids) != 1:
