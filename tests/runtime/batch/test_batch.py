@@ -1,53 +1,19 @@
-"""Files of rows: each as `rank` gives it, whatever happens on the way."""
+"""`bonnx batch` on whole files: each row as `rank` gives it, and what is refused before the first row."""
 
-import errno
 import json
 import os
-import random
-import signal
 import subprocess
 import sys
-import time
 
-import numpy as np
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
 import bonnx
-from benchmarks.kill import kill_again_and_again, leftovers, run, start
 from bonnx.command import main
 from bonnx.runtime.batch import Task, here, run_batch
-from bonnx.runtime.batch.output import Output
-from bonnx.runtime.batch.ray_ranker import Ranker
-from bonnx.runtime.batch.source import JsonLines
-from bonnx.runtime.batch.tables import Parquet
+from tests.runtime.batch.rows import ROW, draw_row, dump, read, write
 from tests.tolerance import RUNTIME, within
-
-
-@pytest.fixture(scope="module")
-def model(tiny):
-    return bonnx.load(tiny)
-
-
-def draw_row(rng, number):
-    candidates = [rng.integers(0, 130, rng.integers(1, 9)).tolist() for _ in range(rng.integers(1, 5))]
-    prompt = rng.integers(0, 130, rng.integers(1, 12)).tolist()
-    return {
-        "id": number,
-        "prompt": prompt,
-        "candidates": candidates,
-        "note": "é\u2028\n",
-        "big": 2**70,
-        "x": {"y": [1.5]},
-    }
-
-
-def write(path, rows):
-    with path.open("wb") as file:
-        for row in rows:
-            file.write(row if isinstance(row, bytes) else json.dumps(row).encode() + b"\n")
-    return path
 
 
 def check(found, row, model, **options):
@@ -58,10 +24,6 @@ def check(found, row, model, **options):
     assert found["best"] == row["candidates"][found["best_index"]]
     assert within(found["candidate_scores"][found["best_index"]], max(expected.candidate_scores), RUNTIME)
     assert (found["margin"] is None) == (expected.margin is None)
-
-
-def read(path):
-    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
 
 
 BAD = [
@@ -172,90 +134,6 @@ def test_few_rows(tiny, rng, tmp_path, count):
     ]
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
-def test_a_run_that_is_killed_goes_on_to_the_same_bytes(tiny, rng, tmp_path, kind):
-    rows = [
-        {name: row[name] for name in ("id", "prompt", "candidates")} for row in (draw_row(rng, i) for i in range(1500))
-    ]
-    for i in range(0, 1500, 100):
-        rows[i]["candidates"] = [[999]]
-    source = tmp_path / f"rows.{kind}"
-    if kind == "jsonl":
-        write(source, rows)
-    else:
-        parquet.write_table(pa.Table.from_pylist(rows), source, row_group_size=400)
-    (tmp_path / "peace").mkdir()
-    (tmp_path / "war").mkdir()
-    outputs = [tmp_path / place / f"out.{kind}" for place in ("peace", "war")]
-    arguments = [[str(tiny), str(source), "-o", str(output), "--chunk", "8", "--threads", "1"] for output in outputs]
-    seconds = run(arguments[0])
-    for _ in range(2):
-        kill_again_and_again(arguments[1], outputs[1], seconds, random.Random(int(rng.integers(2**32))))
-        assert leftovers(outputs[1]) == leftovers(outputs[0])
-        for path in outputs[1].parent.iterdir():
-            path.unlink()
-
-
-def interrupted(task, output, at, error, **options):
-    """Stop a run after so many chunks."""
-
-    def work(task, chunks):
-        for number, result in enumerate(here(task, chunks)):
-            if number == at:
-                raise error
-            yield result
-
-    with pytest.raises(type(error)):
-        run_batch(task, output, work, rows=8, **options)
-
-
-def test_only_the_same_run_goes_on(tiny, rng, tmp_path):
-    source, output = write(tmp_path / "rows.jsonl", [draw_row(rng, i) for i in range(60)]), tmp_path / "out.jsonl"
-    task = Task(artifact=str(tiny), source=str(source))
-    interrupted(task, output, 3, KeyboardInterrupt())
-    assert not output.exists()
-    for other, message in (
-        (Task(artifact=str(tiny), source=str(source), options={"aggregation": "mean"}), "options was {}, is"),
-        (Task(artifact=str(tiny), source=str(source), threads=1), "threads was None, is 1"),
-    ):
-        with pytest.raises(bonnx.InputError, match=message):
-            run_batch(other, output, here, rows=8)
-    with pytest.raises(bonnx.InputError, match="chunk was 8, is 9"):
-        run_batch(task, output, here, rows=9)
-    with source.open("ab") as file:
-        file.write(b"\n")
-    with pytest.raises(bonnx.InputError, match="input_size was"):
-        run_batch(task, output, here, rows=8)
-    found = run_batch(task, output, here, rows=8, overwrite=True)
-    assert (found.rows, found.resumed_at) == (60, 0)
-    with pytest.raises(bonnx.InputError, match="exists; choose another file"):
-        run_batch(task, output, here, rows=8)
-
-
-@pytest.mark.parametrize("where", ["_place", "replace", "unlink"])
-def test_the_last_moves_may_be_interrupted_too(tiny, rng, tmp_path, monkeypatch, where):
-    rows = [draw_row(rng, i) for i in range(30)]
-    source, output = write(tmp_path / "rows.jsonl", [b"{\n", *rows]), tmp_path / "out.jsonl"
-    task = Task(artifact=str(tiny), source=str(source))
-    run_batch(task, tmp_path / "peace.jsonl", here, rows=8)
-    with monkeypatch.context() as patch:
-        if where == "_place":
-            patch.setattr(Output, "_place", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
-        else:
-            real = getattr(type(output), where)
-
-            def act(self, *arguments, **options):
-                if self.name.endswith((".errors.part", ".progress")) and not self.name.endswith(".new"):
-                    raise KeyboardInterrupt
-                return real(self, *arguments, **options)
-
-            patch.setattr(type(output), where, act)
-        with pytest.raises(KeyboardInterrupt):
-            run_batch(task, output, here, rows=8)
-    assert run_batch(task, output, here, rows=8).rows == 30
-    assert leftovers(output) == leftovers(tmp_path / "peace.jsonl")
-
-
 def test_strict_stops_and_goes_on_without_it(tiny, rng, tmp_path, capsys):
     lines = [draw_row(rng, i) for i in range(40)]
     lines[20] = b"{\n"
@@ -267,96 +145,99 @@ def test_strict_stops_and_goes_on_without_it(tiny, rng, tmp_path, capsys):
     assert len(read(output)) == 39
 
 
-def test_a_full_disk_is_said_and_gone_on_from(tiny, rng, tmp_path, monkeypatch):
-    source, output = write(tmp_path / "rows.jsonl", [draw_row(rng, i) for i in range(60)]), tmp_path / "out.jsonl"
-    task = Task(artifact=str(tiny), source=str(source))
-    run_batch(task, tmp_path / "peace.jsonl", here, rows=8)
-    with monkeypatch.context() as patch:
-        real, count = os.fsync, iter(range(100))
-
-        def full(descriptor):
-            if next(count) == 9:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            real(descriptor)
-
-        patch.setattr(os, "fsync", full)
-        patch.setattr("bonnx.runtime.batch.output._SECONDS", 0.0)
-        with pytest.raises(bonnx.BonnxError, match="No space left on device; make room and start again"):
-            run_batch(task, output, here, rows=8)
-    assert run_batch(task, output, here, rows=8).rows == 60
-    assert leftovers(output) == leftovers(tmp_path / "peace.jsonl")
+def test_the_command_says_what_came_of_it(tiny, rng, tmp_path):
+    source = write(tmp_path / "rows.jsonl", [draw_row(rng, 0), b"{\n"])
+    command = ["batch", str(tiny), str(source), "-o", str(tmp_path / "o.jsonl")]
+    done = subprocess.run([sys.executable, "-m", "bonnx", *command], capture_output=True, text=True, check=True)
+    assert "1 rows, 1 bad ones in" in done.stdout
 
 
-def test_two_runs_do_not_write_one_file(tiny, rng, tmp_path):
-    source, output = write(tmp_path / "rows.jsonl", [draw_row(rng, 0)]), tmp_path / "out.jsonl"
-    with Output(output, {}, overwrite=False), pytest.raises(bonnx.InputError, match="another run is writing it"):
-        run_batch(Task(artifact=str(tiny), source=str(source)), output, here)
+def test_no_rows_are_no_success(tiny, tmp_path, capsys):
+    source, output = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+    command = ["batch", str(tiny), str(source), "-o", str(output), "--overwrite", "--json"]
+    source.write_bytes(b'{"question": [1], "candidates": [[2]]}\n' * 3)
+    assert main(command) == 1
+    said = json.loads(capsys.readouterr().out)
+    assert said["ok"] is False
+    for part in (
+        "no row was ranked, 3 are in",
+        "out.jsonl.errors.jsonl",
+        "only 'question', 'candidates'",
+        "--prompt-field",
+    ):
+        assert part in said["reason"]
+    source.write_bytes(b"")
+    assert main(command) == 1
+    assert "the input has none" in capsys.readouterr().err
+    assert main([*command, "--prompt-field", "question"]) == 1
+    source.write_bytes(b'{"question": [1], "candidates": [[2]]}\n{}\n')
+    capsys.readouterr()
+    assert main([*command, "--prompt-field", "question"]) == 0
+    assert json.loads(capsys.readouterr().out)["bad"] == 1
 
 
-def test_sigterm_leaves_what_is_done(tiny, rng, tmp_path):
-    source, output = write(tmp_path / "rows.jsonl", [draw_row(rng, i) for i in range(4000)]), tmp_path / "out.jsonl"
-    arguments = [str(tiny), str(source), "-o", str(output), "--chunk", "4", "--threads", "1"]
-    process, until = start(arguments), time.monotonic() + 60
-    while not output.with_name("out.jsonl.progress").is_file():
-        assert time.monotonic() < until
-        time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 130
-    run(arguments)
-    assert [row["id"] for row in read(output)] == list(range(4000))
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--aggregation", "first"], "aggregation: expected one of last"),
+        (["--vote", "weighted"], "--vote weighted: needs --answers or --answers-field"),
+        (["--answers", "regex:("], "is not a regular expression"),
+    ],
+)
+def test_options_that_no_row_could_mend(tiny, tmp_path, capsys, options, message):
+    source, output = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+    source.write_bytes(dump(ROW) + b"\n")
+    assert main(["batch", str(tiny), str(source), "-o", str(output), *options]) == 2
+    assert message in capsys.readouterr().err
+    assert [*tmp_path.iterdir()] == [source]
 
 
-def test_wrong_files_are_said(tiny, rng, tmp_path):
-    source = write(tmp_path / "rows.jsonl", [draw_row(rng, 0)])
-    table = tmp_path / "rows.parquet"
-    parquet.write_table(pa.table({"prompt": ["x"], "best": ["y"], "candidates": [["z"]]}), table)
+@pytest.fixture
+def folder(tmp_path):
+    """Files of all kinds, good and bad."""
+    source = tmp_path / "rows.jsonl"
+    source.write_bytes(dump(ROW))
+    (tmp_path / "o.jsonl.errors.jsonl").write_bytes(dump(ROW))
+    (tmp_path / "folder.jsonl").mkdir()
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    os.link(source, tmp_path / "link.jsonl")
+    table = pa.table({"prompt": ["x"], "best": ["y"], "candidates": [["z"]]})
+    parquet.write_table(table, tmp_path / "rows.parquet")
     (tmp_path / "text.parquet").write_text("text")
-    for name, output, message in (
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("source", "output", "message"),
+    [
         ("none.jsonl", "o.jsonl", "no such file"),
         ("rows.jsonl", "o.parquet", "expected a name that ends with .jsonl"),
         ("rows.jsonl", "rows.jsonl", "rows.jsonl is the input"),
         ("rows.jsonl", "no/o.jsonl", "no such folder"),
         ("rows.parquet", "o.parquet", "a column 'best' already"),
         ("text.parquet", "o.parquet", "cannot be read as Parquet"),
-    ):
-        with pytest.raises(bonnx.InputError, match=message):
-            run_batch(Task(artifact=str(tiny), source=str(tmp_path / name)), tmp_path / output, here)
+        ("folder.jsonl", "o.jsonl", "it is a folder"),
+        ("pipe.jsonl", "o.jsonl", "no regular file"),
+        ("rows.jsonl", "link.jsonl", "link.jsonl is the input"),
+        ("o.jsonl.errors.jsonl", "o.jsonl", "errors.jsonl is the input"),
+        ("rows.jsonl", "folder.jsonl", "expected the name of a file"),
+        ("rows.jsonl", "rows.jsonl/o.jsonl", "no such folder"),
+        ("rows.jsonl", "x" * 300 + ".jsonl", "cannot be written: File name too long; choose a folder that can be"),
+    ],
+)
+def test_files_that_are_refused(tiny, folder, source, output, message):
+    with pytest.raises(bonnx.InputError, match=message):
+        run_batch(Task(artifact=str(tiny), source=str(folder / source)), folder / output, here)
+    assert (folder / "rows.jsonl").read_bytes() == (folder / "o.jsonl.errors.jsonl").read_bytes() == dump(ROW)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_may_not_be_written(tiny, folder):
+    (folder / "closed").mkdir(mode=0o500)
+    with pytest.raises(bonnx.InputError, match="cannot be written: Permission denied"):
+        run_batch(Task(artifact=str(tiny), source=str(folder / "rows.jsonl")), folder / "closed/o.jsonl", here)
+
+
+def test_a_column_that_is_missing_is_named(tiny, folder):
     with pytest.raises(bonnx.InputError, match="no column 'question', only prompt"):
-        Task(artifact=str(tiny), source=str(table), prompt="question").open()
-    assert source.read_bytes()
-
-
-def test_chunks_hold_every_line_once(rng, tmp_path):
-    lines = [b"x" * int(rng.integers(0, 50)) + b"\n" for _ in range(500)]
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(b"".join(lines)[:-1])
-    chunks = [*JsonLines(path, 100).chunks(int(rng.integers(1, 60)))]
-    data = path.read_bytes()
-    assert b"".join(data[chunk.start : chunk.stop] for chunk in chunks) == data
-    assert [chunk.number for chunk in chunks] == list(range(len(chunks)))
-    for chunk in chunks:
-        assert chunk.first == data[: chunk.start].count(b"\n") + 1
-    parquet.write_table(pa.table({"a": range(100)}), tmp_path / "a.parquet", row_group_size=30)
-    table = Parquet(tmp_path / "a.parquet", ["a"], "a", [])
-    found = [row for chunk in table.chunks(7) for row in table.read(chunk).rows]
-    assert [(row.line, row.values["a"]) for row in found] == [(i + 1, i) for i in range(100)]
-
-
-def test_the_actor_class_ranks_batches(tiny, model, rng):
-    rows = [draw_row(rng, i) for i in range(9)]
-    prompts, candidates = np.empty(9, object), np.empty(9, object)
-    for i, row in enumerate(rows):
-        prompts[i] = np.array(row["prompt"])
-        candidates[i] = np.empty(len(row["candidates"]), object)
-        candidates[i][:] = [np.array(c) for c in row["candidates"]]
-    found = Ranker(str(tiny), aggregation="min")({"prompt": prompts, "candidates": candidates})
-    for i, row in enumerate(rows):
-        expected = model.rank(row["prompt"], row["candidates"], aggregation="min")
-        assert within(found["candidate_scores"][i], expected.candidate_scores, RUNTIME)
-
-
-def test_the_command_says_what_came_of_it(tiny, rng, tmp_path):
-    source = write(tmp_path / "rows.jsonl", [draw_row(rng, 0), b"{\n"])
-    command = ["batch", str(tiny), str(source), "-o", str(tmp_path / "o.jsonl")]
-    done = subprocess.run([sys.executable, "-m", "bonnx", *command], capture_output=True, text=True, check=True)
-    assert "1 rows, 1 bad ones in" in done.stdout
+        Task(artifact=str(tiny), source=str(folder / "rows.parquet"), prompt="question").open()

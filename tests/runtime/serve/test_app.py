@@ -21,28 +21,6 @@ PUZZLE = "3,7,20,24>1:"
 NAME = "countdown"
 
 
-@pytest.fixture(scope="module")
-def engine(countdown):
-    return open_engine(countdown)
-
-
-@pytest.fixture(scope="module")
-def model(engine):
-    return bonnx.Model(engine)
-
-
-@pytest.fixture(scope="module")
-def url(engine):
-    with served(engine) as url:
-        yield url
-
-
-@pytest.fixture
-def client(url):
-    with httpx.Client(base_url=url, timeout=60) as client:
-        yield client
-
-
 @pytest.fixture
 def tritons(url):
     client = triton.InferenceServerClient(url.removeprefix("http://"))
@@ -134,9 +112,20 @@ def test_tritons_client_generates_and_scores(tritons, engine, model, rng):
     assert within(scored.as_numpy("candidate_scores")[:, 0], expected.row_scores, RUNTIME)
 
 
-def test_tritons_client_is_told_what_is_wrong(tritons):
-    client = tritons
-    for feeds, message in (
+PAIR = {
+    "input_ids": np.array([[5], [6]]),
+    "attention_mask": np.ones((2, 1), np.int64),
+    "num_candidates": np.array([2]),
+    "step_mask": np.ones((1, 1, 1), np.int64),
+    "aggregation": np.array([0]),
+    "answer_ids": np.full((1, 1), -1),
+    "vote": np.array([0]),
+}
+
+
+@pytest.mark.parametrize(
+    ("feeds", "message"),
+    [
         ({"input_ids": np.array([[5000], [6]])}, "outside the vocabulary"),
         ({"num_candidates": np.array([3])}, "do not divide"),
         ({"input_ids": np.array([[5], [6], [7]])}, "its axis 'rows' is 2, that of input_ids 3"),
@@ -144,21 +133,18 @@ def test_tritons_client_is_told_what_is_wrong(tritons):
         ({"vote": np.array([1, 2])}, "expected the shape"),
         ({"vote": np.array([1], np.float32)}, "expected datatype INT64"),
         ({"mask": np.array([1])}, "'mask' is not wanted"),
-    ):
-        good = {
-            "input_ids": np.array([[5], [6]]),
-            "attention_mask": np.ones((2, 1), np.int64),
-            "num_candidates": np.array([2]),
-            "step_mask": np.ones((1, 1, 1), np.int64),
-            "aggregation": np.array([0]),
-            "answer_ids": np.full((1, 1), -1),
-            "vote": np.array([0]),
-        }
-        with pytest.raises(triton.InferenceServerException, match=message) as e:
-            infer(client, "score", good | feeds)
-        assert "/" not in str(e.value.message())
+    ],
+    ids=["vocabulary", "rows that do not divide", "axes", "aggregation", "shape", "datatype", "unknown input"],
+)
+def test_tritons_client_is_told_what_is_wrong(tritons, feeds, message):
+    with pytest.raises(triton.InferenceServerException, match=message) as e:
+        infer(tritons, "score", PAIR | feeds)
+    assert "/" not in str(e.value.message())
+
+
+def test_tritons_client_is_told_that_there_is_no_such_model(tritons):
     with pytest.raises(triton.InferenceServerException, match="no model 'other'"):
-        client.get_model_metadata("other")
+        tritons.get_model_metadata("other")
 
 
 # ---- the project's own endpoints
@@ -197,15 +183,15 @@ def test_best_of_given_candidates(client, engine, model, rng):
     assert found["best_index"] == model.rank(*ids).best_index
 
 
-def test_best_of_n_generated(client, model):
+@pytest.mark.parametrize("more", [{}, {"deadline": 30}], ids=["in one run", "until a deadline"])
+def test_best_of_n_generated(client, model, more):
     body = {"prompt": PUZZLE, "n": 6, "seed": 11, "temperature": 1.2}
     expected = model.generate(PUZZLE, n=6, seed=11, temperature=1.2)
-    for more in ({}, {"deadline": 30}):
-        found = client.post("/v1/best-of-n", json=body | more).json()
-        assert found["best"] == expected.best.text
-        assert [c["text"] for c in found["candidates"]] == [c.text for c in expected.candidates]
-        usage = {"prompt_tokens": 10, "completion_tokens": expected.computed_tokens, "cut_tokens": 0}
-        assert found["usage"] == usage | {"total_tokens": 10 + expected.computed_tokens}
+    found = client.post("/v1/best-of-n", json=body | more).json()
+    assert found["best"] == expected.best.text
+    assert [c["text"] for c in found["candidates"]] == [c.text for c in expected.candidates]
+    usage = {"prompt_tokens": 10, "completion_tokens": expected.computed_tokens, "cut_tokens": 0}
+    assert found["usage"] == usage | {"total_tokens": 10 + expected.computed_tokens}
 
 
 def test_generation_is_watched(client, model):
@@ -237,12 +223,12 @@ def test_embeddings(small, rng):
     body = {"prompt": prompt.tolist(), "candidates": candidates.tolist(), "aggregation": "mean"}
     expected = model.rank(prompt.astype(np.float32), list(candidates.astype(np.float32)), aggregation="mean")
     with served(engine) as url:
-        found = httpx.post(f"{url}/v1/best-of-n", json=body).json()
+        found = httpx.post(f"{url}/v1/best-of-n", json=body, timeout=60).json()
         assert within([entry["score"] for entry in found["candidates"]], expected.candidate_scores, RUNTIME)
-        refused = httpx.post(f"{url}/v1/best-of-n", json={"prompt": prompt.tolist(), "n": 2})
+        refused = httpx.post(f"{url}/v1/best-of-n", json={"prompt": prompt.tolist(), "n": 2}, timeout=60)
         assert refused.status_code == 400
         assert "no language model" in refused.json()["message"]
-        ragged = httpx.post(f"{url}/v1/best-of-n", json=body | {"prompt": [[1.0], [1.0, 2.0]]})
+        ragged = httpx.post(f"{url}/v1/best-of-n", json=body | {"prompt": [[1.0], [1.0, 2.0]]}, timeout=60)
         assert "rows of one length" in ragged.json()["message"]
 
 
@@ -266,7 +252,7 @@ def test_many_at_once_get_what_each_gets_alone(url, model, rng):
         else:
             expected = model.rank(body["prompt"], body["candidates"])
             assert within([c["score"] for c in found["candidates"]], expected.candidate_scores, RUNTIME)
-    metrics = httpx.get(f"{url}/metrics").text
+    metrics = httpx.get(f"{url}/metrics", timeout=60).text
     runs = float(
         next(
             line for line in metrics.splitlines() if line.startswith('bonnx_run_requests_count{batcher="rank"}')
@@ -282,10 +268,10 @@ def test_the_command_serves_logs_and_stops(countdown, tmp_path, monkeypatch):
     monkeypatch.setenv("BONNX_API_KEY", "k")
     with Process(countdown, cwd=tmp_path) as server:
         headers = {"Authorization": "Bearer k", "X-Request-ID": "my-number"}
-        answer = httpx.post(f"{server.url}/v1/best-of-n", json={"prompt": PUZZLE, "n": 2}, headers=headers)
+        answer = httpx.post(f"{server.url}/v1/best-of-n", json={"prompt": PUZZLE, "n": 2}, headers=headers, timeout=60)
         assert answer.status_code == 200
         assert answer.headers["x-request-id"] == "my-number"
-        document = httpx.get(f"{server.url}/openapi.json", headers=headers).json()
+        document = httpx.get(f"{server.url}/openapi.json", headers=headers, timeout=60).json()
         assert {"/v1/rerank", "/v1/score", "/v1/best-of-n", "/v2/models/{model}/infer"} <= set(document["paths"])
         # What was taken before the signal is finished after it.
         with ThreadPoolExecutor(8) as pool:

@@ -12,30 +12,12 @@ import pytest
 from cohere import ClientV2
 
 import bonnx
-from bonnx.runtime.engine.engine import open_engine
 from bonnx.runtime.rank import run as ranking
 from bonnx.runtime.serve import Settings
 from tests.runtime.serve.servers import served
 
 PUZZLE = "3,7,20,24>1:"
 NAME = "countdown"
-
-
-@pytest.fixture(scope="module")
-def engine(countdown):
-    return open_engine(countdown)
-
-
-@pytest.fixture(scope="module")
-def url(engine):
-    with served(engine) as url:
-        yield url
-
-
-@pytest.fixture
-def client(url):
-    with httpx.Client(base_url=url, timeout=60) as client:
-        yield client
 
 
 class Gate:
@@ -67,7 +49,7 @@ def test_a_full_queue_answers_429(engine, monkeypatch):
         assert gate.entered.wait(20)
         waiting = [pool.submit(post) for _ in range(2)]
         until = time.monotonic() + 20
-        while 'bonnx_waiting_requests{batcher="rank"} 2.0' not in httpx.get(f"{url}/metrics").text:
+        while 'bonnx_waiting_requests{batcher="rank"} 2.0' not in httpx.get(f"{url}/metrics", timeout=60).text:
             assert time.monotonic() < until
         refused = post()
         assert refused.status_code == 429
@@ -86,10 +68,14 @@ def test_a_request_has_its_time(engine, monkeypatch):
         # Nobody waits for this run any more, so it was ended.
         assert gate.stopped.wait(20)
         gate.open.set()
-        assert httpx.post(f"{url}/v1/best-of-n", json=BODY).status_code == 200
-        for wrong in ("-1", "soon", "nan"):
-            refused = httpx.post(f"{url}/v1/best-of-n", json=BODY, headers={"X-Request-Timeout": wrong})
-            assert refused.status_code == 400
+        assert httpx.post(f"{url}/v1/best-of-n", json=BODY, timeout=60).status_code == 200
+
+
+@pytest.mark.parametrize("seconds", ["-1", "soon", "nan"])
+def test_a_timeout_that_is_no_number_of_seconds_is_refused(client, seconds):
+    refused = client.post("/v1/best-of-n", json=BODY, headers={"X-Request-Timeout": seconds})
+    assert refused.status_code == 400
+    assert refused.json()["message"] == f"X-Request-Timeout: expected seconds above 0; got '{seconds}'"
 
 
 def test_a_client_that_goes_is_not_worked_for(engine, monkeypatch):
@@ -106,7 +92,7 @@ def test_a_client_that_goes_is_not_worked_for(engine, monkeypatch):
         asyncio.run(leave())
         assert gate.stopped.wait(20)
         gate.open.set()
-        assert httpx.post(f"{url}/v1/best-of-n", json=BODY).status_code == 200
+        assert httpx.post(f"{url}/v1/best-of-n", json=BODY, timeout=60).status_code == 200
 
 
 def raw(url, data, wait=20.0):
@@ -128,24 +114,37 @@ def test_bodies_are_bounded(engine):
         chunks = b"".join(b"400\r\n" + b" " * 0x400 + b"\r\n" for _ in range(3))
         assert b" 413 " in raw(url, head + b"Transfer-Encoding: chunked\r\n\r\n" + chunks).split(b"\r\n")[0]
         assert b" 408 " in raw(url, head + b"Content-Length: 100\r\n\r\n{").split(b"\r\n")[0]
-        large = httpx.post(f"{url}/v1/best-of-n", json={"prompt": PUZZLE, "n": 200})
+        large = httpx.post(f"{url}/v1/best-of-n", json={"prompt": PUZZLE, "n": 200}, timeout=60)
         assert large.status_code == 400
         assert "takes at most 400 at once" in large.json()["message"]
-        long = httpx.post(f"{url}/v1/best-of-n", json={"prompt": "1" * 1500, "n": 2})
+        long = httpx.post(f"{url}/v1/best-of-n", json={"prompt": "1" * 1500, "n": 2}, timeout=60)
         assert "characters are more than 64 tokens can hold" in long.json()["message"]
 
 
-def test_a_key(engine):
+@pytest.fixture(scope="module")
+def locked(engine):
+    """The address of a server that wants a key."""
     with served(engine, Settings(api_key="secret")) as url:
-        for headers in ({}, {"Authorization": "Bearer other"}, {"Authorization": "secret"}):
-            refused = httpx.post(f"{url}/v1/best-of-n", json=BODY, headers=headers)
-            assert refused.status_code == 401
-            assert "secret" not in refused.text
-        assert httpx.get(f"{url}/metrics").status_code == 401
-        assert httpx.get(f"{url}/health").status_code == 200
-        with httpx.Client() as http:
-            client = ClientV2("secret", base_url=url, httpx_client=http)
-            assert client.rerank(model=NAME, query=PUZZLE, documents=["1+2=3;"]).results
+        yield url
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [{}, {"Authorization": "Bearer other"}, {"Authorization": "secret"}],
+    ids=["none", "another", "without its scheme"],
+)
+def test_a_request_without_the_key_is_refused(locked, headers):
+    refused = httpx.post(f"{locked}/v1/best-of-n", json=BODY, headers=headers, timeout=60)
+    assert refused.status_code == 401
+    assert "secret" not in refused.text
+
+
+def test_a_key_opens_everything_but_health_needs_none(locked):
+    assert httpx.get(f"{locked}/metrics", timeout=60).status_code == 401
+    assert httpx.get(f"{locked}/health", timeout=60).status_code == 200
+    with httpx.Client(timeout=60) as http:
+        client = ClientV2("secret", base_url=locked, httpx_client=http)
+        assert client.rerank(model=NAME, query=PUZZLE, documents=["1+2=3;"]).results
 
 
 @pytest.mark.parametrize(
@@ -185,7 +184,7 @@ def test_what_goes_wrong_inside_is_not_told(engine, monkeypatch, caplog):
 
     monkeypatch.setattr(ranking, "run_together", fail)
     with served(engine) as url:
-        answer = httpx.post(f"{url}/v1/best-of-n", json=BODY)
+        answer = httpx.post(f"{url}/v1/best-of-n", json=BODY, timeout=60)
     assert answer.status_code == 500
     assert "secret" not in answer.text
     number = answer.headers["x-request-id"]
@@ -197,6 +196,6 @@ def test_no_winner_is_said(engine, monkeypatch):
     lost = bonnx.NoWinnerError("none of the candidates can win")
     monkeypatch.setattr(ranking, "run_together", lambda engine, requests, stop=None: [lost] * len(requests))
     with served(engine) as url:
-        answer = httpx.post(f"{url}/v1/best-of-n", json=BODY)
+        answer = httpx.post(f"{url}/v1/best-of-n", json=BODY, timeout=60)
     assert answer.status_code == 422
     assert answer.json()["error"] == {"message": str(lost), "type": "no_winner", "code": 422}

@@ -1,23 +1,20 @@
 """Bodies are documented and checked by the one definition of the sampling options."""
 
-import httpx
 import pytest
 
 from bonnx.runtime.engine.engine import open_engine
 from bonnx.runtime.generate.options import DEFAULTS, option_bounds, option_help
-from tests.runtime.serve.servers import served
 
 NUMBERS = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
 KEYS = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
 
 
 @pytest.fixture(scope="module")
-def client(tiny):
-    with served(open_engine(tiny)) as url, httpx.Client(base_url=url, timeout=60) as client:
-        yield client
+def engine(tiny):
+    return open_engine(tiny)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def fields(client):
     """The fields of `/v1/best-of-n` in the OpenAPI document."""
     return client.get("/openapi.json").json()["components"]["schemas"]["BestOfN"]["properties"]

@@ -1,164 +1,22 @@
-"""Texts and messages over HTTP: what is counted, what cannot be read, and where it is read."""
+"""Texts and messages over HTTP: what cannot be read, what clients of other servers send, and where text is read."""
 
-import json
 import threading
 
 import httpx
-import msgspec
 import pytest
-import tokenizers
 from cohere import ClientV2
 
-import bonnx
-from bonnx.runtime.artifact.manifest import Limits, Scoring, TextRules
-from bonnx.runtime.engine.engine import Engine, open_engine
 from bonnx.runtime.serve import Settings
 from bonnx.runtime.text.chat import ChatTemplate
-from bonnx.runtime.text.compose import Composer
-from bonnx.runtime.text.reader import Reader
 from bonnx.runtime.text.tokenizer import Tokenizer
 from tests.runtime.serve.servers import served
+from tests.runtime.serve.texts import CHAT, draw
 from tests.tolerance import RUNTIME, within
 
-TEMPLATE = (
-    "{% for m in messages %}<{{ m.role }}>{{ m.content or m.tool_calls[0].name }}\n{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
-LETTERS = "abcdefghijklmnopqrstuvwxyz <>\n"
-CHAT = [{"role": "user", "content": "which of them"}]
-
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    """Letters, and pairs of them: "ab" is one token even where a prompt ends with "a"."""
-    vocabulary = {letter: i for i, letter in enumerate(LETTERS)}
-    merges = [("a", "b"), ("t", "h"), ("e", "r")]
-    vocabulary |= {a + b: len(LETTERS) + i for i, (a, b) in enumerate(merges)}
-    vocabulary["?"] = len(vocabulary)
-    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, merges, unk_token="?"))
-    made.add_special_tokens([tokenizers.AddedToken("[end]")])
-    return made
-
-
-@pytest.fixture(scope="module")
-def engine(tiny, tokenizer, tmp_path_factory):
-    """The small language model, which reads text and messages; at most 60 tokens."""
-    opened = open_engine(tiny)
-    place = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    tokenizer.save(str(place))
-    scoring = Scoring(end_token=tokenizer.token_to_id("[end]"))
-    manifest = msgspec.structs.replace(opened.manifest, scoring=scoring, limits=Limits(max_tokens=60))
-    text = Tokenizer(place, scoring, TextRules())
-    reader = Reader(manifest, text, Composer(TextRules(), ChatTemplate(TEMPLATE, {})))
-    return Engine(manifest, reader, opened.session)
-
-
-@pytest.fixture(scope="module")
-def model(engine):
-    return bonnx.Model(engine)
-
-
-@pytest.fixture(scope="module")
-def url(engine):
-    with served(engine) as url:
-        yield url
-
-
-@pytest.fixture
-def post(url):
-    with httpx.Client(base_url=url, timeout=60) as client:
-        # Not by `json=`, which can send no half of a surrogate pair.
-        headers = {"Content-Type": "application/json"}
-        yield lambda path, body: client.post(path, content=json.dumps(body), headers=headers)
-
-
-def draw(rng, least=1):
-    """A text; every other one begins so that its first letter joins a prompt's last one."""
-    return str(rng.choice(["b", ""])) + "".join(rng.choice([*LETTERS[:26]], rng.integers(least, 9)))
-
-
-def count(tokenizer, prompt, candidates, *, behind="", end=1):
-    """Tokens of the prompt, once, and of candidates: a token that reaches into both is the candidate's."""
-    prompts, own = [], 0
-    for candidate in candidates:
-        encoding = tokenizer.encode(prompt + candidate + behind)
-        before = sum(stop <= len(prompt) for _, stop in encoding.offsets)
-        prompts.append(before)
-        own += len(encoding.ids) - before + end
-    return max(prompts) + own
-
-
-def usage(read, generated=0, cut=0):
-    total = read + generated
-    return {"prompt_tokens": read, "completion_tokens": generated, "total_tokens": total, "cut_tokens": cut}
-
-
-# ---- what is counted
-
-
-@pytest.mark.parametrize("number", [1, 2, 7])
-def test_usage_counts_the_prompt_once_and_every_candidate(post, tokenizer, rng, number):
-    for prompt in (draw(rng) + "a", draw(rng) + "t", draw(rng) + "c"):
-        texts = [draw(rng) for _ in range(number)]
-        expected = usage(count(tokenizer, prompt, texts))
-        assert post("/v1/best-of-n", {"prompt": prompt, "candidates": texts}).json()["usage"] == expected
-        found = post("/v1/rerank", {"query": prompt, "documents": texts, "top_n": 1}).json()
-        assert found["usage"] == expected
-        assert found["meta"]["tokens"] == {"input_tokens": expected["prompt_tokens"], "output_tokens": 0}
-        assert post("/v1/score", {"text_1": prompt, "text_2": texts}).json()["usage"] == expected
-
-
-def test_usage_of_pairs_counts_each_text_as_often_as_it_was_sent(post, tokenizer, rng):
-    prompts, texts = [draw(rng), draw(rng)] * 2, [draw(rng) for _ in range(4)]
-    expected = sum(count(tokenizer, prompt, [text]) for prompt, text in zip(prompts, texts, strict=True))
-    assert post("/v1/score", {"text_1": prompts, "text_2": texts}).json()["usage"] == usage(expected)
-
-
-def test_usage_of_messages_counts_what_the_template_writes(post, tokenizer, rng):
-    texts = [draw(rng) for _ in range(3)]
-    expected = usage(count(tokenizer, "<user>which of them\n<assistant>", texts, behind="\n"))
-    assert post("/v1/best-of-n", {"prompt": CHAT, "candidates": texts}).json()["usage"] == expected
-    assert post("/v1/rerank", {"query": CHAT, "documents": texts}).json()["usage"] == expected
-
-
-def test_usage_of_ids_and_of_what_is_not_finished(post, tokenizer, rng):
-    ids = [rng.integers(0, 30, rng.integers(1, 9)).tolist() for _ in range(4)]
-    found = post("/v1/best-of-n", {"prompt": ids[0], "candidates": ids[1:]}).json()
-    assert found["usage"] == usage(sum(map(len, ids)))
-    assert [entry["tokens"] for entry in found["candidates"]] == [len(own) for own in ids[1:]]
-    body = {"prompt": "which", "candidates": ["one", "other"], "partial": True}
-    assert post("/v1/best-of-n", body).json()["usage"] == usage(count(tokenizer, "which", ["one", "other"], end=0))
-
-
-def test_usage_of_a_prompt_that_was_cut(post, tokenizer, rng):
-    prompt, texts = "".join(draw(rng, 8) for _ in range(12)) + "c", ["one", "other one"]
-    whole = count(tokenizer, prompt, texts)
-    longest = max(len(tokenizer.encode(text).ids) + 1 for text in texts)
-    cut = len(tokenizer.encode(prompt).ids) + longest - 60
-    assert cut > 0
-    for path, body in (
-        ("/v1/best-of-n", {"prompt": prompt, "candidates": texts}),
-        ("/v1/rerank", {"query": prompt, "documents": texts}),
-        ("/v1/score", {"text_1": prompt, "text_2": texts}),
-    ):
-        assert post(path, body | {"truncate": True}).json()["usage"] == usage(whole - cut, cut=cut)
-        assert "takes at most 60" in post(path, body).json()["message"]
-
-
-@pytest.mark.parametrize("more", [{}, {"deadline": 60}, {"stream": True}])
-@pytest.mark.parametrize("prompt", ["which", CHAT, [1, 2, 3]])
-def test_usage_of_what_is_generated(post, model, tokenizer, prompt, more):
-    texts = {5: "which", 1: "<user>which of them\n<assistant>"}
-    length = 3 if prompt == [1, 2, 3] else len(tokenizer.encode(texts[1] if prompt is CHAT else texts[5]).ids)
-    body = {"prompt": prompt, "n": 3, "max_new_tokens": 8, "seed": 2}
-    answer = post("/v1/best-of-n", body | more)
-    states = [answer.json()] if not more.get("stream") else []
-    for line in answer.text.splitlines() if more.get("stream") else []:
-        states += [json.loads(line.removeprefix("data: "))] if line.startswith("data: ") else []
-    for state in states:
-        assert state["usage"] == usage(length, sum(entry["tokens"] for entry in state["candidates"]))
-    own = [len(candidate.tokens) for candidate in model.generate(prompt, n=3, max_new_tokens=8, seed=2).candidates]
-    assert states[-1]["usage"]["completion_tokens"] == sum(own)
+def engine(letters_engine):
+    return letters_engine
 
 
 # ---- candidates that cannot be read
@@ -356,11 +214,12 @@ def test_no_long_text_is_read_where_others_wait(engine, monkeypatch):
             assert {name for _, name in seen if not name.startswith("bonnx-read")} == set(), (path, str(body)[:80])
 
 
-def test_text_that_is_read_again_with_each_candidate_is_bounded(engine):
-    with served(engine, Settings(max_body=5000)) as url, httpx.Client(base_url=url, timeout=60) as client:
-        for prompt in ([{"role": "user", "content": "a" * 4000}], "a" * 4000):
-            body = {"prompt": prompt, "candidates": ["a"] * 6, "truncate": True}
-            answer = client.post("/v1/best-of-n", json=body)
-            assert answer.status_code == 400
-            assert "this server reads at most 20000 at once" in answer.json()["message"]
-            assert client.post("/v1/best-of-n", json=body | {"candidates": ["a"] * 4}).status_code == 200
+@pytest.mark.parametrize("prompt", [[{"role": "user", "content": "a" * 4000}], "a" * 4000], ids=["messages", "text"])
+def test_text_that_is_read_again_with_each_candidate_is_bounded(engine, prompt):
+    body = {"prompt": prompt, "candidates": ["a"] * 6, "truncate": True}
+    with served(engine, Settings(max_body=5000)) as url:
+        answer = httpx.post(f"{url}/v1/best-of-n", json=body, timeout=60)
+        fewer = httpx.post(f"{url}/v1/best-of-n", json=body | {"candidates": ["a"] * 4}, timeout=60)
+    assert answer.status_code == 400
+    assert "this server reads at most 20000 at once" in answer.json()["message"]
+    assert fewer.status_code == 200
