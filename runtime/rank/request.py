@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from typing import TypedDict
 
 import numpy as np
 
@@ -19,7 +20,18 @@ from ..selection.vote import Answers, Ballot, make_ballot
 from ..text.padding import pad, step_mask
 from ..text.reader import EncodedRows, Item
 
-__all__ = ["RankRequest", "pad_rows", "read_request", "readable_positions"]
+__all__ = ["RankOptions", "RankRequest", "pad_rows", "read_request", "readable_positions"]
+
+
+class RankOptions(TypedDict, total=False):
+    """How to rank: the options of `Model.rank`."""
+
+    aggregation: str | None
+    step_masks: Sequence[Sequence[int]] | None
+    partial: bool
+    truncate: bool
+    vote: str
+    answers: Answers | None
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import uuid
-from typing import Any
+from typing import cast
 
 from starlette.responses import Response
 
 from bonnx.errors import InputError
 
 from ..files.values import to_embeddings
+from ..text.reader import Item
 from .errors import ApiError, encode
-from .schemas import Message
+from .schemas import Candidate, Message
 from .service import Service
 
 __all__ = ["answer_head", "check_model", "json_response", "to_runtime", "warned"]
@@ -28,17 +29,17 @@ def check_model(service: Service, model: str | None) -> None:
         raise ApiError(404, f"model: this server has '{name}' only; got {model!r:.80}")
 
 
-def answer_head(service: Service) -> dict[str, Any]:
+def answer_head(service: Service) -> dict[str, object]:
     """The first fields of an answer: its id and the model."""
     return {"id": uuid.uuid4().hex, "model": service.engine.manifest.name}
 
 
-def warned(warnings: list[str]) -> dict[str, Any]:
+def warned(warnings: list[str]) -> dict[str, object]:
     """The field `warnings`, if there are any."""
     return {"warnings": warnings} if warnings else {}
 
 
-def to_runtime(value: Any, name: str) -> Any:
+def to_runtime(value: Candidate, name: str) -> Item:
     """A prompt or candidate as `rank` takes it: messages as mappings, embeddings as an array.
 
     Args:
@@ -48,16 +49,18 @@ def to_runtime(value: Any, name: str) -> Any:
     Raises:
         InputError: lists of numbers that are not embeddings.
     """
-    if isinstance(value, list) and value and isinstance(value[0], Message):
+    if isinstance(value, str):
+        return value
+    if value and isinstance(value[0], Message):
         return [message.model_dump(exclude_unset=True) for message in value]
-    if isinstance(value, list) and value and isinstance(value[0], list):
+    if value and isinstance(value[0], list):
         try:
             return to_embeddings(value)
         except InputError as e:
             raise InputError(f"{name}: {e}") from e
-    return value
+    return cast(Item, value)
 
 
-def json_response(value: Any) -> Response:
+def json_response(value: object) -> Response:
     """An answer as JSON; null for NaN."""
     return Response(encode(value), media_type="application/json")

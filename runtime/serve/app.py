@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
-from typing import Any
 
 import fastapi
 from fastapi.exceptions import RequestValidationError
@@ -36,7 +35,7 @@ def create_app(engine: Engine, settings: Settings | None = None) -> fastapi.Fast
 
     Args:
         engine: an open artifact; all its graphs are loaded now.
-        settings: bounds; the defaults if not given.
+        settings: what the server allows; by default `Settings()`.
     """
     settings = settings or Settings()
     metrics = Metrics(engine.manifest.name, engine.provider, bonnx.__version__)
@@ -45,10 +44,10 @@ def create_app(engine: Engine, settings: Settings | None = None) -> fastapi.Fast
     @contextlib.asynccontextmanager
     async def lifespan(app: fastapi.FastAPI) -> AsyncIterator[None]:
         yield
-        # Elsewhere, so that requests whose time is over can give up the runs that this waits for.
+        # In a thread, so that requests that time out can give up the runs that this waits for.
         await asyncio.to_thread(service.close)
 
-    # Its pages for people come from here, not from the internet.
+    # Serves the files of its documentation pages itself, so that they need no internet.
     app = FastAPIOffline(
         static_url="/docs/files",
         title="bonnx",
@@ -76,14 +75,14 @@ async def _refuse(request: Request, error: Exception) -> Response:
 
 
 async def _not_here(request: Request, error: Exception) -> Response:
-    """What FastAPI itself answers: no such path, no such method, a body that cannot be read."""
+    """Word FastAPI's own errors: no such path, no such method, a body that cannot be read."""
     assert isinstance(error, HTTPException)
     path = request.url.path
-    said = {
+    messages = {
         404: f"there is no {path[:100]} here; see /openapi.json",
         405: f"{path[:100]} does not take {request.method}",
     }
-    message = said.get(error.status_code, str(error.detail))
+    message = messages.get(error.status_code, str(error.detail))
     return ApiError(error.status_code, message, dict(error.headers or {})).response(path)
 
 
@@ -97,18 +96,18 @@ def _document(app: fastapi.FastAPI) -> None:
     }
     schema.setdefault("components", {}).setdefault("schemas", {})["Error"] = error
     content = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
-    said = {
+    descriptions = {
         "400": "bad input", "401": "no key", "404": "no such model", "408": "the body came too slowly",
         "413": "the body is too large", "415": "the body is not JSON by its type, or it is compressed",
         "422": "every score is NaN", "429": "the queue is full; see Retry-After",
-        "503": "too many bodies at once, or the model's files were changed", "504": "the request's time was over",
+        "503": "too many bodies at once, or the model's files were changed", "504": "the request timed out",
     }  # fmt: skip
     for path, methods in schema["paths"].items():
         for operation in methods.values():
-            responses: dict[str, Any] = operation["responses"]
+            responses: dict[str, object] = operation["responses"]
             responses.pop("422", None)
-            for status in said if path.startswith(("/v1", "/v2")) else ("401",):
-                responses[status] = {"description": said[status], "content": content}
+            for status in descriptions if path.startswith(("/v1", "/v2")) else ("401",):
+                responses[status] = {"description": descriptions[status], "content": content}
     for name in ("HTTPValidationError", "ValidationError"):
         schema["components"]["schemas"].pop(name, None)
     app.openapi_schema = schema

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from ..batching import Batchable, Shape, batch_size, padded_tokens, plan
 from ..engine.session import Stop
@@ -56,13 +56,13 @@ class _Pending:
     """A request that waits or runs, and the future that its client awaits."""
 
     request: Batchable
-    future: asyncio.Future[Any]
+    future: asyncio.Future[object]
     loop: asyncio.AbstractEventLoop
     arrived: float
     given_up: bool = False
     """The client has gone or the request timed out: nobody reads the result."""
 
-    def finish(self, result: Any) -> None:
+    def finish(self, result: object) -> None:
         """Deliver a result or an error, from any thread."""
 
         def deliver() -> None:
@@ -96,7 +96,7 @@ class Batcher:
     def __init__(
         self,
         name: str,
-        run: Callable[[Sequence[Any], Stop], Sequence[Any]],
+        run: Callable[[Sequence[Batchable], Stop], Sequence[object]],
         fits: Callable[[int, Shape], bool],
         stop: Callable[[], Stop],
         observer: Observer,
@@ -123,7 +123,7 @@ class Batcher:
             self._ready.notify_all()
         self._thread.join()
 
-    async def put(self, requests: Sequence[Batchable], until: float) -> list[Any]:
+    async def put(self, requests: Sequence[Batchable], until: float) -> list[object]:
         """Queue all requests or none, and return their results.
 
         Args:
@@ -228,7 +228,7 @@ class Batcher:
             stop = self._stop()
             self._running = (entries, stop)
         start, error = time.monotonic(), None
-        results: Sequence[Any] = ()
+        results: Sequence[object] = ()
         try:
             results = self._run([entry.request for entry in entries], stop)
         except Exception as e:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
@@ -35,8 +33,8 @@ class ApiError(Exception):
 
     Attributes:
         status: of HTTP.
-        message: for the client: what was expected, what was found.
-        headers: more of them.
+        message: for the client: what was expected, what was sent.
+        headers: more headers of the answer.
     """
 
     def __init__(self, status: int, message: str, headers: dict[str, str] | None = None) -> None:
@@ -45,7 +43,7 @@ class ApiError(Exception):
 
     def response(self, path: str) -> Response:
         """The answer: the Open Inference Protocol has `error` as a text, Cohere `message`, OpenAI an object."""
-        body: dict[str, Any]
+        body: dict[str, object]
         if path.startswith("/v2/") and not path.endswith("/rerank"):
             body = {"error": self.message}
         else:
@@ -54,15 +52,15 @@ class ApiError(Exception):
         return Response(encode(body), self.status, self.headers, "application/json")
 
 
-def encode(value: Any) -> bytes:
-    """JSON; what is not finite becomes null, half of a surrogate pair the sign for what is no character."""
+def encode(value: object) -> bytes:
+    """JSON; what is not finite becomes null, half of a surrogate pair becomes the replacement character."""
     try:
         return msgspec.json.encode(value)
     except UnicodeEncodeError:
         return msgspec.json.encode(_mended(value))
 
 
-def _mended(value: Any) -> Any:
+def _mended(value: object) -> object:
     if isinstance(value, str):
         return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     if isinstance(value, dict):
@@ -83,7 +81,7 @@ def to_api_error(error: Exception) -> ApiError | None:
     if isinstance(error, QueueFullError):
         return ApiError(429, str(error), {"Retry-After": str(error.retry_after)})
     if isinstance(error, DeadlineError):
-        return ApiError(504, "the request's time was over before its answer was there; try again, or allow more time")
+        return ApiError(504, "the request timed out before its answer was ready; try again, or allow more time")
     return None
 
 

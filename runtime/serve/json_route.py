@@ -34,19 +34,19 @@ class JsonRoute(APIRoute):
 class _Read(Request):
     """A request whose body has been read."""
 
-    def __init__(self, request: Request, value: Any) -> None:
+    def __init__(self, request: Request, value: object) -> None:
         super().__init__(request.scope, request.receive)
         self._value = value
 
     async def body(self) -> bytes:
-        # All that is asked of it is whether there is one.
+        # FastAPI only asks whether there is one.
         return b" "
 
-    async def json(self) -> Any:
+    async def json(self) -> object:
         return self._value
 
 
-def _read_json(body: bytes, content_type: str | None) -> Any:
+def _read_json(body: bytes, content_type: str | None) -> object:
     """The value of a body whose content type is JSON.
 
     Raises:
@@ -59,7 +59,7 @@ def _read_json(body: bytes, content_type: str | None) -> Any:
     return parse_json(body)
 
 
-def parse_json(body: bytes) -> Any:
+def parse_json(body: bytes) -> object:
     """The value of a body.
 
     Args:

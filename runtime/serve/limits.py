@@ -1,4 +1,4 @@
-"""What is too much for one request, refused before it is read or run."""
+"""Requests that are too large are refused before they are read or run."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from .settings import Settings
 
 __all__ = ["check_size", "check_texts"]
 
-# How much text is tokenized for one request, by the largest body: a prompt is, once with each of its candidates.
+# How much text may be tokenized for one request, in multiples of the maximum body: a prompt is tokenized with each of
+# its candidates.
 _TEXTS = 4
 
 
-def check_texts(asked: Sequence[ClientRequest], engine: Engine, settings: Settings, *, truncate: bool) -> None:
-    """Refuse what cannot fit or is more than is read at once, before it is tokenized.
+def check_texts(requests: Sequence[ClientRequest], engine: Engine, settings: Settings, *, truncate: bool) -> None:
+    """Refuse texts that cannot fit or are more than the server reads at once, before they are tokenized.
 
     Args:
-        asked: what is to be ranked.
+        requests: what is to be ranked.
         engine: its limits count.
         settings: those of the server.
         truncate: the beginning of a prompt may be left out, so that it may be longer.
@@ -31,23 +32,23 @@ def check_texts(asked: Sequence[ClientRequest], engine: Engine, settings: Settin
     Raises:
         InputError: too many candidates, or too long texts.
     """
-    limits, most = engine.manifest.limits, engine.reader.most_characters
-    for one in asked:
-        if len(one.candidates) > limits.max_candidates:
+    limits, max_characters = engine.manifest.limits, engine.reader.most_characters
+    for request in requests:
+        if len(request.candidates) > limits.max_candidates:
             raise InputError(
-                f"{len(one.candidates)} {one.names.nouns[2]}: this model takes at most {limits.max_candidates} at once"
-                "; split them"
+                f"{len(request.candidates)} {request.names.nouns[2]}: this model takes at most "
+                f"{limits.max_candidates} at once; split them"
             )
-        texts: list[tuple[str, Item]] = [] if truncate else [(one.names.prompt, one.prompt)]
-        texts += [(one.names.candidate(i), item) for i, item in enumerate(one.candidates)]
+        texts: list[tuple[str, Item]] = [] if truncate else [(request.names.prompt, request.prompt)]
+        texts += [(request.names.candidate(i), item) for i, item in enumerate(request.candidates)]
         for name, item in texts:
-            if most is not None and isinstance(item, str) and len(item) > most:
+            if max_characters is not None and isinstance(item, str) and len(item) > max_characters:
                 raise InputError(
                     f"{name}: {len(item)} characters are more than {limits.max_tokens} tokens can hold; shorten it"
                 )
-    total = sum(one.characters for one in asked)
+    total = sum(request.characters for request in requests)
     if total > _TEXTS * settings.max_body:
-        names = asked[0].names
+        names = requests[0].names
         prompt_noun, candidate_noun, _ = names.nouns
         raise InputError(
             f"{names.prompt} and {names.candidates}: {total} characters are to be read, those of a "
@@ -62,10 +63,11 @@ def check_size(shape: Shape, settings: Settings, names: ArgumentNames = ARGUMENT
     Raises:
         InputError: says how many.
     """
-    tokens, most = padded_tokens(1, shape), settings.max_tokens
-    if tokens > most:
+    tokens = padded_tokens(1, shape)
+    if tokens > settings.max_tokens:
         prompt_noun, _, candidates_noun = names.nouns
         raise InputError(
             f"{shape.candidates} {candidates_noun} of {shape.length} tokens after {shape.prompt} of the {prompt_noun} "
-            f"are {tokens} tokens, padding included: this server takes at most {most} at once; ask for less"
+            f"are {tokens} tokens, padding included: this server takes at most {settings.max_tokens} at once; "
+            "ask for less"
         )

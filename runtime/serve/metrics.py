@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
 __all__ = ["Metrics"]
@@ -17,21 +15,31 @@ class Metrics:
 
     def __init__(self, model: str, provider: str, version: str) -> None:
         self._registry = CollectorRegistry()
-        own: Any = {"registry": self._registry}
+        registry = self._registry
         ProcessCollector(registry=self._registry)
-        about = Gauge("bonnx_build_info", "What is served", ["model", "provider", "version"], **own)
+        about = Gauge("bonnx_build_info", "What is served", ["model", "provider", "version"], registry=registry)
         about.labels(model, provider, version).set(1)
-        self._requests = Counter("bonnx_requests", "Requests answered", ["endpoint", "status"], **own)
+        self._requests = Counter("bonnx_requests", "Requests answered", ["endpoint", "status"], registry=registry)
         self._seconds = Histogram(
-            "bonnx_request_seconds", "From the request's headers to its answer", ["endpoint"], buckets=_SECONDS, **own
+            "bonnx_request_seconds",
+            "From the request's headers to its answer",
+            ["endpoint"],
+            buckets=_SECONDS,
+            registry=registry,
         )
-        self._waiting = Gauge("bonnx_waiting_requests", "Requests that wait for the model", ["batcher"], **own)
+        self._waiting = Gauge(
+            "bonnx_waiting_requests", "Requests that wait for the model", ["batcher"], registry=registry
+        )
         self._batch_sizes = Histogram(
-            "bonnx_run_requests", "Requests that ran together", ["batcher"], buckets=_COUNTS, **own
+            "bonnx_run_requests", "Requests that ran together", ["batcher"], buckets=_COUNTS, registry=registry
         )
-        self._runs = Histogram("bonnx_run_seconds", "One run of the model", ["batcher"], buckets=_SECONDS, **own)
-        self._real = Counter("bonnx_tokens", "Tokens requested; for a generation the maximum", ["batcher"], **own)
-        self._padded = Counter("bonnx_padded_tokens", "The same, padding included", ["batcher"], **own)
+        self._runs = Histogram(
+            "bonnx_run_seconds", "One run of the model", ["batcher"], buckets=_SECONDS, registry=registry
+        )
+        self._real = Counter(
+            "bonnx_tokens", "Tokens requested; for a generation the maximum", ["batcher"], registry=registry
+        )
+        self._padded = Counter("bonnx_padded_tokens", "The same, padding included", ["batcher"], registry=registry)
 
     def answered(self, endpoint: str, status: int, seconds: float) -> None:
         """Count an answer."""
@@ -51,5 +59,4 @@ class Metrics:
 
     def text(self) -> bytes:
         """All metrics in Prometheus' text format."""
-        found: bytes = generate_latest(self._registry)
-        return found
+        return generate_latest(self._registry)

@@ -1,4 +1,4 @@
-"""What stands before the application: the key, a body's size and pace, a number and a line of log for each request."""
+"""What runs before the application: it checks the key and reads the body; each request gets an id and a log line."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import logging
 import re
 import time
 import uuid
-from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -20,9 +19,9 @@ from .settings import Settings
 __all__ = ["RequestMiddleware"]
 
 _LOG = logging.getLogger("bonnx.serve")
-# Whoever watches over the server need not know its key.
+# Monitoring needs no key.
 _OPEN = {"/health", "/v2/health/live", "/v2/health/ready"}
-_NAME = re.compile(r"[\w.-]{1,64}")
+_REQUEST_ID = re.compile(r"[\w.-]{1,64}")
 
 
 class RequestMiddleware:
@@ -42,17 +41,18 @@ class RequestMiddleware:
             return
         start = time.monotonic()
         headers = {name.lower(): value for name, value in scope["headers"]}
-        given = headers.get(b"x-request-id", b"").decode("latin-1")
-        number = given if _NAME.fullmatch(given) else uuid.uuid4().hex
-        notes: dict[str, Any] = {"request_id": number}
-        scope.setdefault("state", {}).update(request_id=number, notes=notes, started=start)
-        status = 499  # nothing was answered: the client went
+        request_id = headers.get(b"x-request-id", b"").decode("latin-1")
+        if not _REQUEST_ID.fullmatch(request_id):
+            request_id = uuid.uuid4().hex
+        notes: dict[str, object] = {"request_id": request_id}
+        scope.setdefault("state", {}).update(request_id=request_id, notes=notes, started=start)
+        status = 499  # nothing was answered: the client disconnected
 
         async def answer(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", number.encode())]
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
             await send(message)
 
         held = 0
@@ -76,7 +76,7 @@ class RequestMiddleware:
         except Exception:
             _LOG.exception("failed", extra={"notes": {"event": "failure", **notes}})
             if status == 499:
-                text = f"something went wrong here; the server's log has it under {number}"
+                text = f"something went wrong here; the server's log has it under {request_id}"
                 await ApiError(500, text).response(scope["path"])(scope, receive, answer)
         finally:
             self._buffered -= held
@@ -91,12 +91,11 @@ class RequestMiddleware:
         key = self._settings.api_key
         if key is None or path in _OPEN:
             return
-        given = headers.get(b"authorization", b"")
-        if not hmac.compare_digest(given, b"Bearer " + key.encode()):
+        if not hmac.compare_digest(headers.get(b"authorization", b""), b"Bearer " + key.encode()):
             raise ApiError(401, "expected the header 'Authorization: Bearer KEY' with this server's key")
 
     def _announced(self, headers: dict[bytes, bytes]) -> int:
-        """The size that the headers tell; the maximum if they tell none."""
+        """The size that the headers announce; the maximum if they announce none."""
         limit = self._settings.max_body
         size = 0 if b"transfer-encoding" not in headers else limit
         if b"content-length" in headers:
@@ -133,24 +132,24 @@ class RequestMiddleware:
 
 def _check_encoding(headers: dict[bytes, bytes]) -> None:
     """Refuse a compressed body: what it unpacks to is not bounded by its size."""
-    given = headers.get(b"content-encoding", b"").decode("latin-1").strip()
-    if given.lower() not in ("", "identity"):
-        text = f"Content-Encoding: bodies are read as they come; got {given!r:.40}; send it uncompressed"
+    encoding = headers.get(b"content-encoding", b"").decode("latin-1").strip()
+    if encoding.lower() not in ("", "identity"):
+        text = f"Content-Encoding: bodies are read as they come; got {encoding!r:.40}; send it uncompressed"
         raise ApiError(415, text, {"Accept-Encoding": "identity", "Connection": "close"})
 
 
 class _GoneError(Exception):
-    """The client closed the connection before its request was whole."""
+    """The client closed the connection before its request was complete."""
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """The body in one piece, then whatever else comes: that the client goes."""
-    given = False
+    """The body in one piece, then whatever else arrives: that the client disconnects."""
+    sent = False
 
     async def replayed() -> Message:
-        nonlocal given
-        if not given:
-            given = True
+        nonlocal sent
+        if not sent:
+            sent = True
             return {"type": "http.request", "body": body, "more_body": False}
         return await receive()
 
@@ -161,7 +160,7 @@ class JsonFormatter(logging.Formatter):
     """One JSON object a line."""
 
     def format(self, record: logging.LogRecord) -> str:
-        line: dict[str, Any] = {
+        line: dict[str, object] = {
             "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S") + f".{int(record.msecs):03d}",
             "level": record.levelname.lower(),
         }

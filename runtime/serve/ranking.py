@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from ..checks import ARGUMENTS, ArgumentNames
 from ..rank.request import RankRequest
@@ -74,39 +73,41 @@ class Outcome:
     usage: Usage
 
     @classmethod
-    def ranked(cls, asked: ClientRequest, rank_request: RankRequest, ranking: Ranking) -> Outcome:
-        """Of a ranking that has a winner."""
+    def ranked(cls, ranked: ClientRequest, rank_request: RankRequest, ranking: Ranking) -> Outcome:
+        """Of a ranking with a winner."""
         scores = [float(score) for score in ranking.candidate_scores]
         reasons = {i: ranking.unreadable.get(i, "its score is NaN") for i, score in enumerate(scores) if score != score}
-        return cls(ranking, scores, _warnings(asked, reasons), _usage(rank_request))
+        return cls(ranking, scores, _warnings(ranked, reasons), _usage(rank_request))
 
     @classmethod
-    def lost(cls, asked: ClientRequest, reasons: Mapping[int, str], rank_request: RankRequest | None = None) -> Outcome:
-        """Of one that has none."""
-        nothing = [float("nan")] * len(asked.candidates)
-        return cls(None, nothing, _warnings(asked, reasons), Usage(0) if rank_request is None else _usage(rank_request))
+    def lost(
+        cls, ranked: ClientRequest, reasons: Mapping[int, str], rank_request: RankRequest | None = None
+    ) -> Outcome:
+        """Of a ranking without a winner."""
+        scores = [float("nan")] * len(ranked.candidates)
+        return cls(None, scores, _warnings(ranked, reasons), Usage(0) if rank_request is None else _usage(rank_request))
 
 
-def _warnings(asked: ClientRequest, reasons: Mapping[int, str]) -> list[str]:
-    return [f"{asked.names.candidate(i)}: {reason}" for i, reason in sorted(reasons.items())]
+def _warnings(ranked: ClientRequest, reasons: Mapping[int, str]) -> list[str]:
+    return [f"{ranked.names.candidate(i)}: {reason}" for i, reason in sorted(reasons.items())]
 
 
 def _usage(rank_request: RankRequest) -> Usage:
-    # Where a candidate's first characters change the tokens at the prompt's end, these lie in the candidate's row.
+    # Where a candidate's first characters change the tokens at the prompt's end, the candidate's row holds them.
     prompt = len(rank_request.prompt) + max(rank_request.rows.skip)
-    own = sum(len(item) - skip for item, skip in zip(rank_request.rows.items, rank_request.rows.skip, strict=True))
-    return Usage(prompt + own, cut=rank_request.rows.cut)
+    lengths = (len(item) - skip for item, skip in zip(rank_request.rows.items, rank_request.rows.skip, strict=True))
+    return Usage(prompt + sum(lengths), cut=rank_request.rows.cut)
 
 
-def _characters(item: Any) -> int:
+def _characters(item: object) -> int:
     """Characters of a text, of all texts in messages or of a candidate's steps; 0 for numbers."""
-    total, waiting = 0, [item]
-    while waiting:
-        part = waiting.pop()
+    total, parts = 0, [item]
+    while parts:
+        part = parts.pop()
         if isinstance(part, str):
             total += len(part)
         elif isinstance(part, Mapping):
-            waiting += part.values()
+            parts += part.values()
         elif isinstance(part, list | tuple) and not (part and isinstance(part[0], int | float)):
-            waiting += part
+            parts += part
     return total

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import ray
 from ray import serve
@@ -13,6 +13,7 @@ from ray import serve
 from bonnx.errors import InputError
 
 from ..engine.engine import open_engine
+from ..engine.session import Provider
 from .app import create_app
 from .server import log_to_stderr
 from .settings import Settings
@@ -51,7 +52,7 @@ class Scale:
             raise InputError(f"cpus and gpus of a replica: expected at least 1 and 0; got {self.cpus} and {self.gpus}")
 
 
-def deploy(artifact: str, settings: Settings, scale: Scale, *, memory_limit: int | None = None) -> Any:
+def deploy(artifact: str, settings: Settings, scale: Scale, *, memory_limit: int | None = None) -> serve.Application:
     """The Ray Serve application, for `ray.serve.run`.
 
     Args:
@@ -64,30 +65,29 @@ def deploy(artifact: str, settings: Settings, scale: Scale, *, memory_limit: int
     def build() -> fastapi.FastAPI:
         # In the replica: Ray keeps what it says with the replica's own log.
         log_to_stderr()
-        provider: Any = "cuda" if scale.gpus else "cpu"
+        provider: Provider = "cuda" if scale.gpus else "cpu"
         return create_app(
             open_engine(artifact, provider=provider, threads=scale.cpus, memory_limit=memory_limit), settings
         )
 
-    count: dict[str, Any] = {"num_replicas": scale.replicas}
-    if scale.most_replicas > scale.replicas:
-        # Joint runs need company: a replica that has a few requests at once is not overloaded yet.
-        bounds = {"min_replicas": scale.replicas, "max_replicas": scale.most_replicas, "target_ongoing_requests": 16}
-        count = {"autoscaling_config": bounds}
-    deployment: Any = serve.deployment(
-        serve.ingress(build)(),
+    deployment = serve.deployment(
         name="bonnx",
+        num_replicas=scale.replicas,
         ray_actor_options={"num_cpus": scale.cpus, "num_gpus": scale.gpus},
-        # The queue that answers 429 is bonnx's own; Ray's stands before it for what no replica has taken.
+        # The queue that answers 429 is bonnx's own; Ray's holds what no replica has taken yet.
         max_ongoing_requests=settings.max_queue + 64,
         max_queued_requests=settings.max_queue,
         graceful_shutdown_timeout_s=settings.timeout,
-        **count,
-    )
-    return deployment.bind()
+    )(serve.ingress(build)())
+    if scale.most_replicas > scale.replicas:
+        # Joint runs need company: a replica that has a few requests at once is not overloaded yet.
+        bounds = {"min_replicas": scale.replicas, "max_replicas": scale.most_replicas, "target_ongoing_requests": 16}
+        deployment = deployment.options(num_replicas="auto", autoscaling_config=bounds)
+    application: serve.Application = deployment.bind()
+    return application
 
 
-def run_until_told(application: Any, host: str, port: int, address: str | None) -> None:
+def run_until_told(application: serve.Application, host: str, port: int, address: str | None) -> None:
     """Serve until SIGTERM or SIGINT.
 
     Args:

@@ -20,11 +20,11 @@ __all__ = [
     "MOST_ITEMS",
     "RAW_SCORES",
     "TRUNCATE",
-    "Body",
     "Candidate",
     "Message",
     "Messages",
     "Prompt",
+    "RequestBody",
     "Text",
     "Texts",
     "explain",
@@ -57,7 +57,7 @@ def _text(value: object) -> str:
     return value
 
 
-class Body(BaseModel):
+class RequestBody(BaseModel):
     """The body of a request. A field that is null counts as not given; unknown fields are refused."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)

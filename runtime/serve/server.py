@@ -1,4 +1,4 @@
-"""The server process: uvicorn, where it listens, its log as JSON lines on stderr, and connections that say nothing."""
+"""The server process: uvicorn, where it listens, its log as JSON lines on stderr, and silent connections."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import logging
 import os
 import socket
 import sys
-from typing import Any
 
 import fastapi
 import uvicorn
@@ -25,7 +24,7 @@ _HEADER_SECONDS = 10.0
 
 
 class _Impatient(HttpToolsProtocol):
-    """Closes a connection whose request's headers do not arrive in time; uvicorn itself would wait for ever."""
+    """Closes a connection whose request's headers do not arrive in time; uvicorn would wait forever."""
 
     _waiting: asyncio.TimerHandle | None = None
 
@@ -43,7 +42,7 @@ class _Impatient(HttpToolsProtocol):
         super().on_headers_complete()
 
     def send_400_response(self, msg: str) -> None:
-        """What is no HTTP is refused as JSON, too."""
+        """Refuse what is not HTTP as JSON, too."""
         body = bytes(ApiError(400, "expected an HTTP request; this is none").response("/").body)
         head = f"HTTP/1.1 400 Bad Request\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
         self.transport.write(head.encode() + b"Connection: close\r\n\r\n" + body)
@@ -63,19 +62,19 @@ class _Impatient(HttpToolsProtocol):
 
 
 class _Server(uvicorn.Server):
-    """Says where it listens; uvicorn itself does not when it is handed sockets."""
+    """Logs where it listens; uvicorn does not if it gets sockets."""
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        for one in sockets or ():
-            host, port = one.getsockname()[:2]
+        for listener in sockets or ():
+            host, port = listener.getsockname()[:2]
             try:
-                one.listen(self.config.backlog)
+                listener.listen(self.config.backlog)
             except OSError as e:
                 # Another program has come first: as long as neither listens, both can be bound to a port.
                 raise InputError(_cannot_listen(host, port, e)) from e
         await super().startup(sockets)
-        for one in sockets or ():
-            host, port = one.getsockname()[:2]
+        for listener in sockets or ():
+            host, port = listener.getsockname()[:2]
             text = "running on http://%s:%d" if ":" not in host else "running on http://[%s]:%d"
             logging.getLogger("bonnx.serve").info(text, host, port)
 
@@ -93,39 +92,39 @@ def bind_to(host: str, port: int) -> list[socket.socket]:
     if not 0 <= port < 2**16:
         raise InputError(f"--port: expected 0 (any free port) to {2**16 - 1}; got {port}")
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        resolved = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError) as e:
         raise InputError(f"--host: there is no address {host!r}: {e}; 127.0.0.1 is this machine alone") from e
     bound: list[socket.socket] = []
-    for family, address in dict.fromkeys((entry[0], entry[4]) for entry in found):
+    for family, address in dict.fromkeys((entry[0], entry[4]) for entry in resolved):
         # The same free port for both addresses of a name.
         taken = bound[0].getsockname()[1] if bound else port
         try:
             bound.append(_bind(family, (address[0], taken, *address[2:])))
         except OSError as e:
-            if e.errno == errno.EADDRNOTAVAIL and len(found) > 1:
+            if e.errno == errno.EADDRNOTAVAIL and len(resolved) > 1:
                 continue
-            for one in bound:
-                one.close()
+            for listener in bound:
+                listener.close()
             raise InputError(_cannot_listen(host, port, e)) from e
     if not bound:
         raise InputError(f"--host: no address of {host!r} is this machine's")
     return bound
 
 
-def _bind(family: int, address: tuple[Any, ...]) -> socket.socket:
-    one = socket.socket(family, socket.SOCK_STREAM)
+def _bind(family: int, address: tuple[object, ...]) -> socket.socket:
+    listener = socket.socket(family, socket.SOCK_STREAM)
     try:
         if os.name == "posix":
             # Else a port that was in use a moment ago could not be taken again.
-            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
-            one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        one.bind(address)
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        listener.bind(address)
     except BaseException:
-        one.close()
+        listener.close()
         raise
-    return one
+    return listener
 
 
 def _cannot_listen(host: str, port: int, error: OSError) -> str:
@@ -141,29 +140,33 @@ def _cannot_listen(host: str, port: int, error: OSError) -> str:
 def make_server(
     app: fastapi.FastAPI, host: str = "127.0.0.1", port: int = 0, *, most_connections: int = 1024, grace: int = 30
 ) -> uvicorn.Server:
-    """A server that is ready to `run`, with sockets of `bind_to` if they are to be taken before.
+    """A server that is ready to `run`; give `run` the sockets of `bind_to` if they are bound already.
 
     Args:
         app: what `create_app` made.
         host: address to listen at without sockets.
         port: 0 takes a free one.
-        most_connections: beyond them the answer is 503.
-        grace: seconds in which it finishes what was taken, when it is told to stop.
+        most_connections: further ones are answered with 503.
+        grace: seconds in which it finishes requests when it is stopped.
     """
-    options: dict[str, Any] = {
-        "log_config": None,
-        "access_log": False,
-        "server_header": False,
-        "limit_concurrency": most_connections,
-        "timeout_graceful_shutdown": grace,
-        "timeout_keep_alive": 30,
-        "ws": "none",
-    }
-    return _Server(uvicorn.Config(app, host=host, port=port, http=_Impatient, **options))
+    config = uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        http=_Impatient,
+        ws="none",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        limit_concurrency=most_connections,
+        timeout_graceful_shutdown=grace,
+        timeout_keep_alive=30,
+    )
+    return _Server(config)
 
 
 def log_to_stderr() -> None:
-    """Everything that the server and uvicorn say, one JSON object a line."""
+    """Log everything of the server and uvicorn to stderr, one JSON object a line."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter())
     for name in ("bonnx.serve", "uvicorn"):

@@ -7,13 +7,14 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from starlette.requests import Request
 
 from bonnx.errors import ArtifactError, InputError, NoWinnerError
 
-from ..batching import Shape
+from ..arrays import Array
+from ..batching import Batchable, Shape
 from ..engine.engine import Engine
 from ..engine.session import Stop
 from ..generate import run as generation
@@ -23,7 +24,7 @@ from ..generate.request import GenerateRequest
 from ..generate.request import read_request as read_generate_request
 from ..generate.result import Generation
 from ..rank import run as ranking
-from ..rank.request import RankRequest
+from ..rank.request import RankOptions, RankRequest
 from ..rank.request import read_request as read_rank_request
 from ..rank.result import Ranking, winner
 from ..text.reader import Item, NoneReadableError
@@ -34,6 +35,9 @@ from .metrics import Metrics
 from .ranking import ClientRequest, Outcome
 from .settings import Settings
 from .streaming import GenerationStream
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["GraphRequest", "Service", "size"]
 
@@ -54,7 +58,7 @@ class GraphRequest:
     key = None
     prompt_slot = 0
 
-    def __init__(self, run: Callable[[Stop], Any], shape: Shape) -> None:
+    def __init__(self, run: Callable[[Stop], Sequence[Array]], shape: Shape) -> None:
         self.run, self.shape, self.tokens = run, shape, shape.candidates * shape.length
 
 
@@ -67,23 +71,31 @@ class Service:
             # Loaded now: a file that is replaced while the server runs changes nothing.
             engine.session(name)
         self.generates = "generate" in engine.manifest.graphs
-        options: dict[str, Any] = {
-            "stop": engine.session("rank").make_stop,
-            "observer": metrics,
-            "max_waiting": settings.max_queue,
-            "patience": settings.batch_wait,
-            "waste": settings.batch_waste,
-        }
-        self._ranking = Batcher("rank", self._run, ranking.fits(engine, settings.batch_tokens), **options)
+        self._ranking = self._batcher("rank", ranking.fits(engine, settings.batch_tokens))
         within = ranking.fits(engine, settings.max_tokens)
-        # A step of a generation costs by its candidates, not by the tokens that they may come to have.
-        rows = lambda columns, shape: columns * shape.candidates <= settings.batch_candidates and within(columns, shape)  # noqa: E731
+
+        def few_candidates(slots: int, shape: Shape) -> bool:
+            # Each token of a generation costs by the candidates, not by the tokens that they may come to have.
+            return slots * shape.candidates <= settings.batch_candidates and within(slots, shape)
+
         # A queue of its own, so that rankings need not wait for long generations.
-        self._generating = Batcher("generate", self._run, rows, **options)
+        self._generating = self._batcher("generate", few_candidates)
         self._readers = ThreadPoolExecutor(2, "bonnx-read")
         self._streamers = ThreadPoolExecutor(settings.max_streams, "bonnx-stream")
         self._streams = 0
         self.broken = False
+
+    def _batcher(self, name: str, fits: Callable[[int, Shape], bool]) -> Batcher:
+        return Batcher(
+            name,
+            self._run,
+            fits,
+            self.engine.session("rank").make_stop,
+            self.metrics,
+            max_waiting=self.settings.max_queue,
+            patience=self.settings.batch_wait,
+            waste=self.settings.batch_waste,
+        )
 
     def close(self) -> None:
         """Finish the queued requests."""
@@ -92,7 +104,7 @@ class Service:
         self._readers.shutdown()
         self._streamers.shutdown()
 
-    def check_whole(self) -> None:
+    def check_intact(self) -> None:
         """Raise the error that every request gets once the artifact's files were changed.
 
         Raises:
@@ -107,82 +119,83 @@ class Service:
         Raises:
             ApiError: the header that says so is invalid.
         """
-        seconds, given = self.settings.timeout, request.headers.get("x-request-timeout")
-        if given is not None:
+        seconds, header = self.settings.timeout, request.headers.get("x-request-timeout")
+        if header is not None:
             try:
-                asked = float(given)
+                timeout = float(header)
             except ValueError:
-                asked = 0.0
-            if not 0 < asked <= _LONGEST_TIMEOUT:
-                raise ApiError(400, f"X-Request-Timeout: expected seconds above 0; got {given!r:.40}")
-            seconds = min(seconds, asked)
+                timeout = 0.0
+            if not 0 < timeout <= _LONGEST_TIMEOUT:
+                raise ApiError(400, f"X-Request-Timeout: expected seconds above 0; got {header!r:.40}")
+            seconds = min(seconds, timeout)
         started: float = request.scope["state"]["started"]
         return started + seconds
 
-    async def rank(self, request: Request, asked: ClientRequest, **options: Any) -> tuple[Outcome, Ranking]:
+    async def rank(
+        self, request: Request, ranked: ClientRequest, **options: Unpack[RankOptions]
+    ) -> tuple[Outcome, Ranking]:
         """One ranking.
 
         Raises:
             NoWinnerError: no candidate can win.
-            InputError: none can be read, or something else is wrong.
+            InputError: no candidate can be read, or something else is wrong.
         """
-        (found,) = await self.rank_all(request, [asked], **options)
-        assert found.ranking is not None
-        return found, found.ranking
+        (outcome,) = await self.rank_all(request, [ranked], **options)
+        assert outcome.ranking is not None
+        return outcome, outcome.ranking
 
-    async def rank_all(self, request: Request, asked: Sequence[ClientRequest], **options: Any) -> list[Outcome]:
-        """Several rankings; of those that have no winner the first is raised only if no other has one."""
-        if len(asked) > self.settings.max_queue:
-            raise InputError(f"{len(asked)} pairs: this server takes at most {self.settings.max_queue} at once")
-        check_texts(asked, self.engine, self.settings, truncate=bool(options.get("truncate")))
+    async def rank_all(
+        self, request: Request, ranked: Sequence[ClientRequest], **options: Unpack[RankOptions]
+    ) -> list[Outcome]:
+        """Several rankings; of those without a winner the first is raised only if no other has one."""
+        if len(ranked) > self.settings.max_queue:
+            raise InputError(f"{len(ranked)} pairs: this server takes at most {self.settings.max_queue} at once")
+        check_texts(ranked, self.engine, self.settings, truncate=options.get("truncate", False))
         until = self.until(request)
         # Every candidate is read together with its prompt.
-        total = size(request) + sum(one.characters for one in asked)
-        requests = await self.aside(lambda: [self._read_ranking(one, options) for one in asked], request, total)
-        runs = [rank_request for rank_request in requests if isinstance(rank_request, RankRequest)]
-        if not runs:
-            raise next(rank_request for rank_request in requests if isinstance(rank_request, InputError))
-        note(
-            request,
-            rankings=len(runs),
-            tokens=sum(rank_request.shape.prompt + rank_request.tokens for rank_request in runs),
-        )
-        for one, rank_request in zip(asked, requests, strict=True):
+        total = size(request) + sum(each.characters for each in ranked)
+        read = await self.aside(lambda: [self._read_ranking(each, options) for each in ranked], request, total)
+        readable = [each for each in read if isinstance(each, RankRequest)]
+        if not readable:
+            raise next(each for each in read if isinstance(each, InputError))
+        note(request, rankings=len(readable), tokens=sum(each.shape.prompt + each.tokens for each in readable))
+        for client_request, rank_request in zip(ranked, read, strict=True):
             if isinstance(rank_request, RankRequest):
-                check_size(rank_request.shape, self.settings, one.names)
-        results = iter(await self._unless_gone(request, self._ranking.put(runs, until)))
-        found, lost = [], None
-        for one, rank_request in zip(asked, requests, strict=True):
+                check_size(rank_request.shape, self.settings, client_request.names)
+        results = iter(await self._unless_gone(request, self._ranking.put(readable, until)))
+        outcomes: list[Outcome] = []
+        errors: list[NoWinnerError] = []
+        for client_request, rank_request in zip(ranked, read, strict=True):
             if isinstance(rank_request, NoneReadableError):
-                found.append(Outcome.lost(one, rank_request.reasons))
+                outcomes.append(Outcome.lost(client_request, rank_request.reasons))
                 continue
             result = next(results)
             if isinstance(result, _Lost):
-                lost = lost or result
-                found.append(
-                    Outcome.lost(one, dict.fromkeys(range(len(one.candidates)), "its score is NaN"), rank_request)
-                )
+                errors.append(result.error)
+                reasons = dict.fromkeys(range(len(client_request.candidates)), "its score is NaN")
+                outcomes.append(Outcome.lost(client_request, reasons, rank_request))
             else:
-                found.append(Outcome.ranked(one, rank_request, result))
-        if lost is not None and all(one.ranking is None for one in found):
-            raise lost.error
-        return found
+                assert isinstance(result, Ranking)
+                outcomes.append(Outcome.ranked(client_request, rank_request, result))
+        if errors and all(outcome.ranking is None for outcome in outcomes):
+            raise errors[0]
+        return outcomes
 
-    def _read_ranking(self, asked: ClientRequest, options: dict[str, Any]) -> RankRequest | NoneReadableError:
+    def _read_ranking(self, ranked: ClientRequest, options: RankOptions) -> RankRequest | NoneReadableError:
         """Read what is to be ranked; an error is returned if no candidate can be read."""
         try:
-            return read_rank_request(self.engine, asked.prompt, asked.candidates, **options, names=asked.names)
+            return read_rank_request(self.engine, ranked.prompt, ranked.candidates, **options, names=ranked.names)
         except NoneReadableError as e:
             return e
 
     async def generate(self, request: Request, prompt: Item, options: GenerateOptions) -> Generation:
         """One generation, in one run of one graph."""
-        found: Generation
         generate_request = await self._read_generation(request, prompt, options)
         note(request, candidates=generate_request.options.n, tokens=len(generate_request.prompt))
-        (found,) = await self._unless_gone(request, self._generating.put([generate_request], self.until(request)))
-        winner(found.best_index, "candidates")
-        return found
+        (result,) = await self._unless_gone(request, self._generating.put([generate_request], self.until(request)))
+        assert isinstance(result, Generation)
+        winner(result.best_index, "candidates")
+        return result
 
     async def _read_generation(self, request: Request, prompt: Item, options: GenerateOptions) -> GenerateRequest:
         """Read and check what is to be generated."""
@@ -214,13 +227,15 @@ class Service:
         except asyncio.TimeoutError:
             raise DeadlineError from None
 
-    async def call(self, request: Request, graph: str, run: Callable[[Stop], Any], shape: Shape) -> Any:
+    async def call(
+        self, request: Request, graph: str, run: Callable[[Stop], Sequence[Array]], shape: Shape
+    ) -> Sequence[Array]:
         """One run of a graph, by its name."""
         check_size(shape, self.settings)
         note(request, tokens=shape.prompt + shape.candidates * shape.length)
         batcher = self._generating if graph == "generate" else self._ranking
-        (found,) = await self._unless_gone(request, batcher.put([GraphRequest(run, shape)], self.until(request)))
-        return found
+        (outputs,) = await self._unless_gone(request, batcher.put([GraphRequest(run, shape)], self.until(request)))
+        return cast("Sequence[Array]", outputs)
 
     async def watch(
         self, request: Request, prompt: Item, options: GenerateOptions, deadline: float | None
@@ -249,9 +264,9 @@ class Service:
     async def cut(self, request: Request, prompt: Item, options: GenerateOptions, deadline: float) -> Generation:
         """One generation, cut at its deadline."""
         states = await self.watch(request, prompt, options, deadline)
-        found: Generation = await self._unless_gone(request, states.result())
-        winner(found.best_index, "candidates")
-        return found
+        result = await self._unless_gone(request, states.result())
+        winner(result.best_index, "candidates")
+        return result
 
     async def _unless_gone(self, request: Request, work: Awaitable[T]) -> T:
         """Wait for work, and cancel it when the client disconnects."""
@@ -269,16 +284,17 @@ class Service:
                     other.cancel()
             await asyncio.gather(task, leaving, return_exceptions=True)
 
-    def _run(self, requests: Sequence[Any], stop: Stop) -> Sequence[Any]:
-        """Run a batch of requests of one kind."""
+    def _run(self, requests: Sequence[Batchable], stop: Stop) -> Sequence[object]:
+        """Run a batch, whose requests are of one kind."""
         try:
-            if isinstance(requests[0], GraphRequest):
-                return [one.run(stop) for one in requests]
-            if isinstance(requests[0], GenerateRequest):
-                return generation.run_together(self.engine, requests, stop)
-            found = ranking.run_together(self.engine, requests, stop)
+            if graphs := [each for each in requests if isinstance(each, GraphRequest)]:
+                return [each.run(stop) for each in graphs]
+            if generations := [each for each in requests if isinstance(each, GenerateRequest)]:
+                return generation.run_together(self.engine, generations, stop)
+            rankings = [each for each in requests if isinstance(each, RankRequest)]
+            results = ranking.run_together(self.engine, rankings, stop)
             # Not an error of the batch: other rankings of the same HTTP request may have a winner.
-            return [_Lost(one) if isinstance(one, NoWinnerError) else one for one in found]
+            return [_Lost(result) if isinstance(result, NoWinnerError) else result for result in results]
         except ArtifactError:
             # The artifact was changed on disk: every answer says so from now on.
             self.broken = True
@@ -292,15 +308,15 @@ class _Lost:
     error: NoWinnerError
 
 
-def note(request: Request, **notes: Any) -> None:
+def note(request: Request, **notes: object) -> None:
     """Add fields to the request's log line."""
     request.scope["state"]["notes"].update(notes)
 
 
 def size(request: Request) -> int:
     """Bytes of the request's body."""
-    found: int = request.scope["state"]["size"]
-    return found
+    size: int = request.scope["state"]["size"]
+    return size
 
 
 async def _left(request: Request) -> None:

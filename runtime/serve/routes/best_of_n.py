@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from typing import Annotated, Any, ClassVar, Literal, TypeAlias, cast
+from typing import Annotated, ClassVar, Literal, TypeAlias, cast
 
 import msgspec
 import numpy as np
@@ -22,7 +22,7 @@ from ...results import to_json
 from ..answer import answer_head, check_model, json_response, to_runtime, warned
 from ..errors import encode, to_api_error
 from ..ranking import ClientRequest, Outcome, Usage
-from ..schemas import FAIL_FAST, MOST_ITEMS, TRUNCATE, Body, Candidate, Prompt, Text, option_field, with_options
+from ..schemas import FAIL_FAST, MOST_ITEMS, TRUNCATE, Candidate, Prompt, RequestBody, Text, option_field, with_options
 from ..service import Service
 from ..streaming import GenerationStream
 
@@ -35,7 +35,7 @@ _SAMPLING = ("n", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "st
 
 
 @with_options("max_new_tokens", "temperature", "top_k", "top_p", "seed")
-class BestOfN(Body):
+class BestOfN(RequestBody):
     """Candidates to choose from, or how many to make."""
 
     elsewhere: ClassVar[dict[str, str]] = {
@@ -64,7 +64,7 @@ class BestOfN(Body):
         None, description=f"expected a text of one token, or a list of at most {_MOST_STOPS} of them or of token ids"
     )
     stream: bool = Field(False, description="server-sent events while it generates")
-    deadline: float | None = Field(None, gt=0, description="seconds after which what still grows is cut")
+    deadline: float | None = Field(None, gt=0, description="seconds after which unfinished candidates are cut off")
 
 
 def add(routes: APIRouter, service: Service) -> None:
@@ -81,11 +81,11 @@ def add(routes: APIRouter, service: Service) -> None:
         return StreamingResponse(answer, 200, headers, "text/event-stream")
 
 
-async def _answer(service: Service, request: Request, body: BestOfN) -> dict[str, Any] | AsyncIterator[bytes]:
+async def _answer(service: Service, request: Request, body: BestOfN) -> dict[str, object] | AsyncIterator[bytes]:
     """The choice, or the events of a generation that is watched."""
     if (body.candidates is None) == (body.n is None):
-        given = "both" if body.n is not None else "neither"
-        raise InputError(f"expected candidates to choose from, or n of them to generate; got {given}")
+        got = "both" if body.n is not None else "neither"
+        raise InputError(f"expected candidates to choose from, or n of them to generate; got {got}")
     if body.candidates is not None:
         return await _ranked(service, request, body)
     _check_generation(body)
@@ -96,10 +96,10 @@ async def _answer(service: Service, request: Request, body: BestOfN) -> dict[str
     if body.stream:
         return _events(await service.watch(request, prompt, options, body.deadline), service, body)
     if body.deadline is not None:
-        found = await service.cut(request, prompt, options, body.deadline)
+        generation = await service.cut(request, prompt, options, body.deadline)
     else:
-        found = await service.generate(request, prompt, options)
-    return _generated(service, body, found)
+        generation = await service.generate(request, prompt, options)
+    return _generated(service, body, generation)
 
 
 def _check_generation(body: BestOfN) -> None:
@@ -111,17 +111,17 @@ def _check_generation(body: BestOfN) -> None:
         raise InputError("vote: generated candidates are chosen by score; generate first, then send them with answers")
 
 
-async def _ranked(service: Service, request: Request, body: BestOfN) -> dict[str, Any]:
+async def _ranked(service: Service, request: Request, body: BestOfN) -> dict[str, object]:
     for field in (*_SAMPLING[1:-1], "deadline"):
         if field in body.model_fields_set:
             raise InputError(f"{field}: belongs to generation; leave it out with candidates")
     if body.stream:
-        raise InputError("stream: given candidates are ranked in one step; leave it out")
+        raise InputError("stream: given candidates are ranked at once; leave it out")
     if body.vote != "score" and body.answers is None:
         raise InputError(f"vote: '{body.vote}' needs answers: a list with one for each candidate, 'boxed' or 'number'")
     assert body.candidates is not None
     items = [to_runtime(candidate, f"candidates[{i}]") for i, candidate in enumerate(body.candidates)]
-    found, ranking = await service.rank(
+    outcome, ranking = await service.rank(
         request, ClientRequest(to_runtime(body.prompt, "prompt"), items),
         aggregation=body.aggregation, partial=body.partial, truncate=body.truncate,
         vote=body.vote, answers=body.answers,
@@ -134,14 +134,14 @@ async def _ranked(service: Service, request: Request, body: BestOfN) -> dict[str
         "order": ranking.order,
         "aggregation": ranking.aggregation,
         "vote": body.vote,
-        "candidates": [_candidate(found, ranking, body, i) for i in range(len(items))],
-        "usage": found.usage.to_dict(),
+        "candidates": [_candidate(outcome, ranking, body, i) for i in range(len(items))],
+        "usage": outcome.usage.to_dict(),
     }
-    return answer_head(service) | answer | warned(found.warnings)
+    return answer_head(service) | answer | warned(outcome.warnings)
 
 
-def _candidate(found: Outcome, ranking: Ranking, body: BestOfN, i: int) -> dict[str, Any]:
-    entry: dict[str, Any] = {"index": i, "score": found.scores[i], "tokens": len(ranking.scores[i])}
+def _candidate(outcome: Outcome, ranking: Ranking, body: BestOfN, i: int) -> dict[str, object]:
+    entry: dict[str, object] = {"index": i, "score": outcome.scores[i], "tokens": len(ranking.scores[i])}
     if ranking.answers is not None:
         entry["answer"] = ranking.answers[i]
     if ranking.group_scores is not None:
@@ -153,13 +153,13 @@ def _candidate(found: Outcome, ranking: Ranking, body: BestOfN, i: int) -> dict[
     return entry
 
 
-def _generated(service: Service, body: BestOfN, found: Generation) -> dict[str, Any]:
+def _generated(service: Service, body: BestOfN, generation: Generation) -> dict[str, object]:
     """A generation, finished or not."""
-    scores = sorted((c.score for c in found.candidates if not np.isnan(c.score)), reverse=True)
-    best = found.candidates[found.best_index] if found.best_index >= 0 else None
+    scores = sorted((c.score for c in generation.candidates if not np.isnan(c.score)), reverse=True)
+    best = generation.candidates[generation.best_index] if generation.best_index >= 0 else None
     candidates = []
-    for i, c in enumerate(found.candidates):
-        entry: dict[str, Any] = {"index": i, "text": c.text, "score": c.score, "tokens": len(c.tokens)}
+    for i, c in enumerate(generation.candidates):
+        entry: dict[str, object] = {"index": i, "text": c.text, "score": c.score, "tokens": len(c.tokens)}
         entry["finish_reason"] = c.finish_reason
         if c.text is None:
             entry["token_ids"] = c.tokens.tolist()
@@ -167,17 +167,17 @@ def _generated(service: Service, body: BestOfN, found: Generation) -> dict[str, 
             entry["token_scores"] = to_json(c.scores)
         candidates.append(entry)
     return answer_head(service) | {
-        "best_index": found.best_index,
+        "best_index": generation.best_index,
         "best": None if best is None else best.tokens.tolist() if best.text is None else best.text,
         "margin": scores[0] - scores[1] if len(scores) > 1 else None,
-        "aggregation": found.aggregation,
+        "aggregation": generation.aggregation,
         "candidates": candidates,
-        "usage": Usage(found.prompt_tokens, found.computed_tokens).to_dict(),
+        "usage": Usage(generation.prompt_tokens, generation.computed_tokens).to_dict(),
     }
 
 
 async def _events(states: GenerationStream, service: Service, body: BestOfN) -> AsyncIterator[bytes]:
-    """`progress` while candidates grow, then `result`, or `error`: all of one answer, under its one id."""
+    """Events of one answer, under its id: `progress` while candidates grow, then `result`, or `error`."""
     last, head = None, answer_head(service)
     try:
         async for state in states:
@@ -194,5 +194,5 @@ async def _events(states: GenerationStream, service: Service, body: BestOfN) -> 
         yield _event("error", msgspec.json.decode(error.response("/v1/").body))
 
 
-def _event(name: str, value: Any) -> bytes:
+def _event(name: str, value: object) -> bytes:
     return b"event: " + name.encode() + b"\ndata: " + encode(value) + b"\n\n"

@@ -16,7 +16,7 @@ def add(routes: APIRouter, service: Service) -> None:
     @routes.get("/health")
     async def health() -> dict[str, str]:
         """Whether the server can answer requests."""
-        service.check_whole()
+        service.check_intact()
         return {"status": "ok", "model": service.engine.manifest.name}
 
     @routes.get("/metrics")

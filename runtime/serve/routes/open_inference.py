@@ -86,7 +86,7 @@ def add(routes: fastapi.APIRouter, service: Service) -> None:
     @protocol.get("/health/ready")
     async def ready() -> dict[str, bool]:
         """Whether its models can be used: they are loaded before the server listens."""
-        service.check_whole()
+        service.check_intact()
         return {"ready": True}
 
     @protocol.get("/models/{model}/versions/{version}/ready", include_in_schema=False)
@@ -94,7 +94,7 @@ def add(routes: fastapi.APIRouter, service: Service) -> None:
     async def model_ready(model: str, version: str | None = None) -> dict[str, Any]:
         """Whether a model can be used."""
         graph_of(model, version)
-        service.check_whole()
+        service.check_intact()
         return {"name": model, "ready": True}
 
     @protocol.get("/models/{model}/versions/{version}", include_in_schema=False)

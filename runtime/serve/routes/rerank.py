@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field
@@ -14,12 +14,12 @@ from ...artifact.manifest import Aggregation
 from ...checks import ArgumentNames
 from ..answer import answer_head, check_model, json_response, to_runtime
 from ..ranking import ClientRequest
-from ..schemas import FAIL_FAST, MOST_ITEMS, RAW_SCORES, TRUNCATE, Body, Messages, Text
+from ..schemas import FAIL_FAST, MOST_ITEMS, RAW_SCORES, TRUNCATE, Messages, RequestBody, Text
 from ..service import Service
 
 __all__ = ["add"]
 
-# Cohere bills so many documents as one search.
+# Cohere bills this many documents as one search.
 _SEARCH_UNIT = 100
 _NAMES = ArgumentNames("query", "documents", ("query", "document", "documents"))
 _NOT_CUT = "documents are never cut here; leave it out, and send documents that fit"
@@ -32,7 +32,7 @@ class Document(BaseModel):
     text: Text
 
 
-class Rerank(Body):
+class Rerank(RequestBody):
     """As Cohere and vLLM take it."""
 
     elsewhere: ClassVar[dict[str, str]] = {
@@ -72,24 +72,24 @@ def add(routes: APIRouter, service: Service) -> None:
         routes.post(path, name="rerank", include_in_schema=path == "/v1/rerank")(rerank)
 
 
-async def _answer(service: Service, request: Request, body: Rerank) -> dict[str, Any]:
+async def _answer(service: Service, request: Request, body: Rerank) -> dict[str, object]:
     """As Cohere answers, whose scores are numbers: a document that has none is left out, and a warning names it."""
     texts = [document if isinstance(document, str) else document.text for document in body.documents]
-    asked = ClientRequest(to_runtime(body.query, "query"), texts, _NAMES)
-    found, ranking = await service.rank(request, asked, aggregation=body.aggregation, truncate=body.truncate)
-    results: list[dict[str, Any]] = []
-    for i in [i for i in ranking.order if not math.isnan(found.scores[i])][: body.top_n]:
-        result: dict[str, Any] = {"index": i, "relevance_score": found.scores[i]}
+    ranked = ClientRequest(to_runtime(body.query, "query"), texts, _NAMES)
+    outcome, ranking = await service.rank(request, ranked, aggregation=body.aggregation, truncate=body.truncate)
+    results: list[dict[str, object]] = []
+    for i in [i for i in ranking.order if not math.isnan(outcome.scores[i])][: body.top_n]:
+        result: dict[str, object] = {"index": i, "relevance_score": outcome.scores[i]}
         results.append(result | ({"document": _document(body.documents[i])} if body.return_documents else {}))
-    meta: dict[str, Any] = {
+    meta: dict[str, object] = {
         "api_version": {"version": "2"},
         "billed_units": {"search_units": math.ceil(len(texts) / _SEARCH_UNIT)},
-        "tokens": {"input_tokens": found.usage.prompt, "output_tokens": 0},
+        "tokens": {"input_tokens": outcome.usage.prompt, "output_tokens": 0},
     }
-    if found.warnings:
-        meta["warnings"] = found.warnings
-    return answer_head(service) | {"results": results, "usage": found.usage.to_dict(), "meta": meta}
+    if outcome.warnings:
+        meta["warnings"] = outcome.warnings
+    return answer_head(service) | {"results": results, "usage": outcome.usage.to_dict(), "meta": meta}
 
 
-def _document(document: str | Document) -> dict[str, Any]:
+def _document(document: str | Document) -> dict[str, object]:
     return {"text": document} if isinstance(document, str) else document.model_dump()

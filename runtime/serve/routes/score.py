@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 from fastapi import APIRouter
 from pydantic import Field
@@ -16,7 +16,7 @@ from ...artifact.manifest import Aggregation
 from ...checks import ArgumentNames
 from ..answer import answer_head, check_model, json_response, warned
 from ..ranking import ClientRequest, Usage
-from ..schemas import MOST_ITEMS, RAW_SCORES, TRUNCATE, Body, Text, Texts
+from ..schemas import MOST_ITEMS, RAW_SCORES, TRUNCATE, RequestBody, Text, Texts
 from ..service import Service
 
 __all__ = ["add"]
@@ -25,7 +25,7 @@ _NOUNS = ("text_1", "text_2", "texts of text_2")
 _TEXTS = "expected a text, or a list of at least one"
 
 
-class Score(Body):
+class Score(RequestBody):
     """As vLLM takes it: one text against many, or as many pairs."""
 
     elsewhere: ClassVar[dict[str, str]] = {
@@ -57,17 +57,16 @@ def add(routes: APIRouter, service: Service) -> None:
         routes.post(path, name="score", include_in_schema=path == "/v1/score")(score)
 
 
-async def _answer(service: Service, request: Request, body: Score) -> dict[str, Any]:
+async def _answer(service: Service, request: Request, body: Score) -> dict[str, object]:
     """As vLLM answers; a pair that cannot be scored has null."""
-    asked = _pairs(body)
-    results = await service.rank_all(request, asked, aggregation=body.aggregation, truncate=body.truncate)
-    scores = [score for found in results for score in found.scores]
-    warnings = [warning for found in results for warning in found.warnings]
+    outcomes = await service.rank_all(request, _pairs(body), aggregation=body.aggregation, truncate=body.truncate)
+    scores = [score for outcome in outcomes for score in outcome.scores]
+    warnings = [warning for outcome in outcomes for warning in outcome.warnings]
     answer = {
         "object": "list",
         "created": int(time.time()),
         "data": [{"index": i, "object": "score", "score": value} for i, value in enumerate(scores)],
-        "usage": sum((found.usage for found in results), Usage(0)).to_dict(),
+        "usage": sum((outcome.usage for outcome in outcomes), Usage(0)).to_dict(),
     }
     return answer_head(service) | answer | warned(warnings)
 
