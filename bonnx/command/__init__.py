@@ -9,8 +9,8 @@ import json
 import os
 import sys
 import unicodedata
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from types import ModuleType
 
 from .. import __version__
 from ..errors import BonnxError, InputError
@@ -18,7 +18,7 @@ from .interrupt import STOPPED, Interrupt, interruptible
 
 __all__ = ["STOPPED", "main", "print_json", "print_text"]
 
-# Each module has `configure(parser)` and `run(arguments) -> exit code`; only the one that is asked for is imported.
+# Each module has `configure(parser)` and `run(arguments) -> exit code`; only the chosen one is imported.
 _COMMANDS = {
     "export": ("bonnx.command.export", "write a model as an artifact and verify it"),
     "inspect": ("bonnx.command.inspect", "say what an artifact holds"),
@@ -32,10 +32,10 @@ _COMMANDS = {
 }
 # Marks that change the direction in which the rest of a line is shown.
 _TURNS = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
-# As a shell reports a program that wrote to a pipe whose reader had gone.
+# The exit code of a program that wrote to a pipe without a reader, as shells report it.
 _READER_LEFT = 141
-# What a command needs that is not installed with bonnx itself; `export` for those that are not here.
-_EXTRAS = {"serve": "serve"}
+# The extra that a command needs.
+_EXTRAS = {"serve": "serve", "export": "export"}
 
 
 class _Help(argparse.HelpFormatter):
@@ -62,12 +62,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 if sys.stdout is not None:
                     sys.stdout.flush()
         except BrokenPipeError:
-            # Whoever read has enough, as `head` has; what is still in the buffer goes nowhere.
+            # The reader has read enough, as `head` does; what is still in the buffer is dropped.
             with contextlib.suppress(OSError, AttributeError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return _READER_LEFT
         except BaseException as e:
-            # Modules that are being imported make another error of it.
+            # A module that is being imported may turn it into another error.
             if not interrupt.noticed and not isinstance(e, KeyboardInterrupt):
                 raise
             _say(f"{prefix}: stopped")
@@ -79,7 +79,7 @@ def _run(argv: list[str], chosen: str | None, prefix: str, interrupt: Interrupt)
     parser = argparse.ArgumentParser(prog="bonnx", description="Best-of-N on ONNX.")
     parser.add_argument("--version", action="version", version=f"bonnx {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    module: Any = None
+    module: ModuleType | None = None
     for name, (path, summary) in _COMMANDS.items():
         subparser = commands.add_parser(
             name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.", formatter_class=_Help
@@ -87,13 +87,14 @@ def _run(argv: list[str], chosen: str | None, prefix: str, interrupt: Interrupt)
         if name == chosen:
             try:
                 module = importlib.import_module(path)
-            except Exception as e:  # whatever a broken package raises
+            except Exception as e:  # a broken package may raise anything
                 if interrupt.noticed:
                     raise
                 return _not_imported(name, e)
             module.configure(subparser)
             subparser.add_argument("--json", action="store_true", help="print JSON, one object a line")
     arguments = parser.parse_args(argv)
+    assert module is not None, "argparse refuses a command that is not listed"
     try:
         code: int = module.run(arguments)
     except BonnxError as e:
@@ -107,7 +108,7 @@ def _run(argv: list[str], chosen: str | None, prefix: str, interrupt: Interrupt)
     except BrokenPipeError:
         raise
     except OSError as e:
-        # What no command expects: a disk that is full, a file that vanished.
+        # Errors that no command expects: a full disk, a file that vanished.
         _say(f"{prefix}: {e}")
         return 1
     return code
@@ -119,26 +120,26 @@ def _not_imported(name: str, error: Exception) -> int:
     if missing.startswith("bonnx"):
         raise error
     if isinstance(error, ModuleNotFoundError) and "." not in missing:
-        extra = _EXTRAS.get(name, "export" if name == "export" else None)
+        extra = _EXTRAS.get(name)
         command = f"pip install bonnx[{extra}]" if extra else "pip install bonnx"
         _say(f"bonnx {name}: {missing} is not installed; run `{command}`")
     else:
-        # A part that a package lacks is not missing: what bears the package's name is broken, or another module.
+        # If only a part of a package is missing, the package is broken, or another module has its name.
         reason = str(error) if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
         _say(f"bonnx {name}: {missing or 'a package'} cannot be imported: {reason}; run `bonnx doctor`")
     return 1
 
 
 def _say(line: str) -> None:
-    """A line on stderr, if anybody listens there."""
+    """Print a line on stderr, if there is one."""
     if sys.stderr is None:
-        # `print` would take stdout, which is for data.
+        # `print` would use stdout, which is for data.
         return
     with contextlib.suppress(OSError):
         print(line, file=sys.stderr, flush=True)
 
 
-def print_json(value: dict[str, Any]) -> None:
+def print_json(value: Mapping[str, object]) -> None:
     """One object on stdout; in ASCII where it holds what stdout's encoding does not, such as half a surrogate pair."""
     try:
         print(json.dumps(value, ensure_ascii=False, allow_nan=False))

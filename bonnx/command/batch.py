@@ -1,4 +1,4 @@
-"""`bonnx batch`: rank every row of a file; kill it and start it again, and it goes on."""
+"""`bonnx batch`: rank every row of a file; a run that is killed resumes when it is started again."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import argparse
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
 from bonnx.runtime.artifact.manifest import AGGREGATIONS, VOTES
 from bonnx.runtime.batch import Summary, Task, here, run_batch
 from bonnx.runtime.batch.source import Chunk
-from bonnx.runtime.batch.worker import Result
+from bonnx.runtime.batch.worker import ChunkResult
+from bonnx.runtime.rank.request import RankOptions
 from bonnx.runtime.selection.aggregate import aggregation_code
 from bonnx.runtime.selection.answers import extractor
 
@@ -65,7 +65,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Rank, and say what came of it."""
+    """Rank, and print a summary."""
     for name in ("chunk", "max_line", "ray_workers"):
         if getattr(arguments, name) < 1:
             raise InputError(f"--{name.replace('_', '-')}: expected at least 1; got {getattr(arguments, name)}")
@@ -73,14 +73,17 @@ def run(arguments: argparse.Namespace) -> int:
         raise InputError("--answers and --answers-field: expected one of them; got both")
     if arguments.vote != "score" and arguments.answers is None and arguments.answers_field is None:
         raise InputError(f"--vote {arguments.vote}: needs --answers or --answers-field")
-    # What no row could mend is refused before the first one.
+    # Options that would fail for every row are refused before the first one.
     if arguments.aggregation is not None:
         aggregation_code(arguments.aggregation)
     if arguments.answers is not None:
         extractor(arguments.answers)
-    options: dict[str, Any] = {
-        name: getattr(arguments, name) for name in ("aggregation", "vote", "partial", "truncate")
-    }
+    options = RankOptions(
+        aggregation=arguments.aggregation,
+        vote=arguments.vote,
+        partial=arguments.partial,
+        truncate=arguments.truncate,
+    )
     if arguments.answers is not None:
         options["answers"] = arguments.answers
     task = Task(
@@ -96,43 +99,43 @@ def run(arguments: argparse.Namespace) -> int:
         threads=1 if arguments.ray and arguments.threads is None else arguments.threads,
     )
     work = _ray(arguments, task) if arguments.ray else here
-    told: list[int] = []
+    signals: list[int] = []
 
     def stop(number: int, _: object) -> None:
-        told.append(number)
+        signals.append(number)
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, stop)
     try:
-        found = run_batch(
+        summary = run_batch(
             task, arguments.output, work, rows=arguments.chunk, strict=arguments.strict, overwrite=arguments.overwrite
         )
     except BonnxError:
-        # A library that was stopped while it was loaded calls that a failure of its own.
-        if told:
+        # A library that is stopped while it loads reports a failure of its own.
+        if signals:
             raise KeyboardInterrupt from None
         raise
-    if not found.rows:
-        raise BonnxError(_nothing(arguments.output, found))
+    if not summary.rows:
+        raise BonnxError(_nothing(arguments.output, summary))
     if arguments.json:
-        print_json({"output": str(arguments.output), **msgspec.to_builtins(found)})
+        print_json({"output": str(arguments.output), **msgspec.to_builtins(summary)})
     else:
-        errors = f", {found.bad:,} bad ones in {arguments.output}.errors.jsonl" if found.bad else ""
-        print(f"{arguments.output}: {found.rows:,} rows{errors}, {found.seconds:.1f} s")
+        errors = f", {summary.bad:,} bad ones in {arguments.output}.errors.jsonl" if summary.bad else ""
+        print(f"{arguments.output}: {summary.rows:,} rows{errors}, {summary.seconds:.1f} s")
     return 0
 
 
-def _nothing(output: Path, found: Summary) -> str:
-    """Why no row was ranked, which is no success."""
-    if not found.bad:
+def _nothing(output: Path, summary: Summary) -> str:
+    """Why no row was ranked, which counts as a failure."""
+    if not summary.bad:
         return f"no row was ranked: the input has none; {output} is empty"
     errors = output.with_name(output.name + ".errors.jsonl")
     with errors.open("rb") as file:
         first = file.readline().decode().strip()
-    return f"no row was ranked, {found.bad:,} are in {errors}, the first: {first:.500}"
+    return f"no row was ranked, {summary.bad:,} are in {errors}, the first: {first:.500}"
 
 
-def _ray(arguments: argparse.Namespace, task: Task) -> Callable[[Task, Iterable[Chunk]], Iterator[Result]]:
+def _ray(arguments: argparse.Namespace, task: Task) -> Callable[[Task, Iterable[Chunk]], Iterator[ChunkResult]]:
     try:
         import ray
 

@@ -12,7 +12,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.machinery import PathFinder
-from typing import Any
+from typing import TypedDict
 
 from bonnx.runtime.engine.providers import FLAVOURS, installed_flavours
 
@@ -28,7 +28,7 @@ _IMPORT = f"{_PATH} import importlib; print(importlib.import_module(sys.argv[2])
 _RUNTIME = (
     f"{_PATH} from bonnx.runtime.engine.providers import runtime_module; from bonnx.errors import ProviderError\n"
     "try: print(json.dumps({'providers': runtime_module().get_available_providers()}))\n"
-    "except ProviderError as e: print(json.dumps({'problem': str(e)}))"
+    "except ProviderError as e: print(json.dumps({'problems': [str(e)]}))"
 )
 _SECONDS = 120
 # Extras for work on bonnx itself.
@@ -37,7 +37,7 @@ _DEVELOPMENT = ("dev", "docs", "test")
 
 @dataclass
 class _Package:
-    """What bonnx needs of a package, and what there is."""
+    """A package that bonnx needs, and the state of it on this machine."""
 
     name: str
     bounds: str
@@ -50,22 +50,43 @@ class _Package:
         return _MODULES.get(self.name, self.name.replace("-", "_"))
 
 
+class Extra(TypedDict):
+    """An extra: the packages that are missing, and the command that installs it."""
+
+    missing: list[str]
+    install: str
+
+
+class Diagnosis(TypedDict):
+    """What is installed, and what is wrong with it."""
+
+    ok: bool
+    python: str
+    platform: str
+    packages: dict[str, str | None]
+    providers: list[str]
+    extras: dict[str, Extra]
+    problems: list[str]
+
+
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments: none."""
 
 
-def diagnose() -> dict[str, Any]:
+def diagnose() -> Diagnosis:
     """Versions, providers, what each extra lacks, and problems with what to do about each."""
     packages, problems = _required()
     with ThreadPoolExecutor(4) as pool:
         runtime = pool.submit(_ask, _RUNTIME)
         installed = [p for p in packages if p.name not in FLAVOURS and (p.version is not None or p.extra is None)]
         failures = [reason for reason in pool.map(_import, installed) if reason]
-    told, failed = runtime.result()
-    found = json.loads(told) if told else {"problem": f"ONNX Runtime cannot be loaded: {failed}; install it again"}
-    # What else fails to be imported while a package is hidden tells nothing.
+    printed, failure = runtime.result()
+    report: dict[str, list[str]] = json.loads(printed) if printed else {}
+    if not printed:
+        report["problems"] = [f"ONNX Runtime cannot be loaded: {failure}; install it again"]
+    # While a package is hidden, other failing imports mean nothing.
     problems += [reason for package in packages if (reason := _hidden(package))] or [
-        *([found["problem"]] if "problem" in found else []),
+        *report.get("problems", []),
         *failures,
     ]
     problems += [problem for package in packages for problem in package.problems]
@@ -73,8 +94,8 @@ def diagnose() -> dict[str, Any]:
         "ok": not problems,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {package.name: package.version for package in packages} | installed_flavours(),
-        "providers": found.get("providers", []),
+        "packages": {**{package.name: package.version for package in packages}, **installed_flavours()},
+        "providers": report.get("providers", []),
         "extras": _extras(packages),
         "problems": list(dict.fromkeys(problems)),
     }
@@ -114,9 +135,9 @@ def _within(version: str, bounds: str) -> bool:
     for operator, bound in re.findall(r"(>=|<=|==|!=|<|>)\s*([\w.]+)", bounds):
         here, there = _numbers(version), _numbers(bound)
         width = max(len(here), len(there))
-        own, other = (numbers + (0,) * (width - len(numbers)) for numbers in (here, there))
-        fits = {">=": own >= other, "<=": own <= other, "==": own == other, "!=": own != other, "<": own < other}
-        if not fits.get(operator, own > other):
+        ours, other = (numbers + (0,) * (width - len(numbers)) for numbers in (here, there))
+        fits = {">=": ours >= other, "<=": ours <= other, "==": ours == other, "!=": ours != other, "<": ours < other}
+        if not fits.get(operator, ours > other):
             return False
     return True
 
@@ -126,28 +147,28 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(map(int, match[0].split("."))) if match else ()
 
 
-def _extras(packages: list[_Package]) -> dict[str, dict[str, Any]]:
+def _extras(packages: list[_Package]) -> dict[str, Extra]:
     """For each extra the packages that are missing, and how to install them."""
-    found: dict[str, dict[str, Any]] = {}
+    extras: dict[str, Extra] = {}
     have = {package.name for package in packages if package.version is not None}
     for package in packages:
         if package.extra is None or (package.name in FLAVOURS and package.name not in have and have & set(FLAVOURS)):
             # Of the two flavours of ONNX Runtime one is enough.
             continue
-        entry = found.setdefault(package.extra, {"missing": [], "install": f"pip install 'bonnx[{package.extra}]'"})
+        entry = extras.setdefault(package.extra, {"missing": [], "install": f"pip install 'bonnx[{package.extra}]'"})
         entry["missing"] += [package.name] if package.version is None else []
-    return found
+    return extras
 
 
 def _import(package: _Package) -> str | None:
     """What is wrong with importing an installed package."""
     if package.name == "bonnx" or package.version is None:
         return None
-    told, failed = _ask(_IMPORT, package.module)
+    printed, failure = _ask(_IMPORT, package.module)
     again = f"run `pip install --force-reinstall {package.name}`"
-    if failed:
-        return f"{package.name} is installed but cannot be imported: {failed}; {again}"
-    if not told:
+    if failure:
+        return f"{package.name} is installed but cannot be imported: {failure}; {again}"
+    if not printed:
         return f"{package.name}: its folder holds no code; {again}"
     return None
 
@@ -157,41 +178,46 @@ def _hidden(package: _Package) -> str | None:
     if package.version is None:
         return None
     place = str(importlib.metadata.distribution(package.name).locate_file(""))
-    first, own = (PathFinder.find_spec(package.module, path) for path in (sys.path, [place]))
-    if first is None or own is None or None in (first.origin, own.origin) or first.origin == own.origin:
+    first, installed = (PathFinder.find_spec(package.module, path) for path in (sys.path, [place]))
+    if (
+        first is None
+        or installed is None
+        or None in (first.origin, installed.origin)
+        or first.origin == installed.origin
+    ):
         return None
     return f"{first.origin} is imported in place of {package.name}; rename or remove it, then run `bonnx doctor` again"
 
 
 def _ask(code: str, *arguments: str) -> tuple[str, str | None]:
-    """What a Python process with this one's path prints, and what it says when it fails."""
+    """The last line that a Python process with this one's path prints, and its error if it fails."""
     command = [sys.executable, "-c", code, json.dumps(sys.path), *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_SECONDS, check=False)
     except subprocess.TimeoutExpired:
         return "", f"it takes more than {_SECONDS} s"
     if done.returncode:
-        said = done.stderr.strip().splitlines()
-        return "", said[-1] if said else f"the process ended with {done.returncode}"
+        errors = done.stderr.strip().splitlines()
+        return "", errors[-1] if errors else f"the process ended with {done.returncode}"
     return done.stdout.strip().splitlines()[-1] if done.stdout.strip() else "", None
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the diagnosis; exit 1 if something is wrong."""
-    found = diagnose()
+    diagnosis = diagnose()
     if arguments.json:
-        print_json(found)
-        return 0 if found["ok"] else 1
-    print(f"Python {found['python']} on {found['platform']}")
-    for name, version in found["packages"].items():
+        print_json(diagnosis)
+        return 0 if diagnosis["ok"] else 1
+    print(f"Python {diagnosis['python']} on {diagnosis['platform']}")
+    for name, version in diagnosis["packages"].items():
         if version is not None:
             print(f"  {name:<20} {version}")
-    print(f"  {'providers':<20} {', '.join(found['providers']) or 'none'}")
+    print(f"  {'providers':<20} {', '.join(diagnosis['providers']) or 'none'}")
     print("extras")
-    for name, entry in found["extras"].items():
-        said = f"missing {', '.join(entry['missing'])}: {entry['install']}" if entry["missing"] else "installed"
-        print(f"  {name:<20} {said}")
-    for problem in found["problems"]:
+    for name, entry in diagnosis["extras"].items():
+        state = f"missing {', '.join(entry['missing'])}: {entry['install']}" if entry["missing"] else "installed"
+        print(f"  {name:<20} {state}")
+    for problem in diagnosis["problems"]:
         print(f"problem: {problem}")
-    print("ok" if found["ok"] else "not ok")
-    return 0 if found["ok"] else 1
+    print("ok" if diagnosis["ok"] else "not ok")
+    return 0 if diagnosis["ok"] else 1

@@ -6,7 +6,7 @@ import argparse
 import sys
 import time
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import msgspec
 
@@ -158,7 +158,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"wrote {arguments.triton} for Triton: {', '.join(models)}", file=sys.stderr)
     demonstration = demonstrate(output) if shipped else None
     if arguments.json:
-        summary: dict[str, Any] = {"output": str(output), "parity": msgspec.to_builtins(manifest.parity)}
+        summary: dict[str, object] = {"output": str(output), "parity": msgspec.to_builtins(manifest.parity)}
         summary["agreement"] = msgspec.to_builtins(manifest.agreement)
         summary["remarks"] = checkpoint.remarks
         summary |= {} if models is None else {"triton": models}

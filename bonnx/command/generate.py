@@ -19,11 +19,11 @@ from rich.text import Text
 
 from bonnx.runtime.engine.engine import Engine, open_engine
 from bonnx.runtime.files.lines import read_prompts
-from bonnx.runtime.generate.options import DEFAULTS, GenerateOptions, option_help
+from bonnx.runtime.generate.options import DEFAULTS, SEARCH_OPTIONS, GenerateOptions, option_help
 from bonnx.runtime.generate.request import options_within
 from bonnx.runtime.generate.result import Candidate, Generation
 from bonnx.runtime.model import Model
-from bonnx.runtime.report import Search, show
+from bonnx.runtime.report import SearchRecord, show
 from bonnx.runtime.search import METHODS
 from bonnx.runtime.text.reader import Item
 
@@ -33,7 +33,7 @@ from .rank import parse_prompt
 
 __all__ = ["configure", "run"]
 
-# What `--json` says of a candidate.
+# The fields of a candidate with `--json`.
 _CANDIDATE = ("text", "tokens", "score", "finish_reason")
 
 
@@ -73,7 +73,7 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Generate and print."""
     prompts = _prompts(arguments)
-    options: dict[str, Any] = {name: getattr(arguments, name) for name in DEFAULTS}
+    options = cast(GenerateOptions, {name: getattr(arguments, name) for name in DEFAULTS})
     engine = open_engine(arguments.artifact, provider=arguments.provider, threads=arguments.threads)
     answer = _answerer(engine, options, arguments)
     bad = 0
@@ -92,21 +92,20 @@ def run(arguments: argparse.Namespace) -> int:
     return 1 if bad else 0
 
 
-def _answerer(engine: Engine, options: dict[str, Any], arguments: argparse.Namespace) -> Callable[[Item], None]:
-    """What answers a prompt and prints the answer; options that no prompt could do with are refused here."""
+def _answerer(engine: Engine, options: GenerateOptions, arguments: argparse.Namespace) -> Callable[[Item], None]:
+    """A function that prints the answer to a prompt; options that would fail for every prompt are refused now."""
     if arguments.method is not None or arguments.policy is not None:
-        what = _search_options(arguments, options)
-        return lambda prompt: _search(engine, prompt, what, arguments)
+        settings = _search_settings(arguments, options)
+        return lambda prompt: _search(engine, prompt, settings, arguments)
     for name in ("set", "answers", "vote", "save"):
         if getattr(arguments, name):
             raise InputError(f"--{name} belongs to --method or --policy")
-    given = cast("GenerateOptions", options)
-    options_within(engine, np.zeros(1, np.int64), given, engine.manifest.limits.max_tokens - 1)
+    options_within(engine, np.zeros(1, np.int64), options, engine.manifest.limits.max_tokens - 1)
     model = Model(engine, arguments.artifact)
 
     def answer(prompt: Item) -> None:
         if arguments.json:
-            print_json(_as_json(prompt, model.generate(prompt, deadline=arguments.deadline, **given)))
+            print_json(_as_json(prompt, model.generate(prompt, deadline=arguments.deadline, **options)))
         else:
             _show(model, prompt, options, arguments.deadline)
 
@@ -114,7 +113,7 @@ def _answerer(engine: Engine, options: dict[str, Any], arguments: argparse.Names
 
 
 def _tell(line: int, error: BonnxError, arguments: argparse.Namespace) -> None:
-    """Why a line of `--prompts` has no answer, in its place among the answers."""
+    """Print why a line of `--prompts` has no answer, in its place among the answers."""
     if arguments.json:
         print_json({"ok": False, "line": line, "error": type(error).__name__, "reason": str(error)})
     where = f"{arguments.prompts}, line {line}: "
@@ -130,27 +129,28 @@ def _prompts(arguments: argparse.Namespace) -> Iterator[tuple[int | None, Item |
     return iter(read_prompts(arguments.prompts, literal=arguments.text))
 
 
-def _search_options(arguments: argparse.Namespace, options: dict[str, Any]) -> dict[str, Any]:
+def _search_settings(arguments: argparse.Namespace, options: GenerateOptions) -> dict[str, Any]:
     """The arguments of `Model.search`."""
     if arguments.prune_every:
         raise InputError("--prune-every: with a method, pruning is one of its own: --method pruned --set every=12")
-    found: dict[str, Any] = {name: options[name] for name in options if name not in ("n", "prune_every", "prune_keep")}
-    found = {name: value for name, value in found.items() if value is not None}
+    settings: dict[str, object] = {
+        name: value for name, value in options.items() if name in SEARCH_OPTIONS and value is not None
+    }
     for setting in arguments.set:
         name, equals, value = setting.partition("=")
         if not equals:
             raise InputError(f"--set: expected NAME=VALUE, such as width=4; got {setting!r}")
-        found[name] = _value(value)
+        settings[name] = _value(value)
     if arguments.method is not None and arguments.policy is None:
-        found["method"] = arguments.method
+        settings["method"] = arguments.method
     elif arguments.method is not None:
         raise InputError("--method: a policy chooses the method; leave one of them out")
-    found |= {"budget": arguments.n, "policy": arguments.policy, "deadline": arguments.deadline}
-    return found | {"answers": arguments.answers, "vote": arguments.vote}
+    settings |= {"budget": arguments.n, "policy": arguments.policy, "deadline": arguments.deadline}
+    return settings | {"answers": arguments.answers, "vote": arguments.vote}
 
 
-def _value(text: str) -> Any:
-    """A number or truth if it is one, else the text."""
+def _value(text: str) -> float | bool | str:
+    """A number, true or false if it is one, else the text."""
     if text in ("true", "false"):
         return text == "true"
     for kind in (int, float):
@@ -161,40 +161,41 @@ def _value(text: str) -> Any:
     return text
 
 
-def _search(engine: Engine, prompt: Item, what: dict[str, Any], arguments: argparse.Namespace) -> None:
-    """Search, print, and keep it if that is asked for."""
-    result = Model(engine, arguments.artifact).search(prompt, **what)
-    found = result.to_record(prompt, engine.reader.pieces)
+def _search(engine: Engine, prompt: Item, settings: dict[str, Any], arguments: argparse.Namespace) -> None:
+    """Search, print, and save the search with --save."""
+    result = Model(engine, arguments.artifact).search(prompt, **settings)
+    record = result.to_record(prompt, engine.reader.pieces)
     if arguments.save:
         folder = Path(arguments.save)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with (folder / "searches.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(found, ensure_ascii=False, allow_nan=False) + "\n")
+                file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
         except OSError as e:
             raise InputError(f"--save: cannot write to {folder}: {e.strerror or e}") from e
     if arguments.json:
-        print_json({"best": _what(result.best), **found})
+        print_json({"best": _text_or_tokens(result.best), **record})
         return
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=10_000)
-    show(console, msgspec.convert(found, Search))
+    show(console, msgspec.convert(record, SearchRecord))
 
 
-def _as_json(prompt: Item, result: Generation) -> dict[str, Any]:
+def _as_json(prompt: Item, result: Generation) -> dict[str, object]:
     whole = result.to_dict()
     candidates = [{name: candidate[name] for name in _CANDIDATE} for candidate in whole["candidates"]]
-    chosen = {"best_index": result.best_index, "best": _what(result.best), "candidates": candidates}
+    chosen = {"best_index": result.best_index, "best": _text_or_tokens(result.best), "candidates": candidates}
     counts = {name: whole[name] for name in ("prompt_tokens", "computed_tokens")}
     return {"prompt": prompt, **chosen, **counts}
 
 
-def _what(candidate: Candidate) -> Any:
-    return candidate.tokens.tolist() if candidate.text is None else candidate.text
+def _text_or_tokens(candidate: Candidate) -> str | list[int]:
+    tokens: list[int] = candidate.tokens.tolist()
+    return tokens if candidate.text is None else candidate.text
 
 
-def _show(model: Model, prompt: Item, options: dict[str, Any], deadline: float | None) -> None:
+def _show(model: Model, prompt: Item, options: GenerateOptions, deadline: float | None) -> None:
     """The candidates as they grow, where there is a terminal to show it; then a table."""
     console = Console(highlight=False)
     title = Text(str(prompt).replace("\n", "\\n"))
@@ -231,7 +232,7 @@ def _table(title: Text, result: Generation, *, sort: bool) -> Table:
         candidate = result.candidates[i]
         best = i == result.best_index
         score = "-" if math.isnan(candidate.score) else f"{candidate.score:.5f}"
-        text = Text(str(_what(candidate)).replace("\n", "\\n"))
+        text = Text(str(_text_or_tokens(candidate)).replace("\n", "\\n"))
         row = ("*" if best else "", str(i), score, str(len(candidate.tokens)), candidate.finish_reason or "...", text)
         table.add_row(*row, style="bold green" if best else None)
     return table

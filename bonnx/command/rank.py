@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 from bonnx.runtime.artifact.manifest import AGGREGATIONS, VOTES
 from bonnx.runtime.files.lines import load_arrays, read_candidates
@@ -103,8 +104,8 @@ def parse_prompt(text: str, option: str, *, literal: bool) -> Item:
 def _prompt(arguments: argparse.Namespace) -> Item:
     text: str = arguments.prompt
     if text.endswith(".npy") and not arguments.text:
-        prompt: Item = load_arrays(Path(text))
-        return prompt
+        # The reader refuses a file that holds several arrays.
+        return cast(Item, load_arrays(Path(text)))
     return parse_prompt(text, "--prompt", literal=arguments.text)
 
 

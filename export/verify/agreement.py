@@ -16,6 +16,7 @@ import numpy as np
 from bonnx.errors import ExportError, InputError
 from bonnx.models.config import LanguageModelConfig, NetworkConfig
 from bonnx.models.network import LanguageModel, TwoHeadedNetwork
+from bonnx.runtime.arrays import Array
 from bonnx.runtime.artifact.manifest import Agreement, Manifest, Scoring
 from bonnx.runtime.engine.engine import Engine
 from bonnx.runtime.files.lines import in_line, load_arrays, read_values
@@ -63,7 +64,8 @@ def read_held_out(path: Path) -> list[HeldOut]:
     return questions
 
 
-def _arrays(arrays: dict[str, Any]) -> list[HeldOut]:
+def _arrays(loaded: Array | dict[str, Array]) -> list[HeldOut]:
+    arrays = loaded if isinstance(loaded, dict) else {}
     missing = [name for name in ("prompts", "candidates") if name not in arrays]
     if missing:
         raise InputError(f"expected an array '{missing[0]}'; got {', '.join(arrays) or 'none'}")

@@ -1,4 +1,4 @@
-"""The output while it grows, and the journal by which an interrupted run goes on."""
+"""The output while it grows, and the journal from which an interrupted run resumes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import os
 import shutil
 import time
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import msgspec
 
@@ -17,7 +17,7 @@ from bonnx.errors import BonnxError, InputError
 
 from ..artifact.decode_json import decode_json
 from .tables import join
-from .worker import Result
+from .worker import ChunkResult
 
 __all__ = ["Journal", "Output"]
 
@@ -25,19 +25,19 @@ _SECONDS = 1.0
 
 
 class Journal(msgspec.Struct, forbid_unknown_fields=True):
-    """What is done: everything before it is on the disk.
+    """How much is done, all of which is on the disk.
 
     Attributes:
-        identity: what makes the output what it is: another one cannot be gone on with.
-        chunks: how many.
-        rows: ranked.
-        bad: not ranked.
+        identity: everything that the output depends on: a run resumes only one of equal identity.
+        chunks: number of chunks that are done.
+        rows: number of rows that were ranked.
+        bad: number of rows that were not.
         output: bytes of the output, if it is JSON lines.
         errors: bytes of the errors.
-        done: nothing is left but to put the parts in their places.
+        done: every chunk is done, and the parts only have to be moved into place.
     """
 
-    identity: dict[str, Any]
+    identity: dict[str, object]
     chunks: int = 0
     rows: int = 0
     bad: int = 0
@@ -55,13 +55,13 @@ class Output:
     Args:
         path: of the output.
         identity: see `Journal`.
-        overwrite: begin anew, and replace an output that is there.
+        overwrite: start again, and replace an existing output.
 
     Raises:
-        InputError: the output exists, another run writes it, or what is there belongs to another run.
+        InputError: the output exists, another run is writing it, or its parts belong to another run.
     """
 
-    def __init__(self, path: Path, identity: dict[str, Any], *, overwrite: bool) -> None:
+    def __init__(self, path: Path, identity: dict[str, object], *, overwrite: bool) -> None:
         self.path, self._parquet = path, path.suffix == ".parquet"
         self._part, self._errors = (path.with_name(path.name + end) for end in (".part", ".errors.part"))
         self._progress = path.with_name(path.name + ".progress")
@@ -89,13 +89,13 @@ class Output:
         self.close()
 
     def close(self) -> None:
-        """Keep what is done, for the next start."""
+        """Keep what is done for the next start."""
         for file in (getattr(self, "_file", None), getattr(self, "_error_file", None), self._lock):
             if file is not None:
                 with contextlib.suppress(OSError):
                     file.close()
 
-    def add(self, result: Result) -> None:
+    def add(self, result: ChunkResult) -> None:
         """The next chunk's result.
 
         Raises:
@@ -121,7 +121,7 @@ class Output:
             ) from e
 
     def save(self) -> None:
-        """Everything on the disk, then the journal that says so."""
+        """Write everything to the disk, then the journal that says so."""
         if not self._parquet:
             _sync(self._file)
         else:
@@ -139,7 +139,7 @@ class Output:
         self._saved, self._due = self.journal.chunks, time.monotonic() + _SECONDS
 
     def finish(self) -> None:
-        """Everything is done: the parts become the output. Where that was interrupted it is done again.
+        """Make the parts the output, once every chunk is done. If that is interrupted, the next start repeats it.
 
         Raises:
             BonnxError: it cannot be written.
@@ -169,9 +169,9 @@ class Output:
             final.unlink(missing_ok=True)
         self._errors.unlink(missing_ok=True)
         _sync_folder(self.path.parent)
-        # Last: until here a start does all of this again.
+        # Last: until this is done, a start repeats all of the above.
         self._progress.unlink()
-        # Held still: whoever opened it before takes it only to see that it is not the file of this name any more.
+        # The lock is still held: a run that opened the file before finds that it is no longer the file of this name.
         self.path.with_name(self.path.name + ".lock").unlink(missing_ok=True)
 
     def _begin(self, overwrite: bool) -> None:
@@ -207,13 +207,14 @@ class Output:
         try:
             self.journal = decode_json(self._progress.read_bytes(), Journal)
         except msgspec.MsgspecError as e:
-            raise InputError(f"{self._progress} cannot be read: {e}; pass --overwrite to begin anew") from e
+            raise InputError(f"{self._progress} cannot be read: {e}; pass --overwrite to start again") from e
         old = self.journal.identity
         differs = [name for name in {**old, **identity} if old.get(name) != json.loads(json.dumps(identity.get(name)))]
         if differs:
-            what = "; ".join(f"{name} was {old.get(name)!r}, is {identity.get(name)!r}" for name in sorted(differs))
+            changes = "; ".join(f"{name} was {old.get(name)!r}, is {identity.get(name)!r}" for name in sorted(differs))
             raise InputError(
-                f"{self.path}: what is there was made otherwise ({what}); go on with the same, or pass --overwrite"
+                f"{self.path}: the parts that exist were made with other settings ({changes}); resume with the "
+                "same, or pass --overwrite"
             )
 
 
@@ -242,7 +243,7 @@ def _take(path: Path, output: Path) -> IO[bytes]:
         lock = path.open("ab")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The run that held it may have removed it after it was opened here: then the name is another's or nobody's.
+            # The run that held it may have removed it after it was opened here: and the name may be another file's now.
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(lock.fileno()), path.stat()):
                     return lock

@@ -1,35 +1,36 @@
-"""The same chunks on Ray Data: actors rank them, the driver writes what comes back in its order."""
+"""The same chunks on Ray Data: actors rank them, and the driver writes the results in order."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
-from typing import Any
 
+import numpy as np
 import ray
 import ray.data
+from numpy.typing import NDArray
 
 from bonnx.errors import BonnxError
 
 from .source import Chunk
-from .worker import Result, Task, Worker
+from .worker import ChunkResult, Task, Worker
 
 __all__ = ["on_ray"]
 
 
 class _Actor:
-    """Does one chunk after another; its model is loaded once."""
+    """Ranks one chunk after another; its model is loaded once."""
 
     def __init__(self, task: Task) -> None:
         self._worker = Worker(task)
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+    def __call__(self, batch: dict[str, NDArray[np.generic]]) -> dict[str, list[object]]:
         chunk = Chunk(**{name: column[0].item() for name, column in batch.items()})
         result = self._worker(chunk)
         return {name: [value] for name, value in asdict(result).items()}
 
 
-def on_ray(workers: int, cpus: int, gpus: float) -> Callable[[Task, Iterable[Chunk]], Iterator[Result]]:
+def on_ray(workers: int, cpus: int, gpus: float) -> Callable[[Task, Iterable[Chunk]], Iterator[ChunkResult]]:
     """Work for `run_batch` on a cluster that `ray.init` has joined.
 
     Args:
@@ -38,7 +39,7 @@ def on_ray(workers: int, cpus: int, gpus: float) -> Callable[[Task, Iterable[Chu
         gpus: of each.
     """
 
-    def work(task: Task, chunks: Iterable[Chunk]) -> Iterator[Result]:
+    def work(task: Task, chunks: Iterable[Chunk]) -> Iterator[ChunkResult]:
         listed = [asdict(chunk) for chunk in chunks]
         if not listed:
             return
@@ -53,13 +54,13 @@ def on_ray(workers: int, cpus: int, gpus: float) -> Callable[[Task, Iterable[Chu
             compute=ray.data.ActorPoolStrategy(size=workers),
             num_cpus=cpus,
             num_gpus=gpus or None,
-            # An actor that dies is started again, and what it had taken is done again: results are written once.
+            # An actor that dies is restarted and repeats its chunk: each result is written once.
             max_restarts=-1,
             max_task_retries=-1,
         )
         try:
             for row in ranked.iter_rows():
-                yield Result(**row)
+                yield ChunkResult(**row)
         except ray.exceptions.RayError as e:
             raise BonnxError(f"Ray cannot go on: {str(e).strip().splitlines()[-1]:.300}") from e
 

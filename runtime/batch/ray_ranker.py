@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
 from bonnx.errors import BonnxError
 
 from ..engine.engine import open_engine
-from ..rank.request import RankRequest, read_request
+from ..engine.session import Provider
+from ..rank.request import RankOptions, RankRequest, read_request
 from ..rank.result import Ranking
 from ..rank.run import rank_all
 from ..results import to_json
+from ..text.reader import Item
 from .worker import ADDED, added
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from typing_extensions import Unpack
 
 __all__ = ["Ranker"]
 
@@ -39,40 +45,39 @@ class Ranker:
         prompt: str = "prompt",
         candidates: str = "candidates",
         *,
-        provider: str = "auto",
+        provider: Provider = "auto",
         threads: int | None = 1,
-        **options: Any,
+        **options: Unpack[RankOptions],
     ) -> None:
         self._prompt, self._candidates, self._options = prompt, candidates, options
-        self._engine = open_engine(artifact, provider=provider, threads=threads)  # type: ignore[arg-type]
+        self._engine = open_engine(artifact, provider=provider, threads=threads)
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+    def __call__(self, batch: dict[str, NDArray[np.object_]]) -> dict[str, object]:
         """The batch with `best_index`, `best`, `candidate_scores`, `margin` and `reason`.
 
         A row that cannot be ranked gets a `reason`, and null for the others: it does not end the dataset.
         """
-        candidates = [[] if own is None else [_plain(item) for item in own] for own in batch[self._candidates]]
-        jobs: list[RankRequest | Exception] = []
-        for prompt, own in zip(batch[self._prompt], candidates, strict=True):
+        lists = [[] if items is None else [_plain(item) for item in items] for items in batch[self._candidates]]
+        requests: list[RankRequest | Exception] = []
+        for prompt, candidates in zip(batch[self._prompt], lists, strict=True):
             try:
-                jobs.append(read_request(self._engine, _plain(prompt), own, **self._options))
+                requests.append(read_request(self._engine, _plain(prompt), candidates, **self._options))
             except (BonnxError, TypeError, ValueError, OverflowError) as e:
-                jobs.append(e)
-        rankings = iter(rank_all(self._engine, [job for job in jobs if isinstance(job, RankRequest)]))
-        columns: dict[str, Any] = {name: [] for name in (*ADDED, "reason")}
-        for own, job in zip(candidates, jobs, strict=True):
-            found = next(rankings) if isinstance(job, RankRequest) else job
-            row: dict[str, Any] = {"reason": str(found)}
-            if isinstance(found, Ranking):
-                best = own[found.best_index]
-                row = added(found, to_json(best), ADDED)
+                requests.append(e)
+        outcomes = iter(rank_all(self._engine, [each for each in requests if isinstance(each, RankRequest)]))
+        columns: dict[str, list[object]] = {name: [] for name in (*ADDED, "reason")}
+        for candidates, request in zip(lists, requests, strict=True):
+            outcome = next(outcomes) if isinstance(request, RankRequest) else request
+            row: dict[str, object] = {"reason": str(outcome)}
+            if isinstance(outcome, Ranking):
+                row = added(outcome, to_json(candidates[outcome.best_index]), ADDED)
             for name, column in columns.items():
                 column.append(row.get(name))
-        return batch | columns
+        return {**batch, **columns}
 
 
-def _plain(value: Any) -> Any:
-    """Arrow gives lists as arrays, and lists of lists as arrays of arrays."""
+def _plain(value: object) -> Item:
+    """An item of a column: Arrow gives lists as arrays, and lists of lists as arrays of arrays."""
     if isinstance(value, np.ndarray) and value.dtype == object:
-        return [_plain(item) for item in value]
-    return str(value) if isinstance(value, np.str_) else value
+        return cast(Item, [_plain(item) for item in value])
+    return cast(Item, str(value) if isinstance(value, np.str_) else value)

@@ -1,4 +1,4 @@
-"""The loop: chunks are read, ranked and written in their order, and an interrupted run goes on."""
+"""The loop: chunks are read, ranked and written in order, and an interrupted run resumes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -21,9 +20,10 @@ from bonnx.errors import InputError
 from ..artifact.folder import read_manifest
 from ..engine.providers import installed_flavours
 from ..files.lines import opened
+from ..rank.request import RankRequest
 from .output import Output
-from .source import Chunk
-from .worker import Result, Task, Worker
+from .source import Chunk, Part
+from .worker import ChunkResult, Task, Worker
 
 __all__ = ["Summary", "here", "identify", "run_batch"]
 
@@ -36,10 +36,10 @@ class Summary:
     """What a run did.
 
     Attributes:
-        rows: ranked, by all starts together.
-        bad: in the file of errors.
-        seconds: of this start.
-        resumed_at: chunks that were done before.
+        rows: number of rows that were ranked, since the first start.
+        bad: number of rows in the file of errors.
+        seconds: duration since this start.
+        resumed_at: number of chunks that were done before.
     """
 
     rows: int
@@ -51,7 +51,7 @@ class Summary:
 def run_batch(
     task: Task,
     output: Path,
-    work: Callable[[Task, Iterable[Chunk]], Iterator[Result]],
+    work: Callable[[Task, Iterable[Chunk]], Iterator[ChunkResult]],
     *,
     rows: int = 256,
     strict: bool = False,
@@ -62,10 +62,10 @@ def run_batch(
     Args:
         task: what to do with each row.
         output: file to write; its kind is that of the input.
-        work: does chunks and gives their results in their order: `here`, or on Ray.
-        rows: of a chunk.
+        work: ranks chunks and yields their results in order: `here`, or `on_ray`.
+        rows: number of rows in a chunk.
         strict: stop at the first bad row.
-        overwrite: begin anew.
+        overwrite: start again.
 
     Raises:
         InputError: something cannot be read or written as asked, or with `strict` a bad row.
@@ -98,11 +98,11 @@ def run_batch(
         return Summary(out.journal.rows, out.journal.bad, time.monotonic() - start, done)
 
 
-def here(task: Task, chunks: Iterable[Chunk]) -> Iterator[Result]:
-    """Do chunks in this process; the next one is read and tokenized while one is ranked."""
+def here(task: Task, chunks: Iterable[Chunk]) -> Iterator[ChunkResult]:
+    """Rank chunks in this process; the next one is read and tokenized while one is ranked."""
     worker = Worker(task)
     with ThreadPoolExecutor(1, "bonnx-read") as pool:
-        ahead: Future[Any] | None = None
+        ahead: Future[tuple[Chunk, Part, list[RankRequest | str]]] | None = None
         for chunk in chunks:
             following = pool.submit(worker.read, chunk)
             if ahead is not None:
@@ -112,8 +112,8 @@ def here(task: Task, chunks: Iterable[Chunk]) -> Iterator[Result]:
             yield worker.rank(*ahead.result())
 
 
-def identify(task: Task, rows: int) -> dict[str, Any]:
-    """What makes the output what it is.
+def identify(task: Task, rows: int) -> dict[str, object]:
+    """Everything that the output depends on.
 
     Raises:
         ArtifactError: the artifact cannot be read.
@@ -136,20 +136,20 @@ def identify(task: Task, rows: int) -> dict[str, Any]:
 
 
 def _state(task: Task) -> tuple[int, int, int]:
-    """What changes when somebody writes to the input during a run; between runs its hash tells."""
+    """Values that change when the input is written during a run; between runs its hash shows it."""
     try:
-        found = Path(task.source).stat()
+        status = Path(task.source).stat()
     except OSError as e:
         raise InputError(f"{task.source}: cannot be read any more: {e.strerror or e}") from e
-    return found.st_ino, found.st_size, found.st_mtime_ns
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 class _Watch:
-    """Says how far a run is: a bar on a terminal, else a line every ten seconds."""
+    """Shows the progress of a run: a bar on a terminal, else a line every ten seconds."""
 
     def __init__(self, name: str, out: Output) -> None:
         self._out, self._before = out, out.journal.rows + out.journal.bad
-        self._start = self._said = time.monotonic()
+        self._start = self._told = time.monotonic()
         console = Console(stderr=True)
         self._bar: Progress | None = None
         if console.is_terminal:
@@ -167,13 +167,13 @@ class _Watch:
             self._bar.stop()
 
     def tell(self, share: float) -> None:
-        """So much of the input is done."""
+        """Show that this share of the input is done."""
         journal, now = self._out.journal, time.monotonic()
         rate = (journal.rows + journal.bad - self._before) / max(1e-9, now - self._start)
-        said = f"{journal.rows:,} rows, {journal.bad:,} bad, {rate:,.0f} rows/s"
+        progress = f"{journal.rows:,} rows, {journal.bad:,} bad, {rate:,.0f} rows/s"
         if self._bar is not None:
-            self._bar.update(self._task, completed=share, rate=said)
-        elif now - self._said > _QUIET_SECONDS:
-            self._said = now
+            self._bar.update(self._task, completed=share, rate=progress)
+        elif now - self._told > _QUIET_SECONDS:
+            self._told = now
             left = (now - self._start) * (1 - share) / max(share, 1e-9)
-            print(f"{100 * share:.1f}%: {said}, about {left:.0f} s left", file=sys.stderr, flush=True)
+            print(f"{100 * share:.1f}%: {progress}, about {left:.0f} s left", file=sys.stderr, flush=True)

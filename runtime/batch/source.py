@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from bonnx.errors import InputError
 
@@ -16,12 +16,15 @@ from ..files.lines import check_mark, decode, opened
 from ..files.strict_json import parse_json
 from ..files.values import name_of
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 __all__ = ["Chunk", "JsonLines", "Part", "Row", "Source"]
 
-# A chunk ends after so many bytes, however few its rows: it is held in memory.
+# A chunk ends after this many bytes, however few its rows: it is held in memory.
 _CHUNK_BYTES = 8 * 2**20
 _BLOCK = 2**20
-# What JSON takes for space; anything else between values is an error.
+# White space of JSON; anything else between values is an error.
 _SPACE = b" \t\r\n"
 
 
@@ -34,7 +37,7 @@ class Chunk:
         first: line number of its first row, from 1; of Parquet the row's number.
         group: row group, of Parquet.
         start: byte offset, or offset in the row group.
-        stop: behind its end, likewise.
+        stop: the same of its end.
         done: share of the input that is done with it, 0 to 1.
     """
 
@@ -48,7 +51,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Row:
-    """One row, or the reason why it is none.
+    """One row, or the reason why it cannot be read.
 
     Attributes:
         line: number of its line, or of its row, from 1.
@@ -58,7 +61,7 @@ class Row:
     """
 
     line: int
-    values: dict[str, Any] | None
+    values: dict[str, object] | None
     reason: str | None = None
     text: bytes = b""
 
@@ -68,14 +71,14 @@ class Part:
     """What a chunk holds: rows, and of Parquet the same as an Arrow table with every column."""
 
     rows: list[Row]
-    table: Any = None
+    table: pa.Table | None = None
 
 
 class Source(Protocol):
     """An input file."""
 
     def chunks(self, rows: int) -> Iterator[Chunk]:
-        """All of it, at most so many rows each."""
+        """All chunks, of at most this many rows each."""
         ...
 
     def read(self, chunk: Chunk) -> Part:

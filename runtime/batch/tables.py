@@ -7,11 +7,15 @@ import io
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 from bonnx.errors import InputError
 
 from .source import Chunk, Part, Row
+
+if TYPE_CHECKING:
+    import pyarrow as arrow
 
 __all__ = ["Parquet", "join"]
 
@@ -33,11 +37,11 @@ class Parquet:
         pa, parquet = _pyarrow()
         self._path, self._columns, self._new = path, [*dict.fromkeys(columns)], new
         try:
-            self._file: Any = parquet.ParquetFile(path)
+            self._file = parquet.ParquetFile(path)
         except (OSError, pa.ArrowException) as e:
             raise InputError(f"{path}: cannot be read as Parquet: {e}") from e
-        self.schema: Any = self._file.schema_arrow
-        self._held: tuple[int, Any] = (-1, None)
+        self.schema: arrow.Schema = self._file.schema_arrow
+        self._held: tuple[int, arrow.Table | None] = (-1, None)
         self._check_names()
         kind = self.schema.field(best).type
         floats = pa.list_(pa.float32())
@@ -73,8 +77,8 @@ class Parquet:
             rows = [_row(needed, i, chunk.first + i) for i in range(len(needed))]
         return Part(rows, table)
 
-    def write(self, table: Any, places: Sequence[int], added: Sequence[Mapping[str, Any]]) -> bytes:
-        """The rows at these places, in rising order, with what each gets, as a Parquet file.
+    def write(self, table: arrow.Table, places: Sequence[int], added: Sequence[Mapping[str, object]]) -> bytes:
+        """The rows at these places, in rising order, with the new columns, as a Parquet file.
 
         Raises:
             InputError: pyarrow cannot write a column of such a type.
@@ -106,24 +110,26 @@ class Parquet:
         if clash:
             raise InputError(f"{self._path}: it has a column '{clash[0]}' already; rename it")
 
-    def _table(self, chunk: Chunk) -> Any:
+    def _table(self, chunk: Chunk) -> arrow.Table:
         """The chunk's rows, every column."""
         pa, _ = _pyarrow()
         if chunk.group < 0:
             return self.schema.empty_table()
-        if self._held[0] != chunk.group:
+        held, table = self._held
+        if held != chunk.group or table is None:
             try:
-                self._held = (chunk.group, self._file.read_row_group(chunk.group))
+                table = self._file.read_row_group(chunk.group)
             except (OSError, pa.ArrowException) as e:
                 raise InputError(f"{self._path}: row group {chunk.group} cannot be read: {e}") from e
-        return self._held[1].slice(chunk.start, chunk.stop - chunk.start)
+            self._held = (chunk.group, table)
+        return table.slice(chunk.start, chunk.stop - chunk.start)
 
 
 def join(parts: Sequence[Path], path: Path) -> None:
     """One Parquet file of many, a part at a time; on the disk when this returns."""
     _, parquet = _pyarrow()
     with contextlib.ExitStack() as stack:
-        writer: Any = None
+        writer = None
         for part in parts:
             # Not `read_table`, which would add columns by the names of folders and refuse two of one name.
             table = stack.enter_context(parquet.ParquetFile(part)).read()
@@ -134,7 +140,7 @@ def join(parts: Sequence[Path], path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _pick(table: Any, places: Sequence[int]) -> Any:
+def _pick(table: arrow.Table, places: Sequence[int]) -> arrow.Table:
     """The rows at these places. `Table.take` cannot take every type that a file can hold; slices can."""
     pa, _ = _pyarrow()
     runs: list[list[int]] = []
@@ -146,14 +152,14 @@ def _pick(table: Any, places: Sequence[int]) -> Any:
     return pa.concat_tables([table.slice(start, stop - start) for start, stop in runs] or [table.slice(0, 0)])
 
 
-def _row(table: Any, place: int, line: int) -> Row:
+def _row(table: arrow.Table, place: int, line: int) -> Row:
     try:
         return Row(line, table.slice(place, 1).to_pylist()[0])
     except Exception as e:
         return Row(line, None, f"it cannot be read: {type(e).__name__}: {e}")
 
 
-def _pyarrow() -> tuple[Any, Any]:
+def _pyarrow() -> tuple[ModuleType, ModuleType]:
     """pyarrow and its Parquet.
 
     Raises:

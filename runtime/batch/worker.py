@@ -1,4 +1,4 @@
-"""A chunk of rows becomes a chunk of output: the same bytes whenever and wherever it is done."""
+"""A chunk of rows becomes a chunk of output: the same bytes at any time and in any process."""
 
 from __future__ import annotations
 
@@ -6,23 +6,27 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TypeVar, cast
 
 from bonnx.errors import BonnxError, InputError
 
 from ..checks import ArgumentNames
 from ..engine.engine import Engine, open_engine
+from ..engine.session import Provider
 from ..files.values import name_of, to_candidate, to_item
-from ..rank.request import RankRequest, read_request
+from ..rank.request import RankOptions, RankRequest, read_request
 from ..rank.result import Ranking
 from ..rank.run import rank_all
 from ..results import to_json
+from ..selection.vote import Answers
 from .source import Chunk, JsonLines, Part, Row, Source
 from .tables import Parquet
 
-__all__ = ["ADDED", "Result", "Task", "Worker", "added"]
+T = TypeVar("T")
 
-# What a row gets, and with `--token-scores` also `scores`.
+__all__ = ["ADDED", "ChunkResult", "Task", "Worker", "added"]
+
+# The fields that a row gets; with `--token-scores` also `scores`.
 ADDED = ("best_index", "best", "candidate_scores", "margin")
 
 
@@ -49,9 +53,9 @@ class Task:
     candidates: str = "candidates"
     answers: str | None = None
     token_scores: bool = False
-    options: dict[str, Any] = field(default_factory=dict)
+    options: RankOptions = field(default_factory=RankOptions)
     max_line: int = 16 * 2**20
-    provider: str = "auto"
+    provider: Provider = "auto"
     threads: int | None = None
 
     def open(self) -> Source:
@@ -81,8 +85,8 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Result:
-    """What became of a chunk.
+class ChunkResult:
+    """The outcome of a chunk.
 
     Attributes:
         number: the chunk's.
@@ -100,60 +104,60 @@ class Result:
 
 
 class Worker:
-    """Does chunks, one after another, with an engine of its own."""
+    """Ranks chunks, one after another, with an engine of its own."""
 
     def __init__(self, task: Task, engine: Engine | None = None) -> None:
         self.task, self._source = task, task.open()
-        self._engine = engine or open_engine(task.artifact, provider=task.provider, threads=task.threads)  # type: ignore[arg-type]
+        self._engine = engine or open_engine(task.artifact, provider=task.provider, threads=task.threads)
 
     def read(self, chunk: Chunk) -> tuple[Chunk, Part, list[RankRequest | str]]:
         """The chunk's rows, and for each what is to be ranked, or why it cannot be."""
         part = self._source.read(chunk)
-        return chunk, part, [self._job(row) for row in part.rows]
+        return chunk, part, [self._request(row) for row in part.rows]
 
-    def rank(self, chunk: Chunk, part: Part, jobs: Sequence[RankRequest | str]) -> Result:
+    def rank(self, chunk: Chunk, part: Part, requests: Sequence[RankRequest | str]) -> ChunkResult:
         """Rank what was read."""
-        rankings = iter(self._ranked([job for job in jobs if isinstance(job, RankRequest)]))
-        errors, rows, places, columns = [], [], [], []
-        for i, (row, job) in enumerate(zip(part.rows, jobs, strict=True)):
-            found = next(rankings) if isinstance(job, RankRequest) else job
-            if isinstance(found, Ranking):
+        outcomes = iter(self._rank_all([request for request in requests if isinstance(request, RankRequest)]))
+        errors, rows, places, new_fields = [], [], [], []
+        for i, (row, request) in enumerate(zip(part.rows, requests, strict=True)):
+            outcome = next(outcomes) if isinstance(request, RankRequest) else request
+            if isinstance(outcome, Ranking):
                 assert row.values is not None
                 rows.append(row)
                 places.append(i)
-                own = row.values[self.task.candidates][found.best_index]
-                columns.append(added(found, own, self.task.names))
+                best = _listed(row.values[self.task.candidates], self.task.candidates)[outcome.best_index]
+                new_fields.append(added(outcome, best, self.task.names))
             else:
-                errors.append(_line({"line": row.line, "reason": str(found)}))
+                errors.append(_line({"line": row.line, "reason": str(outcome)}))
         if isinstance(self._source, Parquet):
-            output = self._source.write(part.table, places, columns)
+            output = self._source.write(part.table, places, new_fields)
         else:
-            output = b"".join(_joined(row.text, found) for row, found in zip(rows, columns, strict=True))
-        return Result(chunk.number, len(places), len(errors), output, b"".join(errors))
+            output = b"".join(_joined(row.text, fields) for row, fields in zip(rows, new_fields, strict=True))
+        return ChunkResult(chunk.number, len(places), len(errors), output, b"".join(errors))
 
-    def __call__(self, chunk: Chunk) -> Result:
+    def __call__(self, chunk: Chunk) -> ChunkResult:
         return self.rank(*self.read(chunk))
 
-    def _ranked(self, jobs: Sequence[RankRequest]) -> list[Ranking | Exception]:
-        """What became of each; where a joint run fails each runs alone, so that one job cannot end the others."""
+    def _rank_all(self, requests: Sequence[RankRequest]) -> list[Ranking | Exception]:
+        """The outcome of each; where a joint run fails each runs alone, so that one request cannot end the others."""
         try:
-            return [*rank_all(self._engine, jobs)]
+            return [*rank_all(self._engine, requests)]
         except BonnxError:
-            # The artifact or the machine, and no row: what is left is done at the next start.
+            # The artifact or the machine failed, not a row: the next start does the rest.
             raise
         except Exception as failure:  # ONNX Runtime raises bare subclasses of Exception of its own
-            found = [self._alone(job) for job in jobs]
-            if len(jobs) > 1 and not any(isinstance(ranking, Ranking) for ranking in found):
+            outcomes = [self._rank_alone(request) for request in requests]
+            if len(requests) > 1 and not any(isinstance(outcome, Ranking) for outcome in outcomes):
                 raise BonnxError(f"ONNX Runtime cannot go on: {failure}; nothing is lost: start again") from failure
-            return found
+            return outcomes
 
-    def _alone(self, job: RankRequest) -> Ranking | Exception:
+    def _rank_alone(self, request: RankRequest) -> Ranking | Exception:
         try:
-            return rank_all(self._engine, [job])[0]
+            return rank_all(self._engine, [request])[0]
         except Exception as e:
             return BonnxError(f"ONNX Runtime cannot rank it: {e}")
 
-    def _job(self, row: Row) -> RankRequest | str:
+    def _request(self, row: Row) -> RankRequest | str:
         if row.values is None:
             return row.reason or "it cannot be read"
         try:
@@ -163,7 +167,7 @@ class Worker:
         except Exception as e:  # no row may end a run, whatever a template or a tokenizer makes of it
             return f"it cannot be read: {type(e).__name__}: {e}"
 
-    def _checked(self, values: dict[str, Any]) -> RankRequest:
+    def _checked(self, values: dict[str, object]) -> RankRequest:
         """What is to be ranked.
 
         Raises:
@@ -183,9 +187,9 @@ class Worker:
         clash = [name for name in task.names if name in values]
         if clash:
             raise InputError(f"it has a field '{clash[0]}' already; rename it")
-        options = dict(task.options)
+        options = task.options.copy()
         if task.answers is not None:
-            options["answers"] = _listed(values[task.answers], task.answers)
+            options["answers"] = cast(Answers, _listed(values[task.answers], task.answers))
         candidates = [
             _named(to_candidate, candidate, f"'{task.candidates}', element {i}")
             for i, candidate in enumerate(_listed(values[task.candidates], task.candidates))
@@ -195,42 +199,42 @@ class Worker:
         return read_request(self._engine, prompt, candidates, **options, names=names)
 
 
-def added(ranking: Ranking, best: Any, names: Sequence[str]) -> dict[str, Any]:
-    """What a row gets, as JSON has it: null for NaN. `best` is the row's own candidate that won."""
-    found = {
+def added(ranking: Ranking, best: object, names: Sequence[str]) -> dict[str, object]:
+    """The new fields of a row, as JSON has them: null for NaN. `best` is the candidate of the row that won."""
+    fields = {
         "best_index": ranking.best_index,
         "best": best,
         "candidate_scores": to_json(ranking.candidate_scores),
         "margin": to_json(ranking.margin),
         "scores": to_json(ranking.scores) if "scores" in names else None,
     }
-    return {name: found[name] for name in names}
+    return {name: fields[name] for name in names}
 
 
-def _listed(value: Any, name: str) -> list[Any]:
+def _listed(value: object, name: str) -> list[object]:
     if isinstance(value, list):
         return value
     got = f"{name_of(value)} that holds JSON: parse it first" if _holds_list(value) else name_of(value)
     raise InputError(f"'{name}': expected a list, with an element for each candidate; got {got}")
 
 
-def _holds_list(value: Any) -> bool:
+def _holds_list(value: object) -> bool:
     return isinstance(value, str) and value.lstrip().startswith("[")
 
 
-def _named(read: Callable[[Any], Any], value: Any, name: str) -> Any:
+def _named(read: Callable[[object], T], value: object, name: str) -> T:
     try:
         return read(value)
     except InputError as e:
         raise InputError(f"{name}: {e}") from e
 
 
-def _joined(text: bytes, found: dict[str, Any]) -> bytes:
-    """A row as it stands in its file, so that every digit of its fields stays, with what it gets at its end."""
-    return text[:-1].rstrip() + b", " + _line(found)[1:]
+def _joined(text: bytes, fields: dict[str, object]) -> bytes:
+    """A row as it stands in its file, so that every digit of its fields stays, with new fields at its end."""
+    return text[:-1].rstrip() + b", " + _line(fields)[1:]
 
 
-def _line(value: dict[str, Any]) -> bytes:
+def _line(value: dict[str, object]) -> bytes:
     try:
         return json.dumps(value, ensure_ascii=False, allow_nan=False).encode() + b"\n"
     except UnicodeEncodeError:

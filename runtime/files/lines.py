@@ -12,12 +12,13 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 
 from bonnx.errors import InputError
 
+from ..arrays import Array
 from ..text.reader import Item
 from .strict_json import DECODER, json_error, parse_json
 from .values import AS_TEXT, name_of, to_candidate, to_prompt, to_value
@@ -109,7 +110,7 @@ def decode(line: bytes) -> str:
     return text
 
 
-def read_values(name: str | Path, *, literal: bool = False) -> Iterator[tuple[int, Any]]:
+def read_values(name: str | Path, *, literal: bool = False) -> Iterator[tuple[int, object]]:
     """What each line of a file holds, a value of JSON or text, with the line's number. Blank lines are skipped.
 
     Args:
@@ -164,14 +165,14 @@ def read_candidates(name: str | Path, *, literal: bool = False) -> list[Item]:
             texts.append(decode(line))
     if not literal and _is_document(texts):
         return _document("\n".join(texts), name)
-    found = []
+    candidates = []
     for number, text in enumerate(texts, 1):
         with in_line(name, number):
-            found.append(to_candidate(to_value(text, literal=literal)))
-    return found
+            candidates.append(to_candidate(to_value(text, literal=literal)))
+    return candidates
 
 
-def load_arrays(path: Path) -> Any:
+def load_arrays(path: Path) -> Array | dict[str, Array]:
     """An array (.npy), or a mapping from names to arrays (.npz).
 
     Raises:
@@ -179,11 +180,11 @@ def load_arrays(path: Path) -> Any:
     """
     try:
         with path.open("rb") as file:
-            loaded = np.load(file, allow_pickle=False)
+            loaded: Array | np.lib.npyio.NpzFile = np.load(file, allow_pickle=False)
             if not isinstance(loaded, np.lib.npyio.NpzFile):
                 return loaded
             return {name: loaded[name] for name in loaded.files}
-    except Exception as e:  # numpy and the modules beneath it raise errors of many kinds for what is no file of theirs
+    except Exception as e:  # NumPy and the modules below it raise many kinds of errors for a file of another format
         raise InputError(f"cannot read {path} as numpy arrays: {e}") from e
 
 
@@ -209,9 +210,9 @@ def _document(text: str, name: str | Path) -> list[Item]:
         with in_line(name, e.lineno):
             raise InputError(f"not JSON: {json_error(e)}; {AS_TEXT}") from e
     except (ValueError, RecursionError):
-        # What the decoder says without a place is said below, of the element.
+        # An error without a place is raised again below, for its element.
         pass
-    found: list[Item] = []
+    candidates: list[Item] = []
     at = _after_space(text, _after_space(text, 0) + 1)
     while not text.startswith("]", at):
         with in_line(name, text.count("\n", 0, at) + 1):
@@ -221,14 +222,14 @@ def _document(text: str, name: str | Path) -> list[Item]:
                 raise InputError(f"not JSON that can be read: {json_error(e)}") from e
             if isinstance(value, int | float | bool | None):
                 raise InputError(
-                    f"expected a JSON list of candidates; its element {len(found)} is {name_of(value)} (the token ids "
-                    "of a single candidate are [[1, 2, 3]])"
+                    f"expected a JSON list of candidates; its element {len(candidates)} is {name_of(value)} (the token "
+                    "ids of a single candidate are [[1, 2, 3]])"
                 )
-            found.append(to_candidate(value))
+            candidates.append(to_candidate(value))
         at = _after_space(text, at)
         if text.startswith(",", at):
             at = _after_space(text, at + 1)
-    return found
+    return candidates
 
 
 def _after_space(text: str, at: int) -> int:

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from bonnx.errors import InputError
 
 __all__ = ["DECODER", "json_error", "parse_json"]
 
 
-def parse_json(text: str) -> Any:
+def parse_json(text: str) -> object:
     """The value that a text holds as JSON.
 
     Raises:
@@ -37,8 +37,8 @@ def json_error(error: Exception) -> str:
     return "a number of thousands of digits" if "int_max_str_digits" in str(error) else str(error)
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value: dict[str, Any] = {}
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    value: dict[str, object] = {}
     for name, item in pairs:
         if name in value:
             raise ValueError(f"an object has {name!r:.80} twice; expected it once")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,7 +39,7 @@ _NAMES = {
 }
 
 
-def to_value(text: str, *, literal: bool = False) -> Any:
+def to_value(text: str, *, literal: bool = False) -> object:
     """What a line holds: a value if it begins as JSON does, else text.
 
     Args:
@@ -57,27 +57,25 @@ def to_value(text: str, *, literal: bool = False) -> Any:
         raise InputError(f"{e}; {AS_TEXT}") from e
 
 
-def to_prompt(value: Any) -> Item:
+def to_prompt(value: object) -> Item:
     """A prompt, or an object with it as its `prompt` or `text`.
 
     Raises:
         InputError: it is no prompt.
     """
-    item: Item = to_item(_only(value, ("prompt", "text")) if isinstance(value, dict) else value)
-    return item
+    return to_item(_only(value, ("prompt", "text")) if isinstance(value, dict) else value)
 
 
-def to_candidate(value: Any) -> Item:
+def to_candidate(value: object) -> Item:
     """A candidate, or an object with it as its `text`.
 
     Raises:
         InputError: it is no candidate.
     """
-    item: Item = to_item(_only(value, ("text",)) if isinstance(value, dict) else value)
-    return item
+    return to_item(_only(value, ("text",)) if isinstance(value, dict) else value)
 
 
-def to_item(value: Any) -> Any:
+def to_item(value: object) -> Item:
     """A value of JSON or of a table's row as `rank` takes it; lists of lists of numbers become embeddings.
 
     Raises:
@@ -90,7 +88,7 @@ def to_item(value: Any) -> Any:
         kinds = {*map(type, value)}
         # True is no token, though Python counts it among the whole numbers.
         if not kinds or kinds in ({int}, {str}, {dict}):
-            return value
+            return cast(Item, value)
         if kinds == {list}:
             return to_embeddings(value)
         got = f"a list of {' and of '.join(sorted({name_of(part) for part in value}))}"
@@ -121,16 +119,16 @@ def to_embeddings(rows: Sequence[Sequence[float]]) -> NDArray[np.float32]:
         raise InputError("a number is out of range for float32 embeddings") from e
 
 
-def _only(value: dict[str, Any], names: Sequence[str]) -> Any:
+def _only(value: dict[str, object], names: Sequence[str]) -> object:
     """The one of these fields that an object has."""
-    there = [name for name in names if name in value]
-    if len(there) != 1:
-        has = "both" if there else ", ".join(f"'{name:.40}'" for name in [*value][:8]) or "none"
+    present = [name for name in names if name in value]
+    if len(present) != 1:
+        has = "both" if present else ", ".join(f"'{name:.40}'" for name in [*value][:8]) or "none"
         wanted = " or ".join(f"'{name}'" for name in names)
         raise InputError(f"expected an object with {wanted}; it has {has}")
-    return value[there[0]]
+    return value[present[0]]
 
 
-def name_of(value: Any) -> str:
+def name_of(value: object) -> str:
     """What a value is called in a message."""
     return _NAMES.get(type(value), type(value).__name__)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import io
 import re
-from typing import Any
+from typing import TYPE_CHECKING
 
 from bonnx.errors import InputError
 
-from .read import Figure
+from .read import Figure, Series
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 __all__ = ["picture", "plot"]
 
@@ -47,7 +50,7 @@ def picture(figure: Figure) -> str:
     return re.sub(r'<svg ([^>]*?)width="[^"]*" height="[^"]*"|<svg height="[^"]*" ', _scalable, svg, count=1)
 
 
-def plot(axes: Any, figure: Figure) -> None:
+def plot(axes: Axes, figure: Figure) -> None:
     """Draw a figure into axes of matplotlib, without its legend."""
     (_bars if figure.x_scale == "category" else _lines)(axes, figure)
     axes.set_xlabel(figure.x_label)
@@ -61,17 +64,22 @@ def _scalable(match: re.Match[str]) -> str:
     return f'<svg role="img" {match[1] or ""}'
 
 
-def _lines(axes: Any, figure: Figure) -> None:
+def _intervals(series: Series) -> tuple[list[float], list[float]] | None:
+    """The lower and upper bounds of all points; None if one is missing."""
+    lows = [point.low for point in series.points if point.low is not None]
+    highs = [point.high for point in series.points if point.high is not None]
+    return (lows, highs) if len(lows) == len(highs) == len(series.points) else None
+
+
+def _lines(axes: Axes, figure: Figure) -> None:
     xs = sorted({point.x for series in figure.series for point in series.points}, key=float)
     for i, series in enumerate(figure.series):
         x, y = [p.x for p in series.points], [p.y for p in series.points]
-        colour = _COLOURS[i % len(_COLOURS)]
-        style = {"color": colour, "marker": _MARKERS[i % len(_MARKERS)], "linestyle": _DASHES[i % len(_DASHES)]}
-        axes.plot(x, y, label=series.name, markersize=5, **style)
-        if all(p.low is not None and p.high is not None for p in series.points):
-            axes.fill_between(
-                x, [p.low for p in series.points], [p.high for p in series.points], color=colour, alpha=0.1
-            )
+        colour, marker, dash = _COLOURS[i % len(_COLOURS)], _MARKERS[i % len(_MARKERS)], _DASHES[i % len(_DASHES)]
+        axes.plot(x, y, label=series.name, markersize=5, color=colour, marker=marker, linestyle=dash)
+        bounds = _intervals(series)
+        if bounds is not None:
+            axes.fill_between(x, *bounds, color=colour, alpha=0.1)
     if figure.x_scale == "log2":
         axes.set_xscale("log", base=2)
         if len(xs) <= 6:
@@ -82,15 +90,27 @@ def _lines(axes: Any, figure: Figure) -> None:
             axes.xaxis.set_major_formatter(StrMethodFormatter("{x:.0f}"))
 
 
-def _bars(axes: Any, figure: Figure) -> None:
+def _bars(axes: Axes, figure: Figure) -> None:
     names = list(dict.fromkeys(str(point.x) for series in figure.series for point in series.points))
     width = 0.84 / len(figure.series)
     hatches = ("", "//", "..", "xx", "\\\\", "--", "++")
     for i, series in enumerate(figure.series):
         places = [names.index(str(p.x)) + (i - (len(figure.series) - 1) / 2) * width for p in series.points]
         y = [p.y for p in series.points]
-        known = all(p.low is not None and p.high is not None for p in series.points)
-        spread = [[p.y - (p.low or 0) for p in series.points], [(p.high or 0) - p.y for p in series.points]]
-        style = {"color": _COLOURS[i % len(_COLOURS)], "hatch": hatches[i % len(hatches)], "edgecolor": "white"}
-        axes.bar(places, y, width, yerr=spread if known else None, label=series.name, ecolor="#333", **style)
+        bounds = _intervals(series)
+        spread = None
+        if bounds is not None:
+            spread = [[middle - low for middle, low in zip(y, bounds[0], strict=True)]]
+            spread += [[high - middle for middle, high in zip(y, bounds[1], strict=True)]]
+        axes.bar(
+            places,
+            y,
+            width,
+            yerr=spread,
+            label=series.name,
+            color=_COLOURS[i % len(_COLOURS)],
+            hatch=hatches[i % len(hatches)],
+            edgecolor="white",
+            ecolor="#333",
+        )
     axes.set_xticks(range(len(names)), names)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 import unicodedata
 from pathlib import Path
-from typing import Any
 
 import jinja2
 
 from .curves import picture
-from .read import Report, Search
+from .read import Report, SearchRecord
 
 __all__ = ["ENDINGS", "MARKS", "one_line", "page", "say_number", "say_prompt"]
 
@@ -71,18 +70,18 @@ def page(report: Report, title: str = "What the search did") -> str:
 
 
 def _words(report: Report) -> list[tuple[str, str]]:
-    """What a newcomer needs to know of what appears."""
-    there = {word for search in report.searches for word in ("score", search.method, search.vote)}
-    there |= {"pruned" for search in report.searches for node in search.nodes if node.fate == "pruned"}
-    there |= {"interval"} if report.figures else set()
-    return [(word, meaning) for word, meaning in _WORDS.items() if word in there]
+    """The words on the page that a newcomer needs explained."""
+    words = {word for search in report.searches for word in ("score", search.method, search.vote)}
+    words |= {"pruned" for search in report.searches for node in search.nodes if node.fate == "pruned"}
+    words |= {"interval"} if report.figures else set()
+    return [(word, meaning) for word, meaning in _WORDS.items() if word in words]
 
 
-def _children(search: Search) -> dict[int | None, list[int]]:
-    found: dict[int | None, list[int]] = {None: [], **{i: [] for i in range(len(search.nodes))}}
+def _children(search: SearchRecord) -> dict[int | None, list[int]]:
+    children: dict[int | None, list[int]] = {None: [], **{i: [] for i in range(len(search.nodes))}}
     for i, node in enumerate(search.nodes):
-        found[node.parent].append(i)
-    return found
+        children[node.parent].append(i)
+    return children
 
 
 def say_number(value: float | None) -> str:
@@ -90,7 +89,7 @@ def say_number(value: float | None) -> str:
     return "-" if value is None or not math.isfinite(value) else f"{value:.3g}"
 
 
-def say_prompt(prompt: Any) -> str:
+def say_prompt(prompt: object) -> str:
     """A prompt in one line."""
     if isinstance(prompt, list) and prompt and all(isinstance(turn, dict) for turn in prompt):
         prompt = " / ".join(f"{turn.get('role', '?')}: {turn.get('content', '')}" for turn in prompt)

@@ -5,13 +5,27 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, TypeAlias
 
 import msgspec
 
 from bonnx.errors import InputError
 
-__all__ = ["FIGURES", "SEARCHES", "Candidate", "Figure", "Node", "Point", "Report", "Search", "Series", "read_run"]
+__all__ = [
+    "FIGURES",
+    "SEARCHES",
+    "CandidateRecord",
+    "Figure",
+    "NodeRecord",
+    "Point",
+    "Report",
+    "SearchRecord",
+    "Series",
+    "read_run",
+]
+
+# A value of JSON; what is in a list or an object, msgspec need not check.
+_Json: TypeAlias = str | float | bool | list[object] | dict[str, object] | None
 
 FIGURES, SEARCHES = "figures.json", "searches.jsonl"
 
@@ -44,8 +58,8 @@ class Figure(msgspec.Struct, frozen=True):
     series: list[Series]
 
 
-class Candidate(msgspec.Struct, frozen=True):
-    """A completion that the choice was made from; `node` is its last piece."""
+class CandidateRecord(msgspec.Struct, frozen=True):
+    """A completion among which the search chose; `node` is its last piece."""
 
     pieces: list[str]
     scores: list[float | None]
@@ -58,8 +72,8 @@ class Candidate(msgspec.Struct, frozen=True):
     right: bool | None = None
 
 
-class Node(msgspec.Struct, frozen=True):
-    """A piece that grew, and what came of it."""
+class NodeRecord(msgspec.Struct, frozen=True):
+    """A piece that was generated, and what happened to it."""
 
     parent: int | None
     pieces: list[str]
@@ -70,18 +84,18 @@ class Node(msgspec.Struct, frozen=True):
     lookahead: str | None = None
 
 
-class Search(msgspec.Struct, frozen=True):
+class SearchRecord(msgspec.Struct, frozen=True):
     """What `SearchResult.to_record` gives."""
 
-    prompt: Any
+    prompt: _Json
     method: str
-    options: dict[str, Any]
+    options: dict[str, _Json]
     best_index: int
     vote: str
-    candidates: list[Candidate]
-    nodes: list[Node]
+    candidates: list[CandidateRecord]
+    nodes: list[NodeRecord]
     cost: dict[str, float]
-    policy: dict[str, Any] | None = None
+    policy: dict[str, _Json] | None = None
 
     @property
     def is_tree(self) -> bool:
@@ -95,12 +109,12 @@ class Search(msgspec.Struct, frozen=True):
 
     def winning(self) -> set[int]:
         """The pieces of the winner."""
-        found, node = set[int](), self.candidates[self.best_index].node
+        winning, node = set[int](), self.candidates[self.best_index].node
         place: int | None = node if node >= 0 else None
         while place is not None:
-            found.add(place)
+            winning.add(place)
             place = self.nodes[place].parent
-        return found
+        return winning
 
     def range(self) -> tuple[float, float]:
         """Minimum and maximum score of a token: 0 and 1 if they are probabilities."""
@@ -120,7 +134,7 @@ class Report:
     """
 
     figures: list[Figure]
-    searches: list[Search]
+    searches: list[SearchRecord]
     left_out: int
 
 
@@ -135,7 +149,7 @@ def read_run(folder: Path, most: int = 50) -> Report:
         raise InputError(
             f"{folder}: expected {FIGURES} or {SEARCHES}; `bonnx generate --method ... --save {folder}` writes searches"
         )
-    found, left_out = list[Search](), 0
+    records, left_out = list[SearchRecord](), 0
     try:
         drawn = msgspec.json.decode(figures.read_bytes(), type=list[Figure]) if figures.is_file() else []
     except msgspec.MsgspecError as e:
@@ -143,22 +157,24 @@ def read_run(folder: Path, most: int = 50) -> Report:
     if searches.is_file():
         with searches.open("rb") as lines:
             for number, line in enumerate(lines, 1):
-                if len(found) < most:
-                    found.append(_search(line, f"{searches}, line {number}"))
+                if len(records) < most:
+                    records.append(_search(line, f"{searches}, line {number}"))
                 else:
                     left_out += 1
-    return Report(drawn, found, left_out)
+    return Report(drawn, records, left_out)
 
 
-def _search(line: bytes, where: str) -> Search:
+def _search(line: bytes, where: str) -> SearchRecord:
     try:
-        search = msgspec.json.decode(line, type=Search)
+        search = msgspec.json.decode(line, type=SearchRecord)
     except msgspec.MsgspecError as e:
         raise InputError(f"{where}: {e}") from e
     count = len(search.candidates)
     if not 0 <= search.best_index < count:
         raise InputError(f"{where}: best_index: expected an index of {count} candidates; got {search.best_index}")
-    rows: list[tuple[str, Candidate | Node]] = [(f"candidates[{i}]", row) for i, row in enumerate(search.candidates)]
+    rows: list[tuple[str, CandidateRecord | NodeRecord]] = [
+        (f"candidates[{i}]", row) for i, row in enumerate(search.candidates)
+    ]
     for name, row in [*rows, *((f"nodes[{i}]", node) for i, node in enumerate(search.nodes))]:
         if len(row.pieces) != len(row.scores):
             raise InputError(f"{where}: {name}: {len(row.pieces)} pieces, but {len(row.scores)} scores")

@@ -9,12 +9,12 @@ from rich.text import Text
 from rich.tree import Tree
 
 from .page import ENDINGS, MARKS, one_line, say_number, say_prompt
-from .read import Candidate, Node, Search
+from .read import CandidateRecord, NodeRecord, SearchRecord
 
 __all__ = ["show"]
 
 
-def show(console: Console, search: Search) -> None:
+def show(console: Console, search: SearchRecord) -> None:
     """Print one search."""
     span = search.range()
     settings = ", ".join(f"{name} {value}" for name, value in search.options.items())
@@ -36,7 +36,7 @@ def show(console: Console, search: Search) -> None:
     console.print(Text(cost, style="dim"))
 
 
-def _tree(search: Search, span: tuple[float, float]) -> Tree:
+def _tree(search: SearchRecord, span: tuple[float, float]) -> Tree:
     won = search.winning()
     root = Tree("", hide_root=True)
     places: dict[int | None, Tree] = {None: root}
@@ -49,7 +49,7 @@ def _tree(search: Search, span: tuple[float, float]) -> Tree:
     return root
 
 
-def _coloured(row: Candidate | Node, span: tuple[float, float]) -> Text:
+def _coloured(row: CandidateRecord | NodeRecord, span: tuple[float, float]) -> Text:
     """The text, each token from red over white to blue by its score."""
     low, high = span
     text = Text()

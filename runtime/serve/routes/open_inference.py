@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated
 
 import fastapi
 import msgspec
@@ -32,7 +32,7 @@ from ..tensors import check_feeds, check_shapes
 __all__ = ["add"]
 
 _DATATYPES = {"int64": "INT64", "float32": "FP32"}
-_KINDS: dict[str, np.dtype[Any]] = {"INT64": np.dtype("<i8"), "FP32": np.dtype("<f4")}
+_KINDS: dict[str, np.dtype[np.int64] | np.dtype[np.float32]] = {"INT64": np.dtype("<i8"), "FP32": np.dtype("<f4")}
 _HEADER = "inference-header-content-length"
 
 
@@ -46,11 +46,11 @@ class _Tensor(msgspec.Struct, forbid_unknown_fields=True):
     name: str
     shape: list[Annotated[int, msgspec.Meta(ge=0, lt=2**31)]]
     datatype: str
-    data: list[Any] | None = None
+    data: list[object] | None = None
     parameters: _Parameters = msgspec.field(default_factory=_Parameters)
 
 
-class _Wanted(msgspec.Struct, forbid_unknown_fields=True):
+class _RequestedOutput(msgspec.Struct, forbid_unknown_fields=True):
     name: str
     parameters: _Parameters = msgspec.field(default_factory=_Parameters)
 
@@ -58,7 +58,7 @@ class _Wanted(msgspec.Struct, forbid_unknown_fields=True):
 class _Inference(msgspec.Struct, forbid_unknown_fields=True):
     inputs: list[_Tensor]
     id: str | None = None
-    outputs: list[_Wanted] | None = None
+    outputs: list[_RequestedOutput] | None = None
     parameters: _Parameters = msgspec.field(default_factory=_Parameters)
 
 
@@ -74,7 +74,7 @@ def add(routes: fastapi.APIRouter, service: Service) -> None:
         return models[model]
 
     @protocol.get("")
-    async def server() -> dict[str, Any]:
+    async def server() -> dict[str, object]:
         """What this server is."""
         return {"name": "bonnx", "version": bonnx.__version__, "extensions": ["binary_tensor_data"]}
 
@@ -91,7 +91,7 @@ def add(routes: fastapi.APIRouter, service: Service) -> None:
 
     @protocol.get("/models/{model}/versions/{version}/ready", include_in_schema=False)
     @protocol.get("/models/{model}/ready")
-    async def model_ready(model: str, version: str | None = None) -> dict[str, Any]:
+    async def model_ready(model: str, version: str | None = None) -> dict[str, object]:
         """Whether a model can be used."""
         graph_of(model, version)
         service.check_intact()
@@ -99,7 +99,7 @@ def add(routes: fastapi.APIRouter, service: Service) -> None:
 
     @protocol.get("/models/{model}/versions/{version}", include_in_schema=False)
     @protocol.get("/models/{model}")
-    async def metadata(model: str, version: str | None = None) -> dict[str, Any]:
+    async def metadata(model: str, version: str | None = None) -> dict[str, object]:
         """A model's inputs and outputs; -1 is an axis of any length, [] a scalar."""
         graph = artifact.graphs[graph_of(model, version)]
         return {
@@ -123,19 +123,21 @@ async def _infer(service: Service, request: Request, model: str, name: str) -> R
     """Run the graph `name` on the request's tensors."""
     graph, body = service.engine.manifest.graphs[name], await request.body()
     read = lambda: _read(body, request.headers.get(_HEADER), name, service.engine)  # noqa: E731
-    asked, feeds = await service.aside(read, request, len(body))
+    inference, feeds = await service.aside(read, request, len(body))
     known = [value.name for value in graph.outputs]
-    wanted = asked.outputs if asked.outputs else [_Wanted(output, asked.parameters) for output in known]
+    wanted = (
+        inference.outputs if inference.outputs else [_RequestedOutput(output, inference.parameters) for output in known]
+    )
     for output in wanted:
         if output.name not in known:
             raise ApiError(400, f"outputs: there is no '{output.name:.80}', only {', '.join(known)}")
     if len({output.name for output in wanted}) < len(wanted):
-        raise ApiError(400, "outputs: one is there twice; expected each once")
+        raise ApiError(400, "outputs: a name appears twice; expected each once")
     shape = check_feeds(name, feeds, service.engine)
     names = [output.name for output in wanted]
-    found = await service.call(request, name, lambda stop: _run(service, name, feeds, names, stop), shape)
-    write = lambda: _written(model, asked, wanted, found)  # noqa: E731
-    return await service.aside(write, request, sum(array.size for array in found))
+    arrays = await service.call(request, name, lambda stop: _run(service, name, feeds, names, stop), shape)
+    write = lambda: _written(model, inference, wanted, arrays)  # noqa: E731
+    return await service.aside(write, request, sum(array.size for array in arrays))
 
 
 def _run(service: Service, name: str, feeds: dict[str, Array], outputs: list[str], stop: Stop) -> Sequence[Array]:
@@ -154,7 +156,7 @@ def _plain(message: str) -> str:
     return re.sub(r"/\S+", "...", message.partition("\n")[0])[:300]
 
 
-def _described(value: Value) -> dict[str, Any]:
+def _described(value: Value) -> dict[str, object]:
     shape = [axis if isinstance(axis, int) else -1 for axis in value.shape]
     return {"name": value.name, "datatype": _DATATYPES[value.dtype], "shape": shape}
 
@@ -167,65 +169,65 @@ def _read(body: bytes, length: str | None, name: str, engine: Engine) -> tuple[_
             raise ApiError(400, f"Inference-Header-Content-Length: expected at most the body's {len(body)} bytes")
         header, rest = body[: int(length)], memoryview(body)[int(length) :]
     try:
-        asked = msgspec.convert(parse_json(header), _Inference)
+        inference = msgspec.convert(parse_json(header), _Inference)
     except (msgspec.ValidationError, UnicodeEncodeError) as e:
         # The latter for half of a surrogate pair, which JSON may hold.
         raise ApiError(400, f"the request is not one of the Open Inference Protocol: {str(e)[:300]}") from e
     graph = engine.manifest.graphs[name]
     declared = {value.name: value for value in graph.inputs}
     shapes: dict[str, list[int]] = {}
-    for tensor in asked.inputs:
+    for tensor in inference.inputs:
         if tensor.name not in declared:
             raise ApiError(400, f"inputs: '{tensor.name:.80}' is not wanted; expected {', '.join(declared)}")
         if tensor.name in shapes:
-            raise ApiError(400, f"inputs: '{tensor.name}' is there twice; expected it once")
+            raise ApiError(400, f"inputs: '{tensor.name}' appears twice; expected it once")
         shapes[tensor.name] = _shape(tensor, declared[tensor.name])
     missing = [other for other in declared if other not in shapes]
     if missing:
         raise ApiError(400, f"inputs: {', '.join(missing)} not given")
     check_shapes(name, graph, shapes, engine.manifest.limits)
     feeds: dict[str, Array] = {}
-    for tensor in asked.inputs:
+    for tensor in inference.inputs:
         feeds[tensor.name], rest = _tensor(tensor, shapes[tensor.name], rest)
     if rest:
         raise ApiError(400, f"{len(rest)} bytes behind the last input belong to none; see binary_data_size")
-    return asked, feeds
+    return inference, feeds
 
 
 def _shape(tensor: _Tensor, value: Value) -> list[int]:
     """An input's shape, checked against the graph's."""
-    what, wanted = f"input '{tensor.name}'", _DATATYPES[value.dtype]
-    if tensor.datatype != wanted:
-        raise ApiError(400, f"{what}: expected datatype {wanted}; got {tensor.datatype:.40}")
+    name, datatype = f"input '{tensor.name}'", _DATATYPES[value.dtype]
+    if tensor.datatype != datatype:
+        raise ApiError(400, f"{name}: expected datatype {datatype}; got {tensor.datatype:.40}")
     # Clients whose tensors have at least one axis send a scalar as a list of one.
     shape = [] if not value.shape and tensor.shape == [1] else tensor.shape
     fits = len(shape) == len(value.shape) and all(
         not isinstance(axis, int) or axis == size for axis, size in zip(value.shape, shape, strict=True)
     )
     if not fits:
-        raise ApiError(400, f"{what}: expected the shape {value.shape}; got {tensor.shape!s:.100}")
+        raise ApiError(400, f"{name}: expected the shape {value.shape}; got {tensor.shape!s:.100}")
     return shape
 
 
 def _tensor(tensor: _Tensor, shape: list[int], rest: memoryview) -> tuple[Array, memoryview]:
     """An input's array, and the bytes behind it."""
-    what, kind = f"input '{tensor.name}'", _KINDS[tensor.datatype]
+    name, kind = f"input '{tensor.name}'", _KINDS[tensor.datatype]
     count, size = math.prod(shape), tensor.parameters.binary_data_size
     if size is not None:
         if tensor.data is not None:
-            raise ApiError(400, f"{what}: expected 'data' or 'binary_data_size'; got both")
+            raise ApiError(400, f"{name}: expected 'data' or 'binary_data_size'; got both")
         if size != count * kind.itemsize or size > len(rest):
-            raise ApiError(400, f"{what}: {count} values are {count * kind.itemsize} bytes; got {min(size, len(rest))}")
+            raise ApiError(400, f"{name}: {count} values are {count * kind.itemsize} bytes; got {min(size, len(rest))}")
         return np.frombuffer(rest[:size], kind).reshape(shape), rest[size:]
     try:
         return _flat(tensor.data, kind).reshape(shape), rest
     except (TypeError, ValueError, ArithmeticError) as e:
         raise ApiError(
-            400, f"{what}: its data are not {tensor.datatype} values of the shape {tensor.shape}: {str(e)[:200]}"
+            400, f"{name}: its data are not {tensor.datatype} values of the shape {tensor.shape}: {str(e)[:200]}"
         ) from e
 
 
-def _flat(data: Any, kind: np.dtype[Any]) -> Array:
+def _flat(data: list[object] | None, kind: np.dtype[np.int64] | np.dtype[np.float32]) -> Array:
     """JSON lists, nested or not, as one; a number with a fraction is no whole one."""
     array = np.asarray(data, object).ravel()
     allowed = (int,) if kind.kind == "i" else (int, float)
@@ -235,10 +237,16 @@ def _flat(data: Any, kind: np.dtype[Any]) -> Array:
         return array.astype(kind)
 
 
-def _written(model: str, asked: _Inference, wanted: Sequence[_Wanted], found: Sequence[Array]) -> Response:
+def _written(
+    model: str, inference: _Inference, wanted: Sequence[_RequestedOutput], arrays: Sequence[Array]
+) -> Response:
     outputs, blobs = [], []
-    for output, array in zip(wanted, found, strict=True):
-        entry: dict[str, Any] = {"name": output.name, "datatype": _DATATYPES[str(array.dtype)], "shape": [*array.shape]}
+    for output, array in zip(wanted, arrays, strict=True):
+        entry: dict[str, object] = {
+            "name": output.name,
+            "datatype": _DATATYPES[str(array.dtype)],
+            "shape": [*array.shape],
+        }
         if output.parameters.binary_data or output.parameters.binary_data_output:
             blobs.append(np.ascontiguousarray(array).tobytes())
             entry["parameters"] = {"binary_data_size": len(blobs[-1])}
@@ -246,13 +254,13 @@ def _written(model: str, asked: _Inference, wanted: Sequence[_Wanted], found: Se
             entry["data"] = array.ravel().tolist()
         outputs.append(entry)
     header = {"model_name": model, "model_version": "1", "outputs": outputs}
-    head = encode(header | ({"id": asked.id} if asked.id is not None else {}))
+    head = encode(header | ({"id": inference.id} if inference.id is not None else {}))
     if not blobs:
         return Response(head, media_type="application/json")
     return Response(head + b"".join(blobs), headers={_HEADER: str(len(head))}, media_type="application/octet-stream")
 
 
-_BODY: dict[str, Any] = {
+_BODY: dict[str, object] = {
     "required": True,
     "content": {
         "application/json": {
