@@ -10,7 +10,7 @@ from ..rank.request import RankRequest
 from ..rank.result import Ranking
 from ..text.reader import Item
 
-__all__ = ["ClientRequest", "Outcome", "Usage"]
+__all__ = ["ClientRequest", "Outcome", "TokenUsage"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class ClientRequest:
 
 
 @dataclass(frozen=True)
-class Usage:
+class TokenUsage:
     """Tokens that were read for an answer.
 
     Attributes:
@@ -47,8 +47,8 @@ class Usage:
     completion: int = 0
     cut: int = 0
 
-    def __add__(self, other: Usage) -> Usage:
-        return Usage(self.prompt + other.prompt, self.completion + other.completion, self.cut + other.cut)
+    def __add__(self, other: TokenUsage) -> TokenUsage:
+        return TokenUsage(self.prompt + other.prompt, self.completion + other.completion, self.cut + other.cut)
 
     def to_dict(self) -> dict[str, int]:
         """As an answer has it."""
@@ -70,7 +70,7 @@ class Outcome:
     ranking: Ranking | None
     scores: list[float]
     warnings: list[str]
-    usage: Usage
+    usage: TokenUsage
 
     @classmethod
     def ranked(cls, ranked: ClientRequest, rank_request: RankRequest, ranking: Ranking) -> Outcome:
@@ -85,18 +85,20 @@ class Outcome:
     ) -> Outcome:
         """Of a ranking without a winner."""
         scores = [float("nan")] * len(ranked.candidates)
-        return cls(None, scores, _warnings(ranked, reasons), Usage(0) if rank_request is None else _usage(rank_request))
+        return cls(
+            None, scores, _warnings(ranked, reasons), TokenUsage(0) if rank_request is None else _usage(rank_request)
+        )
 
 
 def _warnings(ranked: ClientRequest, reasons: Mapping[int, str]) -> list[str]:
     return [f"{ranked.names.candidate(i)}: {reason}" for i, reason in sorted(reasons.items())]
 
 
-def _usage(rank_request: RankRequest) -> Usage:
+def _usage(rank_request: RankRequest) -> TokenUsage:
     # Where a candidate's first characters change the tokens at the prompt's end, the candidate's row holds them.
     prompt = len(rank_request.prompt) + max(rank_request.rows.skip)
     lengths = (len(item) - skip for item, skip in zip(rank_request.rows.items, rank_request.rows.skip, strict=True))
-    return Usage(prompt + sum(lengths), cut=rank_request.rows.cut)
+    return TokenUsage(prompt + sum(lengths), cut=rank_request.rows.cut)
 
 
 def _characters(item: object) -> int:

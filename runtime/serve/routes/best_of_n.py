@@ -21,7 +21,7 @@ from ...rank.result import Ranking, winner
 from ...results import to_json
 from ..answer import answer_head, check_model, json_response, to_runtime, warned
 from ..errors import encode, to_api_error
-from ..ranking import ClientRequest, Outcome, Usage
+from ..ranking import ClientRequest, Outcome, TokenUsage
 from ..schemas import FAIL_FAST, MOST_ITEMS, TRUNCATE, Candidate, Prompt, RequestBody, Text, option_field, with_options
 from ..service import Service
 from ..streaming import GenerationStream
@@ -35,7 +35,7 @@ _SAMPLING = ("n", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "st
 
 
 @with_options("max_new_tokens", "temperature", "top_k", "top_p", "seed")
-class BestOfN(RequestBody):
+class BestOfNBody(RequestBody):
     """Candidates to choose from, or how many to make."""
 
     elsewhere: ClassVar[dict[str, str]] = {
@@ -71,7 +71,7 @@ def add(routes: APIRouter, service: Service) -> None:
     """Declare the endpoint."""
 
     @routes.post("/v1/best-of-n", name="best_of_n")
-    async def best_of_n(request: Request, body: BestOfN) -> Response:
+    async def best_of_n(request: Request, body: BestOfNBody) -> Response:
         """Choose the best of given candidates, or of n that are generated now."""
         check_model(service, body.model)
         answer = await _answer(service, request, body)
@@ -81,7 +81,7 @@ def add(routes: APIRouter, service: Service) -> None:
         return StreamingResponse(answer, 200, headers, "text/event-stream")
 
 
-async def _answer(service: Service, request: Request, body: BestOfN) -> dict[str, object] | AsyncIterator[bytes]:
+async def _answer(service: Service, request: Request, body: BestOfNBody) -> dict[str, object] | AsyncIterator[bytes]:
     """The choice, or the events of a generation that is watched."""
     if (body.candidates is None) == (body.n is None):
         got = "both" if body.n is not None else "neither"
@@ -102,7 +102,7 @@ async def _answer(service: Service, request: Request, body: BestOfN) -> dict[str
     return _generated(service, body, generation)
 
 
-def _check_generation(body: BestOfN) -> None:
+def _check_generation(body: BestOfNBody) -> None:
     """Refuse what belongs to given candidates only."""
     for field in ("answers", "partial", "truncate"):
         if getattr(body, field):
@@ -111,7 +111,7 @@ def _check_generation(body: BestOfN) -> None:
         raise InputError("vote: generated candidates are chosen by score; generate first, then send them with answers")
 
 
-async def _ranked(service: Service, request: Request, body: BestOfN) -> dict[str, object]:
+async def _ranked(service: Service, request: Request, body: BestOfNBody) -> dict[str, object]:
     for field in (*_SAMPLING[1:-1], "deadline"):
         if field in body.model_fields_set:
             raise InputError(f"{field}: belongs to generation; leave it out with candidates")
@@ -140,7 +140,7 @@ async def _ranked(service: Service, request: Request, body: BestOfN) -> dict[str
     return answer_head(service) | answer | warned(outcome.warnings)
 
 
-def _candidate(outcome: Outcome, ranking: Ranking, body: BestOfN, i: int) -> dict[str, object]:
+def _candidate(outcome: Outcome, ranking: Ranking, body: BestOfNBody, i: int) -> dict[str, object]:
     entry: dict[str, object] = {"index": i, "score": outcome.scores[i], "tokens": len(ranking.scores[i])}
     if ranking.answers is not None:
         entry["answer"] = ranking.answers[i]
@@ -153,7 +153,7 @@ def _candidate(outcome: Outcome, ranking: Ranking, body: BestOfN, i: int) -> dic
     return entry
 
 
-def _generated(service: Service, body: BestOfN, generation: Generation) -> dict[str, object]:
+def _generated(service: Service, body: BestOfNBody, generation: Generation) -> dict[str, object]:
     """A generation, finished or not."""
     scores = sorted((c.score for c in generation.candidates if not np.isnan(c.score)), reverse=True)
     best = generation.candidates[generation.best_index] if generation.best_index >= 0 else None
@@ -172,11 +172,11 @@ def _generated(service: Service, body: BestOfN, generation: Generation) -> dict[
         "margin": scores[0] - scores[1] if len(scores) > 1 else None,
         "aggregation": generation.aggregation,
         "candidates": candidates,
-        "usage": Usage(generation.prompt_tokens, generation.computed_tokens).to_dict(),
+        "usage": TokenUsage(generation.prompt_tokens, generation.computed_tokens).to_dict(),
     }
 
 
-async def _events(states: GenerationStream, service: Service, body: BestOfN) -> AsyncIterator[bytes]:
+async def _events(states: GenerationStream, service: Service, body: BestOfNBody) -> AsyncIterator[bytes]:
     """Events of one answer, under its id: `progress` while candidates grow, then `result`, or `error`."""
     last, head = None, answer_head(service)
     try:

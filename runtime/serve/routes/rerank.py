@@ -32,7 +32,7 @@ class Document(BaseModel):
     text: Text
 
 
-class Rerank(RequestBody):
+class RerankBody(RequestBody):
     """As Cohere and vLLM take it."""
 
     elsewhere: ClassVar[dict[str, str]] = {
@@ -63,7 +63,7 @@ class Rerank(RequestBody):
 def add(routes: APIRouter, service: Service) -> None:
     """Declare the endpoint."""
 
-    async def rerank(request: Request, body: Rerank) -> Response:
+    async def rerank(request: Request, body: RerankBody) -> Response:
         """Order documents by how well each answers the query, as Cohere's and vLLM's servers do."""
         check_model(service, body.model)
         return json_response(await _answer(service, request, body))
@@ -72,7 +72,7 @@ def add(routes: APIRouter, service: Service) -> None:
         routes.post(path, name="rerank", include_in_schema=path == "/v1/rerank")(rerank)
 
 
-async def _answer(service: Service, request: Request, body: Rerank) -> dict[str, object]:
+async def _answer(service: Service, request: Request, body: RerankBody) -> dict[str, object]:
     """As Cohere answers, whose scores are numbers: a document that has none is left out, and a warning names it."""
     texts = [document if isinstance(document, str) else document.text for document in body.documents]
     ranked = ClientRequest(to_runtime(body.query, "query"), texts, _NAMES)

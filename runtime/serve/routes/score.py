@@ -15,7 +15,7 @@ from bonnx.errors import InputError
 from ...artifact.manifest import Aggregation
 from ...checks import ArgumentNames
 from ..answer import answer_head, check_model, json_response, warned
-from ..ranking import ClientRequest, Usage
+from ..ranking import ClientRequest, TokenUsage
 from ..schemas import MOST_ITEMS, RAW_SCORES, TRUNCATE, RequestBody, Text, Texts
 from ..service import Service
 
@@ -25,7 +25,7 @@ _NOUNS = ("text_1", "text_2", "texts of text_2")
 _TEXTS = "expected a text, or a list of at least one"
 
 
-class Score(RequestBody):
+class ScoreBody(RequestBody):
     """As vLLM takes it: one text against many, or as many pairs."""
 
     elsewhere: ClassVar[dict[str, str]] = {
@@ -48,7 +48,7 @@ class Score(RequestBody):
 def add(routes: APIRouter, service: Service) -> None:
     """Declare the endpoint."""
 
-    async def score(request: Request, body: Score) -> Response:
+    async def score(request: Request, body: ScoreBody) -> Response:
         """Score pairs of texts, as vLLM's server does."""
         check_model(service, body.model)
         return json_response(await _answer(service, request, body))
@@ -57,7 +57,7 @@ def add(routes: APIRouter, service: Service) -> None:
         routes.post(path, name="score", include_in_schema=path == "/v1/score")(score)
 
 
-async def _answer(service: Service, request: Request, body: Score) -> dict[str, object]:
+async def _answer(service: Service, request: Request, body: ScoreBody) -> dict[str, object]:
     """As vLLM answers; a pair that cannot be scored has null."""
     outcomes = await service.rank_all(request, _pairs(body), aggregation=body.aggregation, truncate=body.truncate)
     scores = [score for outcome in outcomes for score in outcome.scores]
@@ -66,12 +66,12 @@ async def _answer(service: Service, request: Request, body: Score) -> dict[str, 
         "object": "list",
         "created": int(time.time()),
         "data": [{"index": i, "object": "score", "score": value} for i, value in enumerate(scores)],
-        "usage": sum((outcome.usage for outcome in outcomes), Usage(0)).to_dict(),
+        "usage": sum((outcome.usage for outcome in outcomes), TokenUsage(0)).to_dict(),
     }
     return answer_head(service) | answer | warned(warnings)
 
 
-def _pairs(body: Score) -> list[ClientRequest]:
+def _pairs(body: ScoreBody) -> list[ClientRequest]:
     first = [body.text_1] if isinstance(body.text_1, str) else body.text_1
     second = [body.text_2] if isinstance(body.text_2, str) else body.text_2
     names = ["text_2"] if isinstance(body.text_2, str) else [f"text_2[{i}]" for i in range(len(second))]

@@ -17,7 +17,7 @@ def engine(tiny):
 @pytest.fixture
 def fields(client):
     """The fields of `/v1/best-of-n` in the OpenAPI document."""
-    return client.get("/openapi.json").json()["components"]["schemas"]["BestOfN"]["properties"]
+    return client.get("/openapi.json").json()["components"]["schemas"]["BestOfNBody"]["properties"]
 
 
 @pytest.mark.parametrize("name", NUMBERS)
