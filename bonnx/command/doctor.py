@@ -1,4 +1,4 @@
-"""`bonnx doctor`: say what is installed and what is wrong with it. Needs nothing but Python itself."""
+"""`bonnx doctor`: say what is installed and what is wrong with it. Needs only Python."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["configure", "diagnose", "run"]
 
 # Modules whose names are not their packages'.
 _MODULES = {"onnxruntime-gpu": "onnxruntime"}
-# Each in a process of its own: an import may end it, and a module once imported may hide what is wrong with another.
+# Each runs in a separate process: an import may end it, and an imported module may hide the fault of another.
 _PATH = "import sys, json; sys.path[:] = json.loads(sys.argv[1]);"
 _IMPORT = f"{_PATH} import importlib; print(importlib.import_module(sys.argv[2]).__file__ or '')"
 _RUNTIME = (
@@ -161,7 +161,7 @@ def _extras(packages: list[_Package]) -> dict[str, Extra]:
 
 
 def _import(package: _Package) -> str | None:
-    """What is wrong with importing an installed package."""
+    """Why an installed package cannot be imported; None if it can."""
     if package.name == "bonnx" or package.version is None:
         return None
     printed, failure = _ask(_IMPORT, package.module)
@@ -174,7 +174,7 @@ def _import(package: _Package) -> str | None:
 
 
 def _hidden(package: _Package) -> str | None:
-    """What else is imported in place of an installed package, because it comes first on Python's path."""
+    """The other module that Python imports in place of an installed package; None if there is none."""
     if package.version is None:
         return None
     place = str(importlib.metadata.distribution(package.name).locate_file(""))

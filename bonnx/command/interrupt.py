@@ -27,31 +27,31 @@ _PATIENCE = 0.7
 
 
 class Interrupt:
-    """What is known of Ctrl-C.
+    """The state of Ctrl-C.
 
     Attributes:
-        noticed: whether the main thread has been told.
+        noticed: whether the main thread has handled the signal.
     """
 
     def __init__(self, line: str) -> None:
         self.noticed, self._line = False, line
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        """Python's own answer to the signal, and silence for what falls apart on the way out."""
+        """Raise KeyboardInterrupt as Python does, and hide the errors of objects that are destroyed on the way out."""
         self.noticed = True
         sys.unraisablehook = lambda _: None
         raise KeyboardInterrupt
 
-    def watch(self, told: socket.socket) -> None:
+    def watch(self, reader: socket.socket) -> None:
         """End the process if the main thread does not notice a signal, or at the second one."""
         count, until = 0, None
         while True:
             patience = None if until is None or self.noticed else max(0.0, until - time.monotonic())
-            if not select.select([told], [], [], patience)[0]:
+            if not select.select([reader], [], [], patience)[0]:
                 if not self.noticed:
                     self._leave()
                 continue
-            numbers = told.recv(64)
+            numbers = reader.recv(64)
             if not numbers:
                 return
             if signal.SIGINT in numbers and signal.getsignal(signal.SIGINT) == self.handle:
@@ -69,21 +69,21 @@ class Interrupt:
 
 @contextlib.contextmanager
 def interruptible(line: str) -> Iterator[Interrupt]:
-    """Listen to Ctrl-C; whoever has an answer of his own to the signal keeps it.
+    """Listen to Ctrl-C, unless the program has its own handler of the signal.
 
     Args:
-        line: what to say if the process has to be ended from outside its main thread.
+        line: printed if the process has to be ended from outside its main thread.
     """
     interrupt = Interrupt(line)
     ours = threading.current_thread() is threading.main_thread()
     if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield interrupt
         return
-    hook, (told, tell) = sys.unraisablehook, socket.socketpair()
-    tell.setblocking(False)
+    hook, (reader, writer) = sys.unraisablehook, socket.socketpair()
+    writer.setblocking(False)
     signal.signal(signal.SIGINT, interrupt.handle)
-    before = signal.set_wakeup_fd(tell.fileno(), warn_on_full_buffer=False)
-    watcher = threading.Thread(target=interrupt.watch, args=(told,), daemon=True)
+    before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    watcher = threading.Thread(target=interrupt.watch, args=(reader,), daemon=True)
     watcher.start()
     try:
         yield interrupt
@@ -92,6 +92,6 @@ def interruptible(line: str) -> Iterator[Interrupt]:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.set_wakeup_fd(before)
         sys.unraisablehook = hook
-        tell.close()
+        writer.close()
         watcher.join()
-        told.close()
+        reader.close()

@@ -84,7 +84,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Serve until told to stop."""
+    """Serve until the process gets a signal."""
     settings = settings_of(arguments)
     if arguments.host not in ("127.0.0.1", "localhost", "::1") and settings.api_key is None:
         print(
@@ -99,7 +99,7 @@ def _here(arguments: argparse.Namespace, settings: Settings) -> int:
         if getattr(arguments, name) < least:
             option = name.replace("_", "-")
             raise InputError(f"--{option}: expected at least {least}; got {getattr(arguments, name)}")
-    # Until the server runs there is nothing to finish: Ctrl-C ends the process at once, whatever is being loaded.
+    # Until the server runs there is nothing to finish: Ctrl-C ends the process at once, even while it loads.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     sockets = bind_to(arguments.host, arguments.port)
     engine = open_engine(
@@ -142,7 +142,7 @@ def _on_ray(arguments: argparse.Namespace, settings: Settings) -> int:
 
 
 def settings_of(arguments: argparse.Namespace) -> Settings:
-    """The bounds that were asked for.
+    """The limits of the server, from the arguments.
 
     Raises:
         InputError: one is invalid, or the key cannot be read.

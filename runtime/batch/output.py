@@ -25,7 +25,7 @@ _SECONDS = 1.0
 
 
 class Journal(msgspec.Struct, forbid_unknown_fields=True):
-    """How much is done, all of which is on the disk.
+    """How much of a run is done and on the disk.
 
     Attributes:
         identity: everything that the output depends on: a run resumes only one of equal identity.
@@ -117,7 +117,7 @@ class Output:
                 self.save()
         except OSError as e:
             raise BonnxError(
-                f"{self.path}: cannot be written: {e.strerror or e}; make room and start again: it goes on where it was"
+                f"{self.path}: cannot be written: {e.strerror or e}; free some space and start again: the run resumes"
             ) from e
 
     def save(self) -> None:
@@ -151,7 +151,7 @@ class Output:
             self._place()
         except OSError as e:
             raise BonnxError(
-                f"{self.path}: cannot be written: {e.strerror or e}; make room and start again: it goes on where it was"
+                f"{self.path}: cannot be written: {e.strerror or e}; free some space and start again: the run resumes"
             ) from e
 
     def _place(self) -> None:

@@ -31,12 +31,12 @@ class _Actor:
 
 
 def on_ray(workers: int, cpus: int, gpus: float) -> Callable[[Task, Iterable[Chunk]], Iterator[ChunkResult]]:
-    """Work for `run_batch` on a cluster that `ray.init` has joined.
+    """The argument `work` of `run_batch` for a cluster that `ray.init` has joined.
 
     Args:
-        workers: actors, each with a model.
-        cpus: cores of each; give its runs as many threads.
-        gpus: of each.
+        workers: number of actors, each with its own model.
+        cpus: cores of each actor; give its runs as many threads.
+        gpus: GPUs of each actor.
     """
 
     def work(task: Task, chunks: Iterable[Chunk]) -> Iterator[ChunkResult]:

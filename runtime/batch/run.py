@@ -33,7 +33,7 @@ _QUIET_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Summary:
-    """What a run did.
+    """The result of a run.
 
     Attributes:
         rows: number of rows that were ranked, since the first start.
@@ -68,8 +68,8 @@ def run_batch(
         overwrite: start again.
 
     Raises:
-        InputError: something cannot be read or written as asked, or with `strict` a bad row.
-        BonnxError: the output cannot be written any more.
+        InputError: a file cannot be read or written, or with `strict` a row is bad.
+        BonnxError: the output can no longer be written.
     """
     source = task.open()
     if output.suffix != Path(task.source).suffix:
@@ -87,7 +87,7 @@ def run_batch(
                 for result in work(task, waiting):
                     chunk = next(shares)
                     if result.bad and strict:
-                        # Not written: after the row is mended, or without --strict, the run goes on here.
+                        # Not written: once the row is corrected, or without --strict, the run resumes here.
                         out.save()
                         raise InputError(f"{task.source}: {result.errors.partition(chr(10).encode())[0].decode()}")
                     out.add(result)

@@ -68,7 +68,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Part:
-    """What a chunk holds: rows, and of Parquet the same as an Arrow table with every column."""
+    """The rows of a chunk; for Parquet also an Arrow table of them with every column."""
 
     rows: list[Row]
     table: pa.Table | None = None

@@ -24,10 +24,10 @@ class Parquet:
     """A Parquet file; one row group is held in memory. Read it in one thread.
 
     Args:
-        path: of the file.
-        columns: those whose values are needed.
-        best: the one whose elements the new column `best` has.
-        new: columns that ranked rows get.
+        path: the file.
+        columns: names of the columns whose values are needed.
+        best: name of the column whose elements the new column `best` has.
+        new: names of the columns that ranked rows get.
 
     Raises:
         InputError: it cannot be read, or its columns cannot be ranked or written.

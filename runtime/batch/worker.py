@@ -32,19 +32,19 @@ ADDED = ("best_index", "best", "candidate_scores", "margin")
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What to do with each row.
+    """The settings of a run: how each row is ranked.
 
     Attributes:
-        artifact: its folder.
+        artifact: folder of the artifact.
         source: the input file.
         prompt: name of the field with the prompt.
-        candidates: of the field with the candidates.
-        answers: of the field with what each candidate votes for; None for none.
+        candidates: name of the field with the candidates.
+        answers: name of the field with the answer of each candidate; None for no such field.
         token_scores: whether to add the score of every token.
-        options: of `Model.rank`: `aggregation`, `vote`, `answers`, `partial`, `truncate`.
-        max_line: bytes.
+        options: options of `Model.rank`: `aggregation`, `vote`, `answers`, `partial`, `truncate`.
+        max_line: maximum length of a line in bytes.
         provider: see `bonnx.load`.
-        threads: of one run.
+        threads: threads of one run.
     """
 
     artifact: str
@@ -80,7 +80,7 @@ class Task:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the fields that a row gets."""
+        """Names of the fields that a row gets."""
         return (*ADDED, "scores") if self.token_scores else ADDED
 
 
@@ -89,9 +89,9 @@ class ChunkResult:
     """The outcome of a chunk.
 
     Attributes:
-        number: the chunk's.
-        rows: how many were ranked.
-        bad: how many were not.
+        number: number of the chunk.
+        rows: number of rows that were ranked.
+        bad: number of rows that were not.
         output: JSON lines, or a Parquet file.
         errors: JSON lines.
     """
@@ -145,7 +145,7 @@ class Worker:
         except BonnxError:
             # The artifact or the machine failed, not a row: the next start does the rest.
             raise
-        except Exception as failure:  # ONNX Runtime raises bare subclasses of Exception of its own
+        except Exception as failure:  # ONNX Runtime raises its own bare subclasses of Exception
             outcomes = [self._rank_alone(request) for request in requests]
             if len(requests) > 1 and not any(isinstance(outcome, Ranking) for outcome in outcomes):
                 raise BonnxError(f"ONNX Runtime cannot go on: {failure}; nothing is lost: start again") from failure
@@ -164,11 +164,11 @@ class Worker:
             return self._checked(row.values)
         except BonnxError as e:
             return str(e)
-        except Exception as e:  # no row may end a run, whatever a template or a tokenizer makes of it
+        except Exception as e:  # a template or tokenizer may raise anything, and no row may end a run
             return f"it cannot be read: {type(e).__name__}: {e}"
 
     def _checked(self, values: dict[str, object]) -> RankRequest:
-        """What is to be ranked.
+        """The request of a row.
 
         Raises:
             InputError: the row is not one that can be.

@@ -106,15 +106,15 @@ def decode(line: bytes) -> str:
     if "\0" in text:
         raise InputError("it holds a NUL byte, as UTF-16 does; expected UTF-8 (in JSON write it as \\u0000)")
     if text.startswith("\ufeff"):
-        raise InputError("a byte order mark in the midst of the file; remove it")
+        raise InputError("a byte order mark in the middle of the file; remove it")
     return text
 
 
 def read_values(name: str | Path, *, literal: bool = False) -> Iterator[tuple[int, object]]:
-    """What each line of a file holds, a value of JSON or text, with the line's number. Blank lines are skipped.
+    """The content of each line of a file, a value of JSON or text, with the line's number. Blank lines are skipped.
 
     Args:
-        name: of the file; `-` is standard input.
+        name: name of the file; `-` is standard input.
         literal: every line is text.
 
     Returns:
@@ -151,7 +151,7 @@ def read_candidates(name: str | Path, *, literal: bool = False) -> list[Item]:
     """The candidates of a file: one a line, or one JSON list of all. An empty line is an empty candidate.
 
     Args:
-        name: of the file; `-` is standard input.
+        name: name of the file; `-` is standard input.
         literal: every line is text.
 
     Raises:
@@ -240,7 +240,7 @@ def _after_space(text: str, at: int) -> int:
 
 @contextlib.contextmanager
 def in_line(name: str | Path, number: int) -> Iterator[None]:
-    """Errors say where."""
+    """Add the name of the file and the line to errors."""
     try:
         yield
     except InputError as e:

@@ -1,4 +1,4 @@
-"""JSON read strictly, for files and HTTP alike: whatever two readers would read in two ways is refused.
+"""JSON read strictly, for files and HTTP: input that two parsers might read differently is refused.
 
 Refused are an object that has a name twice, NaN and Infinity, and a number that no 64-bit float holds.
 """
@@ -29,7 +29,7 @@ def parse_json(text: str) -> object:
 
 
 def json_error(error: Exception) -> str:
-    """What `DECODER` found wrong, in plain words."""
+    """An error of `DECODER` in plain words."""
     if isinstance(error, json.JSONDecodeError):
         return f"{error.msg.removesuffix(' at')} at column {error.colno}"
     if isinstance(error, RecursionError):

@@ -1,4 +1,4 @@
-"""What JSON and the rows of tables hold becomes a prompt or a candidate; what is neither is refused by name."""
+"""Values of JSON and of tables become prompts and candidates; errors name what a value is instead."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ _NAMES = {
 
 
 def to_value(text: str, *, literal: bool = False) -> object:
-    """What a line holds: a value if it begins as JSON does, else text.
+    """The content of a line: a value if it begins as JSON does, else text.
 
     Args:
-        text: of the line.
-        literal: it is text, however it begins.
+        text: text of the line.
+        literal: treat the line as text, however it begins.
 
     Raises:
-        InputError: it begins as JSON does and is none.
+        InputError: it begins as JSON does and is not JSON.
     """
     if literal or not begins_as_json(text):
         return text
@@ -79,7 +79,7 @@ def to_item(value: object) -> Item:
     """A value of JSON or of a table's row as `rank` takes it; lists of lists of numbers become embeddings.
 
     Raises:
-        InputError: it is none of what can be ranked.
+        InputError: it cannot be ranked.
     """
     if isinstance(value, str):
         return value
@@ -130,5 +130,5 @@ def _only(value: dict[str, object], names: Sequence[str]) -> object:
 
 
 def name_of(value: object) -> str:
-    """What a value is called in a message."""
+    """The words for a value in a message."""
     return _NAMES.get(type(value), type(value).__name__)

@@ -28,7 +28,7 @@ _WORDS = {
     "weighted": "weighted vote: candidates with the same answer add up their weights, the answer with most wins.",
     "majority": "majority vote: the answer of most candidates wins.",
     "borda": "Borda vote: the candidates that the model was most sure of give most points to their answers.",
-    "beam": "beam search: after every step only the best pieces go on, each into several next steps.",
+    "beam": "beam search: after every step only the best pieces continue, each with several next steps.",
     "lookahead": "lookahead: a step is judged by the score a few steps later. What was looked at stands in italics.",
     "dvts": "DVTS: several small beam searches that know nothing of each other.",
     "pruned": "pruned: candidates that fell behind were given up before their end.",

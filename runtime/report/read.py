@@ -85,7 +85,7 @@ class NodeRecord(msgspec.Struct, frozen=True):
 
 
 class SearchRecord(msgspec.Struct, frozen=True):
-    """What `SearchResult.to_record` gives."""
+    """A search as `SearchResult.to_record` writes it."""
 
     prompt: _Json
     method: str
@@ -125,7 +125,7 @@ class SearchRecord(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Report:
-    """What is shown.
+    """The contents of a report.
 
     Attributes:
         figures: all of them.

@@ -34,7 +34,7 @@ def create_app(engine: Engine, settings: Settings | None = None) -> fastapi.Fast
     """The application that serves a model.
 
     Args:
-        engine: an open artifact; all its graphs are loaded now.
+        engine: an open artifact; all of its graphs are loaded now.
         settings: what the server allows; by default `Settings()`.
     """
     settings = settings or Settings()

@@ -1,4 +1,4 @@
-"""A queue in front of a model: requests wait in it, and those that are alike run together, in a thread of its own.
+"""A queue in front of a model: similar requests run together, in a thread of the queue.
 
 While one run is under way, other requests arrive, so batches form by themselves as the load grows. After a run the
 batcher waits briefly for the clients that were just answered: without this pause, clients that send one request after
@@ -23,7 +23,7 @@ __all__ = ["Batcher", "DeadlineError", "Observer", "QueueFullError"]
 
 
 _LOG = logging.getLogger("bonnx.serve")
-# How long a batcher may wait for the clients that were just answered, as a share of the run that answered them.
+# The time that a batcher may wait for the clients that were just answered, as a share of the run that answered them.
 _LULL = 0.1
 
 
@@ -60,7 +60,7 @@ class _Pending:
     loop: asyncio.AbstractEventLoop
     arrived: float
     given_up: bool = False
-    """The client has gone or the request timed out: nobody reads the result."""
+    """The client has disconnected or the request timed out: the result is not needed."""
 
     def finish(self, result: object) -> None:
         """Deliver a result or an error, from any thread."""
@@ -75,21 +75,21 @@ class _Pending:
         try:
             self.loop.call_soon_threadsafe(deliver)
         except RuntimeError:
-            # The loop is closed: the server was stopped at once, and nobody waits.
+            # The loop is closed: the server was stopped, and no client waits.
             self.given_up = True
 
 
 class Batcher:
-    """Runs requests that are alike together, one batch after another.
+    """Runs similar requests together, one batch after another.
 
     Args:
         name: passed to the observer.
-        run: runs requests of equal keys together, and gives a result or an error for each.
+        run: runs requests of equal keys together, and returns a result or an error for each.
         fits: see `plan`.
         stop: makes the handle that stops a run.
         observer: receives the measurements.
-        max_waiting: how many requests may wait.
-        patience: seconds that the oldest request may wait for others, whatever the load.
+        max_waiting: maximum number of waiting requests.
+        patience: seconds that the oldest request may wait for others at any load.
         waste: see `plan`.
     """
 
@@ -106,7 +106,7 @@ class Batcher:
         waste: float,
     ) -> None:
         self.name, self._run, self._fits, self._stop, self._observer = name, run, fits, stop, observer
-        self._most, self._patience, self._waste = max_waiting, patience, waste
+        self._max_waiting, self._patience, self._waste = max_waiting, patience, waste
         self._waiting: list[_Pending] = []
         self._running: tuple[list[_Pending], Stop] | None = None
         self._ready = threading.Condition()
@@ -127,7 +127,7 @@ class Batcher:
         """Queue all requests or none, and return their results.
 
         Args:
-            requests: what to run, at least one.
+            requests: the requests, at least one.
             until: the deadline, on the clock of `time.monotonic`.
 
         Raises:
@@ -138,7 +138,7 @@ class Batcher:
         loop, now = asyncio.get_running_loop(), time.monotonic()
         entries = [_Pending(request, loop.create_future(), loop, now) for request in requests]
         with self._ready:
-            if len(self._waiting) + len(requests) > self._most:
+            if len(self._waiting) + len(requests) > self._max_waiting:
                 raise QueueFullError(len(self._waiting), max(1, math.ceil(self._pace * len(self._waiting))))
             self._waiting += entries
             self._observer.waiting(self.name, len(self._waiting))
@@ -159,7 +159,7 @@ class Batcher:
                     self._give_up(entry)
 
     def _give_up(self, entry: _Pending) -> None:
-        """Drop a request that nobody awaits; a run that nobody awaits ends at its next operator."""
+        """Drop a request whose result is not needed; a run without any other request ends at its next operator."""
         entry.future.cancel()
         with self._ready:
             entry.given_up = True
@@ -175,7 +175,7 @@ class Batcher:
             try:
                 going = self._serve_once()
             except Exception as e:
-                # A batcher that stopped would leave every client waiting, so it goes on whatever failed.
+                # A batcher that stopped would leave every client waiting, so it continues after any failure.
                 _LOG.exception("a batcher failed", extra={"notes": {"event": "failure", "batcher": self.name}})
                 with self._ready:
                     waiting, self._waiting, self._running = self._waiting, [], None
@@ -189,7 +189,7 @@ class Batcher:
                 if self._closing:
                     return False
                 self._ready.wait()
-            self._wait_for_company()
+            self._wait_for_more()
             waiting = list(self._waiting)
         entries = self._choose(waiting) if waiting else []
         with self._ready:
@@ -201,7 +201,7 @@ class Batcher:
             self._expected = len(entries) + len(self._waiting)
         return True
 
-    def _wait_for_company(self) -> None:
+    def _wait_for_more(self) -> None:
         """Wait, holding the lock, until the expected requests have come, the time is up, or a batch is full."""
         start = time.monotonic()
         while self._waiting and not self._closing:

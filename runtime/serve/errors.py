@@ -1,4 +1,4 @@
-"""What went wrong, in the shape that the API's clients expect, without paths or traces."""
+"""Errors in the form that clients of the API expect, without paths or traces."""
 
 from __future__ import annotations
 
@@ -57,25 +57,25 @@ def encode(value: object) -> bytes:
     try:
         return msgspec.json.encode(value)
     except UnicodeEncodeError:
-        return msgspec.json.encode(_mended(value))
+        return msgspec.json.encode(_without_surrogates(value))
 
 
-def _mended(value: object) -> object:
+def _without_surrogates(value: object) -> object:
     if isinstance(value, str):
         return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     if isinstance(value, dict):
-        return {_mended(key): _mended(item) for key, item in value.items()}
-    return [_mended(item) for item in value] if isinstance(value, list | tuple) else value
+        return {_without_surrogates(key): _without_surrogates(item) for key, item in value.items()}
+    return [_without_surrogates(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def to_api_error(error: Exception) -> ApiError | None:
-    """The answer to an error that a client can do something about; None for one that it cannot."""
+    """The answer to an error that the client can act on; None for any other."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, InputError):
         return ApiError(400, str(error))
     if isinstance(error, ArtifactError):
-        return ApiError(503, "the model's files were changed while it was served; this server must be started again")
+        return ApiError(503, "the model's files were changed while it was served; restart this server")
     if isinstance(error, NoWinnerError):
         return ApiError(422, str(error))
     if isinstance(error, QueueFullError):

@@ -143,7 +143,7 @@ class _GoneError(Exception):
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """The body in one piece, then whatever else arrives: that the client disconnects."""
+    """The body in one piece, then further messages, such as that the client disconnects."""
     sent = False
 
     async def replayed() -> Message:

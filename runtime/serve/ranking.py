@@ -19,7 +19,7 @@ class ClientRequest:
 
     Attributes:
         prompt: as the runtime takes it.
-        candidates: likewise.
+        candidates: as the runtime takes them.
         names: the fields of the client's request that hold them.
     """
 
@@ -29,18 +29,18 @@ class ClientRequest:
 
     @property
     def characters(self) -> int:
-        """Of all texts that are tokenized for it: the prompt is, once with each candidate."""
+        """Characters of all texts that are tokenized for it: the prompt is tokenized once with each candidate."""
         return _characters(self.prompt) * len(self.candidates) + sum(map(_characters, self.candidates))
 
 
 @dataclass(frozen=True)
 class TokenUsage:
-    """Tokens that were read for an answer.
+    """The tokens of an answer.
 
     Attributes:
-        prompt: those of what was sent, each text as often as it was sent.
-        completion: those that were generated.
-        cut: those that were left out of the prompt.
+        prompt: tokens that were sent, each text as often as it was sent.
+        completion: tokens that were generated.
+        cut: tokens that were left out of the prompt.
     """
 
     prompt: int
@@ -51,7 +51,7 @@ class TokenUsage:
         return TokenUsage(self.prompt + other.prompt, self.completion + other.completion, self.cut + other.cut)
 
     def to_dict(self) -> dict[str, int]:
-        """As an answer has it."""
+        """The field `usage` of an answer."""
         total = {"total_tokens": self.prompt + self.completion}
         return {"prompt_tokens": self.prompt, "completion_tokens": self.completion, **total, "cut_tokens": self.cut}
 
@@ -62,9 +62,9 @@ class Outcome:
 
     Attributes:
         ranking: None if no candidate can win.
-        scores: of each candidate, NaN for one that cannot win.
-        warnings: why one cannot, under its name in the client's request.
-        usage: what was read.
+        scores: one for each candidate, NaN for one that cannot win.
+        warnings: why a candidate cannot win, under its name in the client's request.
+        usage: the tokens of the request.
     """
 
     ranking: Ranking | None

@@ -1,4 +1,4 @@
-"""The same server on Ray Serve: the application as ingress of replicas, each with a model and queues of its own."""
+"""The same server on Ray Serve: the application is the ingress of replicas, each with its own model and queues."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ __all__ = ["Scale", "deploy", "run_until_told"]
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """How many replicas, and what each takes.
+    """The number of replicas, and the resources of each.
 
     Attributes:
-        replicas: at the least.
-        most_replicas: at the most; Ray adds and removes them by load.
-        cpus: cores of each, and threads of its runs.
-        gpus: of each; above 0 the model runs on CUDA.
+        replicas: minimum number of replicas.
+        most_replicas: maximum number; Ray adds and removes replicas by load.
+        cpus: cores of each replica, and threads of its runs.
+        gpus: GPUs of each replica; above 0 the model runs on CUDA.
 
     Raises:
         InputError: a number is invalid.
@@ -56,14 +56,14 @@ def deploy(artifact: str, settings: Settings, scale: Scale, *, memory_limit: int
     """The Ray Serve application, for `ray.serve.run`.
 
     Args:
-        artifact: its folder, which every node must reach by this path.
-        settings: bounds of each replica; above all `max_queue` requests wait at each.
-        scale: how many.
+        artifact: folder of the artifact, which every node must reach by this path.
+        settings: limits of each replica; `max_queue` requests wait at each.
+        scale: number and resources of the replicas.
         memory_limit: see `bonnx.load`.
     """
 
     def build() -> fastapi.FastAPI:
-        # In the replica: Ray keeps what it says with the replica's own log.
+        # This runs in the replica: Ray adds its stderr to the replica's log.
         log_to_stderr()
         provider: Provider = "cuda" if scale.gpus else "cpu"
         return create_app(
@@ -80,7 +80,7 @@ def deploy(artifact: str, settings: Settings, scale: Scale, *, memory_limit: int
         graceful_shutdown_timeout_s=settings.timeout,
     )(serve.ingress(build)())
     if scale.most_replicas > scale.replicas:
-        # Joint runs need company: a replica that has a few requests at once is not overloaded yet.
+        # Requests run faster together: a replica with a few requests at once is not overloaded yet.
         bounds = {"min_replicas": scale.replicas, "max_replicas": scale.most_replicas, "target_ongoing_requests": 16}
         deployment = deployment.options(num_replicas="auto", autoscaling_config=bounds)
     application: serve.Application = deployment.bind()
@@ -91,20 +91,20 @@ def run_until_told(application: serve.Application, host: str, port: int, address
     """Serve until SIGTERM or SIGINT.
 
     Args:
-        application: what `deploy` made.
-        host: address to listen at.
-        port: of HTTP.
-        address: of a running cluster; one is started here if not given.
+        application: the result of `deploy`.
+        host: address to listen on.
+        port: port to listen on.
+        address: address of a running cluster; by default one is started here.
     """
-    told = threading.Event()
+    stopping = threading.Event()
     ray.init(address=address, include_dashboard=False, log_to_driver=False)
     try:
-        # Only now: Ray has set handlers of its own, which end the process with a trace.
+        # Only now, because Ray sets its own handlers, which end the process with a trace.
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: told.set())
+            signal.signal(number, lambda *_: stopping.set())
         serve.start(http_options={"host": host, "port": port})
         serve.run(application, name="bonnx", route_prefix="/")
-        told.wait()
+        stopping.wait()
     finally:
         serve.shutdown()  # type: ignore[no-untyped-call]
         ray.shutdown()

@@ -1,4 +1,4 @@
-"""A model behind batchers: what the endpoints ask for."""
+"""A model behind batchers: everything that the endpoints call."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ __all__ = ["GraphRequest", "Service", "size"]
 
 T = TypeVar("T")
 _LONGEST_TIMEOUT = 3600.0
-# So little is read or written faster here than handed to another thread.
+# Up to this many characters, tokens or bytes are processed faster here than in another thread.
 _SHORT = 4000
 
 
@@ -51,8 +51,8 @@ class GraphRequest:
     """A run of one graph on tensors that the client filled.
 
     Attributes:
-        run: runs it; takes the handle that stops it.
-        shape: its size.
+        run: runs the graph; takes the handle that stops the run.
+        shape: the size of the work.
     """
 
     key = None
@@ -209,11 +209,11 @@ class Service:
         return generate_request
 
     async def aside(self, work: Callable[[], T], request: Request, size: int) -> T:
-        """Do a piece of work: at once, or in another thread if it is long, so that it does not delay others.
+        """Do some work: at once, or in another thread if it takes long, so that it does not delay other requests.
 
         Args:
             work: reads a request, or writes an answer.
-            request: whose time limit applies.
+            request: the request whose deadline applies.
             size: maximum number of characters, tokens or bytes that the work processes.
         """
         if size <= _SHORT:
@@ -240,7 +240,7 @@ class Service:
     async def watch(
         self, request: Request, prompt: Item, options: GenerateOptions, deadline: float | None
     ) -> GenerationStream:
-        """Stream a generation; it is cut at its deadline or when the request times out.
+        """Stream a generation; it is cut off at its deadline or when the request times out.
 
         Raises:
             QueueFullError: the maximum number of streams is open.
@@ -262,7 +262,7 @@ class Service:
         self._streams -= 1
 
     async def cut(self, request: Request, prompt: Item, options: GenerateOptions, deadline: float) -> Generation:
-        """One generation, cut at its deadline."""
+        """One generation, cut off at its deadline."""
         states = await self.watch(request, prompt, options, deadline)
         result = await self._unless_gone(request, states.result())
         winner(result.best_index, "candidates")
@@ -296,7 +296,7 @@ class Service:
             # Not an error of the batch: other rankings of the same HTTP request may have a winner.
             return [_Lost(result) if isinstance(result, NoWinnerError) else result for result in results]
         except ArtifactError:
-            # The artifact was changed on disk: every answer says so from now on.
+            # The artifact was changed on disk: from now on every answer reports it.
             self.broken = True
             raise
 

@@ -1,4 +1,4 @@
-"""What a server allows."""
+"""The limits of a server."""
 
 from __future__ import annotations
 
@@ -11,33 +11,33 @@ __all__ = ["Settings"]
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Bounds of a server; sizes in bytes or tokens, times in seconds.
+    """The limits of a server: sizes in bytes or tokens, times in seconds.
 
     Raises:
         InputError: a value is invalid; it is named.
     """
 
     api_key: str | None = None
-    """What a client must send as `Authorization: Bearer ...`; None for no key."""
+    """The key that clients must send as `Authorization: Bearer ...`; None for no key."""
     max_body: int = 4 * 2**20
     """Maximum size of a request's body; checked before it is read."""
     max_buffered: int = 256 * 2**20
-    """Maximum sum of the bodies that are being read or worked on."""
+    """Maximum sum of the bodies that are being read or processed."""
     max_tokens: int = 65536
-    """Maximum size of a request, padding and all that it may generate included."""
+    """Maximum size of a request, including padding and everything that it may generate."""
     body_timeout: float = 10.0
-    """How long a client may take to send its body."""
+    """Maximum time for a body to arrive."""
     timeout: float = 30.0
-    """How long a request may take, if it does not ask for less in `X-Request-Timeout`."""
+    """Maximum time for a request; a client may set less in `X-Request-Timeout`."""
     max_queue: int = 256
-    """Requests that may wait for each of the two batchers, ranking and generating; beyond it the answer is 429."""
+    """Maximum number of requests that wait for each of the batchers `rank` and `generate`; further ones get 429."""
     max_streams: int = 8
-    """Generations that may be watched at once."""
+    """Maximum number of generations that are streamed at once."""
     batch_wait: float = 0.0
-    """How long a request waits for company when the model is idle; without it a tenth of the last run, and only for
-    requests that are likely to come."""
+    """Time that a request waits for others while the model is idle. At 0 it waits a tenth of the last run's time, and
+    only if more requests are likely."""
     batch_tokens: int = 2048
-    """Maximum size of rankings that run together, padding included."""
+    """Maximum size of rankings that run together, including padding."""
     batch_candidates: int = 128
     """Maximum number of candidates that are generated together."""
     batch_waste: float = 0.2

@@ -1,4 +1,4 @@
-"""A generation that is watched while it grows in a thread of its own."""
+"""A generation that runs in its own thread and is streamed while it grows."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ __all__ = ["GenerationStream"]
 
 
 class GenerationStream:
-    """Begins at once. Iterate to see the newest state whenever you are ready for it, the result last.
+    """Begins at once. Each step of an iteration gives the newest state; the result comes last.
 
-    A slow reader misses states and holds nothing up. To end it early, close the iteration, or call `stop`.
+    A slow reader misses states and does not delay the generation. To end it early, close the iteration or call `stop`.
 
     Args:
-        states: what grows.
-        executor: where it grows.
-        done: called in the event loop when it has ended.
+        states: yields the states of the generation.
+        executor: runs the generation.
+        done: called in the event loop when the generation has ended.
     """
 
     def __init__(self, states: Iterator[Generation], executor: Executor, done: Callable[[], None]) -> None:
@@ -31,14 +31,14 @@ class GenerationStream:
         future.add_done_callback(lambda _: done())
 
     def stop(self) -> None:
-        """Nothing more is computed after the token that is being computed now."""
+        """End the generation after the token that is being computed."""
         self._stopped = True
 
     async def result(self) -> Generation:
         """The last state.
 
         Raises:
-            Exception: what the generation raised.
+            Exception: the exception that the generation raised.
         """
         last: Generation | None = None
         async for state in self:
@@ -78,5 +78,5 @@ class GenerationStream:
         try:
             self._loop.call_soon_threadsafe(self._news.set)
         except RuntimeError:
-            # The loop is closed: nobody watches any more.
+            # The loop is closed: the client has gone.
             self._stopped = True

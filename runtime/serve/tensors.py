@@ -1,4 +1,4 @@
-"""Tensors that a client fills itself: their sizes and values are checked before a graph sees them."""
+"""Tensors from clients: their sizes and values are checked before a graph reads them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..engine.engine import Engine
 
 __all__ = ["MOST_STOPS", "check_feeds", "check_shapes"]
 
-# Names of scalars, the least and the largest value of each.
+# The minimum and maximum of each scalar, by its name.
 _RANGES: dict[str, tuple[float, float]] = {
     "aggregation": (0, len(AGGREGATIONS) - 1),
     "vote": (0, len(VOTES) - 1),
@@ -42,13 +42,13 @@ _BROADCAST = {
 
 
 def check_shapes(name: str, graph: Graph, shapes: Mapping[str, list[int]], limits: Limits) -> None:
-    """Refuse shapes that do not fit each other or the model's limits, before a tensor is made.
+    """Refuse shapes that do not fit each other or the model's limits, before a tensor is created.
 
     Args:
-        name: of the graph.
-        graph: says which axes its inputs have.
-        shapes: of every input, of the ranks that the graph says.
-        limits: of the model.
+        name: name of the graph.
+        graph: its inputs name the axes.
+        shapes: the shape of every input, of the rank that the graph declares.
+        limits: the model's limits.
 
     Raises:
         InputError: names the input and the axis.
@@ -57,7 +57,7 @@ def check_shapes(name: str, graph: Graph, shapes: Mapping[str, list[int]], limit
     for value in graph.inputs:
         for axis, size in zip(value.shape, shapes[value.name], strict=True):
             if size == 0 and axis != "stops":
-                raise InputError(f"{value.name}: it has no elements; its shape is {shapes[value.name]}")
+                raise InputError(f"{value.name}: expected at least one element; got the shape {shapes[value.name]}")
             if not isinstance(axis, str):
                 continue
             first, where = axes.setdefault(axis, (size, value.name))
@@ -78,12 +78,12 @@ def check_shapes(name: str, graph: Graph, shapes: Mapping[str, list[int]], limit
 
 
 def check_feeds(graph: str, feeds: dict[str, Array], engine: Engine) -> Shape:
-    """How much a graph is to compute; work beyond the model's limits is refused.
+    """The shape of a graph's work; work beyond the model's limits is refused.
 
     Args:
         graph: its name.
-        feeds: all of its inputs, of the types that the manifest says, their shapes checked.
-        engine: whose graph it is.
+        feeds: all of its inputs, of the dtypes in the manifest, with checked shapes.
+        engine: the engine of the graph.
 
     Raises:
         InputError: a size or a value is out of bounds.
@@ -95,12 +95,12 @@ def check_feeds(graph: str, feeds: dict[str, Array], engine: Engine) -> Shape:
             raise InputError(f"{name}: expected 0 or 1 everywhere; got {array[(array != 0) & (array != 1)][0]}")
         if name.endswith("ids") and name != "answer_ids":
             _check_ids(name, array, engine.reader.vocabulary)
-    columns, shape = _shape(graph, feeds)
+    prompts, shape = _shape(graph, feeds)
     limit = engine.memory_limit
     check_size(
-        engine.manifest, shape.candidates, shape.prompt, shape.length, None if limit is None else limit // columns
+        engine.manifest, shape.candidates, shape.prompt, shape.length, None if limit is None else limit // prompts
     )
-    return Shape(columns * shape.candidates, columns * shape.prompt, shape.length)
+    return Shape(prompts * shape.candidates, prompts * shape.prompt, shape.length)
 
 
 def _check_ids(name: str, array: Array, vocabulary: int | None) -> None:
@@ -111,23 +111,23 @@ def _check_ids(name: str, array: Array, vocabulary: int | None) -> None:
 
 
 def _shape(graph: str, feeds: dict[str, Array]) -> tuple[int, Shape]:
-    """Columns, and the shape of each."""
+    """The number of prompts, and the shape of the work for each."""
     if graph == "rank":
-        candidates, columns, length = feeds["candidate_mask"].shape
-        return columns, Shape(candidates, feeds["prompt_mask"].shape[1], length)
+        candidates, prompts, length = feeds["candidate_mask"].shape
+        return prompts, Shape(candidates, feeds["prompt_mask"].shape[1], length)
     if graph == "score":
         rows, length = feeds["attention_mask"].shape
         count = int(feeds["num_candidates"])
         if rows % count:
             raise InputError(f"num_candidates: {count} do not divide {rows} rows")
-        columns = rows // count
+        prompts = rows // count
         for name in ("step_mask", "answer_ids"):
-            given, wanted = feeds[name].shape[:2], (count, columns)
-            if any(size not in (1, whole) for size, whole in zip(given, wanted, strict=True)):
+            sizes, wanted = feeds[name].shape[:2], (count, prompts)
+            if any(size not in (1, whole) for size, whole in zip(sizes, wanted, strict=True)):
                 raise InputError(
-                    f"{name}: expected {count} candidates and {columns} prompts, or 1, as its first axes; "
-                    f"got {[*given]}"
+                    f"{name}: expected {count} candidates and {prompts} prompts, or 1, as its first axes; "
+                    f"got {[*sizes]}"
                 )
-        return columns, Shape(count, 0, length)
+        return prompts, Shape(count, 0, length)
     mask = feeds["attention_mask"]
     return len(mask), Shape(int(feeds["num_candidates"]), mask.shape[1], int(feeds["max_new_tokens"]))

@@ -36,7 +36,7 @@ _SAMPLING = ("n", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "st
 
 @with_options("max_new_tokens", "temperature", "top_k", "top_p", "seed")
 class BestOfNBody(RequestBody):
-    """Candidates to choose from, or how many to make."""
+    """Candidates to choose from, or how many to generate."""
 
     elsewhere: ClassVar[dict[str, str]] = {
         "messages": "send them as 'prompt'",
@@ -82,7 +82,7 @@ def add(routes: APIRouter, service: Service) -> None:
 
 
 async def _answer(service: Service, request: Request, body: BestOfNBody) -> dict[str, object] | AsyncIterator[bytes]:
-    """The choice, or the events of a generation that is watched."""
+    """The choice, or the events of a generation that is streamed."""
     if (body.candidates is None) == (body.n is None):
         got = "both" if body.n is not None else "neither"
         raise InputError(f"expected candidates to choose from, or n of them to generate; got {got}")

@@ -1,4 +1,4 @@
-"""`/health` and `/metrics`: what watches a server asks."""
+"""`/health` and `/metrics`, for monitoring."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The Open Inference Protocol (KServe v2) over the graphs: their tensors in, their tensors out.
 
-Each graph is a model of its own, `NAME_rank`, `NAME_score` and so on, with the inputs and outputs of docs/graphs.md.
+Each graph is a separate model, `NAME_rank`, `NAME_score` and so on, with the inputs and outputs of docs/graphs.md.
 Tensors come as JSON lists or, as Triton's clients send them, as raw bytes behind the JSON header.
 """
 
@@ -75,7 +75,7 @@ def add(routes: fastapi.APIRouter, service: Service) -> None:
 
     @protocol.get("")
     async def server() -> dict[str, object]:
-        """What this server is."""
+        """Name, version and extensions of this server."""
         return {"name": "bonnx", "version": bonnx.__version__, "extensions": ["binary_tensor_data"]}
 
     @protocol.get("/health/live")
@@ -145,7 +145,7 @@ def _run(service: Service, name: str, feeds: dict[str, Array], outputs: list[str
         return service.engine.session(name).run(feeds, outputs, stop)
     except ArtifactError:
         raise
-    except Exception as e:  # ONNX Runtime raises bare subclasses of Exception of its own
+    except Exception as e:  # ONNX Runtime raises its own bare subclasses of Exception
         if stop.terminate:
             raise
         raise ApiError(400, f"the graph cannot run on these inputs: {_plain(str(e))}") from e

@@ -26,7 +26,7 @@ _NOT_CUT = "documents are never cut here; leave it out, and send documents that 
 
 
 class Document(BaseModel):
-    """A text to rank; whatever else it has comes back with `return_documents`."""
+    """A text to rank; its other fields come back with `return_documents`."""
 
     model_config = ConfigDict(extra="allow")
     text: Text
@@ -53,9 +53,9 @@ class RerankBody(RequestBody):
     documents: Annotated[list[Text | Document], FAIL_FAST] = Field(
         min_length=1, max_length=MOST_ITEMS, description="expected a list of at least one text, or objects with a text"
     )
-    top_n: int | None = Field(None, ge=1, description="how many of the best to return; all if not given")
+    top_n: int | None = Field(None, ge=1, description="how many of the best to return; by default all")
     return_documents: bool = False
-    model: str | None = Field(None, description="this server's model, if it is given")
+    model: str | None = Field(None, description="name of this server's model; may be left out")
     aggregation: Aggregation | None = None
     truncate: bool = Field(False, description="leave out the beginning of a query that is too long")
 
@@ -73,7 +73,7 @@ def add(routes: APIRouter, service: Service) -> None:
 
 
 async def _answer(service: Service, request: Request, body: RerankBody) -> dict[str, object]:
-    """As Cohere answers, whose scores are numbers: a document that has none is left out, and a warning names it."""
+    """Cohere's form of an answer, in which scores are numbers: a document without one is left out, with a warning."""
     texts = [document if isinstance(document, str) else document.text for document in body.documents]
     ranked = ClientRequest(to_runtime(body.query, "query"), texts, _NAMES)
     outcome, ranking = await service.rank(request, ranked, aggregation=body.aggregation, truncate=body.truncate)

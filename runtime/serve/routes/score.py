@@ -58,7 +58,7 @@ def add(routes: APIRouter, service: Service) -> None:
 
 
 async def _answer(service: Service, request: Request, body: ScoreBody) -> dict[str, object]:
-    """As vLLM answers; a pair that cannot be scored has null."""
+    """vLLM's form of an answer; the score of a pair that cannot be scored is null."""
     outcomes = await service.rank_all(request, _pairs(body), aggregation=body.aggregation, truncate=body.truncate)
     scores = [score for outcome in outcomes for score in outcome.scores]
     warnings = [warning for outcome in outcomes for warning in outcome.warnings]

@@ -101,7 +101,7 @@ def test_a_run_goes_on_after_the_disk_was_full(tiny, rng, tmp_path, monkeypatch)
 
         patch.setattr(os, "fsync", full)
         patch.setattr("bonnx.runtime.batch.output._SECONDS", 0.0)
-        with pytest.raises(bonnx.BonnxError, match="No space left on device; make room and start again"):
+        with pytest.raises(bonnx.BonnxError, match="No space left on device; free some space and start again"):
             run_batch(task, output, here, rows=8)
     assert run_batch(task, output, here, rows=8).rows == 60
     assert leftovers(output) == leftovers(tmp_path / "whole.jsonl")

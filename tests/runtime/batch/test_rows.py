@@ -151,7 +151,7 @@ def test_a_candidate_that_cannot_be_read_gets_null(batch, model):
 def test_encodings_and_ends_of_lines(batch):
     ranked, errors = batch(b"\xef\xbb\xbf" + dump(ROW) + b"\r\n \t\r\n" + b"\xef\xbb\xbf" + dump(ROW) + b"\n\x0b")
     assert ranked[0].startswith(dump(ROW)[:-1])
-    assert "byte order mark in the midst" in errors[3]
+    assert "byte order mark in the middle" in errors[3]
     assert errors[4].startswith("not JSON")
 
 

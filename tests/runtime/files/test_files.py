@@ -94,7 +94,7 @@ BROKEN = {
     b"\xffa": "not UTF-8: invalid start byte (0xff) at byte 0 of the line",
     b"ab\xe2\x82": "at byte 2 of the line",
     b"a\0b": "NUL byte",
-    b"\xef\xbb\xbfa": "a byte order mark in the midst",
+    b"\xef\xbb\xbfa": "a byte order mark in the middle",
 }
 
 
@@ -177,7 +177,7 @@ def test_arrays_that_cannot_be_read(tmp_path, rng):
     for name in (*cases, "pickled.npy", "none.npy"):
         with pytest.raises(bonnx.InputError, match=f"cannot read .*{name}"):
             load_arrays(tmp_path / name)
-    with pytest.raises(bonnx.InputError, match="no array 'prompts', only a"):
+    with pytest.raises(bonnx.InputError, match="expected an array 'prompts'; got a"):
         read_held_out(tmp_path / "good.npz")
 
 
