@@ -95,7 +95,7 @@ def ragged(path: Path, cases: int = 20) -> str:
             worst = max(worst, float(np.abs(a.candidate_scores - b.candidate_scores).max()))
             close = a.candidate_scores[a.best_index] - a.candidate_scores[b.best_index] <= TOLERANCE
             if worst > TOLERANCE or not close:
-                return f"FAILED: difference {worst:.1e}, chose {a.best_index} and {b.best_index}"
+                return f"FAILED: difference {worst:.1e}, selected {a.best_index} and {b.best_index}"
     return f"ok, maximum difference {worst:.1e}"
 
 

@@ -108,7 +108,7 @@ def draw_rows(path: Path, count: int) -> None:
 
 
 def main() -> None:
-    """Print how many rounds passed."""
+    """Run the rounds and print how many passed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("artifact")
     parser.add_argument("--rounds", type=int, default=20)

@@ -66,7 +66,7 @@ def show(result: dict[str, Any]) -> None:
     total, right = result["puzzles"], result["right"]
     sizes = f"{total} held-out puzzles, {result['candidates']} candidates each"
     print(f"\n{sizes}, sampled, scored and selected by ONNX Runtime alone")
-    print(f"({result['provider']}, {result['milliseconds_per_puzzle']} ms a puzzle). Puzzles solved by\n")
+    print(f"({result['provider']}, {result['milliseconds_per_puzzle']} ms per puzzle). Puzzles solved by\n")
     names = {"first": "the first candidate", "majority": "majority vote", "selected": "best-of-N in the graph"}
     for name, text in {**names, "any": "any candidate (the limit)"}.items():
         print(f"  {text:<26} {right[name]:>3} {'#' * round(50 * right[name] / total)}")

@@ -105,7 +105,7 @@ class NetworkConfig(_ValidatedConfig, frozen=True, kw_only=True, forbid_unknown_
     ffn_inner: int | None = None
     """Inner size of the gated FFN; `ffn_inner_size(hidden_size)` if None."""
     attention_bias: bool = True
-    """Biases of the q, k and v projections."""
+    """Whether the q, k and v projections have biases."""
     attention_output_bias: bool = True
     ffn_bias: bool = True
     norm_epsilon: float = 1e-6

@@ -56,7 +56,7 @@ def random_uniform(stream, position, candidates):  # type: ignore[no-untyped-def
     row = mix(op.Add(op.Cast(stream, to=12), moved))
     number = op.Mul(op.Cast(candidates, to=12), op.Cast(op.Constant(value_int=0x85EBCA77), to=12))
     bits = op.BitShift(mix(op.Add(row, number)), op.Cast(op.Constant(value_int=9), to=12), direction="RIGHT")
-    # 23 bits: the product with a sum of probabilities stays below that sum after rounding.
+    # Only 23 bits, so that the product with a sum of probabilities stays below that sum after rounding.
     return op.Mul(op.Cast(bits, to=1), op.Constant(value_float=1.1920928955078125e-07))
 
 

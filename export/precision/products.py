@@ -1,4 +1,4 @@
-"""Matrix products as the graphs compute them: float32, 16-bit, 8-bit and 4-bit."""
+"""The graphs' matrix products: float32, 16-bit, 8-bit and 4-bit."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ class Product4(_Biased):
 
 
 class SplitProduct(nn.Module):
-    """`SplitLinear`."""
+    """`SplitLinear`: a quantized product of most inputs, plus a float32 product of the outliers."""
 
     def __init__(self, split: SplitLinear, scale: float = 1.0) -> None:
         super().__init__()

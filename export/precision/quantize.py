@@ -147,7 +147,7 @@ class Linear8(nn.Module):
 
 
 class Linear4(nn.Module):
-    """A linear layer with 4-bit weights and 8-bit inputs, both in blocks."""
+    """A linear layer with 4-bit weights and 8-bit inputs, both quantized in blocks."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()

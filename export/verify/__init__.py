@@ -1,1 +1,1 @@
-"""Prove an export: the graphs' outputs against PyTorch's, and the choices of fewer bits against float32's."""
+"""Verify an export: the graphs' outputs against PyTorch, and the selections of reduced precision against float32."""

@@ -187,7 +187,7 @@ def _check_selection(checker: Checker, request: CheckedOptions, outputs: dict[st
     expected, best = aggregate(outputs["scores"], mask, np.ones((1, 1, 1)), request.aggregation)
     checker.compare("generate, candidate scores", outputs["candidate_scores"], expected)
     if not np.array_equal(outputs["best_index"], best):
-        raise ExportError(f"generate chose {outputs['best_index']}, NumPy {best}")
+        raise ExportError(f"generate selected {outputs['best_index']}; expected {best}")
 
 
 def _is_close_race(checker: Checker, request: CheckedOptions, outputs: dict[str, Array]) -> bool:

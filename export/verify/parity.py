@@ -253,14 +253,14 @@ class Checker:
             outputs = dict(zip(evaluator.output_names, evaluator.run(None, feeds), strict=True))
             best, groups = elect(outputs["candidate_scores"], feeds["answer_ids"], "weighted", self.scoring.vote_weight)
             if outputs["best_index"] != best:
-                raise ExportError(f"reference evaluator: the graph chose {outputs['best_index']}, NumPy {best}")
+                raise ExportError(f"reference evaluator: the graph selected {outputs['best_index']}; expected {best}")
             self.compare("reference evaluator, vote", outputs["group_scores"], groups)
             return self.near("scores", "reference evaluator", outputs["scores"], expected)
 
         return Case("ONNX reference evaluator", "rank", feeds, judge, "scores")
 
     def session(self, name: str) -> Session:
-        """The session of a graph, opened at its first use."""
+        """Return a graph's session, opened at first use."""
         if name not in self._sessions:
             graph = self.graphs[name]
             self._sessions[name] = Session(self.folder / graph.file, graph, SessionOptions(provider="cpu"))
@@ -282,7 +282,8 @@ class Checker:
         best, taken = (np.take_along_axis(final, index[None], 0)[0] for index in (chosen, outputs["best_index"]))
         if (best - taken > 2 * self.tolerances.allowed("scores")).any():
             raise ExportError(
-                f"{label}: the graph chose {outputs['best_index']}, PyTorch {chosen}; nothing was written"
+                f"{label}: the graph selected {outputs['best_index']}; expected {chosen} from PyTorch's scores; "
+                "nothing was written"
             )
 
     def near(self, kind: str, label: str, values: Array, exact: Array) -> float:

@@ -36,7 +36,7 @@ def _aggregations(checker: Checker) -> Iterator[Case]:
 def _judge_aggregation(checker: Checker, name: str, feeds: dict[str, Array], outputs: dict[str, Array]) -> float:
     expected, best = aggregate(outputs["scores"], feeds["candidate_mask"], feeds["step_mask"], name)
     if not np.array_equal(outputs["best_index"], best):
-        raise ExportError(f"selection {name}: the graph chose {outputs['best_index']}, NumPy {best}")
+        raise ExportError(f"selection {name}: the graph selected {outputs['best_index']}; expected {best}")
     return checker.compare(f"selection {name}", outputs["candidate_scores"], expected)
 
 
@@ -57,7 +57,7 @@ def _judge_vote(
 ) -> float:
     best, groups = elect(outputs["candidate_scores"], feeds["answer_ids"], name, checker.scoring.vote_weight)
     if not np.array_equal(outputs["best_index"], best):
-        raise ExportError(f"vote {name}: the graph chose {outputs['best_index']}, NumPy {best}")
+        raise ExportError(f"vote {name}: the graph selected {outputs['best_index']}; expected {best}")
     if name == VOTES[-1] and answered == 0.7:
         # Counts are the same on every machine, whatever the last digits of the scores.
         checker.record(f"rank/{name}", feeds, outputs)

@@ -105,7 +105,7 @@ def test_another_selection_is_noticed(network, small):
     checker.compute()
     outputs = checker.run_graph("rank", feeds)
     outputs["best_index"] = (outputs["best_index"] + 1) % 4
-    with pytest.raises(ExportError, match="the graph chose"):
+    with pytest.raises(ExportError, match="the graph selected"):
         checker._same_choice("case", feeds, outputs, expected)
 
 
