@@ -54,12 +54,22 @@ def test_text_comes_back(lines, tmp_path_factory):
 def test_byte_order_marks(put):
     assert everywhere(put(b"\xef\xbb\xbfa\nb")) == ["a", "b"]
     assert read_candidates(put(b"\xef\xbb\xbf")) == read_candidates(put(b"")) == []
-    for encoding in ("UTF-16", "UTF-32"):
-        for order in ("le", "be"):
-            path = put(("\ufeff" + "a\nb").encode(f"{encoding}-{order}"))
-            for read in (read_candidates, read_held_out, lambda path: [*read_prompts(path)]):
-                with pytest.raises(bonnx.InputError, match=f"it is {encoding}; expected UTF-8"):
-                    read(path)
+
+
+def all_prompts(path):
+    return [*read_prompts(path)]
+
+
+READERS = [read_candidates, read_held_out, all_prompts]
+
+
+@pytest.mark.parametrize("read", READERS)
+@pytest.mark.parametrize("order", ["le", "be"])
+@pytest.mark.parametrize("encoding", ["UTF-16", "UTF-32"])
+def test_another_encoding_is_named(put, encoding, order, read):
+    path = put(("\ufeff" + "a\nb").encode(f"{encoding}-{order}"))
+    with pytest.raises(bonnx.InputError, match=f"it is {encoding}; expected UTF-8"):
+        read(path)
 
 
 BROKEN = {
@@ -131,17 +141,37 @@ def test_objects_and_lists(put):
     assert read_candidates(put("a\n\nb\n\n")) == ["a", "", "b", ""]
     held_out = read_held_out(put('[1, 2]\n"[x]"\n{"text": "p", "candidates": ["a", {"text": "b"}]}\n'))
     assert held_out == [HeldOut([1, 2]), HeldOut("[x]"), HeldOut("p", ["a", "b"])]
-    for text in ('{"prompt": "p", "candidates": "[]"}', '{"candidates": ["a"]}', '{"prompt": "p", "candidates": [1]}'):
-        with pytest.raises(bonnx.InputError, match="line 1"):
-            read_held_out(put(text))
 
 
-def test_one_list_of_all_candidates(put):
-    values = ["a", [1, 2], {"text": "b"}]
-    for text in (json.dumps(values), json.dumps(values, indent=1), f"\n {json.dumps(values)}\n\n"):
-        assert read_candidates(put(text)) == ["a", [1, 2], "b"]
+@pytest.mark.parametrize(
+    "line",
+    ['{"prompt": "p", "candidates": "[]"}', '{"candidates": ["a"]}', '{"prompt": "p", "candidates": [1]}'],
+    ids=["candidates that are text", "no prompt", "a candidate that is a number"],
+)
+def test_a_held_out_prompt_that_cannot_be_read_is_named(put, line):
+    with pytest.raises(bonnx.InputError, match="line 1"):
+        read_held_out(put(line))
+
+
+VALUES = ["a", [1, 2], {"text": "b"}]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [json.dumps(VALUES), json.dumps(VALUES, indent=1), f"\n {json.dumps(VALUES)}\n\n"],
+    ids=["one line", "indented", "blank lines around it"],
+)
+def test_one_list_of_all_candidates(put, text):
+    assert read_candidates(put(text)) == ["a", [1, 2], "b"]
+
+
+def test_an_empty_list_of_candidates(put):
     assert read_candidates(put("[]")) == []
-    for text, message in (
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
         ('[\n"a",\n"b"', "line 3: not JSON"),
         ('[\n"a",\n]', "line 3: not JSON"),
         ('[\n"a",\n{"text": "b", "text": "c"}]', "line 3: .*twice"),
@@ -150,9 +180,11 @@ def test_one_list_of_all_candidates(put):
         ('[\n"a",\nnull]', "line 3: .*element 1 is null"),
         ('[\n"a",\n{"x": 1}]', "line 3: expected an object with 'text'"),
         ('["a"]]', "line 1: not JSON: Extra data"),
-    ):
-        with pytest.raises(bonnx.InputError, match=message):
-            read_candidates(put(text))
+    ],
+)
+def test_a_list_with_an_error_names_its_line(put, text, message):
+    with pytest.raises(bonnx.InputError, match=message):
+        read_candidates(put(text))
 
 
 def test_embeddings_are_float32(rng):
@@ -162,40 +194,40 @@ def test_embeddings_are_float32(rng):
     assert np.array_equal(found, values.astype(np.float32))
 
 
-def test_arrays_that_cannot_be_read(tmp_path, rng):
-    np.savez(tmp_path / "good.npz", a=rng.standard_normal(3))
-    whole = (tmp_path / "good.npz").read_bytes()
+@pytest.mark.parametrize("name", ["empty.npy", "cut.npz", "text.npy", "zip.npz", "pickled.npy", "none.npy"])
+def test_arrays_that_cannot_be_read(tmp_path, rng, name):
+    np.savez(tmp_path / "whole.npz", a=rng.standard_normal(3))
+    whole = (tmp_path / "whole.npz").read_bytes()
     np.save(tmp_path / "pickled.npy", np.array([{}], object))
-    cases = {
-        "empty.npy": b"",
-        "cut.npz": whole[: len(whole) // 2],
-        "text.npy": b"text",
-        "zip.npz": b"PK\x03\x04" + b"x" * 50,
-    }
-    for name, content in cases.items():
-        (tmp_path / name).write_bytes(content)
-    for name in (*cases, "pickled.npy", "none.npy"):
-        with pytest.raises(bonnx.InputError, match=f"cannot read .*{name}"):
-            load_arrays(tmp_path / name)
+    (tmp_path / "empty.npy").write_bytes(b"")
+    (tmp_path / "cut.npz").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "text.npy").write_bytes(b"text")
+    (tmp_path / "zip.npz").write_bytes(b"PK\x03\x04" + b"x" * 50)
+    with pytest.raises(bonnx.InputError, match=f"cannot read .*{name}"):
+        load_arrays(tmp_path / name)
+
+
+def test_arrays_of_other_names_are_refused(tmp_path, rng):
+    np.savez(tmp_path / "good.npz", a=rng.standard_normal(3))
     with pytest.raises(bonnx.InputError, match="expected an array 'prompts'; got a"):
         read_held_out(tmp_path / "good.npz")
 
 
-def test_what_is_no_file(tmp_path):
-    for read in (read_candidates, read_held_out, lambda path: [*read_prompts(path)]):
-        for path in (tmp_path, tmp_path / "none"):
-            with pytest.raises(bonnx.InputError, match="cannot read"):
-                read(path)
+@pytest.mark.parametrize("place", ["", "none"], ids=["a folder", "nothing"])
+@pytest.mark.parametrize("read", READERS)
+def test_what_is_not_a_file_is_refused(tmp_path, read, place):
+    with pytest.raises(bonnx.InputError, match="cannot read"):
+        read(tmp_path / place)
 
 
 def test_rank_reads_prompts_as_it_reads_lines(countdown, put, capsys):
     path = str(put('"12-3=9;"\n{"text": "12-7=5;"}\n'))
     rank = ["rank", str(countdown), "--candidates", path, "--json", "--prompt"]
+    expected = bonnx.load(countdown).rank("3,7,12,25>98:", ["12-3=9;", "12-7=5;"])
     for prompt in ("3,7,12,25>98:", '{"prompt": "3,7,12,25>98:"}', '"3,7,12,25>98:"'):
         assert main([*rank, prompt]) == 0
-        said = json.loads(capsys.readouterr().out)
-        expected = bonnx.load(countdown).rank("3,7,12,25>98:", ["12-3=9;", "12-7=5;"])
-        assert np.allclose(said["candidate_scores"], expected.candidate_scores, atol=1e-6)
+        ranking = json.loads(capsys.readouterr().out)
+        assert np.allclose(ranking["candidate_scores"], expected.candidate_scores, atol=1e-6)
     assert main([*rank, '[{"role": "user",}]']) == 2
     assert "--prompt: not JSON" in capsys.readouterr().err
     # As text it gets as far as the tokenizer, which knows no letters.

@@ -82,23 +82,26 @@ def test_every_axis_of_every_tensor_is_checked(client, engine, graph, binary):
             assert "expected at least one element" in answer.json()["error"]
 
 
-def test_one_value_stands_for_a_whole_axis(client):
-    for graph, broadcast in _BROADCAST.items():
-        feeds = good(graph)
-        sizes = {"num_candidates": 4, "batch": 2, "length": 5} if graph == "rank" else {"sequence": 5}
-        shape = [sizes[other] for axis, other in broadcast.items() if axis.startswith("step")]
-        shape = [1] * (3 - len(shape)) + shape
-        assert post(client, graph, feeds | {"step_mask": np.ones(shape, np.int64)}).status_code == 200
+@pytest.mark.parametrize("graph", _BROADCAST)
+def test_one_value_stands_for_a_whole_axis(client, graph):
+    sizes = {"num_candidates": 4, "batch": 2, "length": 5} if graph == "rank" else {"sequence": 5}
+    shape = [sizes[other] for axis, other in _BROADCAST[graph].items() if axis.startswith("step")]
+    shape = [1] * (3 - len(shape)) + shape
+    assert post(client, graph, good(graph) | {"step_mask": np.ones(shape, np.int64)}).status_code == 200
 
 
 @pytest.mark.parametrize("binary", [True, False])
-def test_a_long_tensor_beside_a_short_mask(client, binary):
+@pytest.mark.parametrize(("long", "short"), [("input_ids", "attention_mask"), ("attention_mask", "input_ids")])
+def test_a_long_tensor_beside_a_short_one(client, long, short, binary):
     """Whichever tensor is read for the size, the other one may be the long one."""
-    for long, short in (("input_ids", "attention_mask"), ("attention_mask", "input_ids")):
-        feeds = good("score") | {"num_candidates": np.array(1), long: np.ones((1, 100_000), np.int64)}
-        answer = post(client, "score", feeds | {short: np.ones((1, 1), np.int64)}, binary=binary)
-        assert answer.status_code == 400
-        assert "its axis 'sequence'" in answer.json()["error"]
+    feeds = good("score") | {"num_candidates": np.array(1), long: np.ones((1, 100_000), np.int64)}
+    answer = post(client, "score", feeds | {short: np.ones((1, 1), np.int64)}, binary=binary)
+    assert answer.status_code == 400
+    assert "its axis 'sequence'" in answer.json()["error"]
+
+
+@pytest.mark.parametrize("binary", [True, False])
+def test_tensors_beyond_the_limits_are_refused(client, binary):
     whole = {name: np.ones((1, 100_000), np.int64) for name in ("input_ids", "attention_mask")}
     answer = post(client, "score", good("score") | {"num_candidates": np.array(1)} | whole, binary=binary)
     assert "100000 tokens in a row: this model takes at most 8192" in answer.json()["error"]
@@ -160,19 +163,21 @@ def test_what_does_not_fit_is_named(client, change, message):
     assert message in answer.json()["error"]
 
 
-def test_an_id_comes_back(client):
-    for given, back in (("a", "a"), ("é", "é"), ("\ud800", "\ufffd")):
-        answer = post(client, "score", good("score"), change=lambda body, given=given: body.update(id=given))
-        assert (answer.status_code, answer.json()["id"]) == (200, back)
+@pytest.mark.parametrize(("sent", "returned"), [("a", "a"), ("é", "é"), ("\ud800", "\ufffd")], ids=ascii)
+def test_an_id_comes_back(client, sent, returned):
+    answer = post(client, "score", good("score"), change=lambda body: body.update(id=sent))
+    assert (answer.status_code, answer.json()["id"]) == (200, returned)
 
 
-def test_bytes_are_counted(client):
-    feeds = good("score")
-    for size in (0, 8, 2**40):
-        change = lambda body, size=size: named(body, "input_ids")["parameters"].update(binary_data_size=size)  # noqa: E731
-        answer = post(client, "score", feeds, binary=True, change=change)
-        assert answer.status_code == 400
-        assert "30 values are 240 bytes" in answer.json()["error"]
+@pytest.mark.parametrize("size", [0, 8, 2**40])
+def test_bytes_are_counted(client, size):
+    change = lambda body: named(body, "input_ids")["parameters"].update(binary_data_size=size)  # noqa: E731
+    answer = post(client, "score", good("score"), binary=True, change=change)
+    assert answer.status_code == 400
+    assert "30 values are 240 bytes" in answer.json()["error"]
+
+
+def test_a_header_longer_than_the_body_is_refused(client):
     answer = client.post("/v2/models/tiny_score/infer", content=b"{}", headers={"Inference-Header-Content-Length": "3"})
     assert "expected at most the body's 2 bytes" in answer.json()["error"]
 
