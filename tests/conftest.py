@@ -1,5 +1,6 @@
 """Artifacts that many tests share: exported once, never changed; a test that edits one copies it first."""
 
+import gc
 import os
 import shutil
 import signal
@@ -11,14 +12,12 @@ from xdist.scheduler import LoadFileScheduling
 
 import bonnx
 from bonnx.export.artifact import export_model
-from bonnx.export.checkpoint.tokenizer import read_tokenizer
-from bonnx.models import build, load_checkpoint
+from bonnx.models import build
 from bonnx.models.config import LanguageModelConfig, NetworkConfig
-from bonnx.models.countdown import CHECKPOINT
 from bonnx.models.network import LanguageModel
 from bonnx.runtime.artifact.manifest import Limits, Scoring
 from bonnx.runtime.engine.engine import open_engine
-from tests import seeds
+from tests import command_line, seeds
 from tests.seeds import (
     dice,
     pytest_configure,
@@ -65,6 +64,12 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="slow; run it with --slow"))
 
 
+def pytest_collection_finish():
+    """PyTorch and transformers stay in memory to the end, so the garbage collector need not visit their objects."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     """With `-n N` the tests of one file run in one process: they share what its fixtures make."""
@@ -72,15 +77,15 @@ def pytest_xdist_make_scheduler(config, log):
 
 
 def made_once(tmp_path_factory, name, make):
-    """The artifact's folder, made by whichever of pytest-xdist's processes is the first to need it."""
+    """A folder, most often an artifact, made by whichever of pytest-xdist's processes is the first to need it."""
     folder = tmp_path_factory.getbasetemp()
     folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
-    artifact = folder / name / "artifact"
+    made = folder / name / "artifact"
     with FileLock(folder / f"{name}.lock"):
         # It is there as a whole or not at all.
-        if not artifact.exists():
-            make(artifact)
-    return artifact
+        if not made.exists():
+            make(made)
+    return made
 
 
 @pytest.fixture(scope="session")
@@ -97,15 +102,24 @@ def small(network, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def countdown(tmp_path_factory):
-    """Artifact of the model that ships."""
+def exported_countdown(tmp_path_factory):
+    """The folder in which `bonnx export` ran without a checkpoint: artifact, Triton repository, what it printed."""
 
     def make(folder):
-        model, metadata = load_checkpoint(CHECKPOINT)
-        rules = {"scoring": Scoring(**metadata["scoring"]), "limits": Limits(**metadata["limits"])}
-        export_model(model, folder, name="countdown", tokenizer=read_tokenizer(CHECKPOINT), **rules)
+        unfinished = folder.with_name("unfinished")
+        unfinished.mkdir(parents=True)
+        done = command_line.run(unfinished, "export", "--triton", "repository", "--json")
+        assert done.returncode == 0, done.stderr
+        (unfinished / "printed.json").write_text(done.stdout)
+        unfinished.rename(folder)
 
     return made_once(tmp_path_factory, "countdown", make)
+
+
+@pytest.fixture(scope="session")
+def countdown(exported_countdown):
+    """Artifact of the model that ships."""
+    return exported_countdown / "artifacts" / "countdown"
 
 
 @pytest.fixture(scope="session")

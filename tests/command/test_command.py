@@ -3,43 +3,32 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 import bonnx
 from bonnx.command import main
+from bonnx.models.countdown.vocabulary import END, encode
+from tests.command_line import run
 
 PUZZLE = "3,7,12,25>98:"
 CANDIDATES = ["12-3=9;9*7=63;63+25=88;", "25+7=32;32*3=96;96+12=98;"]
-COMMAND = shutil.which("bonnx", path=str(Path(sys.executable).parent)) or shutil.which("bonnx")
 
 
-def run(folder, *arguments, given=None):
-    assert COMMAND, "the bonnx command is not installed"
-    command = [COMMAND, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, input=given, check=False)
-    assert "Traceback" not in done.stderr, done.stderr
-    return done
-
-
-def test_export_without_arguments(tmp_path):
-    done = run(tmp_path, "export", "--triton", "repository", "--json")
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert found["triton"] == ["countdown_rank", "countdown_score", "countdown_generate"]
-    assert sorted(path.name for path in (tmp_path / "repository").iterdir()) == sorted(found["triton"])
-    assert max(p["max_difference"] for p in found["parity"]) < 5e-5
-    demonstration = found["demonstration"]
+def test_export_without_arguments(exported_countdown, tmp_path):
+    printed = json.loads((exported_countdown / "printed.json").read_text())
+    assert printed["triton"] == ["countdown_rank", "countdown_score", "countdown_generate"]
+    repository = exported_countdown / "repository"
+    assert sorted(path.name for path in repository.iterdir()) == sorted(printed["triton"])
+    assert max(p["max_difference"] for p in printed["parity"]) < 5e-5
+    demonstration = printed["demonstration"]
     right = demonstration["right"]
     assert demonstration["puzzles"] == 100
     assert right["selected"] >= right["first"] + 15
     assert right["selected"] > right["majority"]
     assert right["selected"] <= right["any"]
-    artifact = tmp_path / "artifacts/countdown"
+    artifact = exported_countdown / "artifacts/countdown"
     assert json.loads(run(tmp_path, "verify", artifact, "--json").stdout)["ok"] is True
     assert [path.name for path in artifact.parent.iterdir()] == ["countdown"]
     assert run(tmp_path, "export", "-o", artifact).returncode == 1
@@ -51,9 +40,9 @@ def test_verify_says_what_was_changed(small, tmp_path):
     data[100] ^= 1
     (folder / "onnx/weights.bin").write_bytes(data)
     done = run(tmp_path, "verify", folder, "--json")
-    found = json.loads(done.stdout)
-    assert (done.returncode, found["ok"]) == (1, False)
-    assert "weights.bin" in found["reason"]
+    printed = json.loads(done.stdout)
+    assert (done.returncode, printed["ok"]) == (1, False)
+    assert "weights.bin" in printed["reason"]
 
 
 @pytest.mark.parametrize("form", ["lines", "json", "ids", "stdin"])
@@ -65,8 +54,6 @@ def test_rank_text(countdown, tmp_path, form):
     elif form == "json":
         path.write_text(json.dumps(CANDIDATES))
     elif form == "ids":
-        from bonnx.models.countdown.vocabulary import END, encode
-
         path.write_text(json.dumps([[*encode(c), END] for c in CANDIDATES]))
     else:
         path, given = "-", "\n".join(CANDIDATES)
