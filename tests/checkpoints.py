@@ -123,12 +123,12 @@ class HeadCase:
     @property
     def arguments(self):
         """The options of `bonnx export`."""
-        found = []
+        arguments = []
         for name, value in self.overrides._asdict().items():
             if value is not None:
                 values = value if isinstance(value, list) else [str(value)]
-                found += [f"--{name.replace('_', '-')}", *values]
-        return found
+                arguments += [f"--{name.replace('_', '-')}", *values]
+        return arguments
 
     def scores(self, text, special=True):
         """Of a whole text: one score for each position, and the tokens."""

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 
+import hypothesis
 import pytest
 import torch
 from filelock import FileLock
@@ -49,6 +50,11 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+# How long one example takes says nothing on a machine that does other things too.
+hypothesis.settings.register_profile("suite", deadline=None)
+hypothesis.settings.load_profile("suite")
+
+
 def pytest_addoption(parser):
     seeds.pytest_addoption(parser)
     parser.addoption("--slow", action="store_true", help="run the tests that take minutes, too")
@@ -73,6 +79,8 @@ def pytest_collection_finish():
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     """With `-n N` the tests of one file run in one process: they share what its fixtures make."""
+    # Files in the order of their names: tests of export take minutes and must not begin last, though they are few.
+    config.option.loadscopereorder = False
     return LoadFileScheduling(config, log) if config.option.dist == "load" else None
 
 

@@ -15,27 +15,27 @@ from bonnx.models.countdown.puzzle import held_out
 from bonnx.runtime.selection.aggregate import elect
 
 
+@pytest.mark.parametrize(("vote", "choose"), [("weighted", weighted), ("majority", majority)])
 @pytest.mark.parametrize("repeat", range(20))
-def test_votes_are_those_of_the_graphs(rng, repeat):
+def test_votes_are_those_of_the_graphs(rng, vote, choose, repeat):
     count = int(rng.integers(1, 30))
     scores = rng.uniform(size=count).astype(np.float32)
     answers = rng.integers(-1, 4, count)
-    for vote, ours in (("weighted", weighted), ("majority", majority)):
-        best, groups = elect(scores[:, None], answers[:, None], vote)
-        chosen = ours(scores.astype(np.float64), answers)
-        # Sums of float32 and of float64 may tie differently.
-        assert np.isclose(groups[chosen, 0], groups[int(best[0]), 0], rtol=1e-5)
-        if answers[chosen] == answers[int(best[0])]:
-            assert chosen == int(best[0])
+    best, groups = elect(scores[:, None], answers[:, None], vote)
+    chosen = choose(scores.astype(np.float64), answers)
+    # Sums of float32 and of float64 may tie differently.
+    assert np.isclose(groups[chosen, 0], groups[int(best[0]), 0], rtol=1e-5)
+    if answers[chosen] == answers[int(best[0])]:
+        assert chosen == int(best[0])
     assert by_vote(np.ones(count), scores, np.full(count, -1)) == scores.argmax()
 
 
 def made(rng, count=10):
     """Results as a run stores them, at random."""
-    found = {}
+    results = {}
     for i in range(count):
         for model in ("shipped", "small", "small_outcome"):
-            found[f"{model}/pool/{i}"] = {
+            results[f"{model}/pool/{i}"] = {
                 "right": rng.integers(0, 2, POOL).tolist(),
                 "answers": rng.integers(-1, 9, POOL).tolist(),
                 "score": rng.uniform(size=POOL).tolist(),
@@ -47,9 +47,9 @@ def made(rng, count=10):
                 "probe_tokens": [19] * PROBE,
             }
         for kind in METHODS:
-            found[f"shipped/{kind}/{i}"] = {str(b): [[*rng.integers(0, 2, 2).tolist(), 19 * b, 1]] for b in BUDGETS}
-        found[f"shipped/greedy/{i}"] = {"right": int(rng.integers(2))}
-    return found
+            results[f"shipped/{kind}/{i}"] = {str(b): [[*rng.integers(0, 2, 2).tolist(), 19 * b, 1]] for b in BUDGETS}
+        results[f"shipped/greedy/{i}"] = {"right": int(rng.integers(2))}
+    return results
 
 
 def test_figures_count_what_is_stored(rng):
@@ -77,8 +77,8 @@ def test_figures_count_what_is_stored(rng):
 def test_an_interval_covers_the_mean_of_its_population(rng):
     covered = 0
     for _ in range(100):
-        found = interval((rng.uniform(size=200) < 0.3).astype(float), seed=int(rng.integers(2**31)))
-        covered += found["low"] <= 30 <= found["high"]
+        bounds = interval((rng.uniform(size=200) < 0.3).astype(float), seed=int(rng.integers(2**31)))
+        covered += bounds["low"] <= 30 <= bounds["high"]
     assert covered >= 85
 
 

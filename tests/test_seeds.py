@@ -36,9 +36,9 @@ def pytest_run(tmp_path_factory):
 
     def run(*options):
         done = subprocess.run([*command, *options], capture_output=True, text=True, cwd=folder, env=environment)
-        found = done.stdout
-        seed = re.search(r"Replay the random numbers of this run with --seed (\d+)", found)
-        return seed[1], re.findall(r"^drew .*", found, re.MULTILINE)[0]
+        printed = done.stdout
+        seed = re.search(r"Replay the random numbers of this run with --seed (\d+)", printed)
+        return seed[1], re.findall(r"^drew .*", printed, re.MULTILINE)[0]
 
     return run
 

@@ -58,25 +58,25 @@ def test_rank_text(countdown, tmp_path, form):
     else:
         path, given = "-", "\n".join(CANDIDATES)
     done = run(tmp_path, "rank", countdown, "--prompt", PUZZLE, "--candidates", path, "--json", given=given)
-    found = json.loads(done.stdout)
-    assert found["best_index"] == expected.best_index
-    assert np.allclose(found["candidate_scores"], expected.candidate_scores, atol=1e-6)
-    assert all(np.allclose(a, b, atol=1e-6) for a, b in zip(found["scores"], expected.scores, strict=True))
+    printed = json.loads(done.stdout)
+    assert printed["best_index"] == expected.best_index
+    assert np.allclose(printed["candidate_scores"], expected.candidate_scores, atol=1e-6)
+    assert all(np.allclose(a, b, atol=1e-6) for a, b in zip(printed["scores"], expected.scores, strict=True))
     if form != "ids":
-        assert found["best"] == expected.best
+        assert printed["best"] == expected.best
 
 
 def test_rank_by_vote(countdown, tmp_path):
     texts = ["12-3=9;", "25-12=13;", "7+2=9;"]
     (tmp_path / "candidates").write_text("\n".join(texts))
     options = ("rank", countdown, "--prompt", PUZZLE, "--candidates", "candidates", "--vote", "majority")
-    found = json.loads(run(tmp_path, *options, "--answers", "number", "--json").stdout)
-    assert found["answers"] == ["9", "13", "9"]
-    assert found["group_scores"] == [2.0, 1.0, 2.0]
-    assert found["margin"] == 1.0
-    scores = found["candidate_scores"]
-    assert found["order"] == ([0, 2, 1] if scores[0] >= scores[2] else [2, 0, 1])
-    assert found["best_index"] == found["order"][0]
+    printed = json.loads(run(tmp_path, *options, "--answers", "number", "--json").stdout)
+    assert printed["answers"] == ["9", "13", "9"]
+    assert printed["group_scores"] == [2.0, 1.0, 2.0]
+    assert printed["margin"] == 1.0
+    scores = printed["candidate_scores"]
+    assert printed["order"] == ([0, 2, 1] if scores[0] >= scores[2] else [2, 0, 1])
+    assert printed["best_index"] == printed["order"][0]
     lines = run(tmp_path, *options, "--answers", "regex:=([0-9]+)").stdout.splitlines()
     assert [line.lstrip("* ").split()[1:] for line in lines] == [
         ["2.00000", "9", texts[0]],
@@ -98,31 +98,32 @@ def test_rank_embeddings(small, tmp_path, rng):
     assert [len(s) for s in json.loads(done.stdout)["scores"]] == [5, 2]
 
 
-def test_wrong_usage_is_2_and_failure_is_1(countdown, tmp_path):
-    (tmp_path / "empty").write_text("")
-    (tmp_path / "good").write_text("1+1=2;\n")
-    (tmp_path / "hole").write_text("\n^\n")
-    rank = ("rank", countdown, "--prompt", PUZZLE, "--candidates")
-    cases = [
-        (2, "at least one candidate", (*rank, "empty")),
-        (2, "candidates: none can be read: candidates[0]: it has no tokens", (*rank, "hole")),
-        (2, "cannot read nowhere", (*rank, "nowhere")),
-        (2, "invalid choice", ("verify", countdown, "--provider", "tpu")),
-        (2, "the following arguments are required", ("rank", countdown)),
-        (2, "required: command", ()),
-        (2, "--checkpoint needs -o/--output", ("export", "--checkpoint", ".")),
-        (1, "is not an artifact", ("inspect", tmp_path)),
+@pytest.mark.parametrize(
+    ("code", "message", "arguments"),
+    [
+        (2, "at least one candidate", "rank ARTIFACT --prompt PUZZLE --candidates empty"),
         (
-            1,
-            "expected a folder with config.json, or an id on the hub",
-            ("export", "--checkpoint", "nowhere", "-o", "out"),
+            2,
+            "candidates: none can be read: candidates[0]: it has no tokens",
+            "rank ARTIFACT --prompt PUZZLE --candidates hole",
         ),
-        (1, "provider='cuda' was asked for", (*rank, "good", "--provider", "cuda")),
-    ]
-    for code, message, arguments in cases:
-        done = run(tmp_path, *arguments)
-        assert message in done.stderr
-        assert done.returncode == code, (arguments, done.stderr)
+        (2, "cannot read nowhere", "rank ARTIFACT --prompt PUZZLE --candidates nowhere"),
+        (2, "invalid choice", "verify ARTIFACT --provider tpu"),
+        (2, "the following arguments are required", "rank ARTIFACT"),
+        (2, "required: command", ""),
+        (2, "--checkpoint needs -o/--output", "export --checkpoint ."),
+        (1, "is not an artifact", "inspect ."),
+        (1, "expected a folder with config.json, or an id on the hub", "export --checkpoint nowhere -o out"),
+        (1, "provider='cuda' was asked for", "rank ARTIFACT --prompt PUZZLE --candidates good --provider cuda"),
+    ],
+)
+def test_wrong_usage_is_2_and_failure_is_1(code, message, arguments, countdown, tmp_path):
+    for name, text in {"empty": "", "good": "1+1=2;\n", "hole": "\n^\n"}.items():
+        (tmp_path / name).write_text(text)
+    places = {"ARTIFACT": countdown, "PUZZLE": PUZZLE}
+    done = run(tmp_path, *(places.get(argument, argument) for argument in arguments.split()))
+    assert message in done.stderr
+    assert done.returncode == code, done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "good", "hole"]
 
 
@@ -131,9 +132,9 @@ def test_inspect_and_doctor(countdown, tmp_path):
     assert document["scoring"]["activation"] == "sigmoid"
     assert "onnx/rank.onnx, opset 23: prompt_ids" in run(tmp_path, "inspect", countdown).stdout
     done = run(tmp_path, "doctor", "--json")
-    found = json.loads(done.stdout)
-    assert found["ok"] is (done.returncode == 0)
-    assert "CPUExecutionProvider" in found["providers"]
+    printed = json.loads(done.stdout)
+    assert printed["ok"] is (done.returncode == 0)
+    assert "CPUExecutionProvider" in printed["providers"]
 
 
 def test_dry_run_writes_nothing(tmp_path):

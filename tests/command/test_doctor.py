@@ -66,29 +66,29 @@ def doctor(site, *options, first=None):
 
 def diagnosis(site, first=None):
     done = doctor(site, "--json", first=first)
-    found = json.loads(done.stdout)
-    assert (found["ok"], done.returncode) in ((True, 0), (False, 1))
-    return found
+    report = json.loads(done.stdout)
+    assert (report["ok"], done.returncode) in ((True, 0), (False, 1))
+    return report
 
 
 def test_the_extras_that_are_missing(site):
     install(site, "onnxruntime", "1.32.0", RUNTIME)
-    found = diagnosis(site)
-    assert (found["ok"], found["problems"], found["providers"]) == (True, [], ["CPUExecutionProvider"])
-    assert set(found["extras"]) == EXTRAS | {"cpu"}
-    assert found["extras"]["cpu"]["missing"] == []
+    report = diagnosis(site)
+    assert (report["ok"], report["problems"], report["providers"]) == (True, [], ["CPUExecutionProvider"])
+    assert set(report["extras"]) == EXTRAS | {"cpu"}
+    assert report["extras"]["cpu"]["missing"] == []
     for extra in EXTRAS:
         needed = [re.match(r"[\w.-]+", line)[0] for line in SETTINGS["optional-dependencies"][extra]]
-        assert found["extras"][extra]["missing"] == [name for name in needed if name != "bonnx"]
-        assert found["extras"][extra]["install"] == f"pip install 'bonnx[{extra}]'"
+        assert report["extras"][extra]["missing"] == [name for name in needed if name != "bonnx"]
+        assert report["extras"][extra]["install"] == f"pip install 'bonnx[{extra}]'"
     lines = doctor(site).stdout.splitlines()
     assert "  report               missing matplotlib: pip install 'bonnx[report]'" in lines
     assert lines[-1] == "ok"
 
 
 def test_nothing_is_installed(tmp_path):
-    found = diagnosis(tmp_path / "nowhere")
-    bonnx, runtime = found["problems"]
+    report = diagnosis(tmp_path / "nowhere")
+    bonnx, runtime = report["problems"]
     assert bonnx.startswith("bonnx is not installed, only its files are here")
     assert runtime.startswith("ONNX Runtime is not installed; run `pip install bonnx[cpu]`")
 
@@ -131,9 +131,9 @@ def both(site):
 )
 def test_a_broken_onnx_runtime(site, breaks, message):
     breaks(site)
-    found = diagnosis(site)
-    assert [bool(re.search(message, problem)) for problem in found["problems"]] == [True], found["problems"]
-    assert found["providers"] == []
+    report = diagnosis(site)
+    assert [bool(re.search(message, problem)) for problem in report["problems"]] == [True], report["problems"]
+    assert report["providers"] == []
 
 
 def test_other_packages_that_are_broken(site):
@@ -143,12 +143,12 @@ def test_other_packages_that_are_broken(site):
     install(site, "uvicorn", "99.0", None)
     (site / "matplotlib").mkdir()
     install(site, "matplotlib", "99.0", None)
-    found = "\n".join(diagnosis(site)["problems"])
-    assert "torch is installed but cannot be imported: OSError: libtorch.so: cannot open; run `pip install" in found
-    assert "onnx 1.2 is installed, >=1.19 is needed; run `pip install 'onnx>=1.19'`" in found
-    assert "uvicorn is installed but cannot be imported: ModuleNotFoundError" in found
-    assert "matplotlib: its folder holds no code" in found
-    assert len(found.splitlines()) == 4
+    problems = "\n".join(diagnosis(site)["problems"])
+    assert "torch is installed but cannot be imported: OSError: libtorch.so: cannot open; run `pip install" in problems
+    assert "onnx 1.2 is installed, >=1.19 is needed; run `pip install 'onnx>=1.19'`" in problems
+    assert "uvicorn is installed but cannot be imported: ModuleNotFoundError" in problems
+    assert "matplotlib: its folder holds no code" in problems
+    assert len(problems.splitlines()) == 4
 
 
 @pytest.mark.parametrize("name", ["msgspec", "onnxruntime"])
@@ -164,16 +164,19 @@ def test_a_module_that_hides_a_package(site, name):
     assert problem.startswith(f"{hiding} is imported in place of {name}; rename or remove it")
 
 
-def test_a_package_that_fails_under_a_command(site):
-    """One line, whatever it raises, and no advice to install what is there."""
-    module = site / "msgspec" / "__init__.py"
-    for code, reason in [
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
         ("raise ValueError('broken')", "a package cannot be imported: ValueError: broken"),
         ("import numpy.parts", "numpy.parts cannot be imported: No module named 'numpy.parts'"),
-    ]:
-        module.write_text(code)
-        done = run(site, "inspect", "x")
-        assert (done.returncode, done.stderr) == (1, f"bonnx inspect: {reason}; run `bonnx doctor`\n")
+    ],
+    ids=["an error", "a missing module"],
+)
+def test_a_package_that_fails_under_a_command(site, code, reason):
+    """One line, whatever it raises, and no advice to install what is there."""
+    (site / "msgspec" / "__init__.py").write_text(code)
+    done = run(site, "inspect", "x")
+    assert (done.returncode, done.stderr) == (1, f"bonnx inspect: {reason}; run `bonnx doctor`\n")
 
 
 def test_without_what_every_command_needs(site):

@@ -113,28 +113,28 @@ def npm_folder(tmp_path_factory):
 
 def in_node(artifact, graph, folder, cases):
     """The outputs of each case in onnxruntime-web, from one run of Node."""
-    script, given, found = shutil.copy(SCRIPT, folder), folder / "cases.json", folder / "results.json"
+    script, inputs, outputs = shutil.copy(SCRIPT, folder), folder / "cases.json", folder / "results.json"
     plain = [{name: to_plain(value) for name, value in case.items()} for case in cases]
-    given.write_text(json.dumps(plain))
+    inputs.write_text(json.dumps(plain))
     done = subprocess.run(
-        [shutil.which("node"), script, artifact, graph, given, found], capture_output=True, text=True, timeout=600
+        [shutil.which("node"), script, artifact, graph, inputs, outputs], capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
-    results = json.loads(found.read_text())
+    results = json.loads(outputs.read_text())
     assert f"onnxruntime-web@{results['version']}" in PACKAGES
     return [{name: to_array(value) for name, value in result.items()} for result in results["results"]]
 
 
-def check_same(found, session, feeds):
+def check_same(outputs, session, feeds):
     names = [output.name for output in session.get_outputs()]
     wanted = dict(zip(names, session.run(names, feeds), strict=True))
-    assert found.keys() == wanted.keys()
+    assert outputs.keys() == wanted.keys()
     for name, value in wanted.items():
-        assert found[name].dtype == value.dtype, name
+        assert outputs[name].dtype == value.dtype, name
         if value.dtype == np.int64:
-            np.testing.assert_array_equal(found[name], value, name)
+            np.testing.assert_array_equal(outputs[name], value, name)
         else:
-            np.testing.assert_allclose(found[name], value, rtol=0, atol=1e-4, err_msg=name)
+            np.testing.assert_allclose(outputs[name], value, rtol=0, atol=1e-4, err_msg=name)
 
 
 @pytest.fixture(scope="module")
@@ -176,8 +176,8 @@ def test_onnxruntime_web_votes_the_same(countdown, npm_folder):
     cases = [given | {"vote": np.array(vote)} for vote in (0, 1, 2)]
     cases[0]["answer_ids"] = np.array([[-1]])
     session = session_of(countdown, "rank")
-    for found, case in zip(in_node(countdown, "rank", npm_folder, cases), cases, strict=True):
-        check_same(found, session, case)
+    for outputs, case in zip(in_node(countdown, "rank", npm_folder, cases), cases, strict=True):
+        check_same(outputs, session, case)
 
 
 def test_onnxruntime_web_weighs_raw_scores_the_same(npm_folder, tmp_path, rng):
@@ -187,8 +187,8 @@ def test_onnxruntime_web_weighs_raw_scores_the_same(npm_folder, tmp_path, rng):
     (tmp_path / "onnx/vote.onnx").write_bytes(vote_model(23, "softmax").SerializeToString())
     scores = (10 * rng.standard_normal((9, 2)) - 20).astype(np.float32)
     given = {"candidate_scores": scores, "answer_ids": rng.integers(-1, 3, (9, 2)), "vote": np.array(1)}
-    (found,) = in_node(tmp_path, "vote", npm_folder, [given])
-    check_same(found, session_of(tmp_path, "vote"), given)
+    (outputs,) = in_node(tmp_path, "vote", npm_folder, [given])
+    check_same(outputs, session_of(tmp_path, "vote"), given)
 
 
 def program(language):

@@ -49,12 +49,12 @@ def test_default_parameters_have_the_original_names_shapes_and_total():
     expected = json.loads((DATA / "edifice_case6_default_params.json").read_text())
     network = build(embed_dim=256)
     names = edifice_names(network.config)
-    found = {
+    names = {
         names[name]: list(p.T.shape if names[name].endswith(".kernel") else p.shape)
         for name, p in network.state_dict().items()
     }
     wanted = {entry["name"]: entry["shape"] for entry in expected["params"]}
-    assert found == wanted
+    assert names == wanted
     assert sum(p.numel() for p in network.parameters()) == 2_945_153
 
 

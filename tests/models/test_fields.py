@@ -129,10 +129,10 @@ def read_by_transformers(family):
     model_type = MODEL_TYPES[family]
     names = [*_MODULES, f"models.{model_type}.modeling_{model_type}"]
     source = "\n".join(inspect.getsource(importlib.import_module(f"transformers.{name}")) for name in names)
-    found = set(re.findall(r"\bconfig\.([a-z]\w*)", source))
-    found |= set(re.findall(r"getattr\(\s*(?:self\.)?\w*config,\s*\"(\w+)\"", source))
+    names_read = set(re.findall(r"\bconfig\.([a-z]\w*)", source))
+    names_read |= set(re.findall(r"getattr\(\s*(?:self\.)?\w*config,\s*\"(\w+)\"", source))
     # Names that begin with an underscore, and the version that wrote a config, are of transformers' own bookkeeping.
-    return {n for n in {*config.to_dict(), *found} if not n.startswith("_")} - _METHODS - {"transformers_version"}
+    return {n for n in {*config.to_dict(), *names_read} if not n.startswith("_")} - _METHODS - {"transformers_version"}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -203,14 +203,14 @@ def test_a_field_that_changes_the_output_is_honoured_or_refused(family, tmp_path
     wrong = []
     for case in [{name: value} for name, values in VALUES.items() for value in values] + TOGETHER:
         (tmp_path / "config.json").write_text(json.dumps(config | case))
-        found = ours(tmp_path, ids)
+        score = ours(tmp_path, ids)
         # Where one of the two refuses there is nothing to be wrong about.
         if (
-            found is not None
+            score is not None
             and (expected := theirs(tmp_path, ids)) is not None
-            and not within(found, expected, RUNTIME)
+            and not within(score, expected, RUNTIME)
         ):
-            wrong.append((case, found, expected))
+            wrong.append((case, score, expected))
     assert not wrong
 
 

@@ -239,24 +239,35 @@ def test_the_family_is_refused_before_anything_else(copy):
         load_checkpoint(copy)
 
 
-def test_rewards_are_normalized_where_the_config_says_so(copy):
-    config, raw = json.loads((copy / "config.json").read_text()), theirs(copy)
-    told = {"mean": -1.75, "std": 2.5}
-    for change, expected, remarks in (
-        ({**told, "normalize_reward": True}, (raw + 1.75) / 2.5, 0),
-        ({**told, "normalize_reward": False}, raw, 1),
-        (told, raw, 1),
-        ({"normalize_reward": True}, raw, 0),
-    ):
-        (copy / "config.json").write_text(json.dumps(config | change))
-        assert within(last(copy), expected, RUNTIME)
-        found = load_checkpoint(copy)[1]["remarks"]
-        assert len(found) == remarks
-        assert all("'mean' and 'std' of rewards are not applied" in text for text in found)
-    for wrong in ({"std": 0}, {"std": None}, {"mean": "1"}, {"std": float("nan")}):
-        (copy / "config.json").write_text(json.dumps(config | told | wrong | {"normalize_reward": True}))
-        with pytest.raises(ConfigError, match="'normalize_reward': expected numbers 'mean' and 'std' above 0"):
-            load_checkpoint(copy)
+MEAN_AND_STD = {"mean": -1.75, "std": 2.5}
+
+
+@pytest.mark.parametrize(
+    ("change", "normalized", "remarks"),
+    [
+        ({**MEAN_AND_STD, "normalize_reward": True}, True, 0),
+        ({**MEAN_AND_STD, "normalize_reward": False}, False, 1),
+        (MEAN_AND_STD, False, 1),
+        ({"normalize_reward": True}, False, 0),
+    ],
+    ids=["asked for", "declined", "not asked for", "without numbers"],
+)
+def test_rewards_are_normalized_where_the_config_says_so(change, normalized, remarks, copy):
+    raw = theirs(copy)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | change))
+    assert within(last(copy), (raw + 1.75) / 2.5 if normalized else raw, RUNTIME)
+    texts = load_checkpoint(copy)[1]["remarks"]
+    assert len(texts) == remarks
+    assert all("'mean' and 'std' of rewards are not applied" in text for text in texts)
+
+
+@pytest.mark.parametrize("wrong", [{"std": 0}, {"std": None}, {"mean": "1"}, {"std": float("nan")}], ids=str)
+def test_rewards_are_not_normalized_by_what_is_no_number(wrong, copy):
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | MEAN_AND_STD | wrong | {"normalize_reward": True}))
+    with pytest.raises(ConfigError, match="'normalize_reward': expected numbers 'mean' and 'std' above 0"):
+        load_checkpoint(copy)
 
 
 def test_what_is_not_followed_is_said(copy):

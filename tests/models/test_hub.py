@@ -52,10 +52,10 @@ assert "torch" not in sys.modules
             timeout=120,
         )
         assert done.returncode == 0, done.stderr
-        found = json.loads(done.stdout)
-        if isinstance(found, str):
-            raise ConfigError(found)
-        return Path(found[0]), found[1]
+        printed = json.loads(done.stdout)
+        if isinstance(printed, str):
+            raise ConfigError(printed)
+        return Path(printed[0]), printed[1]
 
     return run
 

@@ -32,19 +32,19 @@ def options(draw):
     """A family and what its configs may say."""
     entry = draw(st.sampled_from(list(families.FAMILIES.values())))
     rope = draw(st.sampled_from(ROPES)) | {"rope_theta": draw(st.sampled_from([100.0, 10000.0, 1e6]))}
-    found = {"rope_parameters": rope, "max_position_embeddings": 48}
+    options = {"rope_parameters": rope, "max_position_embeddings": 48}
     if entry.sliding_window == "always":
-        found["sliding_window"] = draw(st.sampled_from([None, 3, 11]))
+        options["sliding_window"] = draw(st.sampled_from([None, 3, 11]))
     if entry.sliding_window == "optional" and draw(st.booleans()):
-        found |= {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": draw(st.integers(0, 2))}
+        options |= {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": draw(st.integers(0, 2))}
     if entry.reads_attention_bias:
-        found["attention_bias"] = draw(st.booleans())
+        options["attention_bias"] = draw(st.booleans())
     if entry.reads_mlp_bias:
-        found["mlp_bias"] = draw(st.booleans())
-    return entry.name, found
+        options["mlp_bias"] = draw(st.booleans())
+    return entry.name, options
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     chosen=options(),
     head=st.sampled_from(HEADS),
@@ -52,13 +52,13 @@ def options(draw):
     seed=st.integers(0, 2**32 - 1),
 )
 def test_any_config_gives_what_transformers_gives(chosen, head, dtype, seed, tmp_path_factory):
-    (family, found), rng, folder = chosen, np.random.default_rng(seed), tmp_path_factory.mktemp("checkpoint")
-    case = make(folder, family, head, rng, dtype, **found)
+    (family, options), rng, folder = chosen, np.random.default_rng(seed), tmp_path_factory.mktemp("checkpoint")
+    case = make(folder, family, head, rng, dtype, **options)
     tokens = None
     if head == "step tag":
         tokens = tuple(case.tokenizer.convert_tokens_to_ids(t) for t in case.overrides.label_tokens)
     model, metadata = load_checkpoint(folder, label_tokens=tokens)
-    rope = found["rope_parameters"]["rope_type"]
+    rope = options["rope_parameters"]["rope_type"]
     # Lengths within the window, beyond it, and beyond the original context.
     lengths = [70, 70, 70] if rope == "dynamic" else [int(n) for n in rng.integers(1, 80, 3)]
     rows = [torch.from_numpy(rng.integers(0, 700, n)) for n in lengths]

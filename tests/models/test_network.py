@@ -34,9 +34,9 @@ def test_padding_on_either_side_changes_nothing(options, rng):
     mask = torch.nn.functional.pad(torch.ones(2, 7, dtype=torch.int64), (left, right))
     with torch.no_grad():
         backbone, scores = network(rows)
-        found = network(padded, mask)
-    assert within(found[0][:, left : left + 7], backbone, RUNTIME)
-    assert within(found[1][:, left : left + 7], scores, RUNTIME)
+        outputs = network(padded, mask)
+    assert within(outputs[0][:, left : left + 7], backbone, RUNTIME)
+    assert within(outputs[1][:, left : left + 7], scores, RUNTIME)
 
 
 def test_later_tokens_never_change_earlier_scores(rng):
@@ -86,8 +86,8 @@ def test_scaled_rotary_frequencies():
     linear = NetworkConfig(**sizes, rope_scaling=RopeScaling(kind="linear", factor=4.0))
     assert within(inverse_frequencies(linear), expected / 4, (1e-6, 0.0))
     scaling = RopeScaling(kind="llama3", factor=8.0, original_max_positions=256)
-    found = inverse_frequencies(NetworkConfig(**sizes, rope_scaling=scaling)).double()
-    for value, frequency in zip(found.tolist(), expected.tolist(), strict=True):
+    frequencies = inverse_frequencies(NetworkConfig(**sizes, rope_scaling=scaling)).double()
+    for value, frequency in zip(frequencies.tolist(), expected.tolist(), strict=True):
         # Meta's reference code, by wavelength.
         wavelength = 2 * math.pi / frequency
         if wavelength < 256 / 4:

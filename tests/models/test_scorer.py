@@ -88,10 +88,10 @@ def test_a_trained_scorer_ranks_exports_and_generates(checkpoint, tmp_path, rng)
         assert torch.equal(value, before[name]) != name.startswith("network.scorer"), name
 
     save_checkpoint(model, tmp_path / "scorer", metadata=metadata, tokenizer_from=checkpoint)
-    said = io.StringIO()
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
+    errors = io.StringIO()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(errors):
         code = main(["export", "--checkpoint", str(tmp_path / "scorer"), "-o", str(tmp_path / "onnx")])
-    assert code == 0, said.getvalue()
+    assert code == 0, errors.getvalue()
     artifact = bonnx.load(tmp_path / "onnx")
     theirs = transformers.AutoTokenizer.from_pretrained(checkpoint)
     messages = [{"role": "user", "content": QUESTION}]
@@ -126,8 +126,8 @@ def test_tokens_without_a_label_teach_nothing(checkpoint, rng):
     good, nan = sides(model, rng), float("nan")
     examples = draw(model, rng, lambda p, c: [nan] * (len(c) - 1) + [float(good[c[-1]])])
     train_scorer(model, examples[:-240], steps=300)
-    found = ranked_right(last_scores(model, examples[-240:]), [labels[-1] for *_, labels in examples[-240:]])
-    assert found > 0.75
+    share = ranked_right(last_scores(model, examples[-240:]), [labels[-1] for *_, labels in examples[-240:]])
+    assert share > 0.75
     unlabelled = [(p, c, [nan] * len(c)) for p, c, _ in examples[:50]]
     a = train_scorer(model, examples[:100], steps=20)
     assert train_scorer(model, unlabelled + examples[:100], steps=20) == a
@@ -155,16 +155,16 @@ def test_completions_end_at_the_first_stop_token(checkpoint, rng):
     calls = []
     prompts = [[9, 10], [11, 12, 13]]
     stops = list(range(0, 720, 5))
-    found = draw_examples(
+    drawn = draw_examples(
         model, prompts, lambda *ids: calls.append(ids) or 0.5, n=30, max_new_tokens=9, stop_tokens=stops, seed=3
     )
-    assert [example[:2] for example in found] == calls
-    assert [prompt for prompt, *_ in found] == [prompt for prompt in prompts for _ in range(30)]
-    ends = [[i for i, token in enumerate(completion) if token in stops] for _, completion, _ in found]
-    assert all(end == [len(c) - 1] or (not end and len(c) == 9) for end, (_, c, _) in zip(ends, found, strict=True))
-    assert len({len(completion) for _, completion, _ in found}) > 3
+    assert [example[:2] for example in drawn] == calls
+    assert [prompt for prompt, *_ in drawn] == [prompt for prompt in prompts for _ in range(30)]
+    ends = [[i for i, token in enumerate(completion) if token in stops] for _, completion, _ in drawn]
+    assert all(end == [len(c) - 1] or (not end and len(c) == 9) for end, (_, c, _) in zip(ends, drawn, strict=True))
+    assert len({len(completion) for _, completion, _ in drawn}) > 3
     again = draw_examples(model, prompts, lambda *_: 0.5, n=30, max_new_tokens=9, stop_tokens=stops, seed=3)
-    assert again == found
+    assert again == drawn
 
 
 WRONG = {

@@ -63,12 +63,12 @@ def test_ranking_gives_the_scores_of_whole_texts_wherever_the_border_lies(reward
         ranking = model.rank(prompt, candidates)
         assert within(ranking.candidate_scores, [s[-1] for s, _ in scores], RUNTIME)
         for name in ("mean", "min", "max"):
-            found = model.rank(prompt, candidates, aggregation=name)
+            aggregated = model.rank(prompt, candidates, aggregation=name)
             for n, candidate in enumerate(candidates):
                 spans = case.tokenizer(prompt + candidate, return_offsets_mapping=True)["offset_mapping"]
                 own = scores[n][0][[end > len(prompt) for _, end in spans]]
-                assert within(found.candidate_scores[n], getattr(own, name)(), RUNTIME)
-                assert within(found.scores[n], own, RUNTIME)
+                assert within(aggregated.candidate_scores[n], getattr(own, name)(), RUNTIME)
+                assert within(aggregated.scores[n], own, RUNTIME)
 
 
 def test_a_pad_token_that_ends_a_text_is_passed_over_as_in_transformers(reward):
@@ -138,11 +138,11 @@ def test_the_commands(tmp_path, rng):
         capture_output=True,
         text=True,
     )
-    found, expected = json.loads(done.stdout), rewards(case)
-    assert within(found["candidate_scores"], expected, RUNTIME)
-    assert found["order"] == list(np.argsort(-expected))
+    printed, expected = json.loads(done.stdout), rewards(case)
+    assert within(printed["candidate_scores"], expected, RUNTIME)
+    assert printed["order"] == list(np.argsort(-expected))
     # Where a token holds several ends of lines, it is one reading.
-    assert all(1 <= len(s) <= answer.count("\n") for s, answer in zip(found["step_scores"], ANSWERS, strict=True))
+    assert all(1 <= len(s) <= answer.count("\n") for s, answer in zip(printed["step_scores"], ANSWERS, strict=True))
     manifest = read_verified(tmp_path / "out")
     assert manifest.text.checked_against is not None
     assert manifest.scoring.steps_from == "config.json, 'architectures': MistralForTokenClassification"

@@ -69,20 +69,6 @@ def test_label_tokens_are_texts_and_ids_have_an_option_of_their_own(causal, copy
     stepwise = read_checkpoint(folder, Overrides(label_tokens=["1", "0"], step_text="\n")).scoring
     assert (stepwise.aggregation, stepwise.steps_from) == ("step_last", "--step-text")
     assert stepwise.step_token == case.tokenizer("\n", add_special_tokens=False)["input_ids"][0]
-    for overrides, message in (
-        (Overrides(label_tokens=["1", "123456789"]), r"'123456789', \d tokens.*--label-token-ids 123456789"),
-        (
-            Overrides(label_tokens=["1", "no such token"]),
-            r"expected the text of exactly one token; got 'no such token', \d+ tokens",
-        ),
-        (Overrides(label_tokens=["1"]), "--label-tokens: expected the token that means good and at least one other"),
-        (Overrides(label_token_ids=[5]), "--label-token-ids: expected the token that means good"),
-        (Overrides(label_tokens=["1", "0"], label_token_ids=[1, 0]), "expected one of the two"),
-        (Overrides(label_token_ids=[7, 7]), "expected distinct tokens"),
-        (Overrides(label_tokens=["1", "0"], label="1"), "--label: the score is that of the first label token"),
-    ):
-        with pytest.raises(InputError, match=message):
-            read_checkpoint(folder, overrides)
     with pytest.raises(ConfigError, match="label tokens: 720 is outside the vocabulary"):
         read_checkpoint(folder, Overrides(label_token_ids=[1, 720]))
     (copy / "tokenizer.json").unlink()
@@ -90,6 +76,27 @@ def test_label_tokens_are_texts_and_ids_have_an_option_of_their_own(causal, copy
     with pytest.raises(InputError, match="has no tokenizer; pass --label-token-ids"):
         read_checkpoint(copy, Overrides(label_tokens=["1", "0"]))
     assert read_checkpoint(copy, Overrides(label_token_ids=[1, 0])).scoring.aggregation == "last"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"label_tokens": ["1", "123456789"]}, r"'123456789', \d tokens.*--label-token-ids 123456789"),
+        ({"label_tokens": ["1", "no such token"]}, r"the text of exactly one token; got 'no such token', \d+ tokens"),
+        ({"label_tokens": ["1"]}, "--label-tokens: expected the token that means good and at least one other"),
+        ({"label_token_ids": [5]}, "--label-token-ids: expected the token that means good"),
+        ({"label_tokens": ["1", "0"], "label_token_ids": [1, 0]}, "expected one of the two"),
+        ({"label_token_ids": [7, 7]}, "expected distinct tokens"),
+        ({"label_tokens": ["1", "0"], "label": "1"}, "--label: the score is that of the first label token"),
+        ({"label_tokens": ["+", "-"], "step_split": "\n\n"}, "--step-split: expected --step-text too"),
+        ({"label_tokens": ["+", "-"], "step_text": ""}, "--step-text: expected a text; got an empty one"),
+    ],
+    ids=["id for a text", "several tokens", "one text", "one id", "texts and ids", "equal", "label", "split", "empty"],
+)
+def test_labels_and_steps_that_cannot_be_read(overrides, message, causal):
+    _, folder = causal
+    with pytest.raises(InputError, match=message):
+        read_checkpoint(folder, Overrides(**overrides))
 
 
 def test_labels_of_one_name_need_a_number(copy, tmp_path, rng):
@@ -117,8 +124,8 @@ def test_a_value_head_is_an_outcome_score_unless_something_says_steps(name, caus
         assert source.scoring.steps_from is source.scoring.step_token is None
         assert source.model.config.vocabulary_head == generates
         assert within(scores(source), raw, RUNTIME)
-    said = read_checkpoint(copy, Overrides(step_text="\n", activation="sigmoid")).scoring
-    assert (said.aggregation, said.activation, said.steps_from) == ("step_last", "sigmoid", "--step-text")
+    scoring = read_checkpoint(copy, Overrides(step_text="\n", activation="sigmoid")).scoring
+    assert (scoring.aggregation, scoring.activation, scoring.steps_from) == ("step_last", "sigmoid", "--step-text")
     chosen = read_checkpoint(copy, Overrides(step_text="\n", aggregation="step_min")).scoring
     assert (chosen.aggregation, chosen.activation) == ("step_min", "none")
     edit(copy, architectures=["Qwen2ForPrmModel"])
@@ -144,12 +151,6 @@ def test_a_step_rule_needs_to_know_where_steps_end(causal, copy, language_model,
         InputError, match=r"aggregation step_min \(--aggregation\) reads scores at the ends of steps.*--step-text"
     ):
         read_checkpoint(folder, labels._replace(aggregation="step_min"))
-    for overrides, message in (
-        (labels._replace(step_split="\n\n"), "--step-split: expected --step-text too"),
-        (labels._replace(step_text=""), "--step-text: expected a text; got an empty one"),
-    ):
-        with pytest.raises(InputError, match=message):
-            read_checkpoint(folder, overrides)
     # Without a tokenizer there is no text whose ends could be found.
     own = tmp_path / "own"
     save_checkpoint(language_model, own)
@@ -172,26 +173,30 @@ def test_a_stated_step_text_replaces_the_config_s_token(causal, copy):
     own = copy.parent / "own"
     save_checkpoint(source.model, own, metadata=metadata, tokenizer_from=copy)
     assert read_checkpoint(own, Overrides()).scoring.step_token == 5
-    found = read_checkpoint(own, Overrides(step_text="\n")).scoring
-    assert found.step_token == case.tokenizer("\n", add_special_tokens=False)["input_ids"][0] != 5
+    scoring = read_checkpoint(own, Overrides(step_text="\n")).scoring
+    assert scoring.step_token == case.tokenizer("\n", add_special_tokens=False)["input_ids"][0] != 5
 
 
-def test_rules_that_the_model_cannot_have(language_model, tmp_path):
-    """The same for a checkpoint of ours and for a caller in Python; nothing is written."""
-    last = language_model.config.vocab_size - 1
-    for scoring, message in (
-        ({"pad_token": last + 1}, f"scoring pad_token: {last + 1} is outside the vocabulary"),
+@pytest.mark.parametrize(
+    ("scoring", "message"),
+    [
+        ({"pad_token": 130}, "scoring pad_token: 130 is outside the vocabulary"),
         ({"end_token": -1}, "scoring end_token: -1 is outside"),
         ({"step_token": 1000}, "scoring step_token: 1000 is outside"),
-        ({"stop_tokens": [1, last + 1]}, rf"scoring stop_tokens\[1\]: {last + 1} is outside"),
+        ({"stop_tokens": [1, 130]}, r"scoring stop_tokens\[1\]: 130 is outside"),
         ({"label": 1}, "scoring label: expected 0 to 0; got 1"),
         ({"activation": "softmax"}, "activation softmax: the scorer has one label, so every score would be 1"),
-    ):
-        save_checkpoint(language_model, tmp_path / "own", metadata={"scoring": scoring})
-        with pytest.raises(ExportError, match=message):
-            read_checkpoint(tmp_path / "own", Overrides())
-        with pytest.raises(ExportError, match=message):
-            export_model(language_model, tmp_path / "out", name="x", scoring=Scoring(**scoring))
+    ],
+    ids=["pad_token", "end_token", "step_token", "stop_tokens", "label", "activation"],
+)
+def test_rules_that_the_model_cannot_have(scoring, message, language_model, tmp_path):
+    """The same for a checkpoint of ours and for a caller in Python; nothing is written."""
+    assert language_model.config.vocab_size == 130
+    save_checkpoint(language_model, tmp_path / "own", metadata={"scoring": scoring})
+    with pytest.raises(ExportError, match=message):
+        read_checkpoint(tmp_path / "own", Overrides())
+    with pytest.raises(ExportError, match=message):
+        export_model(language_model, tmp_path / "out", name="x", scoring=Scoring(**scoring))
     assert not (tmp_path / "out").exists()
     assert issubclass(ExportError, BonnxError)
 
@@ -200,6 +205,6 @@ def test_the_command_says_what_is_not_followed(causal, copy, capsys):
     edit(copy, mean=0.5, std=2.0)
     arguments = ["export", "--checkpoint", str(copy), "-o", str(copy.parent / "out"), "--dry-run"]
     assert main([*arguments, "--label-tokens", "1", "0"]) == 0
-    said = capsys.readouterr().err
-    assert "note: config.json, 'mean' and 'std' of rewards are not applied" in said
+    printed = capsys.readouterr().err
+    assert "note: config.json, 'mean' and 'std' of rewards are not applied" in printed
     assert main([*arguments, "--label-token-ids", "1", "0"]) == 0

@@ -164,7 +164,7 @@ pieces = st.sampled_from(marks) | st.sampled_from(words)
 drawn = st.lists(pieces | st.text(max_size=6), max_size=7).map("".join)
 
 
-@settings(deadline=None, max_examples=120)
+@settings(max_examples=120)
 @given(text=drawn)
 def test_the_ids_are_those_of_transformers(pairs, text):
     for name, ours, _, theirs in pairs:
@@ -250,10 +250,10 @@ def test_templates_by_name(folders, tmp_path):
 
 def test_a_tokenizer_larger_than_the_vocabulary(folders):
     files = read_tokenizer(folders / "llama3")
-    greatest = max(Tokenizer.from_str(files.json.decode()).get_vocab().values())
-    check_vocabulary(files, greatest + 1)
-    with pytest.raises(ConfigError, match=rf"tokenizer.json: token '<\|end\|>' has the id {greatest}.*config.json"):
-        check_vocabulary(files, greatest)
+    last = max(Tokenizer.from_str(files.json.decode()).get_vocab().values())
+    check_vocabulary(files, last + 1)
+    with pytest.raises(ConfigError, match=rf"tokenizer.json: token '<\|end\|>' has the id {last}.*config.json"):
+        check_vocabulary(files, last)
     files = read_tokenizer(folders / "llama-4")
     size = Tokenizer.from_file(str(folders / "llama-4" / "tokenizer.json")).get_vocab_size()
     with pytest.raises(ConfigError, match=r"tokenizer_config.json: token '<y>' has the id"):
@@ -265,25 +265,35 @@ def test_folders_that_cannot_be_read(folders, tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(b"x")
     with pytest.raises(ConfigError, match=r"tokenizer.json: missing; found tokenizer.model.*save_pretrained"):
         read_tokenizer(tmp_path)
-    core = byte_level(False)
-    wrong_settings = [
+    unigram = Tokenizer(models.Unigram([("<unk>", 0.0), ("a", -1.0)], unk_id=0))
+    folder = write(tmp_path / "unigram", unigram, "llama", {"tokenizer_class": "LlamaTokenizer"})
+    with pytest.raises(ConfigError, match="expected BPE for LlamaTokenizer; got 'Unigram'"):
+        read_tokenizer(folder)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
         ({"tokenizer_class": "GemmaTokenizer"}, "tokenizer_class 'GemmaTokenizer' is not supported"),
         ({"auto_map": {"AutoTokenizer": ["x", None]}}, "Python code is never run"),
         ({"split_special_tokens": True}, "split_special_tokens"),
         ({"added_tokens_decoder": {"x": {}}}, "cannot be read as a tokenizer"),
         ({"bos_token": 3}, "cannot be read as a tokenizer"),
-    ]
-    for i, (settings_, found) in enumerate(wrong_settings):
-        folder = write(tmp_path / f"settings-{i}", core, "llama", settings_)
-        with pytest.raises(ConfigError, match=found):
-            read_tokenizer(folder)
-    wrong_files = [("{", "cannot be read as JSON"), ("[]", "JSON object"), ("{}", "cannot be read as a tokenizer")]
-    for i, (text, found) in enumerate(wrong_files):
-        folder = write(tmp_path / f"file-{i}", core, "llama", {})
-        (folder / "tokenizer.json").write_text(text)
-        with pytest.raises(ConfigError, match=found):
-            read_tokenizer(folder)
-    unigram = Tokenizer(models.Unigram([("<unk>", 0.0), ("a", -1.0)], unk_id=0))
-    folder = write(tmp_path / "unigram", unigram, "llama", {"tokenizer_class": "LlamaTokenizer"})
-    with pytest.raises(ConfigError, match="expected BPE for LlamaTokenizer; got 'Unigram'"):
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_settings_that_are_refused(options, message, tmp_path):
+    folder = write(tmp_path / "tokenizer", byte_level(False), "llama", options)
+    with pytest.raises(ConfigError, match=message):
+        read_tokenizer(folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", "cannot be read as JSON"), ("[]", "JSON object"), ("{}", "cannot be read as a tokenizer")],
+)
+def test_files_that_are_no_tokenizer(text, message, tmp_path):
+    folder = write(tmp_path / "tokenizer", byte_level(False), "llama", {})
+    (folder / "tokenizer.json").write_text(text)
+    with pytest.raises(ConfigError, match=message):
         read_tokenizer(folder)

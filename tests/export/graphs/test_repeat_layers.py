@@ -17,6 +17,7 @@ from bonnx.models import build
 from bonnx.models.config import LanguageModelConfig, NetworkConfig
 from bonnx.models.network import LanguageModel
 from bonnx.runtime.artifact.manifest import Scoring
+from tests.export.traced import generation_graphs
 
 SIZES = {"embed_dim": 32, "hidden_size": 32, "num_heads": 4, "num_kv_heads": 2, "scorer_hidden": 8}
 DYNAMIC = {"kind": "dynamic", "factor": 4.0, "original_max_positions": 3}
@@ -82,16 +83,30 @@ def _surface(model):
     return *values, sorted(node.op_type for part in (model.graph, *model.graph.subgraphs()) for node in part)
 
 
-def _differences(found, expected, rng):
+def _differences(repeated, whole, rng):
     """The outputs that differ between two graphs on random inputs, bit for bit; NaN equals NaN."""
-    onnx.checker.check_model(ir.to_proto(found), full_check=True)
+    onnx.checker.check_model(ir.to_proto(repeated), full_check=True)
     different = []
     for _ in range(2):
-        feeds = _feeds(found.graph, rng)
-        for value, a, b in zip(found.graph.outputs, _run(found, feeds), _run(expected, feeds), strict=True):
+        feeds = _feeds(repeated.graph, rng)
+        for value, a, b in zip(repeated.graph.outputs, _run(repeated, feeds), _run(whole, feeds), strict=True):
             if a.shape != b.shape or not np.array_equal(a, b, equal_nan=a.dtype.kind == "f"):
                 different.append(value.name)
     return different
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """How many layers each trace had, in the order of the traces."""
+    layers = []
+    export = torch.onnx.export
+
+    def counted(module, *args, **options):
+        layers.append(len(module.inner.trunk.layers))
+        return export(module, *args, **options)
+
+    monkeypatch.setattr(trace.torch.onnx, "export", counted)
+    return layers
 
 
 # Those that take a minute and a half, and show little that the others do not.
@@ -101,14 +116,17 @@ SLOW = {"opset 18, windows", "bf16"}
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in NETWORKS]
 )
-def test_the_graphs_are_those_of_a_full_trace(name, rng):
+def test_the_graphs_are_those_of_a_full_trace(name, traced, rng):
     opset, precision, options = NETWORKS[name]
     # Fresh biases and norms equal each other: an exporter merges them, which no other layer may notice.
     network = quantized(build(**SIZES, **options).eval(), precision)
     whole = dict(trace_graphs(network, Scoring(), opset=opset, whole=True))
+    assert traced == [options["num_layers"]] * 2
     for graph, model in trace_graphs(network, Scoring(), opset=opset):
         assert _surface(model) == _surface(whole[graph])
         assert _differences(model, whole[graph], rng) == []
+    if "sliding_window" not in options:
+        assert traced[2:] == [min(options["num_layers"], 2)] * 2
 
 
 @pytest.mark.parametrize(
@@ -118,34 +136,26 @@ def test_the_graphs_are_those_of_a_full_trace(name, rng):
         pytest.param("int8", 3, {}, id="int8"),
     ],
 )
-def test_generation_and_its_cache_are_those_of_a_full_trace(precision, layers, windows, rng):
+def test_generation_and_its_cache_are_those_of_a_full_trace(precision, layers, windows, traced, rng):
     model = quantized(_language_model(num_layers=layers, **windows), precision)
-    whole = dict(trace_graphs(model, Scoring(), whole=True))
-    found = dict(trace_graphs(model, Scoring()))
-    assert [value.name for value in found["decode"].graph.inputs][-4:] == [
+    whole, repeated = generation_graphs(model, whole=True), generation_graphs(model)
+    assert traced == [layers] * 2 + [3 if windows else 2] * 2
+    assert [value.name for value in repeated["decode"].graph.inputs][-4:] == [
         f"{name}.{layers - 1}" for name in ("prompt_key", "prompt_value", "key", "value")
     ]
     for graph in whole:
-        assert _surface(found[graph]) == _surface(whole[graph])
-        assert _differences(found[graph], whole[graph], rng) == []
+        assert _surface(repeated[graph]) == _surface(whole[graph])
+        assert _differences(repeated[graph], whole[graph], rng) == []
 
 
-def test_layers_of_one_kind_are_traced_once(monkeypatch):
+def test_layers_of_one_kind_are_traced_once(traced):
     alike = Repetition(_trunk(_language_model(num_layers=24)))
     assert alike.traced == [0, 23]
     windows = Repetition(_trunk(_language_model(num_layers=7, sliding_window=3, sliding_layers=[2, 3, 6])))
     assert windows.traced == [0, 2, 6]
-    calls = []
-    export = torch.onnx.export
-
-    def counted(module, *args, **options):
-        calls.append(module)
-        return export(module, *args, **options)
-
-    monkeypatch.setattr(trace.torch.onnx, "export", counted)
-    graph = dict(trace_graphs(_language_model(num_layers=6), Scoring()))["score"].graph
-    assert [len(module.inner.trunk.layers) for module in calls] == [2] * 4
-    assert sum(name.endswith("down.weight") for name in graph.initializers) == 6
+    _, score = next(trace_graphs(_language_model(num_layers=6), Scoring()))
+    assert traced == [2]
+    assert sum(name.endswith("down.weight") for name in score.graph.initializers) == 6
 
 
 def test_what_the_nodes_depend_on_makes_a_kind():

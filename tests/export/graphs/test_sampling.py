@@ -33,8 +33,8 @@ def generator():
     inputs = [ir.val("ids", INT, ["batch", "length"]), ir.val("mask", INT, ["batch", "length"])]
     inputs += [ir.val("seed", INT, []), ir.val("step", INT, []), ir.val("candidates", INT, ROWS)]
     ids, mask, seed, step, candidates = inputs
-    found = b.call(random_uniform, b.call(prompt_stream, ids, mask, seed), step, candidates)
-    return finished(inputs, [name_value(found, "uniform", FLOAT, ROWS)], b)
+    drawn = b.call(random_uniform, b.call(prompt_stream, ids, mask, seed), step, candidates)
+    return finished(inputs, [name_value(drawn, "uniform", FLOAT, ROWS)], b)
 
 
 def draw():
@@ -71,7 +71,7 @@ def drawn(logits, points, temperature=1.0, top_k=0, top_p=1.0):
     return DRAW_SESSION.run(None, feeds)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     prompt=st.lists(st.integers(0, 200_000), min_size=1, max_size=9),
     seed=st.integers(-(2**63), 2**63 - 1),
@@ -81,24 +81,24 @@ def drawn(logits, points, temperature=1.0, top_k=0, top_p=1.0):
 def test_generator_is_pythons_integers(prompt, seed, step, padding):
     ids = np.pad(np.array([prompt]), ((0, 0), padding), constant_values=5)
     mask = np.pad(np.ones((1, len(prompt)), np.int64), ((0, 0), padding))
-    found, feeds = uniforms(ids, mask, seed, step, 5)
+    drawn, feeds = uniforms(ids, mask, seed, step, 5)
     expected = [[uniform(seed, np.array(prompt), step, n)] for n in range(5)]
-    assert np.array_equal(found, np.array(expected, np.float32))
-    assert np.array_equal(ReferenceEvaluator(GENERATOR).run(None, feeds)[0], found)
+    assert np.array_equal(drawn, np.array(expected, np.float32))
+    assert np.array_equal(ReferenceEvaluator(GENERATOR).run(None, feeds)[0], drawn)
 
 
 def test_uniforms_are_uniform_and_unrelated(rng):
     """Kolmogorov-Smirnov and correlations at about six standard deviations."""
     prompts, seed = rng.integers(0, 1000, (4, 7)), int(rng.integers(2**62))
     mask = np.ones_like(prompts)
-    found = np.stack([uniforms(prompts, mask, seed, step, 256)[0] for step in range(64)])
-    flat = np.sort(found.ravel())
+    drawn = np.stack([uniforms(prompts, mask, seed, step, 256)[0] for step in range(64)])
+    flat = np.sort(drawn.ravel())
     places = np.arange(len(flat)) / len(flat)
     assert np.abs(flat - places).max() < 3.0 / math.sqrt(len(flat))
     assert flat[0] >= 0
     assert flat[-1] < 1
     other = np.stack([uniforms(prompts, mask, seed + 1, step, 256)[0] for step in range(64)])
-    pairs = [(found[1:], found[:-1]), (found[:, 1:], found[:, :-1]), (found[..., 1:], found[..., :-1]), (found, other)]
+    pairs = [(drawn[1:], drawn[:-1]), (drawn[:, 1:], drawn[:, :-1]), (drawn[..., 1:], drawn[..., :-1]), (drawn, other)]
     for a, b in pairs:
         assert abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) < 6 / math.sqrt(a.size)
 
@@ -142,7 +142,7 @@ def test_supports_of_top_k_and_top_p_are_exact(rng):
         assert set(drawn(rows, points, top_k=7, top_p=p)[0][:, 0]) == set(order[:size].tolist())
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(data=st.data())
 def test_draws_equal_pytorchs(data):
     """The same uniforms through `torch.cumsum` and `torch.searchsorted`, where they are not at an edge."""

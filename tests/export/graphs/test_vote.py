@@ -91,7 +91,7 @@ def draw_ballot(data, values):
     return scores, np.array(data.draw(st.lists(answers, **size)), np.int64).reshape(count, batch)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(data=st.data(), engine=st.sampled_from(ENGINES), vote=st.sampled_from(VOTES))
 def test_votes_follow_the_rules(data, engine, vote):
     scores, ids = draw_ballot(data, FINITE if data.draw(st.booleans()) else ODD)
@@ -102,8 +102,8 @@ def test_votes_follow_the_rules(data, engine, vote):
         assert best[b] == wanted
         np.testing.assert_array_equal(groups[:, b], np.array(wanted_groups, np.float32))
     with np.errstate(invalid="ignore"):
-        for found, twin in zip((best, groups), elect_in_numpy(scores, ids, vote), strict=True):
-            np.testing.assert_array_equal(found, twin)
+        for elected, twin in zip((best, groups), elect_in_numpy(scores, ids, vote), strict=True):
+            np.testing.assert_array_equal(elected, twin)
 
 
 def softmax(scores):
@@ -115,7 +115,7 @@ def softmax(scores):
     return [one / sum(shares) for one in shares]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(data=st.data(), engine=st.sampled_from(RAW), vote=st.sampled_from(VOTES))
 def test_votes_of_raw_scores_follow_the_rules(data, engine, vote):
     scores, ids = draw_ballot(data, RAW_SCORES)

@@ -75,8 +75,8 @@ def _scores(network, rows):
         return network(rows)[1][:, -1, 0].float()
 
 
-def _error(found, exact):
-    return float((found - exact).square().mean().sqrt() / exact.std())
+def _error(scores, exact):
+    return float((scores - exact).square().mean().sqrt() / exact.std())
 
 
 def test_a_plain_conversion_overflows_and_ours_selects_as_float32_does(massive):
@@ -84,19 +84,19 @@ def test_a_plain_conversion_overflows_and_ours_selects_as_float32_does(massive):
     exact = _scores(massive, rows)
     assert not _scores(copy.deepcopy(massive).half(), rows.half()).isfinite().any()
     for precision, allowed in ERRORS.items():
-        found = _scores(quantized(massive, precision), rows)
-        assert _error(found, exact) < allowed, precision
-        worse = (exact.max() - exact[found.argmax()]) / (exact.max() - exact.min())
+        scores = _scores(quantized(massive, precision), rows)
+        assert _error(scores, exact) < allowed, precision
+        worse = (exact.max() - exact[scores.argmax()]) / (exact.max() - exact.min())
         assert worse <= (0.3 if precision == "int4" else 0.1), precision
 
 
 def test_without_their_own_products_outliers_would_leave_eight_bits_nothing(massive):
     twin, rows = quantized(massive, "int8"), torch.randn(32, 7, 24)
     exact = _scores(massive, rows)
-    found = find_outliers(massive)
+    outliers = find_outliers(massive)
     last = list(massive.layers())[1]
-    assert len(found[last.attention_norm]) >= MASSIVE
-    assert 5 in found[next(massive.layers()).ffn.down]
+    assert len(outliers[last.attention_norm]) >= MASSIVE
+    assert 5 in outliers[next(massive.layers()).ffn.down]
     splits = [module for module in twin.modules() if isinstance(module, SplitLinear)]
     assert splits
     for split in splits:
@@ -121,7 +121,7 @@ def test_the_graphs_of_such_a_network_pass_every_check(massive, tmp_path, precis
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_a_graph_keeps_16_bits_and_no_half_overflows(massive, precision):
-    graph = dict(trace_graphs(quantized(massive, precision), Scoring()))["score"]
+    _, graph = next(trace_graphs(quantized(massive, precision), Scoring()))
     model = ir.to_proto(graph)
     kind = onnx.TensorProto.FLOAT16 if precision == "fp16" else onnx.TensorProto.BFLOAT16
     kinds = [t.data_type for t in model.graph.initializer if len(t.dims) == 2]
@@ -151,11 +151,11 @@ def test_weights_that_halves_cannot_hold_are_scaled(size, rng):
     layer = Linear16(linear, torch.float16)
     assert layer.weight.dtype == torch.float16
     assert (layer.scale == 1) == (size == 1)
-    # Inputs far beyond the greatest half, and rows of zeros.
+    # Inputs far beyond the largest half, and rows of zeros.
     x = torch.randn(7, 80) * torch.tensor([1e-6, 1, 100, 1e5, 1e8, 0, 1])[:, None]
     exact = linear(x) - linear.bias
-    for found in (layer(x), Product16(layer)(x), Product16(layer, 0.3)(x) / 0.3):
-        assert ((found - linear.bias - exact).abs() <= 2e-3 * exact.norm(dim=1, keepdim=True) + 1e-6).all()
+    for output in (layer(x), Product16(layer)(x), Product16(layer, 0.3)(x) / 0.3):
+        assert ((output - linear.bias - exact).abs() <= 2e-3 * exact.norm(dim=1, keepdim=True) + 1e-6).all()
     rows = Embedding16(layer)(torch.tensor([3, 29]))
     assert torch.allclose(rows, linear.weight[[3, 29]], rtol=1e-3, atol=1e-4 * size)
 
@@ -195,6 +195,10 @@ def test_an_artifact_of_halves_says_so_and_casts_no_weight_at_every_step(half, t
     manifest, plain = read_verified(half), read_verified(tiny)
     suffix = f"_{manifest.precision}.onnx"
     assert {graph.file for graph in manifest.graphs.values()} == {f"onnx/{name}{suffix}" for name in plain.graphs}
+    for name, graph in manifest.graphs.items():
+        # This one has a single layer.
+        names = [value.name for value in plain.graphs[name].outputs if not value.name.endswith(".1")]
+        assert [value.name for value in graph.outputs] == names
     assert manifest.agreement is not None
     for graph in manifest.graphs.values():
         assert {value.dtype for value in (*graph.inputs, *graph.outputs)} == {"float32", "int64"}

@@ -14,7 +14,6 @@ from torch import nn
 import bonnx
 from bonnx import ExportError, InputError
 from bonnx.export.artifact import export_model
-from bonnx.export.graphs.trace import trace_graphs
 from bonnx.export.precision.quantize import Linear4, Linear8, quantized
 from bonnx.export.precision.rotate import rotate
 from bonnx.export.verify.agreement import HeldOut, measure, read_held_out
@@ -27,6 +26,7 @@ from bonnx.runtime.engine.engine import open_engine
 from bonnx.runtime.generate.decoding import decode_all
 from bonnx.runtime.generate.request import read_request
 from bonnx.runtime.verification import verify
+from tests.export.traced import generation_graphs
 
 
 @pytest.fixture(scope="module")
@@ -53,17 +53,17 @@ def test_a_rotated_network_computes_the_same_and_its_norms_look_normal(options, 
     next(network.layers()).ffn.down.weight.data[3] *= 1000
     turned, x = copy.deepcopy(network), torch.randn(3, 7, options["embed_dim"])
     rotate(turned)
-    greatest = {}
+    largest = {}
     for name, net in (("before", network), ("after", turned)):
         norm = list(net.layers())[1].ffn_norm
         norm.register_forward_pre_hook(
-            lambda _, args, name=name: greatest.update({name: F.rms_norm(args[0], args[0].shape[-1:]).abs().max()})
+            lambda _, args, name=name: largest.update({name: F.rms_norm(args[0], args[0].shape[-1:]).abs().max()})
         )
     with torch.no_grad():
-        for found, expected in zip(turned(x), network(x), strict=True):
-            assert torch.allclose(found, expected, rtol=1e-3, atol=1e-3)
-    assert greatest["before"] > 9
-    assert greatest["after"] < 6
+        for output, expected in zip(turned(x), network(x), strict=True):
+            assert torch.allclose(output, expected, rtol=1e-3, atol=1e-3)
+    assert largest["before"] > 9
+    assert largest["after"] < 6
 
 
 def test_four_bits_are_packed_as_the_operator_reads_them(rng):
@@ -102,6 +102,9 @@ def test_an_int8_artifact_says_so_and_verifies(int8, tiny):
     assert manifest.agreement is not None
     assert 0 <= manifest.agreement.same <= manifest.agreement.share <= 1
     assert {graph.file for graph in manifest.graphs.values()} == {f"onnx/{name}_int8.onnx" for name in plain.graphs}
+    for name, graph in manifest.graphs.items():
+        assert [value.name for value in graph.outputs] == [value.name for value in plain.graphs[name].outputs]
+    assert {"logits"} < {value.name for value in manifest.graphs["decode"].outputs}
     assert "int8" in (int8 / "README.md").read_text()
     for graph in manifest.graphs.values():
         model = onnx.load(int8 / graph.file)
@@ -119,7 +122,7 @@ def test_every_8_bit_product_has_its_weights_in_its_own_graph(int8):
     # One whose head shares the embedding's weights, too.
     network = NetworkConfig(embed_dim=16, hidden_size=16, num_layers=1, num_heads=4, num_kv_heads=2, scorer_hidden=8)
     tied = LanguageModel(LanguageModelConfig(network=network, vocab_size=50)).eval()
-    traced = dict(trace_graphs(quantized(tied, "int8"), Scoring()))
+    generate = generation_graphs(quantized(tied, "int8"))["generate"]
 
     def check(graph):
         names = {tensor.name for tensor in graph.initializer}
@@ -133,19 +136,19 @@ def test_every_8_bit_product_has_its_weights_in_its_own_graph(int8):
     counts = {path.name: check(onnx.load(str(path)).graph) for path in (int8 / "onnx").glob("*.onnx")}
     assert counts["generate_int8.onnx"] == counts["prefill_int8.onnx"] + counts["decode_int8.onnx"]
     assert min(counts.values()) > 10
-    assert check(ir.to_proto(traced["generate"]).graph) > 10
+    assert check(ir.to_proto(generate).graph) > 10
 
 
 def test_integer_products_rank_as_pytorch_computes_them(int8, language_model, rng):
     model, twin = bonnx.load(int8), quantized(language_model, "int8")
     prompt, candidates = rng.integers(0, 130, 6), [rng.integers(0, 130, n) for n in (4, 9, 1)]
     ranking = model.rank(prompt, candidates)
-    for candidate, found in zip(candidates, ranking.scores, strict=True):
+    for candidate, scores in zip(candidates, ranking.scores, strict=True):
         row = torch.from_numpy(np.concatenate([prompt, candidate]))[None]
         with torch.no_grad():
             exact, float32 = twin(row)[1][0, 6:, 0].numpy(), language_model(row)[1][0, 6:, 0].numpy()
         # A rounding that falls the other way is rare in so small a network.
-        assert np.median(np.abs(found - exact)) < 0.1 * max(np.abs(found - float32).max(), 1e-4)
+        assert np.median(np.abs(scores - exact)) < 0.1 * max(np.abs(scores - float32).max(), 1e-4)
 
 
 def test_with_integers_too_a_candidate_is_the_same_in_any_company(int8, rng):
@@ -164,43 +167,37 @@ def test_with_integers_too_a_candidate_is_the_same_in_any_company(int8, rng):
     assert sum(same) >= 8
 
 
-def test_four_bits_and_the_decomposed_opset(network, tmp_path):
-    for precision, opset in (("int4", 23), ("int8", 18)):
-        folder = tmp_path / precision
-        options = {"precision": precision, "opset": opset, "min_agreement": 0}
-        manifest = export_model(network, folder, name="small", **options)
-        assert manifest.precision == precision
-        assert all(graph.file.endswith(("_int8.onnx", "_q4.onnx")) for graph in manifest.graphs.values())
-        prompt, candidates = np.ones((3, 12), np.float32), [np.eye(12, dtype=np.float32)[:5]] * 2
-        with torch.no_grad():
-            row = torch.from_numpy(np.concatenate([prompt, candidates[0]]))[None]
-            expected = quantized(network, precision)(row)[1][0, 3:, 0].numpy()
-        found = bonnx.load(folder).rank(prompt, candidates).scores
-        assert np.abs(found[0] - expected).max() < 0.05
-        assert np.allclose(found[0], found[1], atol=1e-5)
+@pytest.mark.parametrize(("precision", "opset", "suffix"), [("int4", 23, "_q4"), ("int8", 18, "_int8")])
+def test_four_bits_and_the_decomposed_opset(precision, opset, suffix, network, tmp_path):
+    folder = tmp_path / "artifact"
+    manifest = export_model(network, folder, name="small", precision=precision, opset=opset, min_agreement=0)
+    assert manifest.precision == precision
+    assert all(graph.file.endswith(f"{suffix}.onnx") for graph in manifest.graphs.values())
+    prompt, candidates = np.ones((3, 12), np.float32), [np.eye(12, dtype=np.float32)[:5]] * 2
+    with torch.no_grad():
+        row = torch.from_numpy(np.concatenate([prompt, candidates[0]]))[None]
+        expected = quantized(network, precision)(row)[1][0, 3:, 0].numpy()
+    scores = bonnx.load(folder).rank(prompt, candidates).scores
+    assert np.abs(scores[0] - expected).max() < 0.05
+    assert np.allclose(scores[0], scores[1], atol=1e-5)
 
 
-def test_a_selection_below_the_bar_is_refused_and_nothing_is_left(network, tmp_path, rng):
+def test_a_selection_below_the_bar_is_refused_and_nothing_is_left(network, small, tmp_path, rng):
     wrong = build(embed_dim=12, hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2, scorer_hidden=8).eval()
-    artifact = open_engine(_export(network, tmp_path / "right"))
+    artifact = open_engine(small)
     cases = [
         HeldOut(rng.standard_normal((3, 12), np.float32), list(rng.standard_normal((6, 4, 12), np.float32)))
         for _ in range(20)
     ]
     with pytest.raises(ExportError, match=r"of 20 prompts \(here\), .* expected at least 90%"):
         measure(lambda: wrong, artifact, cases, source="here", least=0.9)
-    found = measure(lambda: network, artifact, cases, source="here", least=0.9)
-    assert found.share == found.same == 1
+    agreement = measure(lambda: network, artifact, cases, source="here", least=0.9)
+    assert agreement.share == agreement.same == 1
     with pytest.raises(ExportError, match="between 0 and 1; got 2"):
         export_model(network, tmp_path / "never", name="x", precision="int8", min_agreement=2)
     with pytest.raises(ExportError, match="fp32, fp16, bf16, int8, int4; got 'int2'"):
         export_model(network, tmp_path / "never", name="x", precision="int2")
     assert not (tmp_path / "never").exists()
-
-
-def _export(network, folder):
-    export_model(network, folder, name="small")
-    return folder
 
 
 def test_held_out_files(tmp_path, rng):
@@ -212,12 +209,20 @@ def test_held_out_files(tmp_path, rng):
         "candidates": rng.standard_normal((2, 5, 6, 4), np.float32),
     }
     np.savez(tmp_path / "a.npz", **arrays)
-    found = read_held_out(tmp_path / "a.npz")
-    assert len(found) == 2
-    assert np.array_equal(found[1].candidates[4], arrays["candidates"][1, 4])
-    for text, message in (("", "no prompts"), (json.dumps({"candidates": []}), "line 1: .*'prompt'"), ("{", "line 1")):
-        path.write_text(text)
-        with pytest.raises(InputError, match=message):
-            read_held_out(path)
+    cases = read_held_out(tmp_path / "a.npz")
+    assert len(cases) == 2
+    assert np.array_equal(cases[1].candidates[4], arrays["candidates"][1, 4])
     with pytest.raises(InputError, match="held-out prompts: cannot read"):
         read_held_out(tmp_path / "missing.txt")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("", "no prompts"), (json.dumps({"candidates": []}), "line 1: .*'prompt'"), ("{", "line 1")],
+    ids=["empty", "no prompt", "not JSON"],
+)
+def test_held_out_files_that_cannot_be_read(text, message, tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text(text)
+    with pytest.raises(InputError, match=message):
+        read_held_out(path)

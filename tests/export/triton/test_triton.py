@@ -52,10 +52,10 @@ class Artifact:
         for value in config.input:
             fits(value, feeds[value.name], config.max_batch_size)
         names = [value.name for value in config.output]
-        found = dict(zip(names, session.run(names, feeds), strict=True))
+        outputs = dict(zip(names, session.run(names, feeds), strict=True))
         for value in config.output:
-            fits(value, found[value.name], config.max_batch_size)
-        return found
+            fits(value, outputs[value.name], config.max_batch_size)
+        return outputs
 
 
 def fits(value, array, max_batch_size):
@@ -96,11 +96,11 @@ def padded(rng, items):
 
 
 def placed(mask, marks):
-    """What is said of each item's tokens, where they lie; elsewhere 1, which must not count."""
-    found = np.ones_like(mask)
-    for row, said in enumerate(marks):
-        found[row][mask[row] > 0] = said
-    return found
+    """What is values of each item's tokens, where they lie; elsewhere 1, which must not count."""
+    aligned = np.ones_like(mask)
+    for row, values in enumerate(marks):
+        aligned[row][mask[row] > 0] = values
+    return aligned
 
 
 def marked(rng, artifact, graph, mask, items):
@@ -115,9 +115,9 @@ def alone(feeds, b):
     return {name: value[b : b + 1] for name, value in feeds.items()}
 
 
-def same(found, expected):
-    both = found.dtype == expected.dtype and (np.isnan(found) == np.isnan(expected)).all()
-    return both and within(np.nan_to_num(found), np.nan_to_num(expected), RUNTIME)
+def same(served, expected):
+    both = served.dtype == expected.dtype and (np.isnan(served) == np.isnan(expected)).all()
+    return both and within(np.nan_to_num(served), np.nan_to_num(expected), RUNTIME)
 
 
 def test_configs_agree_with_schema_graphs_and_manifest(artifact):
@@ -136,9 +136,9 @@ def test_configs_agree_with_schema_graphs_and_manifest(artifact):
         assert (folder / "weights.bin").read_bytes() == (artifact.folder / "onnx/weights.bin").read_bytes()
         known = {v.name: v.dtype for v in (*manifest.graphs[graph].inputs, *manifest.graphs[graph].outputs)}
         known["row_scores"] = "float32"
-        for declared, found in ((config.input, session.get_inputs()), (config.output, session.get_outputs())):
-            assert [value.name for value in declared] == [value.name for value in found]
-            for value, other in zip(declared, found, strict=True):
+        for declared, actual in ((config.input, session.get_inputs()), (config.output, session.get_outputs())):
+            assert [value.name for value in declared] == [value.name for value in actual]
+            for value, other in zip(declared, actual, strict=True):
                 assert DataType.Name(value.data_type) == f"TYPE_{ORT[other.type]}"
                 assert np_to_triton_dtype(np.dtype(known[value.name])) == ORT[other.type]
                 shape = [axis if isinstance(axis, int) else -1 for axis in other.shape]
@@ -162,17 +162,17 @@ def test_rank(artifact, rng):
         rows = {f"candidate_{kind}": values, "candidate_mask": mask, **steps}
         feeds = {f"prompt_{kind}": prompt, "prompt_mask": prompt_mask}
         feeds |= {name: value.reshape(batch, count, *value.shape[1:]) for name, value in rows.items()}
-        found = artifact.infer("rank", feeds)
-        assert found["scores"].shape == feeds["candidate_mask"].shape
+        served = artifact.infer("rank", feeds)
+        assert served["scores"].shape == feeds["candidate_mask"].shape
         for b in range(batch):
-            said = {name: given[b * count : (b + 1) * count] for name, given in marks.items()}
-            ranking = artifact.model.rank(prompts[b], candidates[b], **said)
-            assert same(found["candidate_scores"][b], ranking.candidate_scores)
-            assert found["best_index"][b].tolist() == [ranking.best_index]
+            own_marks = {name: given[b * count : (b + 1) * count] for name, given in marks.items()}
+            ranking = artifact.model.rank(prompts[b], candidates[b], **own_marks)
+            assert same(served["candidate_scores"][b], ranking.candidate_scores)
+            assert served["best_index"][b].tolist() == [ranking.best_index]
             for n in range(count):
-                assert within(found["scores"][b, n][feeds["candidate_mask"][b, n] > 0], ranking.scores[n], RUNTIME)
+                assert within(served["scores"][b, n][feeds["candidate_mask"][b, n] > 0], ranking.scores[n], RUNTIME)
             single = artifact.infer("rank", alone(feeds, b))
-            assert all(same(single[name][0], value[b]) for name, value in found.items())
+            assert all(same(single[name][0], value[b]) for name, value in served.items())
 
 
 def test_candidates_that_are_missing_only_fill_up(artifact, rng):
@@ -190,10 +190,10 @@ def test_candidates_that_are_missing_only_fill_up(artifact, rng):
         name: value if name.startswith("prompt") else np.concatenate([value, value], 1) for name, value in feeds.items()
     }
     wider["candidate_mask"][:, 3:] = 0
-    found = artifact.infer("rank", wider)
-    assert same(found["candidate_scores"][:, :3], expected["candidate_scores"])
-    assert np.isnan(found["candidate_scores"][:, 3:]).all()
-    assert found["best_index"].tolist() == expected["best_index"].tolist()
+    served = artifact.infer("rank", wider)
+    assert same(served["candidate_scores"][:, :3], expected["candidate_scores"])
+    assert np.isnan(served["candidate_scores"][:, 3:]).all()
+    assert served["best_index"].tolist() == expected["best_index"].tolist()
 
 
 def test_score(artifact, rng):
@@ -203,16 +203,16 @@ def test_score(artifact, rng):
         values, mask = padded(rng, rows)
         steps, marks = marked(rng, artifact, "score", mask, rows)
         feeds = {name: values, "attention_mask": mask, **steps}
-        found = artifact.infer("score", feeds)
+        served = artifact.infer("score", feeds)
         expected = artifact.model.score(rows, backbone=True, **marks)
-        assert same(found["row_scores"][:, 0], expected.row_scores)
+        assert same(served["row_scores"][:, 0], expected.row_scores)
         for b in range(len(rows)):
             real = mask[b] > 0
-            assert within(found["scores"][b, real, 0], expected.scores[b], RUNTIME)
-            assert within(found["backbone"][b, real], expected.backbone[b], RUNTIME)
+            assert within(served["scores"][b, real, 0], expected.scores[b], RUNTIME)
+            assert within(served["backbone"][b, real], expected.backbone[b], RUNTIME)
             single = artifact.infer("score", alone(feeds, b))
-            assert same(single["row_scores"][0], found["row_scores"][b])
-            assert within(single["backbone"][0, real], found["backbone"][b, real], RUNTIME)
+            assert same(single["row_scores"][0], served["row_scores"][b])
+            assert within(single["backbone"][0, real], served["backbone"][b, real], RUNTIME)
 
 
 @pytest.mark.parametrize("artifact", ["last", "mean of steps"], indirect=True)
@@ -222,25 +222,25 @@ def test_generate(artifact, rng):
     options = {"max_new_tokens": 10, "top_k": 120, "top_p": 0.97, "temperature": 0.8, "seed": int(rng.integers(2**31))}
     feeds = {"input_ids": ids, "attention_mask": mask, "num_candidates": np.array([16])}
     feeds |= {k: np.array([v], np.float32 if isinstance(v, float) else np.int64) for k, v in options.items()}
-    found = artifact.infer("generate", feeds)
+    served = artifact.infer("generate", feeds)
     computed = 0
     for b, prompt in enumerate(prompts):
         expected = artifact.model.generate(prompt, n=16, **options)
         computed += expected.computed_tokens
         for n, candidate in enumerate(expected.candidates):
-            length = int(found["lengths"][n, b])
-            assert found["sequences"][n, b, :length].tolist() == candidate.tokens.tolist()
-            assert within(found["scores"][n, b, :length], candidate.scores, RUNTIME)
-            reason = bonnx.FINISH_REASONS[found["finish_reasons"][n, b]]
+            length = int(served["lengths"][n, b])
+            assert served["sequences"][n, b, :length].tolist() == candidate.tokens.tolist()
+            assert within(served["scores"][n, b, :length], candidate.scores, RUNTIME)
+            reason = bonnx.FINISH_REASONS[served["finish_reasons"][n, b]]
             assert reason == candidate.finish_reason
         scores = np.array([candidate.score for candidate in expected.candidates], np.float32)
-        assert within(found["candidate_scores"][:, b], scores, RUNTIME)
-        assert found["best_index"][b] == expected.best_index
-        best = found["best_sequence"][b, : len(expected.best.tokens)]
+        assert within(served["candidate_scores"][:, b], scores, RUNTIME)
+        assert served["best_index"][b] == expected.best_index
+        best = served["best_sequence"][b, : len(expected.best.tokens)]
         assert best.tolist() == expected.best.tokens.tolist()
     # Rows that only fill up the rectangle are read too.
-    assert found["computed_tokens"].shape == (1,)
-    assert found["computed_tokens"][0] >= computed
+    assert served["computed_tokens"].shape == (1,)
+    assert served["computed_tokens"][0] >= computed
 
 
 def test_weights_lie_on_the_disk_once(artifact):
@@ -262,12 +262,12 @@ def test_where_links_cannot_be_made_weights_are_copied(small, tmp_path, monkeypa
 
 
 def test_the_same_artifact_gives_the_same_files(small, tmp_path):
-    found = []
+    written = []
     for _ in range(2):
         write_repository(small, tmp_path / "repository", overwrite=True)
         files = sorted(path for path in (tmp_path / "repository").rglob("*") if path.is_file())
-        found.append([(str(path), path.read_bytes()) for path in files])
-    assert found[0] == found[1]
+        written.append([(str(path), path.read_bytes()) for path in files])
+    assert written[0] == written[1]
     assert [path.name for path in tmp_path.iterdir()] == ["repository"]
 
 

@@ -72,10 +72,10 @@ PUZZLE = Puzzle((3, 7, 12, 25), 98)
     ],
 )
 def test_wrong_solutions(completion, right, labels):
-    found = step_labels(PUZZLE, completion)
+    steps = step_labels(PUZZLE, completion)
     assert check(PUZZLE, completion) is right
-    assert len(found) == len(labels)
-    for label, expected in zip(found, labels, strict=True):
+    assert len(steps) == len(labels)
+    for label, expected in zip(steps, labels, strict=True):
         assert expected is None or label is expected
 
 

@@ -16,17 +16,24 @@ from bonnx.models.countdown.run import TrainingRun
 from bonnx.models.countdown.vocabulary import END, PAD, STEP, decode, encode
 from bonnx.models.decoding import Cache, forward_cached, sample
 
-SHORT = {"language_steps": 2, "joint_steps": 2, "spoiled_steps": 2, "rows": 8}
+SHORT = {"language_steps": 2, "joint_steps": 2, "spoiled_steps": 2, "rows": 8, "size": "small"}
 
 
 def weights(folder):
     return load_file(folder / "model.safetensors")
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The weights of a run that was never stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    train.train(folder, **SHORT, seed=5)
+    return weights(folder)
+
+
 @pytest.mark.parametrize("stop", [1, 2, 3, 4, 5])
-def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch, stop):
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(whole, tmp_path, monkeypatch, stop):
     """Stopped in each phase and between them."""
-    train.train(tmp_path / "whole", **SHORT, seed=5)
     with monkeypatch.context() as patch:
         advance = TrainingRun.advance
 
@@ -37,16 +44,17 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch, stop
 
         patch.setattr(TrainingRun, "advance", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            train.train(tmp_path / "parts", **SHORT, seed=5, save_every=1)
-    train.train(tmp_path / "parts", **SHORT, seed=5, save_every=1)
-    whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+            train.train(tmp_path, **SHORT, seed=5, save_every=1)
+    train.train(tmp_path, **SHORT, seed=5, save_every=1)
+    parts = weights(tmp_path)
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     with pytest.raises(SystemExit, match="was started with --seed 5"):
-        train.train(tmp_path / "parts", **SHORT, seed=6)
+        train.train(tmp_path, **SHORT, seed=6)
 
 
 def test_another_seed_gives_another_model(tmp_path):
-    models = [train.train(tmp_path / str(seed), **SHORT, seed=seed).state_dict() for seed in (5, 6)]
+    options = {"language_steps": 1, "joint_steps": 1, "spoiled_steps": 1, "rows": 8, "size": "default"}
+    models = [train.train(tmp_path / str(seed), **options, seed=seed).state_dict() for seed in (5, 6)]
     assert any(not torch.equal(models[0][name], models[1][name]) for name in models[0])
 
 
@@ -58,19 +66,23 @@ def test_labels_of_a_completion():
     assert list(marked.values())[1:] == [0.0, 0.0, 0.0]
 
 
-def test_outcome_labels_are_the_whole_completions():
-    for text, right in (("12+3=15;15*7=105;105-25=80;", 1.0), ("12+3=15;15*7=105;105-25=81;", 0.0)):
-        completion = [*encode(text), END, PAD]
-        labels = train.label(Puzzle((3, 7, 12, 25), 80), completion, "outcome")
-        marked = {i: value for i, value in enumerate(labels) if value != train.IGNORED}
-        assert [completion[i] for i in marked] == [STEP, STEP, STEP, END]
-        assert set(marked.values()) == {right}
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [("12+3=15;15*7=105;105-25=80;", 1.0), ("12+3=15;15*7=105;105-25=81;", 0.0)],
+    ids=["right", "wrong"],
+)
+def test_outcome_labels_are_the_whole_completions(text, right):
+    completion = [*encode(text), END, PAD]
+    labels = train.label(Puzzle((3, 7, 12, 25), 80), completion, "outcome")
+    marked = {i: value for i, value in enumerate(labels) if value != train.IGNORED}
+    assert [completion[i] for i in marked] == [STEP, STEP, STEP, END]
+    assert set(marked.values()) == {right}
 
 
 def test_a_run_of_another_size_is_refused(tmp_path):
-    train.train(tmp_path, **SHORT, seed=5, size="small")
+    train.train(tmp_path, **SHORT, seed=5)
     with pytest.raises(SystemExit, match="pass the same --size"):
-        train.train(tmp_path, **SHORT, seed=5)
+        train.train(tmp_path, **SHORT | {"size": "default"}, seed=5)
 
 
 def test_spoiled_completions_are_never_right(dice):
@@ -129,9 +141,9 @@ def test_the_methods_on_a_known_case():
 
 def test_calibration_of_known_probabilities():
     scores, right = np.array([0.05] * 100 + [0.95] * 100), np.array([False] * 100 + [True] * 90 + [False] * 10)
-    found = calibration(scores, right)
-    assert found["bins"] == [(pytest.approx(0.05), 0.0, 100), (pytest.approx(0.95), 0.9, 100)]
-    assert found["expected_calibration_error"] == pytest.approx(0.05)
+    measured = calibration(scores, right)
+    assert measured["bins"] == [(pytest.approx(0.05), 0.0, 100), (pytest.approx(0.95), 0.9, 100)]
+    assert measured["expected_calibration_error"] == pytest.approx(0.05)
 
 
 def test_shipped_weights_do_what_the_report_says(tmp_path):
@@ -140,13 +152,13 @@ def test_shipped_weights_do_what_the_report_says(tmp_path):
     assert stated["puzzles"] >= 500
     assert (CHECKPOINT / "model.safetensors").stat().st_size < 8_000_000
     assert (CHECKPOINT / "report.md").read_text() == report(stated)
-    found = evaluate(model, puzzles=60, samples=16, seed=random.randrange(1000))
-    tables = [{(row["n"], row["method"]): row for row in result["accuracy"]} for result in (stated, found)]
+    measured = evaluate(model, puzzles=60, samples=16, seed=random.randrange(1000))
+    tables = [{(row["n"], row["method"]): row for row in result["accuracy"]} for result in (stated, measured)]
     for method in METHODS:
         rows = [table[16, method] for table in tables]
         # 60 fresh puzzles against 600: within four of the smaller sample's half intervals.
         half = (rows[1]["high"] - rows[1]["low"]) / 2 + 0.02
         assert abs(rows[0]["accuracy"] - rows[1]["accuracy"]) < 2 * half, method
     assert tables[1][16, METHODS[1]]["accuracy"] > tables[1][16, METHODS[0]]["accuracy"] + 0.15
-    draw(found, tmp_path / "report.png")
+    draw(measured, tmp_path / "report.png")
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")

@@ -67,13 +67,13 @@ def test_only_the_right_attempt_is_learned(base, dice):
 
 def test_each_attempt_of_a_chain_is_labelled_by_itself(base, dice):
     ids, labels = chain_batch(base, dice, 3, 8)
-    for row, said in zip(ids.tolist(), labels.tolist(), strict=True):
+    for row, labelled in zip(ids.tolist(), labels.tolist(), strict=True):
         start = row.index(encode(":")[0]) + 1
         puzzle = parse_prompt(decode(row[:start]))
-        assert set(said[:start]) == {IGNORED}
+        assert set(labelled[:start]) == {IGNORED}
         while start < len(row):
             end = row.index(END, start) + 1
-            assert said[start:end] == label(puzzle, row[start:end])
+            assert labelled[start:end] == label(puzzle, row[start:end])
             start = end
 
 

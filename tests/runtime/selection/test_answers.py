@@ -323,7 +323,7 @@ LONG += ["\\frac{1}{", "\\frac{11111", "-", "1e", " ", "%", "\\", "\\frac", "1,"
 
 @pytest.mark.parametrize("piece", LONG)
 def test_long_texts(piece):
-    text = piece * (200_000 // len(piece))
+    text = piece * (50_000 // len(piece))
     for extract in (boxed, number, canonical):
         for hostile in (text, text + "x", "1" + text, "\\boxed{" + text + "}", "\\text{" * 1000 + text + "}" * 1000):
             form = extract(hostile)
