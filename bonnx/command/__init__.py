@@ -21,14 +21,14 @@ __all__ = ["STOPPED", "main", "print_json", "print_text"]
 # Each module has `configure(parser)` and `run(arguments) -> exit code`; only the chosen one is imported.
 _COMMANDS = {
     "export": ("bonnx.command.export", "write a model as an artifact and verify it"),
-    "inspect": ("bonnx.command.inspect", "say what an artifact holds"),
-    "verify": ("bonnx.command.verify", "prove an artifact on this machine"),
-    "doctor": ("bonnx.command.doctor", "say what is installed and what is wrong with it"),
+    "inspect": ("bonnx.command.inspect", "show what an artifact contains"),
+    "verify": ("bonnx.command.verify", "check an artifact on this machine"),
+    "doctor": ("bonnx.command.doctor", "show what is installed and what is wrong with it"),
     "generate": ("bonnx.command.generate", "sample completions, score them and choose the best"),
     "report": ("bonnx.command.report", "show a search run in a browser or in the terminal"),
     "rank": ("bonnx.command.rank", "score candidates after a prompt and choose the best"),
     "batch": ("bonnx.command.batch", "rank every row of a file"),
-    "serve": ("bonnx.command.serve", "put a model behind HTTP"),
+    "serve": ("bonnx.command.serve", "serve a model over HTTP"),
 }
 # Marks that change the direction in which the rest of a line is shown.
 _TURNS = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")

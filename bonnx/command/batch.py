@@ -120,8 +120,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json({"output": str(arguments.output), **msgspec.to_builtins(summary)})
     else:
-        errors = f", {summary.bad:,} bad ones in {arguments.output}.errors.jsonl" if summary.bad else ""
-        print(f"{arguments.output}: {summary.rows:,} rows{errors}, {summary.seconds:.1f} s")
+        errors = f", {summary.bad:,} bad in {arguments.output}.errors.jsonl" if summary.bad else ""
+        rows = f"{summary.rows:,} row{'s' * (summary.rows != 1)}"
+        print(f"{arguments.output}: {rows}{errors}, {summary.seconds:.1f} s")
     return 0
 
 

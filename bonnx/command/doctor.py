@@ -1,4 +1,4 @@
-"""`bonnx doctor`: say what is installed and what is wrong with it. Needs only Python."""
+"""`bonnx doctor`: show what is installed and what is wrong with it. Needs only Python."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`bonnx inspect`: say what an artifact holds, without ONNX Runtime."""
+"""`bonnx inspect`: show what an artifact contains, without ONNX Runtime."""
 
 from __future__ import annotations
 

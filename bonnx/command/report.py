@@ -51,5 +51,5 @@ def run(arguments: argparse.Namespace) -> int:
         counts = {"figures": len(report.figures), "searches": len(report.searches)}
         print_json({"ok": True, "output": str(output), **counts})
     else:
-        print(f"{output}: {len(report.figures)} figures, {len(report.searches)} searches")
+        print(f"{output}: figures: {len(report.figures)}, searches: {len(report.searches)}")
     return 0

@@ -1,4 +1,4 @@
-"""`bonnx verify`: prove an artifact on this machine, without torch."""
+"""`bonnx verify`: check an artifact on this machine, without torch."""
 
 from __future__ import annotations
 

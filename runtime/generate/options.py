@@ -63,7 +63,7 @@ class GenerateOptions(TypedDict, total=False):
         Meta(
             gt=0,
             le=1,
-            description="then draw from the smallest set of most likely tokens with this probability; 1 is all",
+            description="of these, draw from the smallest set of most likely tokens with this probability; 1 is all",
         ),
     ]
     seed: Annotated[
@@ -71,7 +71,7 @@ class GenerateOptions(TypedDict, total=False):
         Meta(
             ge=-(2**63),
             le=2**63 - 1,
-            description="of every random number: the same seed gives the same tokens in every runtime",
+            description="seeds the random numbers: the same seed gives the same tokens in every runtime",
         ),
     ]
     stop: Annotated[

@@ -149,7 +149,7 @@ def test_the_command_says_what_came_of_it(tiny, rng, tmp_path):
     source = write(tmp_path / "rows.jsonl", [draw_row(rng, 0), b"{\n"])
     command = ["batch", str(tiny), str(source), "-o", str(tmp_path / "o.jsonl")]
     done = subprocess.run([sys.executable, "-m", "bonnx", *command], capture_output=True, text=True, check=True)
-    assert "1 rows, 1 bad ones in" in done.stdout
+    assert "1 row, 1 bad in" in done.stdout
 
 
 def test_no_rows_are_no_success(tiny, tmp_path, capsys):
