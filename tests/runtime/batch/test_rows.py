@@ -130,6 +130,12 @@ def test_what_is_wrong_with_a_row(batch, row, reason):
     assert reason in errors[2]
 
 
+def test_an_error_names_the_fields_of_the_file(batch):
+    line = dump({"question": [1], "completions": [[2**70], [-1]]})
+    _, errors = batch([line], prompt="question", candidates="completions")
+    assert errors[1].startswith("completions[0]: ")
+
+
 def test_answers_that_a_row_lacks(batch):
     lines = [dump(ROW), dump(ROW | {"what": None}), dump(ROW | {"what": [1, 2]})]
     ranked, errors = batch(lines, answers="what")

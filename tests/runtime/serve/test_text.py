@@ -88,6 +88,11 @@ def test_a_bad_pair_does_not_fail_the_others(post, rng):
         ("/v1/rerank", {"query": [{"role": "user"}], "documents": ["a"]}, "query[0]: there is no 'content'"),
         ("/v1/rerank", {"query": "which", "documents": ["a" * 500]}, "documents[0]: 500 characters are more than 60"),
         ("/v1/rerank", {"query": "which", "documents": ["c" * 70]}, "a query of 5 tokens and a document of 71"),
+        (
+            "/v1/rerank",
+            {"query": "which", "documents": ["c" * 70], "truncate": True},
+            "a document of 71 tokens: this artifact takes at most 60 together with the query, and a document is never",
+        ),
         ("/v1/rerank", {"query": "which", "documents": ["a"] * 4097}, "4097 documents: this model takes at most 4096"),
         ("/v1/score", {"text_1": "which", "text_2": ""}, "text_2: it has no tokens"),
         ("/v1/score", {"text_1": "which", "text_2": [""]}, "text_2[0]: it has no tokens"),
@@ -146,12 +151,14 @@ def test_fields_of_other_servers_are_refused_by_name(post, path, more, message):
         assert post(path, body | dict.fromkeys(more)).status_code == 200
 
 
-def test_one_stop_text_and_messages_as_candidates(post, model):
-    body = {"prompt": "which", "n": 4, "max_new_tokens": 20, "seed": 1}
+@pytest.mark.parametrize("stop", ["e", ["e"]], ids=["a text", "a list"])
+def test_stop_is_a_text_or_a_list(post, model, stop):
+    answer = post("/v1/best-of-n", {"prompt": "which", "n": 4, "max_new_tokens": 20, "seed": 1, "stop": stop}).json()
     expected = model.generate("which", n=4, max_new_tokens=20, seed=1, stop=["e"])
-    for stop in ("e", ["e"]):
-        found = post("/v1/best-of-n", body | {"stop": stop}).json()
-        assert [entry["text"] for entry in found["candidates"]] == [c.text for c in expected.candidates]
+    assert [entry["text"] for entry in answer["candidates"]] == [c.text for c in expected.candidates]
+
+
+def test_messages_as_candidates(post, model):
     candidates = [
         [{"role": "assistant", "content": "one"}],
         [{"role": "assistant", "tool_calls": [{"name": "look", "arguments": {}}]}, {"role": "tool", "content": "five"}],
