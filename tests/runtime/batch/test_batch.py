@@ -55,8 +55,8 @@ def test_json_lines(tiny, model, rng, tmp_path, capsys):
     source, output = write(tmp_path / "rows.jsonl", lines), tmp_path / "out.jsonl"
     arguments = [str(tiny), str(source), "-o", str(output), "--chunk", "16", "--max-line", "100000", "--json"]
     assert main(["batch", *arguments]) == 0
-    said = json.loads(capsys.readouterr().out)
-    assert (said["rows"], said["bad"]) == (150, len(BAD) - 1)
+    answer = json.loads(capsys.readouterr().out)
+    assert (answer["rows"], answer["bad"]) == (150, len(BAD) - 1)
     for found, row in zip(read(output), rows, strict=True):
         check(found, row, model)
     errors = read(tmp_path / "out.jsonl.errors.jsonl")
@@ -77,8 +77,8 @@ def test_parquet(tiny, model, rng, tmp_path):
     table = pa.Table.from_pylist([row | ({"candidates": bad[i]} if i in bad else {}) for i, row in enumerate(rows)])
     source, output = tmp_path / "rows.parquet", tmp_path / "out.parquet"
     parquet.write_table(table, source, row_group_size=37)
-    found = run_batch(Task(artifact=str(tiny), source=str(source), token_scores=True), output, here, rows=16)
-    assert (found.rows, found.bad) == (87, 3)
+    summary = run_batch(Task(artifact=str(tiny), source=str(source), token_scores=True), output, here, rows=16)
+    assert (summary.rows, summary.bad) == (87, 3)
     written = parquet.read_table(output)
     assert written.schema.names == [
         "id",
@@ -157,15 +157,15 @@ def test_no_rows_are_no_success(tiny, tmp_path, capsys):
     command = ["batch", str(tiny), str(source), "-o", str(output), "--overwrite", "--json"]
     source.write_bytes(b'{"question": [1], "candidates": [[2]]}\n' * 3)
     assert main(command) == 1
-    said = json.loads(capsys.readouterr().out)
-    assert said["ok"] is False
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["ok"] is False
     for part in (
         "no row was ranked, 3 are in",
         "out.jsonl.errors.jsonl",
         "only 'question', 'candidates'",
         "--prompt-field",
     ):
-        assert part in said["reason"]
+        assert part in answer["reason"]
     source.write_bytes(b"")
     assert main(command) == 1
     assert "the input has none" in capsys.readouterr().err

@@ -14,10 +14,10 @@ def test_the_actor_class_ranks_batches(tiny, model, rng):
         prompts[i] = np.array(row["prompt"])
         candidates[i] = np.empty(len(row["candidates"]), object)
         candidates[i][:] = [np.array(c) for c in row["candidates"]]
-    found = Ranker(str(tiny), aggregation="min")({"prompt": prompts, "candidates": candidates})
+    columns = Ranker(str(tiny), aggregation="min")({"prompt": prompts, "candidates": candidates})
     for i, row in enumerate(rows):
         expected = model.rank(row["prompt"], row["candidates"], aggregation="min")
-        assert within(found["candidate_scores"][i], expected.candidate_scores, RUNTIME)
+        assert within(columns["candidate_scores"][i], expected.candidate_scores, RUNTIME)
 
 
 def test_a_row_does_not_end_a_dataset(tiny, model):
@@ -26,9 +26,9 @@ def test_a_row_does_not_end_a_dataset(tiny, model):
     good = np.empty(2, object)
     good[:] = [np.array([3]), np.array([4, 5])]
     candidates[:] = [good, None, [np.array([500])], good]
-    found = Ranker(str(tiny))({"prompt": prompts, "candidates": candidates})
+    columns = Ranker(str(tiny))({"prompt": prompts, "candidates": candidates})
     expected = model.rank(**ROW)
-    assert [reason is None for reason in found["reason"]] == [True, False, False, True]
-    assert "outside the vocabulary" in found["reason"][2]
-    assert found["best_index"] == [expected.best_index, None, None, expected.best_index]
-    assert found["best"][0] == ROW["candidates"][expected.best_index]
+    assert [reason is None for reason in columns["reason"]] == [True, False, False, True]
+    assert "outside the vocabulary" in columns["reason"][2]
+    assert columns["best_index"] == [expected.best_index, None, None, expected.best_index]
+    assert columns["best"][0] == ROW["candidates"][expected.best_index]

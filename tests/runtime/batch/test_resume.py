@@ -57,8 +57,8 @@ def test_only_the_same_run_goes_on(tiny, rng, tmp_path):
         file.write(b"\n")
     with pytest.raises(bonnx.InputError, match="input_size was"):
         run_batch(task, output, here, rows=8)
-    found = run_batch(task, output, here, rows=8, overwrite=True)
-    assert (found.rows, found.resumed_at) == (60, 0)
+    summary = run_batch(task, output, here, rows=8, overwrite=True)
+    assert (summary.rows, summary.resumed_at) == (60, 0)
     with pytest.raises(bonnx.InputError, match="exists; choose another file"):
         run_batch(task, output, here, rows=8)
 

@@ -59,11 +59,11 @@ def test_every_row_is_answered_or_named_in_the_errors(tiny, tmp_path_factory, en
     source.write_bytes(data)
     task = Task(artifact=str(tiny), source=str(source), answers="what" if votes else None)
     worker = Worker(task, engine)
-    found = run_batch(task, output, lambda _, chunks: map(worker, chunks), rows=2, overwrite=True)
+    summary = run_batch(task, output, lambda _, chunks: map(worker, chunks), rows=2, overwrite=True)
     given = {i for i, line in enumerate(data.split(b"\n"), 1) if line.strip(b" \t\r")}
     ranked = output.read_bytes().split(b"\n")[:-1]
     errors = [json.loads(line) for line in output.with_name("fuzzed.jsonl.errors.jsonl").read_bytes().splitlines()]
-    assert (len(ranked), len(errors), len(ranked) + len(errors)) == (found.rows, found.bad, len(given))
+    assert (len(ranked), len(errors), len(ranked) + len(errors)) == (summary.rows, summary.bad, len(given))
     assert {error["line"] for error in errors} <= given
     kept = [line for i, line in enumerate(data.split(b"\n"), 1) if i in given - {error["line"] for error in errors}]
     for line, answer in zip(kept, ranked, strict=True):
@@ -146,12 +146,12 @@ def test_answers_that_a_row_lacks(batch):
 
 def test_a_candidate_that_cannot_be_read_gets_null(batch, model):
     ranked, errors = batch([dump(ROW | {"candidates": [[], [3], {"text": []}]})], token_scores=True)
-    found = json.loads(ranked[0])
+    answer = json.loads(ranked[0])
     expected = model.rank([1, 2], [[], [3], []])
-    assert found["candidate_scores"][::2] == [None, None]
-    assert within(found["candidate_scores"][1], expected.candidate_scores[1], RUNTIME)
-    assert (found["best_index"], found["best"], found["margin"], errors) == (1, [3], None, {})
-    assert list(map(len, found["scores"])) == [0, 1, 0]
+    assert answer["candidate_scores"][::2] == [None, None]
+    assert within(answer["candidate_scores"][1], expected.candidate_scores[1], RUNTIME)
+    assert (answer["best_index"], answer["best"], answer["margin"], errors) == (1, [3], None, {})
+    assert list(map(len, answer["scores"])) == [0, 1, 0]
 
 
 def test_encodings_and_ends_of_lines(batch):

@@ -189,9 +189,9 @@ def test_a_list_with_an_error_names_its_line(put, text, message):
 
 def test_embeddings_are_float32(rng):
     values = rng.standard_normal((3, 4))
-    found = to_item(values.tolist())
-    assert found.dtype == np.float32
-    assert np.array_equal(found, values.astype(np.float32))
+    item = to_item(values.tolist())
+    assert item.dtype == np.float32
+    assert np.array_equal(item, values.astype(np.float32))
 
 
 @pytest.mark.parametrize("name", ["empty.npy", "cut.npz", "text.npy", "zip.npz", "pickled.npy", "none.npy"])

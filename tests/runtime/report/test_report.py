@@ -117,27 +117,27 @@ def write(folder, searches=(), figures=()):
 @pytest.mark.parametrize("repeat", range(10))
 def test_everything_is_on_the_page_as_text(rng, tmp_path, repeat):
     searches = [made_search(rng, tree=bool(rng.integers(2))) for _ in range(3)]
-    found = parsed(page(read_run(write(tmp_path / "run", searches))))
-    assert found.scripts == 1
-    assert found.text.count("winner") >= len(searches)
-    assert found.classes.count("best") == len(searches)
+    html = parsed(page(read_run(write(tmp_path / "run", searches))))
+    assert html.scripts == 1
+    assert html.text.count("winner") >= len(searches)
+    assert html.classes.count("best") == len(searches)
     for search in searches:
         for candidate in search["candidates"]:
-            assert one_line("".join(candidate["pieces"])) in found.text
+            assert one_line("".join(candidate["pieces"])) in html.text
         if any(node["parent"] is not None for node in search["nodes"]):
             for node in search["nodes"]:
-                assert one_line("".join(node["pieces"])) in found.text
+                assert one_line("".join(node["pieces"])) in html.text
     trees = [s for s in searches if any(node["parent"] is not None for node in s["nodes"])]
     for fate in MARKS:
-        assert found.classes.count(fate) == sum(node["fate"] == fate for s in trees for node in s["nodes"])
+        assert html.classes.count(fate) == sum(node["fate"] == fate for s in trees for node in s["nodes"])
 
 
 def test_figures_are_pictures_with_text(tmp_path):
     drawn = page(read_run(write(tmp_path / "run", figures=[figure(s) for s in ("log2", "linear", "category")])))
-    found = parsed(drawn)
+    html = parsed(drawn)
     assert drawn.count("<svg") == 3
     for text in ("About <log2>", "What is seen.", "way & 2", "hard", "solved, %"):
-        assert text in found.text
+        assert text in html.text
     assert "http://" not in drawn.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
         "http://creativecommons.org", ""
     )

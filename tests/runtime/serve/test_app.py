@@ -41,10 +41,10 @@ def test_coheres_client_reranks(url, model, rng, kind):
     expected = model.rank(PUZZLE, documents)
     with httpx.Client() as http:
         client = kind("key", base_url=url, httpx_client=http)
-        found = client.rerank(model=NAME, query=PUZZLE, documents=documents, top_n=4)
-    assert [result.index for result in found.results] == list(expected.order[:4])
+        reranked = client.rerank(model=NAME, query=PUZZLE, documents=documents, top_n=4)
+    assert [result.index for result in reranked.results] == list(expected.order[:4])
     scores = expected.candidate_scores[list(expected.order[:4])]
-    assert within([result.relevance_score for result in found.results], scores, RUNTIME)
+    assert within([result.relevance_score for result in reranked.results], scores, RUNTIME)
 
 
 def infer(client, graph, feeds, outputs=None, *, binary=True):
@@ -80,12 +80,12 @@ def test_tritons_client_runs_the_graphs(tritons, model, rng, binary):
         "answer_ids": np.full((1, 1), -1),
         "vote": np.array([0]),
     }
-    found = infer(client, "rank", feeds, ["candidate_scores", "best_index"], binary=binary)
+    outputs = infer(client, "rank", feeds, ["candidate_scores", "best_index"], binary=binary)
     for b in range(2):
         expected = model.rank(prompts[b], list(candidates[:, b]), aggregation="mean")
-        assert within(found.as_numpy("candidate_scores")[:, b], expected.candidate_scores, RUNTIME)
-        assert found.as_numpy("best_index")[b] == expected.best_index
-    assert found.as_numpy("scores") is None
+        assert within(outputs.as_numpy("candidate_scores")[:, b], expected.candidate_scores, RUNTIME)
+        assert outputs.as_numpy("best_index")[b] == expected.best_index
+    assert outputs.as_numpy("scores") is None
 
 
 def test_tritons_client_generates_and_scores(tritons, engine, model, rng):
@@ -99,11 +99,11 @@ def test_tritons_client_generates_and_scores(tritons, engine, model, rng):
         **{name: np.array([value]) for name, value in (whole | {"step_token": -1, "prune_every": 0}).items()},
         **{name: np.array([1], np.float32) for name in ("temperature", "top_p", "prune_keep")},
     }
-    found = infer(client, "generate", feeds)
+    outputs = infer(client, "generate", feeds)
     expected = model.generate(PUZZLE, n=3, max_new_tokens=20, seed=5)
-    assert found.as_numpy("best_index")[0] == expected.best_index
+    assert outputs.as_numpy("best_index")[0] == expected.best_index
     own = expected.candidates[1].tokens
-    assert found.as_numpy("sequences")[1, 0, : len(own)].tolist() == own.tolist()
+    assert outputs.as_numpy("sequences")[1, 0, : len(own)].tolist() == own.tolist()
     rows = rng.integers(1, 99, (4, 6))
     selection = {"aggregation": np.array([0]), "vote": np.array([0]), "num_candidates": np.array([4])}
     selection |= {"step_mask": np.ones((1, 1, 1), np.int64), "answer_ids": np.full((1, 1), -1)}
@@ -169,29 +169,29 @@ def test_best_of_given_candidates(client, engine, model, rng):
     candidates = draw_candidates(rng, 5)
     answers = ["a", "b", "a", None, "b"]
     body = {"prompt": PUZZLE, "candidates": candidates, "answers": answers, "vote": "weighted", "token_scores": True}
-    found = client.post("/v1/best-of-n", json=body).json()
+    answer = client.post("/v1/best-of-n", json=body).json()
     expected = model.rank(PUZZLE, candidates, answers=answers, vote="weighted")
-    assert (found["best_index"], found["best"]) == (expected.best_index, expected.best)
-    assert found["order"] == list(expected.order)
-    assert within(found["margin"], expected.margin, RUNTIME)
-    for entry, scores, score in zip(found["candidates"], expected.scores, expected.candidate_scores, strict=True):
+    assert (answer["best_index"], answer["best"]) == (expected.best_index, expected.best)
+    assert answer["order"] == list(expected.order)
+    assert within(answer["margin"], expected.margin, RUNTIME)
+    for entry, scores, score in zip(answer["candidates"], expected.scores, expected.candidate_scores, strict=True):
         assert within(entry["token_scores"], scores, RUNTIME)
         assert within(entry["score"], score, RUNTIME)
-    assert found["candidates"][3]["group_score"] is None
+    assert answer["candidates"][3]["group_score"] is None
     ids = [engine.reader.prompt(PUZZLE).tolist(), [[5, 6], [7]]]
-    found = client.post("/v1/best-of-n", json={"prompt": ids[0], "candidates": ids[1]}).json()
-    assert found["best_index"] == model.rank(*ids).best_index
+    answer = client.post("/v1/best-of-n", json={"prompt": ids[0], "candidates": ids[1]}).json()
+    assert answer["best_index"] == model.rank(*ids).best_index
 
 
 @pytest.mark.parametrize("more", [{}, {"deadline": 30}], ids=["in one run", "until a deadline"])
 def test_best_of_n_generated(client, model, more):
     body = {"prompt": PUZZLE, "n": 6, "seed": 11, "temperature": 1.2}
     expected = model.generate(PUZZLE, n=6, seed=11, temperature=1.2)
-    found = client.post("/v1/best-of-n", json=body | more).json()
-    assert found["best"] == expected.best.text
-    assert [c["text"] for c in found["candidates"]] == [c.text for c in expected.candidates]
+    answer = client.post("/v1/best-of-n", json=body | more).json()
+    assert answer["best"] == expected.best.text
+    assert [c["text"] for c in answer["candidates"]] == [c.text for c in expected.candidates]
     usage = {"prompt_tokens": 10, "completion_tokens": expected.computed_tokens, "cut_tokens": 0}
-    assert found["usage"] == usage | {"total_tokens": 10 + expected.computed_tokens}
+    assert answer["usage"] == usage | {"total_tokens": 10 + expected.computed_tokens}
 
 
 def test_generation_is_watched(client, model):
@@ -223,8 +223,8 @@ def test_embeddings(small, rng):
     body = {"prompt": prompt.tolist(), "candidates": candidates.tolist(), "aggregation": "mean"}
     expected = model.rank(prompt.astype(np.float32), list(candidates.astype(np.float32)), aggregation="mean")
     with served(engine) as url:
-        found = httpx.post(f"{url}/v1/best-of-n", json=body, timeout=60).json()
-        assert within([entry["score"] for entry in found["candidates"]], expected.candidate_scores, RUNTIME)
+        answer = httpx.post(f"{url}/v1/best-of-n", json=body, timeout=60).json()
+        assert within([entry["score"] for entry in answer["candidates"]], expected.candidate_scores, RUNTIME)
         refused = httpx.post(f"{url}/v1/best-of-n", json={"prompt": prompt.tolist(), "n": 2}, timeout=60)
         assert refused.status_code == 400
         assert "no language model" in refused.json()["message"]

@@ -46,36 +46,36 @@ def test_coheres_client_gets_numbers_and_warnings(url, model, rng):
         client = ClientV2("key", base_url=url, httpx_client=http)
         # Half of a surrogate pair is nothing that this client can send.
         texts = ["" if text == "a\ud800" else text for text in texts]
-        found = client.rerank(model="tiny", query="which", documents=texts)
-    scores = {result.index: result.relevance_score for result in found.results}
+        reranked = client.rerank(model="tiny", query="which", documents=texts)
+    scores = {result.index: result.relevance_score for result in reranked.results}
     assert sorted(scores) == good
     assert within([scores[i] for i in good], expected, RUNTIME)
-    check_warnings(found.meta.warnings, "documents", texts, bad)
+    check_warnings(reranked.meta.warnings, "documents", texts, bad)
 
 
 def test_one_bad_candidate_has_null_and_cannot_win(post, rng):
     texts, bad = holes(rng)
-    found = post("/v1/best-of-n", {"prompt": "which", "candidates": texts, "token_scores": True}).json()
-    assert [i for i, entry in enumerate(found["candidates"]) if entry["score"] is None] == bad
-    assert found["best_index"] not in bad
-    assert set(found["order"][-len(bad) :]) == set(bad)
-    assert [found["candidates"][i]["token_scores"] for i in bad] == [[]] * len(bad)
-    check_warnings(found["warnings"], "candidates", texts, bad)
-    found = post("/v1/score", {"text_1": "which", "text_2": texts}).json()
-    assert [i for i, entry in enumerate(found["data"]) if entry["score"] is None] == bad
-    check_warnings(found["warnings"], "text_2", texts, bad)
-    found = post("/v1/rerank", {"query": "which", "documents": texts, "return_documents": True}).json()
-    assert sorted(result["index"] for result in found["results"]) == [i for i in range(len(texts)) if i not in bad]
+    answer = post("/v1/best-of-n", {"prompt": "which", "candidates": texts, "token_scores": True}).json()
+    assert [i for i, entry in enumerate(answer["candidates"]) if entry["score"] is None] == bad
+    assert answer["best_index"] not in bad
+    assert set(answer["order"][-len(bad) :]) == set(bad)
+    assert [answer["candidates"][i]["token_scores"] for i in bad] == [[]] * len(bad)
+    check_warnings(answer["warnings"], "candidates", texts, bad)
+    answer = post("/v1/score", {"text_1": "which", "text_2": texts}).json()
+    assert [i for i, entry in enumerate(answer["data"]) if entry["score"] is None] == bad
+    check_warnings(answer["warnings"], "text_2", texts, bad)
+    answer = post("/v1/rerank", {"query": "which", "documents": texts, "return_documents": True}).json()
+    assert sorted(result["index"] for result in answer["results"]) == [i for i in range(len(texts)) if i not in bad]
 
 
 def test_a_bad_pair_does_not_fail_the_others(post, rng):
     texts, bad = holes(rng)
-    found = post("/v1/score", {"text_1": ["which"] * len(texts), "text_2": texts}).json()
+    answer = post("/v1/score", {"text_1": ["which"] * len(texts), "text_2": texts}).json()
     alone = post("/v1/score", {"text_1": "which", "text_2": texts}).json()
-    for entry, other in zip(found["data"], alone["data"], strict=True):
+    for entry, other in zip(answer["data"], alone["data"], strict=True):
         assert (entry["score"] is None) == (other["score"] is None)
         assert entry["score"] is None or within(entry["score"], other["score"], RUNTIME)
-    check_warnings(found["warnings"], "text_2", texts, bad)
+    check_warnings(answer["warnings"], "text_2", texts, bad)
 
 
 @pytest.mark.parametrize(
@@ -164,16 +164,16 @@ def test_messages_as_candidates(post, model):
         [{"role": "assistant", "tool_calls": [{"name": "look", "arguments": {}}]}, {"role": "tool", "content": "five"}],
         [{"role": "assistant", "content": None, "tool_calls": [{"name": "search"}]}],
     ]
-    found = post("/v1/best-of-n", {"prompt": CHAT, "candidates": candidates}).json()
+    answer = post("/v1/best-of-n", {"prompt": CHAT, "candidates": candidates}).json()
     expected = model.rank(CHAT, candidates)
-    assert within([entry["score"] for entry in found["candidates"]], expected.candidate_scores, RUNTIME)
-    assert found["best"] == candidates[expected.best_index]
+    assert within([entry["score"] for entry in answer["candidates"]], expected.candidate_scores, RUNTIME)
+    assert answer["best"] == candidates[expected.best_index]
 
 
 def test_documents_come_back_as_they_were_sent(post):
     documents = [{"text": "one", "title": "of a book", "year": 1}, "other"]
-    found = post("/v1/rerank", {"query": "which", "documents": documents, "return_documents": True}).json()
-    assert {r["index"]: r["document"] for r in found["results"]} == {0: documents[0], 1: {"text": "other"}}
+    answer = post("/v1/rerank", {"query": "which", "documents": documents, "return_documents": True}).json()
+    assert {r["index"]: r["document"] for r in answer["results"]} == {0: documents[0], 1: {"text": "other"}}
 
 
 # ---- where it is read

@@ -55,9 +55,9 @@ def test_usage_of_messages_counts_what_the_template_writes(post, letters, rng):
 
 def test_usage_of_ids_and_of_what_is_not_finished(post, letters, rng):
     ids = [rng.integers(0, 30, rng.integers(1, 9)).tolist() for _ in range(4)]
-    found = post("/v1/best-of-n", {"prompt": ids[0], "candidates": ids[1:]}).json()
-    assert found["usage"] == usage(sum(map(len, ids)))
-    assert [entry["tokens"] for entry in found["candidates"]] == [len(own) for own in ids[1:]]
+    answer = post("/v1/best-of-n", {"prompt": ids[0], "candidates": ids[1:]}).json()
+    assert answer["usage"] == usage(sum(map(len, ids)))
+    assert [entry["tokens"] for entry in answer["candidates"]] == [len(own) for own in ids[1:]]
     body = {"prompt": "which", "candidates": ["one", "other"], "partial": True}
     assert post("/v1/best-of-n", body).json()["usage"] == usage(count(letters, "which", ["one", "other"], end=0))
 
