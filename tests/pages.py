@@ -117,6 +117,6 @@ class PageReader:
     def _shell(self, code: str, block: CodeBlock, *options: str) -> None:
         command = [shutil.which("bash"), *options, "-c", _PRELUDE + code]
         done = subprocess.run(
-            command, env=self._environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120
+            command, env=self._environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300
         )
         assert done.returncode == 0, f"line {block.line}: exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
