@@ -59,4 +59,12 @@ class ExportError(BonnxError):
 
 
 class UpstreamError(BonnxError):
-    """No completion came from the server or function that generates them."""
+    """No completion came from the server or function that generates them.
+
+    Attributes:
+        status: the HTTP status of every failure, if they have one in common.
+    """
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status

@@ -136,7 +136,11 @@ class Run:
     def _choose(self, method: str) -> BestOfNResult:
         if not self.completions:
             reasons = dict.fromkeys(failure.reason for failure in self.failures)
-            raise UpstreamError(f"none of {len(self.failures)} completions came: {'; '.join([*reasons][:3])}")
+            statuses = {failure.status for failure in self.failures}
+            raise UpstreamError(
+                f"none of {len(self.failures)} completions came: {'; '.join([*reasons][:3])}",
+                statuses.pop() if len(statuses) == 1 else None,
+            )
         if not self._parts:
             raise NoWinnerError(f"none of the {len(self.completions)} completions can win: none has a score")
         items = [completion.item for completion in self.completions]

@@ -24,14 +24,14 @@ def check_model(service: Service, model: str | None) -> None:
     Raises:
         ApiError: 404.
     """
-    name = service.engine.manifest.name
+    name = service.name
     if model is not None and model != name:
         raise ApiError(404, f"model: this server has '{name}' only; got {model!r:.80}")
 
 
 def answer_head(service: Service) -> dict[str, object]:
     """The first fields of an answer: its id and the model."""
-    return {"id": uuid.uuid4().hex, "model": service.engine.manifest.name}
+    return {"id": uuid.uuid4().hex, "model": service.name}
 
 
 def warned(warnings: list[str]) -> dict[str, object]:

@@ -11,11 +11,12 @@ from fastapi.exceptions import RequestValidationError
 from fastapi_offline import FastAPIOffline
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 
 import bonnx
-from bonnx.errors import ArtifactError, InputError, NoWinnerError
+from bonnx.errors import ArtifactError, InputError, NoWinnerError, UpstreamError
 
 from ..engine.engine import Engine
 from .batcher import DeadlineError, QueueFullError
@@ -38,7 +39,7 @@ def create_app(engine: Engine, settings: Settings | None = None) -> fastapi.Fast
         settings: what the server allows; by default `Settings()`.
     """
     settings = settings or Settings()
-    metrics = Metrics(engine.manifest.name, engine.provider, bonnx.__version__)
+    metrics = Metrics(settings.model_name or engine.manifest.name, engine.provider, bonnx.__version__)
     service = Service(engine, settings, metrics)
 
     @contextlib.asynccontextmanager
@@ -46,6 +47,8 @@ def create_app(engine: Engine, settings: Settings | None = None) -> fastapi.Fast
         yield
         # In a thread, so that requests that time out can give up the runs that this waits for.
         await asyncio.to_thread(service.close)
+        if service.upstream is not None:
+            await service.upstream.aclose()
 
     # Serves the files of its documentation pages itself, so that they need no internet.
     app = FastAPIOffline(
@@ -56,12 +59,17 @@ def create_app(engine: Engine, settings: Settings | None = None) -> fastapi.Fast
         lifespan=lifespan,
     )
     app.state.service = service
-    for kind in (ArtifactError, InputError, NoWinnerError, QueueFullError, DeadlineError, ApiError):
+    for kind in (ArtifactError, InputError, NoWinnerError, UpstreamError, QueueFullError, DeadlineError, ApiError):
         app.add_exception_handler(kind, respond)
     app.add_exception_handler(RequestValidationError, _refuse)
     app.add_exception_handler(HTTPException, _not_here)
     app.include_router(all_routes(service))
     app.add_middleware(RequestMiddleware, settings=settings, metrics=metrics)
+    if settings.cors_origins:
+        # Outermost: a browser asks before it sends the key.
+        app.add_middleware(
+            CORSMiddleware, allow_origins=settings.cors_origins, allow_methods=["*"], allow_headers=["*"]
+        )
     _document(app)
     return app
 
@@ -100,6 +108,7 @@ def _document(app: fastapi.FastAPI) -> None:
         "400": "bad input", "401": "no key", "404": "no such model", "408": "the body came too slowly",
         "413": "the body is too large", "415": "the body is not JSON by its type, or it is compressed",
         "422": "every score is NaN", "429": "the queue is full; see Retry-After",
+        "502": "the upstream failed",
         "503": "too many bodies at once, or the model's files were changed", "504": "the request timed out",
     }  # fmt: skip
     for path, methods in schema["paths"].items():

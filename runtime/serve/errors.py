@@ -6,7 +6,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from bonnx.errors import ArtifactError, InputError, NoWinnerError
+from bonnx.errors import ArtifactError, InputError, NoWinnerError, UpstreamError
 
 from .batcher import DeadlineError, QueueFullError
 
@@ -23,6 +23,7 @@ _TYPES = {
     422: "no_winner",
     429: "overloaded",
     500: "internal_error",
+    502: "upstream_error",
     503: "unavailable",
     504: "deadline_exceeded",
 }
@@ -78,6 +79,9 @@ def to_api_error(error: Exception) -> ApiError | None:
         return ApiError(503, "the model's files were changed while it was served; restart this server")
     if isinstance(error, NoWinnerError):
         return ApiError(422, str(error))
+    if isinstance(error, UpstreamError):
+        # The client's own mistakes; what is wrong with the key or the address is the server's.
+        return ApiError(error.status if error.status in (400, 404, 413, 422, 429) else 502, str(error))
     if isinstance(error, QueueFullError):
         return ApiError(429, str(error), {"Retry-After": str(error.retry_after)})
     if isinstance(error, DeadlineError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +29,7 @@ from ..rank.request import RankOptions, RankRequest
 from ..rank.request import read_request as read_rank_request
 from ..rank.result import Ranking, winner
 from ..text.reader import Item, NoneReadableError
+from ..upstream.settings import UpstreamSettings
 from .batcher import Batcher, DeadlineError, QueueFullError
 from .errors import ApiError
 from .limits import check_size, check_texts
@@ -38,6 +40,8 @@ from .streaming import GenerationStream
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+    from ..upstream.client import Upstream
 
 __all__ = ["GraphRequest", "Service", "size"]
 
@@ -67,6 +71,8 @@ class Service:
 
     def __init__(self, engine: Engine, settings: Settings, metrics: Metrics) -> None:
         self.engine, self.settings, self.metrics = engine, settings, metrics
+        self.name, self.started = settings.model_name or engine.manifest.name, int(time.time())
+        self.upstream = None if settings.upstream is None else _open(settings.upstream)
         for name in engine.manifest.graphs:
             # Loaded now: a file that is replaced while the server runs changes nothing.
             engine.session(name)
@@ -162,7 +168,7 @@ class Service:
         for client_request, rank_request in zip(ranked, read, strict=True):
             if isinstance(rank_request, RankRequest):
                 check_size(rank_request.shape, self.settings, client_request.names)
-        results = iter(await self._unless_gone(request, self._ranking.put(readable, until)))
+        results = iter(await self.unless_gone(request, self._ranking.put(readable, until)))
         outcomes: list[Outcome] = []
         errors: list[NoWinnerError] = []
         for client_request, rank_request in zip(ranked, read, strict=True):
@@ -192,7 +198,7 @@ class Service:
         """One generation, in one run of one graph."""
         generate_request = await self._read_generation(request, prompt, options)
         note(request, candidates=generate_request.options.n, tokens=len(generate_request.prompt))
-        (result,) = await self._unless_gone(request, self._generating.put([generate_request], self.until(request)))
+        (result,) = await self.unless_gone(request, self._generating.put([generate_request], self.until(request)))
         assert isinstance(result, Generation)
         winner(result.best_index, "candidates")
         return result
@@ -223,7 +229,7 @@ class Service:
     async def _elsewhere(self, work: Callable[[], T], request: Request) -> T:
         waiting = asyncio.get_running_loop().run_in_executor(self._readers, work)
         try:
-            return await self._unless_gone(request, asyncio.wait_for(waiting, self.until(request) - time.monotonic()))
+            return await self.unless_gone(request, asyncio.wait_for(waiting, self.until(request) - time.monotonic()))
         except asyncio.TimeoutError:
             raise DeadlineError from None
 
@@ -234,7 +240,7 @@ class Service:
         check_size(shape, self.settings)
         note(request, tokens=shape.prompt + shape.candidates * shape.length)
         batcher = self._generating if graph == "generate" else self._ranking
-        (outputs,) = await self._unless_gone(request, batcher.put([GraphRequest(run, shape)], self.until(request)))
+        (outputs,) = await self.unless_gone(request, batcher.put([GraphRequest(run, shape)], self.until(request)))
         return cast("Sequence[Array]", outputs)
 
     async def watch(
@@ -264,11 +270,11 @@ class Service:
     async def cut(self, request: Request, prompt: Item, options: GenerateOptions, deadline: float) -> Generation:
         """One generation, cut off at its deadline."""
         states = await self.watch(request, prompt, options, deadline)
-        result = await self._unless_gone(request, states.result())
+        result = await self.unless_gone(request, states.result())
         winner(result.best_index, "candidates")
         return result
 
-    async def _unless_gone(self, request: Request, work: Awaitable[T]) -> T:
+    async def unless_gone(self, request: Request, work: Awaitable[T]) -> T:
         """Wait for work, and cancel it when the client disconnects."""
         task = asyncio.ensure_future(work)
         leaving = asyncio.ensure_future(_left(request))
@@ -306,6 +312,13 @@ class _Lost:
     """A ranking that has no winner."""
 
     error: NoWinnerError
+
+
+def _open(settings: UpstreamSettings) -> Upstream:
+    # Its packages are needed only where there is an upstream.
+    from ..upstream.client import Upstream
+
+    return Upstream(**dataclasses.asdict(settings))
 
 
 def note(request: Request, **notes: object) -> None:

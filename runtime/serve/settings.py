@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from bonnx.errors import InputError
 
+from ..upstream.settings import UpstreamSettings
+
 __all__ = ["Settings"]
 
 
@@ -42,6 +44,14 @@ class Settings:
     """Maximum number of candidates that are generated together."""
     batch_waste: float = 0.2
     """Maximum share of a joint run's tokens that may be padding."""
+    cors_origins: tuple[str, ...] = ()
+    """Web pages that may call the server, such as `https://example.org`; `*` is every one."""
+    model_name: str | None = None
+    """How clients name the model; None for the artifact's name."""
+    best_of: int = 16
+    """Completions to sample for a chat or text completion that does not say."""
+    upstream: UpstreamSettings | None = None
+    """The server that completions are sampled from; None to generate with the artifact."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -52,6 +62,7 @@ class Settings:
             "max_streams",
             "batch_tokens",
             "batch_candidates",
+            "best_of",
         ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -62,5 +73,7 @@ class Settings:
                 raise InputError(f"{name}: expected seconds, at least {least:g}; got {value!r}")
         if not 0 <= self.batch_waste < 1:
             raise InputError(f"batch_waste: expected at least 0 and below 1; got {self.batch_waste!r}")
+        if self.model_name is not None and not self.model_name:
+            raise InputError("model_name: expected at least one character; got an empty name")
         if self.api_key is not None and not self.api_key:
             raise InputError("api_key: expected at least one character; got an empty key")

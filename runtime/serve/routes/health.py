@@ -17,7 +17,7 @@ def add(routes: APIRouter, service: Service) -> None:
     async def health() -> dict[str, str]:
         """Whether the server can answer requests."""
         service.check_intact()
-        return {"status": "ok", "model": service.engine.manifest.name}
+        return {"status": "ok", "model": service.name}
 
     @routes.get("/metrics")
     async def metrics() -> Response:

@@ -1,0 +1,300 @@
+"""OpenAI's endpoints: `/v1/models`, `/v1/chat/completions`, `/v1/completions`, with the best of N as the answer."""
+
+from __future__ import annotations
+
+import math
+import secrets
+import time
+import uuid
+from collections.abc import AsyncIterator, Mapping
+from typing import Annotated, Any, ClassVar, Literal, cast
+
+from fastapi import APIRouter
+from pydantic import ConfigDict, Field
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+
+from bonnx.errors import InputError
+
+from ...artifact.manifest import Aggregation
+from ...generate.options import GenerateOptions
+from ...results import to_json
+from ...search.sampling import Adaptive
+from ..answer import check_model, json_response, to_runtime
+from ..choosing import Chosen, Rule, choose_from_artifact, choose_from_upstream
+from ..errors import encode
+from ..schemas import FAIL_FAST, Body, Messages, Text, option_field
+from ..service import Service
+
+__all__ = ["add"]
+
+# As OpenAI's own limit.
+_MOST_CHOICES = 128
+_ADAPTIVE = ("batch", "price", "ceiling", "confidence", "rule")
+# Fields that are read here; an upstream gets all others.
+_OURS = ("bonnx", "best_of", "n", "stream", "stream_options", "model")
+_REASONS = {"pruned": "stop", "deadline": "length"}
+
+
+class BonnxOptions(Body):
+    """How to choose; what is not given is the server's default."""
+
+    best_of: int | None = Field(None, ge=1, le=_MOST_CHOICES, strict=True, description="completions to sample")
+    method: Literal["best_of_n", "adaptive"] = Field(
+        "best_of_n", description="adaptive: sample in batches until more are not worth their price"
+    )
+    vote: Literal["score", "weighted", "majority"] = "score"
+    answers: Literal["boxed", "number"] | None = Field(None, description="how to find the answer that a text votes for")
+    aggregation: Aggregation | None = None
+    truncate: bool = Field(False, description="leave out the beginning of a prompt that is too long for the scorer")
+    deadline: float | None = Field(None, gt=0, description="seconds after which the best of what has come is returned")
+    batch: int | None = Field(None, ge=1, strict=True, description="adaptive: completions at a time")
+    price: float | None = Field(None, gt=0, description="adaptive: of one completion, in units of the score")
+    ceiling: float | None = Field(None, description="adaptive: the maximum score")
+    confidence: float | None = Field(None, ge=0.5, lt=1, description="adaptive: that the leading answer stays ahead")
+    rule: Literal["auto", "gain", "leader"] | None = Field(None, description="adaptive: what ends the sampling")
+
+
+class StreamOptions(Body):
+    """As OpenAI has them."""
+
+    include_usage: bool = False
+    include_obfuscation: bool = Field(False, description="has no effect")
+
+
+class _Completions(Body):
+    """What both endpoints take."""
+
+    elsewhere: ClassVar[dict[str, str]] = {"truncate_prompt_tokens": 'send "bonnx": {"truncate": true}'}
+    model: str | None = Field(None, description="this server's model, if it is given")
+    n: int = Field(1, ge=1, le=_MOST_CHOICES, strict=True, description="choices to return, the best ones")
+    best_of: int | None = Field(
+        None,
+        ge=1,
+        le=_MOST_CHOICES,
+        strict=True,
+        description="completions to sample; by default the server's number",
+    )
+    stream: bool = Field(False, description="send the choices as server-sent events, once they are chosen")
+    stream_options: StreamOptions | None = None
+    bonnx: BonnxOptions | None = Field(None, description="how to choose")
+
+
+class _Generated(_Completions):
+    """What is known of generation where the artifact does it."""
+
+    max_tokens: int | None = option_field("max_new_tokens", default=None)
+    temperature: float = option_field("temperature")
+    top_p: float = option_field("top_p")
+    seed: int | None = option_field("seed", default=None, description="of every random number; random if not given")
+    stop: Text | Annotated[list[Text], FAIL_FAST, Field(max_length=16)] | None = Field(
+        None, description="expected a text of one token, or a list of at most 16 of them"
+    )
+    user: str | None = Field(None, description="has no effect")
+
+
+class ChatCompletion(_Generated):
+    """A conversation to answer."""
+
+    messages: Messages = Field(min_length=1, description="expected a list of messages")
+    max_completion_tokens: int | None = option_field("max_new_tokens", default=None)
+    logprobs: bool = Field(False, description="return the log-probability of each token")
+
+
+class TextCompletion(_Generated):
+    """A text to complete."""
+
+    prompt: Text = Field(description="expected a text")
+    logprobs: int | None = Field(
+        None, ge=0, le=0, strict=True, description="0 returns the log-probability of each token; no others are known"
+    )
+
+
+class ForwardedChat(_Completions):
+    """A conversation that the upstream answers; fields that are not listed go to it as they are."""
+
+    model_config = ConfigDict(extra="allow")
+    messages: Messages = Field(min_length=1, description="expected a list of messages")
+
+
+class ForwardedText(_Completions):
+    """A text that the upstream completes; fields that are not listed go to it as they are."""
+
+    model_config = ConfigDict(extra="allow")
+    prompt: Text = Field(description="expected a text")
+
+
+def add(routes: APIRouter, service: Service) -> None:
+    """Declare the endpoints."""
+
+    @routes.get("/v1/models", name="models")
+    async def models() -> Response:
+        """The one model of this server."""
+        model = {"id": service.name, "object": "model", "created": service.started, "owned_by": "bonnx"}
+        return json_response({"object": "list", "data": [model]})
+
+    if service.upstream is None and not service.generates:
+        return
+    chat_body, text_body = (
+        (ChatCompletion, TextCompletion) if service.upstream is None else (ForwardedChat, ForwardedText)
+    )
+
+    async def chat_completions(request: Request, body: Any) -> Response:
+        """Answer a conversation with the best of several completions."""
+        return await _respond(service, request, body, chat=True)
+
+    async def completions(request: Request, body: Any) -> Response:
+        """Complete a text with the best of several completions."""
+        return await _respond(service, request, body, chat=False)
+
+    for path, endpoint, kind in (
+        ("/v1/chat/completions", chat_completions, chat_body),
+        ("/v1/completions", completions, text_body),
+    ):
+        endpoint.__annotations__["body"] = kind
+        routes.post(path, name=endpoint.__name__)(endpoint)
+
+
+async def _respond(service: Service, request: Request, body: Any, *, chat: bool) -> Response:
+    check_model(service, body.model)
+    rule = _rule(service, body)
+    prompt = to_runtime(body.messages, "messages") if chat else body.prompt
+    chosen = await _choose(service, request, body, prompt, rule)
+    answer = _answer(service, body, chosen, rule, chat=chat)
+    if not body.stream:
+        return json_response(answer)
+    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+    return StreamingResponse(_events(answer, body, chat=chat), 200, headers, "text/event-stream")
+
+
+async def _choose(service: Service, request: Request, body: Any, prompt: Any, rule: Rule) -> Chosen:
+    if service.upstream is not None:
+        given = body.model_dump(exclude_unset=True, exclude={*_OURS})
+        return await choose_from_upstream(service, service.upstream, request, prompt, given, rule)
+    options = {"temperature": body.temperature, "top_p": body.top_p, "aggregation": rule.aggregation}
+    options["seed"] = secrets.randbits(48) if body.seed is None else body.seed
+    limit = body.max_tokens if getattr(body, "max_completion_tokens", None) is None else body.max_completion_tokens
+    if limit is not None:
+        options["max_new_tokens"] = limit
+    if body.stop is not None:
+        options["stop"] = [body.stop] if isinstance(body.stop, str) else body.stop
+    return await choose_from_artifact(service, request, prompt, cast(GenerateOptions, options), rule)
+
+
+def _rule(service: Service, body: Any) -> Rule:
+    """How to choose, from the body and the server's defaults.
+
+    Raises:
+        InputError: fields that do not go together.
+    """
+    given = body.bonnx or BonnxOptions.model_validate({})
+    if body.best_of is not None and given.best_of is not None and body.best_of != given.best_of:
+        raise InputError(f"best_of: {body.best_of}, but bonnx.best_of is {given.best_of}; leave one of them out")
+    limit = service.engine.manifest.limits.max_candidates
+    best_of = body.best_of or given.best_of or max(min(service.settings.best_of, limit), body.n)
+    if best_of < body.n:
+        raise InputError(f"best_of: expected at least n, {body.n}; got {best_of}")
+    if best_of > limit:
+        raise InputError(f"best_of: this server takes at most {limit}; got {best_of}")
+    settings = {name: value for name in _ADAPTIVE if (value := getattr(given, name)) is not None}
+    if settings and given.method != "adaptive":
+        raise InputError(f"bonnx.{next(iter(settings))}: belongs to the method 'adaptive'; got '{given.method}'")
+    if given.vote != "score" and given.answers is None:
+        raise InputError(f"bonnx.vote: '{given.vote}' needs bonnx.answers: 'boxed' or 'number'")
+    adaptive = Adaptive(**settings) if given.method == "adaptive" else None
+    return Rule(best_of, adaptive, given.vote, given.answers, given.aggregation, given.truncate, given.deadline)
+
+
+def _answer(service: Service, body: Any, chosen: Chosen, rule: Rule, *, chat: bool) -> dict[str, Any]:
+    """The answer in OpenAI's form; the field `bonnx` holds what that form has no place for."""
+    order = [i for i in chosen.standing.order if not math.isnan(chosen.scores[i])][: body.n]
+    choices = [_choice(service, body, chosen, i, place, chat=chat) for place, i in enumerate(order)]
+    answer: dict[str, Any] = {
+        "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
+        "object": "chat.completion" if chat else "text_completion",
+        "created": int(time.time()),
+        "model": service.name,
+        "choices": choices,
+    }
+    if chosen.prompt_tokens is not None and chosen.completion_tokens is not None:
+        total = chosen.prompt_tokens + chosen.completion_tokens
+        counted = {"prompt_tokens": chosen.prompt_tokens, "completion_tokens": chosen.completion_tokens}
+        answer["usage"] = {**counted, "total_tokens": total}
+    answer["bonnx"] = {
+        "scores": [float(chosen.scores[i]) for i in order],
+        "margin": chosen.standing.margin,
+        "method": "best_of_n" if rule.adaptive is None else "adaptive",
+        "aggregation": chosen.aggregation,
+        "vote": rule.vote,
+        "best_of": rule.best_of,
+        "candidates": [_candidate(chosen, i, order) for i in range(len(chosen.completions))],
+        "failures": [to_json(failure) for failure in chosen.failures],
+    }
+    return answer
+
+
+def _choice(service: Service, body: Any, chosen: Chosen, i: int, place: int, *, chat: bool) -> dict[str, Any]:
+    completion = chosen.completions[i]
+    reason = _REASONS.get(completion.finish_reason or "", completion.finish_reason or "stop")
+    choice: dict[str, Any] = {"index": place, "finish_reason": reason, "logprobs": None}
+    if chat:
+        choice["message"] = completion.message or {"role": "assistant", "content": completion.text}
+    else:
+        choice["text"] = completion.text
+    wanted = getattr(body, "logprobs", None)
+    # For text 0 asks for them, too.
+    if chosen.candidates and wanted is not None and wanted is not False:
+        choice["logprobs"] = _log_probs(service, chosen, i, chat=chat)
+    return choice
+
+
+def _log_probs(service: Service, chosen: Chosen, i: int, *, chat: bool) -> dict[str, Any]:
+    candidate = chosen.candidates[i]
+    pieces, values = service.engine.reader.pieces(candidate.tokens.tolist()), to_json(candidate.log_probs)
+    if not chat:
+        return {"tokens": pieces, "token_logprobs": values, "top_logprobs": None, "text_offset": None}
+    entries = [
+        {"token": piece, "logprob": value, "bytes": [*piece.encode("utf-8", "replace")], "top_logprobs": []}
+        for piece, value in zip(pieces, values, strict=True)
+    ]
+    return {"content": entries, "refusal": None}
+
+
+def _candidate(chosen: Chosen, i: int, order: list[int]) -> dict[str, Any]:
+    """A line for every completion; `choice` is where it stands among the choices."""
+    entry: dict[str, Any] = {"score": to_json(float(chosen.scores[i])), "choice": None}
+    if i in order:
+        entry["choice"] = order.index(i)
+    entry["finish_reason"] = chosen.completions[i].finish_reason
+    if chosen.standing.answers is not None:
+        entry["answer"] = chosen.standing.answers[i]
+    if chosen.standing.group_scores is not None:
+        entry["group_score"] = to_json(float(chosen.standing.group_scores[i]))
+    return entry
+
+
+async def _events(answer: Mapping[str, Any], body: Any, *, chat: bool) -> AsyncIterator[bytes]:
+    """The answer as chunks: the choice is known only when all have been scored, so each comes whole."""
+    kind = {"object": "chat.completion.chunk"} if chat else {}
+    head = {key: answer[key] for key in ("id", "object", "created", "model")} | kind
+    for choice in answer["choices"]:
+        end = {"index": choice["index"], "finish_reason": choice["finish_reason"], "logprobs": None}
+        content = dict(choice)
+        if chat:
+            message = content.pop("message")
+            calls = [call | {"index": place} for place, call in enumerate(message.get("tool_calls", ()))]
+            content["delta"] = message | ({"tool_calls": calls} if calls else {})
+            end["delta"] = {}
+        else:
+            end["text"] = ""
+        yield _event(head | {"choices": [content | {"finish_reason": None}]})
+        yield _event(head | {"choices": [end]})
+    last: dict[str, Any] = head | {"choices": [], "bonnx": answer["bonnx"]}
+    if body.stream_options is not None and body.stream_options.include_usage and "usage" in answer:
+        last["usage"] = answer["usage"]
+    yield _event(last)
+    yield b"data: [DONE]\n\n"
+
+
+def _event(value: Mapping[str, Any]) -> bytes:
+    return b"data: " + encode(value) + b"\n\n"
