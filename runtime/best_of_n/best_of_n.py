@@ -73,8 +73,9 @@ class BestOfN:
             n: number of completions; with `adaptive` the maximum.
             method: `best_of_n`, or `adaptive`: completions in batches until more are not worth their price.
             vote: as in `Model.rank`.
-            answers: how to find the answer that a completion votes for: `boxed`, `number`, `regex:PATTERN`, or a
-                function of a completion's text.
+            answers: how to find the answer that a completion votes for: `boxed`, `number` or `regex:PATTERN` in its
+                text; `tool`, the tools that it calls with which arguments, or `tool-except:FIELD,FIELD`, where these
+                arguments do not count; or a function of its text, or of its messages if it calls tools.
             aggregation: as in `Model.rank`.
             truncate: as in `Model.rank`.
             deadline: seconds after which the choice is made from the completions that have ended.
@@ -122,8 +123,8 @@ class BestOfN:
         rule = _rule(method, settings)
         if answers is not None and not (isinstance(answers, str) or callable(answers)):
             raise InputError(
-                "answers: there are no completions yet; expected 'boxed', 'number', 'regex:PATTERN' or a function; got "
-                f"{type(answers).__name__}"
+                "answers: there are no completions yet; expected 'boxed', 'number', 'regex:PATTERN', 'tool' or a "
+                f"function; got {type(answers).__name__}"
             )
         scoring = getattr(getattr(self._scorer, "manifest", None), "scoring", None)
         make_ballot(vote, answers, [], "completions", (), scoring)

@@ -16,6 +16,7 @@ from ..artifact.manifest import Scoring
 from ..rank.join import join_rankings
 from ..rank.result import Ranking
 from ..search.sampling import Adaptive
+from ..selection.tool_calls import reads_tools
 from ..selection.vote import Answers, Ballot, make_ballot
 from ..text.reader import Item, NoneReadableError
 from ..upstream.completion import Completion, Failure
@@ -123,9 +124,11 @@ class Run:
                     continue
 
     def _ballot(self) -> Ballot:
-        texts = [completion.text for completion in self.completions]
-        empty = [i for i, text in enumerate(texts) if not text]
-        return make_ballot(self.vote, self.answers, texts, "completions", empty, self.scoring)
+        # A completion that calls a tool has no answer in words.
+        in_words = isinstance(self.answers, str) and not reads_tools(self.answers)
+        items = [completion.text if in_words else completion.item for completion in self.completions]
+        silent = [i for i, item in enumerate(items) if not item]
+        return make_ballot(self.vote, self.answers, items, "completions", silent, self.scoring)
 
     def _scores(self) -> np.ndarray:
         scores = np.full(len(self.completions), np.nan, np.float32)

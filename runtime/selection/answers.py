@@ -28,7 +28,9 @@ def extractor(name: str) -> Callable[[str], str | None]:
     if name in ("boxed", "number"):
         return boxed if name == "boxed" else number
     if not name.startswith("regex:"):
-        raise InputError(f"answers: expected 'boxed', 'number' or 'regex:PATTERN'; got {name!r:.60}")
+        raise InputError(
+            f"answers: expected 'boxed', 'number', 'regex:PATTERN', 'tool' or 'tool-except:FIELD'; got {name!r:.60}"
+        )
     try:
         pattern = re.compile(name.removeprefix("regex:"))
     except (re.error, OverflowError, RecursionError) as e:

@@ -15,6 +15,7 @@ from ..arrays import Array
 from ..artifact.manifest import VOTES, Scoring
 from ..checks import is_list, shown
 from .answers import extractor
+from .tool_calls import reads_tools, tool_extractor
 
 __all__ = ["Answers", "Ballot", "Standing", "check_weight", "make_ballot"]
 
@@ -142,6 +143,8 @@ def make_ballot(
 def _read(
     answers: Answers, candidates: Sequence[object], kind: str, unreadable: Collection[int]
 ) -> tuple[Hashable | None, ...]:
+    if isinstance(answers, str) and reads_tools(answers):
+        answers = tool_extractor(answers)
     if isinstance(answers, str):
         extract, texts = extractor(answers), dict[int, str]()
         for i, candidate in enumerate(candidates):

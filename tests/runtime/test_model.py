@@ -172,7 +172,10 @@ def test_bad_votes(model, countdown, rng):
         ({"vote": "majority", "answers": ["a"]}, "answers: expected one for each of 2 candidates; got 1"),
         ({"vote": "weighted", "answers": ["a", []]}, r"answers\[1\]: expected something hashable or None; got list"),
         ({"vote": "weighted", "answers": "boxed"}, r"answers='boxed' reads text, and candidates\[0\] is none"),
-        ({"answers": "box"}, "answers: expected 'boxed', 'number' or 'regex:PATTERN'; got 'box'"),
+        (
+            {"answers": "box"},
+            "answers: expected 'boxed', 'number', 'regex:PATTERN', 'tool' or 'tool-except:FIELD'; got 'box'",
+        ),
     ]
     for options, message in cases:
         with pytest.raises(InputError, match=message):

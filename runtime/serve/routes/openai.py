@@ -23,7 +23,7 @@ from ...search.sampling import Adaptive
 from ..answer import check_model, json_response, to_runtime
 from ..choosing import Chosen, Rule, choose_from_artifact, choose_from_upstream
 from ..errors import encode
-from ..schemas import FAIL_FAST, Body, Messages, Text, option_field
+from ..schemas import FAIL_FAST, Messages, RequestBody, Text, option_field
 from ..service import Service
 
 __all__ = ["add"]
@@ -36,7 +36,7 @@ _OURS = ("bonnx", "best_of", "n", "stream", "stream_options", "model")
 _REASONS = {"pruned": "stop", "deadline": "length"}
 
 
-class BonnxOptions(Body):
+class BonnxOptions(RequestBody):
     """How to choose; what is not given is the server's default."""
 
     best_of: int | None = Field(None, ge=1, le=_MOST_CHOICES, strict=True, description="completions to sample")
@@ -44,7 +44,11 @@ class BonnxOptions(Body):
         "best_of_n", description="adaptive: sample in batches until more are not worth their price"
     )
     vote: Literal["score", "weighted", "majority"] = "score"
-    answers: Literal["boxed", "number"] | None = Field(None, description="how to find the answer that a text votes for")
+    answers: Annotated[str, Field(pattern=r"^(boxed|number|tool|tool-except:.{1,1000})$")] | None = Field(
+        None,
+        description="expected 'boxed' or 'number' to find the answer in a text, 'tool' for the tools that are called, "
+        "or 'tool-except:FIELD,FIELD' to ignore arguments",
+    )
     aggregation: Aggregation | None = None
     truncate: bool = Field(False, description="leave out the beginning of a prompt that is too long for the scorer")
     deadline: float | None = Field(None, gt=0, description="seconds after which the best of what has come is returned")
@@ -55,14 +59,14 @@ class BonnxOptions(Body):
     rule: Literal["auto", "gain", "leader"] | None = Field(None, description="adaptive: what ends the sampling")
 
 
-class StreamOptions(Body):
+class StreamOptions(RequestBody):
     """As OpenAI has them."""
 
     include_usage: bool = False
     include_obfuscation: bool = Field(False, description="has no effect")
 
 
-class _Completions(Body):
+class _Completions(RequestBody):
     """What both endpoints take."""
 
     elsewhere: ClassVar[dict[str, str]] = {"truncate_prompt_tokens": 'send "bonnx": {"truncate": true}'}
@@ -93,7 +97,7 @@ class _Generated(_Completions):
     user: str | None = Field(None, description="has no effect")
 
 
-class ChatCompletion(_Generated):
+class ChatBody(_Generated):
     """A conversation to answer."""
 
     messages: Messages = Field(min_length=1, description="expected a list of messages")
@@ -101,7 +105,7 @@ class ChatCompletion(_Generated):
     logprobs: bool = Field(False, description="return the log-probability of each token")
 
 
-class TextCompletion(_Generated):
+class TextBody(_Generated):
     """A text to complete."""
 
     prompt: Text = Field(description="expected a text")
@@ -110,14 +114,14 @@ class TextCompletion(_Generated):
     )
 
 
-class ForwardedChat(_Completions):
+class ForwardedChatBody(_Completions):
     """A conversation that the upstream answers; fields that are not listed go to it as they are."""
 
     model_config = ConfigDict(extra="allow")
     messages: Messages = Field(min_length=1, description="expected a list of messages")
 
 
-class ForwardedText(_Completions):
+class ForwardedTextBody(_Completions):
     """A text that the upstream completes; fields that are not listed go to it as they are."""
 
     model_config = ConfigDict(extra="allow")
@@ -135,9 +139,7 @@ def add(routes: APIRouter, service: Service) -> None:
 
     if service.upstream is None and not service.generates:
         return
-    chat_body, text_body = (
-        (ChatCompletion, TextCompletion) if service.upstream is None else (ForwardedChat, ForwardedText)
-    )
+    chat_body, text_body = (ChatBody, TextBody) if service.upstream is None else (ForwardedChatBody, ForwardedTextBody)
 
     async def chat_completions(request: Request, body: Any) -> Response:
         """Answer a conversation with the best of several completions."""
@@ -200,7 +202,7 @@ def _rule(service: Service, body: Any) -> Rule:
     if settings and given.method != "adaptive":
         raise InputError(f"bonnx.{next(iter(settings))}: belongs to the method 'adaptive'; got '{given.method}'")
     if given.vote != "score" and given.answers is None:
-        raise InputError(f"bonnx.vote: '{given.vote}' needs bonnx.answers: 'boxed' or 'number'")
+        raise InputError(f"bonnx.vote: '{given.vote}' needs bonnx.answers: 'boxed', 'number' or 'tool'")
     adaptive = Adaptive(**settings) if given.method == "adaptive" else None
     return Rule(best_of, adaptive, given.vote, given.answers, given.aggregation, given.truncate, given.deadline)
 

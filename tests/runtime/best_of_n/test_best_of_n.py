@@ -220,7 +220,7 @@ def test_a_scorer_that_cannot_read_the_prompt_ends_the_sampling(upstream):
         ({"method": "adaptive", "bath": 2}, "did you mean 'batch'"),
         ({"vote": "majority"}, "needs answers"),
         ({"vote": "majority", "answers": ["4"]}, "there are no completions yet"),
-        ({"answers": "boxd"}, "expected 'boxed', 'number' or 'regex:PATTERN'"),
+        ({"answers": "boxd"}, "expected 'boxed', 'number', 'regex:PATTERN', 'tool'"),
         ({"deadline": -1}, "deadline"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
