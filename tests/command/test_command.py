@@ -114,7 +114,7 @@ def test_rank_embeddings(small, tmp_path, rng):
         (2, "--checkpoint needs -o/--output", "export --checkpoint ."),
         (1, "is not an artifact", "inspect ."),
         (1, "expected a folder with config.json, or an id on the hub", "export --checkpoint nowhere -o out"),
-        (1, "provider='cuda' was asked for", "rank ARTIFACT --prompt PUZZLE --candidates good --provider cuda"),
+        (1, "provider='cuda' was requested", "rank ARTIFACT --prompt PUZZLE --candidates good --provider cuda"),
     ],
 )
 def test_wrong_usage_is_2_and_failure_is_1(code, message, arguments, countdown, tmp_path):
