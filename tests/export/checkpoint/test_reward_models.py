@@ -40,7 +40,7 @@ def exported(folder, case):
 def reward(tmp_path_factory):
     """One label, read at the last token; pad = eos; a tokenizer that begins every text with `<s>`."""
     folder = tmp_path_factory.mktemp("reward")
-    case = make(folder / "checkpoint", "Llama", "reward", np.random.default_rng(5))
+    case = make(folder / "checkpoint", "Llama", "reward", np.random.default_rng(5), num_hidden_layers=1)
     return case, exported(folder, case)
 
 
@@ -48,7 +48,7 @@ def reward(tmp_path_factory):
 def steps(tmp_path_factory):
     """Two labels, read at `<extra_0>` behind each step."""
     folder = tmp_path_factory.mktemp("steps")
-    case = make(folder / "checkpoint", "Qwen2", "mlp steps", np.random.default_rng(6))
+    case = make(folder / "checkpoint", "Qwen2", "mlp steps", np.random.default_rng(6), num_hidden_layers=1)
     return case, exported(folder, case)
 
 
