@@ -7,6 +7,13 @@ import pytest
 from bonnx.models import ConfigError, LanguageModelConfig, NetworkConfig, RopeScaling, build
 
 
+def test_json_both_ways():
+    scaling = RopeScaling(kind="llama3", factor=8.0)
+    network = NetworkConfig(embed_dim=64, hidden_size=64, head_dim=24, rope_scaling=scaling)
+    config = LanguageModelConfig(network=network, vocab_size=100)
+    assert LanguageModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -30,13 +37,6 @@ def test_what_no_network_can_have(options, message):
 def test_the_embedding_size_is_required():
     with pytest.raises(ConfigError, match="embed_dim"):
         build(hidden_size=32)
-
-
-def test_json_both_ways():
-    scaling = RopeScaling(kind="llama3", factor=8.0)
-    network = NetworkConfig(embed_dim=64, hidden_size=64, head_dim=24, rope_scaling=scaling)
-    config = LanguageModelConfig(network=network, vocab_size=100)
-    assert LanguageModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
 def test_a_hidden_size_that_the_heads_do_not_divide_works_as_in_the_original():

@@ -135,18 +135,6 @@ def read_by_transformers(family):
     return {n for n in {*config.to_dict(), *names_read} if not n.startswith("_")} - _METHODS - {"transformers_version"}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_is_documented(family):
-    guide = (Path(__file__).parents[2] / "docs" / "reward_models.md").read_text(encoding="utf-8")
-    (line,) = [line for line in guide.splitlines() if line.startswith("Families: ")]
-    assert f"{family}," in line
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_field_that_transformers_reads_is_tried(family):
-    assert read_by_transformers(family) - set(VALUES) - _OTHERS == set()
-
-
 def write(folder, family, rng):
     """A small classifier of one label, its weights large enough that every part counts."""
     torch.manual_seed(int(rng.integers(2**31)))
@@ -212,6 +200,18 @@ def test_a_field_that_changes_the_output_is_honoured_or_refused(family, tmp_path
         ):
             wrong.append((case, score, expected))
     assert not wrong
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_documented(family):
+    guide = (Path(__file__).parents[2] / "docs" / "reward_models.md").read_text(encoding="utf-8")
+    (line,) = [line for line in guide.splitlines() if line.startswith("Families: ")]
+    assert f"{family}," in line
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_field_that_transformers_reads_is_tried(family):
+    assert read_by_transformers(family) - set(VALUES) - _OTHERS == set()
 
 
 # One value of each field that is refused although the tensors fit; "other" where transformers then computes otherwise.

@@ -36,6 +36,27 @@ def int8(language_model, tmp_path_factory):
     return folder
 
 
+def test_an_int8_artifact_says_so_and_verifies(int8, tiny):
+    manifest, plain = read_verified(int8), read_verified(tiny)
+    assert manifest.precision == "int8"
+    assert manifest.agreement is not None
+    assert 0 <= manifest.agreement.same <= manifest.agreement.share <= 1
+    assert {graph.file for graph in manifest.graphs.values()} == {f"onnx/{name}_int8.onnx" for name in plain.graphs}
+    for name, graph in manifest.graphs.items():
+        assert [value.name for value in graph.outputs] == [value.name for value in plain.graphs[name].outputs]
+    assert {"logits"} < {value.name for value in manifest.graphs["decode"].outputs}
+    assert "int8" in (int8 / "README.md").read_text()
+    for graph in manifest.graphs.values():
+        model = onnx.load(int8 / graph.file)
+        operators = {n.op_type for n in model.graph.node} | {
+            n.op_type for m in model.graph.node for a in m.attribute for n in a.g.node
+        }
+        assert "MatMulInteger" in operators
+        assert {entry.domain for entry in model.opset_import} <= {"", "ai.onnx"}
+    _, checks = verify(int8)
+    assert len(checks) >= 8
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -94,27 +115,6 @@ def test_eight_bits_lose_little_and_a_row_of_zeros_is_no_nan(rng):
     assert torch.equal(layer(torch.zeros(2, 64)), linear.bias.expand(2, 32))
     # A row alone gives the same digits as among others.
     assert torch.allclose(layer(x)[4], layer(x[4:5])[0], atol=1e-7)
-
-
-def test_an_int8_artifact_says_so_and_verifies(int8, tiny):
-    manifest, plain = read_verified(int8), read_verified(tiny)
-    assert manifest.precision == "int8"
-    assert manifest.agreement is not None
-    assert 0 <= manifest.agreement.same <= manifest.agreement.share <= 1
-    assert {graph.file for graph in manifest.graphs.values()} == {f"onnx/{name}_int8.onnx" for name in plain.graphs}
-    for name, graph in manifest.graphs.items():
-        assert [value.name for value in graph.outputs] == [value.name for value in plain.graphs[name].outputs]
-    assert {"logits"} < {value.name for value in manifest.graphs["decode"].outputs}
-    assert "int8" in (int8 / "README.md").read_text()
-    for graph in manifest.graphs.values():
-        model = onnx.load(int8 / graph.file)
-        operators = {n.op_type for n in model.graph.node} | {
-            n.op_type for m in model.graph.node for a in m.attribute for n in a.g.node
-        }
-        assert "MatMulInteger" in operators
-        assert {entry.domain for entry in model.opset_import} <= {"", "ai.onnx"}
-    _, checks = verify(int8)
-    assert len(checks) >= 8
 
 
 def test_every_8_bit_product_has_its_weights_in_its_own_graph(int8):

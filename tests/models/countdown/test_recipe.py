@@ -31,6 +31,24 @@ def whole(tmp_path_factory):
     return weights(folder)
 
 
+def test_shipped_weights_do_what_the_report_says(tmp_path):
+    stated = json.loads((CHECKPOINT / "report.json").read_text())
+    model, _ = load_checkpoint(CHECKPOINT)
+    assert stated["puzzles"] >= 500
+    assert (CHECKPOINT / "model.safetensors").stat().st_size < 8_000_000
+    assert (CHECKPOINT / "report.md").read_text() == report(stated)
+    measured = evaluate(model, puzzles=60, samples=16, seed=random.randrange(1000))
+    tables = [{(row["n"], row["method"]): row for row in result["accuracy"]} for result in (stated, measured)]
+    for method in METHODS:
+        rows = [table[16, method] for table in tables]
+        # 60 fresh puzzles against 600: within four of the smaller sample's half intervals.
+        half = (rows[1]["high"] - rows[1]["low"]) / 2 + 0.02
+        assert abs(rows[0]["accuracy"] - rows[1]["accuracy"]) < 2 * half, method
+    assert tables[1][16, METHODS[1]]["accuracy"] > tables[1][16, METHODS[0]]["accuracy"] + 0.15
+    draw(measured, tmp_path / "report.png")
+    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.parametrize("stop", [1, 2, 3, 4, 5])
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(whole, tmp_path, monkeypatch, stop):
     """Stopped in each phase and between them."""
@@ -144,21 +162,3 @@ def test_calibration_of_known_probabilities():
     measured = calibration(scores, right)
     assert measured["bins"] == [(pytest.approx(0.05), 0.0, 100), (pytest.approx(0.95), 0.9, 100)]
     assert measured["expected_calibration_error"] == pytest.approx(0.05)
-
-
-def test_shipped_weights_do_what_the_report_says(tmp_path):
-    stated = json.loads((CHECKPOINT / "report.json").read_text())
-    model, _ = load_checkpoint(CHECKPOINT)
-    assert stated["puzzles"] >= 500
-    assert (CHECKPOINT / "model.safetensors").stat().st_size < 8_000_000
-    assert (CHECKPOINT / "report.md").read_text() == report(stated)
-    measured = evaluate(model, puzzles=60, samples=16, seed=random.randrange(1000))
-    tables = [{(row["n"], row["method"]): row for row in result["accuracy"]} for result in (stated, measured)]
-    for method in METHODS:
-        rows = [table[16, method] for table in tables]
-        # 60 fresh puzzles against 600: within four of the smaller sample's half intervals.
-        half = (rows[1]["high"] - rows[1]["low"]) / 2 + 0.02
-        assert abs(rows[0]["accuracy"] - rows[1]["accuracy"]) < 2 * half, method
-    assert tables[1][16, METHODS[1]]["accuracy"] > tables[1][16, METHODS[0]]["accuracy"] + 0.15
-    draw(measured, tmp_path / "report.png")
-    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
