@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 from starlette.requests import Request
@@ -85,7 +85,7 @@ class Chosen:
 
 
 async def choose_from_upstream(
-    service: Service, upstream: Upstream, request: Request, prompt: Item, body: Mapping[str, Any], rule: Rule
+    service: Service, upstream: Upstream, request: Request, prompt: Item, body: Mapping[str, object], rule: Rule
 ) -> Chosen:
     """Sample from the upstream; completions are scored here while others are under way.
 

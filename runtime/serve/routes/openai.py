@@ -207,11 +207,11 @@ def _rule(service: Service, body: Any) -> Rule:
     return Rule(best_of, adaptive, given.vote, given.answers, given.aggregation, given.truncate, given.deadline)
 
 
-def _answer(service: Service, body: Any, chosen: Chosen, rule: Rule, *, chat: bool) -> dict[str, Any]:
+def _answer(service: Service, body: Any, chosen: Chosen, rule: Rule, *, chat: bool) -> dict[str, object]:
     """The answer in OpenAI's form; the field `bonnx` holds what that form has no place for."""
     order = [i for i in chosen.standing.order if not math.isnan(chosen.scores[i])][: body.n]
     choices = [_choice(service, body, chosen, i, place, chat=chat) for place, i in enumerate(order)]
-    answer: dict[str, Any] = {
+    answer: dict[str, object] = {
         "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
         "object": "chat.completion" if chat else "text_completion",
         "created": int(time.time()),
@@ -235,10 +235,10 @@ def _answer(service: Service, body: Any, chosen: Chosen, rule: Rule, *, chat: bo
     return answer
 
 
-def _choice(service: Service, body: Any, chosen: Chosen, i: int, place: int, *, chat: bool) -> dict[str, Any]:
+def _choice(service: Service, body: Any, chosen: Chosen, i: int, place: int, *, chat: bool) -> dict[str, object]:
     completion = chosen.completions[i]
     reason = _REASONS.get(completion.finish_reason or "", completion.finish_reason or "stop")
-    choice: dict[str, Any] = {"index": place, "finish_reason": reason, "logprobs": None}
+    choice: dict[str, object] = {"index": place, "finish_reason": reason, "logprobs": None}
     if chat:
         choice["message"] = completion.message or {"role": "assistant", "content": completion.text}
     else:
@@ -250,7 +250,7 @@ def _choice(service: Service, body: Any, chosen: Chosen, i: int, place: int, *, 
     return choice
 
 
-def _log_probs(service: Service, chosen: Chosen, i: int, *, chat: bool) -> dict[str, Any]:
+def _log_probs(service: Service, chosen: Chosen, i: int, *, chat: bool) -> dict[str, object]:
     candidate = chosen.candidates[i]
     pieces, values = service.engine.reader.pieces(candidate.tokens.tolist()), to_json(candidate.log_probs)
     if not chat:
@@ -262,9 +262,9 @@ def _log_probs(service: Service, chosen: Chosen, i: int, *, chat: bool) -> dict[
     return {"content": entries, "refusal": None}
 
 
-def _candidate(chosen: Chosen, i: int, order: list[int]) -> dict[str, Any]:
+def _candidate(chosen: Chosen, i: int, order: list[int]) -> dict[str, object]:
     """A line for every completion; `choice` is where it stands among the choices."""
-    entry: dict[str, Any] = {"score": to_json(float(chosen.scores[i])), "choice": None}
+    entry: dict[str, object] = {"score": to_json(float(chosen.scores[i])), "choice": None}
     if i in order:
         entry["choice"] = order.index(i)
     entry["finish_reason"] = chosen.completions[i].finish_reason
@@ -291,12 +291,12 @@ async def _events(answer: Mapping[str, Any], body: Any, *, chat: bool) -> AsyncI
             end["text"] = ""
         yield _event(head | {"choices": [content | {"finish_reason": None}]})
         yield _event(head | {"choices": [end]})
-    last: dict[str, Any] = head | {"choices": [], "bonnx": answer["bonnx"]}
+    last: dict[str, object] = head | {"choices": [], "bonnx": answer["bonnx"]}
     if body.stream_options is not None and body.stream_options.include_usage and "usage" in answer:
         last["usage"] = answer["usage"]
     yield _event(last)
     yield b"data: [DONE]\n\n"
 
 
-def _event(value: Mapping[str, Any]) -> bytes:
+def _event(value: Mapping[str, object]) -> bytes:
     return b"data: " + encode(value) + b"\n\n"
