@@ -7,6 +7,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, cast, get_args, get_type_hints
 
@@ -27,9 +28,10 @@ from bonnx.runtime.report import SearchRecord, show
 from bonnx.runtime.search import METHODS
 from bonnx.runtime.text.reader import Item
 
-from ..errors import BonnxError, InputError, NoWinnerError
+from ..errors import BonnxError, InputError, NoWinnerError, UpstreamError
 from . import print_json
 from .rank import parse_prompt
+from .upstream import add_upstream, answerer, upstream_settings
 
 __all__ = ["configure", "run"]
 
@@ -50,9 +52,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the method, such as width=4"
     )
     parser.add_argument("--policy", metavar="FILE", help="choose the method by the prompt's difficulty")
-    parser.add_argument("--answers", help="what candidates vote for: boxed, number or regex:PATTERN")
+    parser.add_argument("--answers", help="what candidates vote for: boxed, number, regex:PATTERN or tool")
     parser.add_argument("--vote", help="score, weighted or majority; by default the method's own")
     parser.add_argument("--save", metavar="RUN", help="also append the search to this folder, for `bonnx report`")
+    add_upstream(parser)
     parser.add_argument("--provider", choices=["auto", "cpu", "cuda"], default="auto", help="where the model runs")
     parser.add_argument("--threads", type=int, help="CPU threads of one run; by default one for each physical core")
 
@@ -75,31 +78,37 @@ def run(arguments: argparse.Namespace) -> int:
     prompts = _prompts(arguments)
     options = cast(GenerateOptions, {name: getattr(arguments, name) for name in DEFAULTS})
     engine = open_engine(arguments.artifact, provider=arguments.provider, threads=arguments.threads)
-    answer = _answerer(engine, options, arguments)
     bad = 0
-    for line, prompt in prompts:
-        try:
-            if isinstance(prompt, InputError):
-                raise prompt
-            answer(prompt)
-        except (InputError, NoWinnerError) as e:
-            if line is None:
-                raise
-            bad += 1
-            _tell(line, e, arguments)
+    with ExitStack() as stack:
+        answer = _answerer(engine, options, arguments, stack)
+        for line, prompt in prompts:
+            try:
+                if isinstance(prompt, InputError):
+                    raise prompt
+                answer(prompt)
+            except (InputError, NoWinnerError, UpstreamError) as e:
+                if line is None:
+                    raise
+                bad += 1
+                _tell(line, e, arguments)
     if bad:
         print(f"bonnx generate: {bad} of the prompts could not be answered", file=sys.stderr)
     return 1 if bad else 0
 
 
-def _answerer(engine: Engine, options: GenerateOptions, arguments: argparse.Namespace) -> Callable[[Item], None]:
+def _answerer(
+    engine: Engine, options: GenerateOptions, arguments: argparse.Namespace, stack: ExitStack
+) -> Callable[[Item], None]:
     """A function that prints the answer to a prompt; options that would fail for every prompt are refused now."""
+    if arguments.upstream is not None:
+        return answerer(Model(engine, arguments.artifact), arguments, _settings(arguments), stack)
+    upstream_settings(arguments)
     if arguments.method is not None or arguments.policy is not None:
         settings = _search_settings(arguments, options)
         return lambda prompt: _search(engine, prompt, settings, arguments)
     for name in ("set", "answers", "vote", "save"):
         if getattr(arguments, name):
-            raise InputError(f"--{name} belongs to --method or --policy")
+            raise InputError(f"--{name} belongs to --method, --policy or --upstream")
     options_within(engine, np.zeros(1, np.int64), options, engine.manifest.limits.max_tokens - 1)
     model = Model(engine, arguments.artifact)
 
@@ -136,17 +145,24 @@ def _search_settings(arguments: argparse.Namespace, options: GenerateOptions) ->
     settings: dict[str, object] = {
         name: value for name, value in options.items() if name in SEARCH_OPTIONS and value is not None
     }
-    for setting in arguments.set:
-        name, equals, value = setting.partition("=")
-        if not equals:
-            raise InputError(f"--set: expected NAME=VALUE, such as width=4; got {setting!r}")
-        settings[name] = _value(value)
+    settings |= _settings(arguments)
     if arguments.method is not None and arguments.policy is None:
         settings["method"] = arguments.method
     elif arguments.method is not None:
         raise InputError("--method: a policy chooses the method; leave one of them out")
     settings |= {"budget": arguments.n, "policy": arguments.policy, "deadline": arguments.deadline}
     return settings | {"answers": arguments.answers, "vote": arguments.vote}
+
+
+def _settings(arguments: argparse.Namespace) -> dict[str, object]:
+    """The settings of the method."""
+    settings: dict[str, object] = {}
+    for setting in arguments.set:
+        name, equals, value = setting.partition("=")
+        if not equals:
+            raise InputError(f"--set: expected NAME=VALUE, such as width=4; got {setting!r}")
+        settings[name] = _value(value)
+    return settings
 
 
 def _value(text: str) -> float | bool | str:

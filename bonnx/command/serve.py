@@ -13,14 +13,13 @@ from bonnx.runtime.artifact.folder import read_verified
 from bonnx.runtime.engine.engine import open_engine
 from bonnx.runtime.serve import Settings, create_app
 from bonnx.runtime.serve.server import bind_to, log_to_stderr, make_server
-from bonnx.runtime.upstream.settings import UpstreamSettings, read_key
 
 from ..errors import InputError
+from .upstream import add_upstream, upstream_settings
 
 __all__ = ["configure", "run", "settings_of"]
 
 _KEY = "BONNX_API_KEY"
-_UPSTREAM_KEY = "BONNX_UPSTREAM_KEY"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -63,18 +62,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     for name, kind, unit, what in bounds:
         value = getattr(default, name.replace("-", "_"))
         parser.add_argument(f"--{name}", type=kind, metavar=unit, default=value, help=what)
-    _add_upstream(parser, default)
-    parser.add_argument(
-        "--ray", action="store_true", help="serve on Ray: replicas, each with its own limits and queues"
-    )
-    parser.add_argument(
-        "--ray-address", metavar="ADDRESS", help="address of a running cluster; by default one is started here"
-    )
-    parser.add_argument("--replicas", type=int, default=1, help="minimum number of replicas on Ray")
-    parser.add_argument(
-        "--max-replicas", type=int, help="maximum number of replicas on Ray, by load; by default as many as --replicas"
-    )
-    parser.add_argument("--replica-gpus", type=float, default=0, help="GPUs of each replica; above 0 it runs on CUDA")
+    _add_completions(parser, default)
+    _add_ray(parser)
     parser.add_argument(
         "--max-connections",
         type=int,
@@ -86,7 +75,21 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_upstream(parser: argparse.ArgumentParser, default: Settings) -> None:
+def _add_ray(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--ray", action="store_true", help="serve on Ray: replicas, each with its own limits and queues"
+    )
+    parser.add_argument(
+        "--ray-address", metavar="ADDRESS", help="address of a running cluster; by default one is started here"
+    )
+    parser.add_argument("--replicas", type=int, default=1, help="minimum number of replicas on Ray")
+    parser.add_argument(
+        "--max-replicas", type=int, help="maximum number of replicas on Ray, by load; by default as many as --replicas"
+    )
+    parser.add_argument("--replica-gpus", type=float, default=0, help="GPUs of each replica; above 0 it runs on CUDA")
+
+
+def _add_completions(parser: argparse.ArgumentParser, default: Settings) -> None:
     parser.add_argument("--served-model-name", metavar="NAME", help="how clients name the model; by default as it is")
     parser.add_argument(
         "--best-of",
@@ -95,20 +98,7 @@ def _add_upstream(parser: argparse.ArgumentParser, default: Settings) -> None:
         default=default.best_of,
         help="completions to sample for a chat or text completion that does not say how many",
     )
-    parser.add_argument(
-        "--upstream",
-        metavar="URL",
-        help="sample completions from this OpenAI-compatible server, such as http://localhost:9000/v1",
-    )
-    parser.add_argument("--upstream-model", metavar="NAME", help="the upstream's model; by default as the client says")
-    parser.add_argument(
-        "--upstream-key-file",
-        type=Path,
-        help=f"file with the key of the upstream; or set {_UPSTREAM_KEY} in the environment",
-    )
-    parser.add_argument(
-        "--upstream-concurrency", type=int, default=16, help="maximum number of open requests to the upstream"
-    )
+    add_upstream(parser)
     parser.add_argument(
         "--cors-origin", action="append", metavar="ORIGIN", help="web page that may call the server; may be repeated"
     )
@@ -186,16 +176,6 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
             raise InputError(f"--api-key-file: cannot read {arguments.api_key_file}: {e}") from e
     names = [field.name for field in dataclasses.fields(Settings) if hasattr(arguments, field.name)]
     bounds = {name: getattr(arguments, name) for name in names if name != "upstream"}
-    upstream = None
-    if arguments.upstream is not None:
-        upstream = UpstreamSettings(
-            arguments.upstream,
-            arguments.upstream_model,
-            read_key(arguments.upstream_key_file, _UPSTREAM_KEY),
-            arguments.upstream_concurrency,
-        )
-    elif arguments.upstream_model is not None or arguments.upstream_key_file is not None:
-        raise InputError("--upstream-model and --upstream-key-file belong to --upstream")
     origins = tuple(arguments.cors_origin or ())
     name = arguments.served_model_name
-    return Settings(api_key=key, model_name=name, cors_origins=origins, upstream=upstream, **bounds)
+    return Settings(api_key=key, model_name=name, cors_origins=origins, upstream=upstream_settings(arguments), **bounds)

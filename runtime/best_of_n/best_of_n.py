@@ -59,7 +59,7 @@ class BestOfN:
         aggregation: str | None = None,
         truncate: bool = False,
         deadline: float | None = None,
-        sampling: Mapping[str, Any] | None = None,
+        sampling: Mapping[str, object] | None = None,
         **settings: Any,
     ) -> BestOfNResult:
         """Sample completions of a prompt and choose the best. Completions are scored while others are under way.
@@ -115,7 +115,7 @@ class BestOfN:
         aggregation: str | None = None,
         truncate: bool = False,
         deadline: float | None = None,
-        sampling: Mapping[str, Any] | None = None,
+        sampling: Mapping[str, object] | None = None,
         **settings: Any,
     ) -> BestOfNResult:
         """`run` for async code: cancelling it cancels the requests that are open."""

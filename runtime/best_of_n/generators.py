@@ -6,18 +6,23 @@ import asyncio
 import inspect
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from typing import Any, Protocol, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
 
 from bonnx.errors import InputError
 
 from ..checks import check_function, is_list, shown
+from ..generate.options import GenerateOptions
+from ..protocol import ModelLike
 from ..text.reader import Item
 from ..upstream.completion import Completion, Failure
 from ..upstream.cost import SamplingCost
 
+if TYPE_CHECKING:
+    from ..upstream.client import Upstream
+
 __all__ = ["Generator", "as_generator"]
 
-Sampling: TypeAlias = Mapping[str, Any]
+Sampling: TypeAlias = Mapping[str, object]
 
 
 class Generator(Protocol):
@@ -50,18 +55,18 @@ def as_generator(generate: object, model: str | None) -> Generator:
         InputError: it is none of these, or a client without the name of a model.
     """
     if hasattr(generate, "sample"):
-        return _of_upstream(generate, model)
+        return _of_upstream(cast("Upstream", generate), model)
     if hasattr(generate, "chat") and hasattr(generate, "completions"):
         if model is None:
             raise InputError("model: expected the name of the model that the client's requests ask for")
         return _of_calls(_call_client(generate, model))
     if hasattr(generate, "generate") and hasattr(generate, "rank"):
-        return _of_calls(_call_model(generate))
+        return _of_calls(_call_model(cast(ModelLike, generate)))
     check_function("generate", generate)
     return _of_calls(_call_function(cast(Callable[..., Any], generate)))
 
 
-def _of_upstream(upstream: Any, model: str | None) -> Generator:
+def _of_upstream(upstream: Upstream, model: str | None) -> Generator:
     async def generate(
         prompt: Item, n: int, first: int, sampling: Sampling, until: float | None, cost: SamplingCost
     ) -> AsyncIterator[Completion | Failure]:
@@ -119,15 +124,21 @@ def _call_function(function: Callable[..., Any]) -> _Ask:
     return call
 
 
-def _call_model(model: Any) -> _Ask:
+def _call_model(model: ModelLike) -> _Ask:
     async def call(prompt: Item, n: int, first: int, sampling: Sampling, cost: SamplingCost) -> Sequence[Completion]:
         # With the seed of an earlier call the completions would be the same.
-        options = {**sampling, "seed": int(sampling.get("seed", 0)) + first}
-        generation = await asyncio.to_thread(model.generate, prompt, n=n, **options)
+        options = cast(GenerateOptions, {**sampling, "n": n})
+        options["seed"] = options.get("seed", 0) + first
+        generation = await asyncio.to_thread(model.generate, prompt, **options)
         cost.add(generation.prompt_tokens, sum(len(candidate.tokens) for candidate in generation.candidates))
-        if any(candidate.text is None for candidate in generation.candidates):
+        completions = [
+            Completion(candidate.text, None, candidate.finish_reason)
+            for candidate in generation.candidates
+            if candidate.text is not None
+        ]
+        if len(completions) < len(generation.candidates):
             raise InputError("generate: expected a model with a tokenizer; this one gives token ids only")
-        return [Completion(c.text, None, c.finish_reason) for c in generation.candidates]
+        return completions
 
     return call
 
@@ -154,12 +165,12 @@ def _call_client(client: Any, model: str) -> _Ask:
     return call
 
 
-def _prompt_fields(prompt: Item) -> dict[str, Any]:
+def _prompt_fields(prompt: Item) -> dict[str, object]:
     """The fields of OpenAI's API that a prompt is sent in."""
     if isinstance(prompt, str):
         return {"prompt": prompt}
     if is_list(prompt) and len(prompt) and all(isinstance(message, Mapping) for message in prompt):
-        return {"messages": [dict(cast(Mapping[str, Any], message)) for message in prompt]}
+        return {"messages": [dict(cast(Mapping[str, object], message)) for message in prompt]}
     raise InputError(f"prompt: expected a text or a list of messages; got {shown(prompt)}")
 
 

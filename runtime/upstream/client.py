@@ -11,7 +11,7 @@ import asyncio
 import json
 import weakref
 from collections.abc import AsyncIterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from bonnx.errors import InputError
 
@@ -101,7 +101,7 @@ class Upstream:
 
     async def sample(
         self,
-        body: Mapping[str, Any],
+        body: Mapping[str, object],
         n: int,
         *,
         first: int = 0,
@@ -131,7 +131,7 @@ class Upstream:
         async for arrival in requests.run(range(first, first + n)):
             yield arrival
 
-    async def send(self, body: dict[str, Any], cost: SamplingCost) -> AsyncIterator[Completion]:
+    async def send(self, body: dict[str, object], cost: SamplingCost) -> AsyncIterator[Completion]:
         """The completions of one request, each when it ends.
 
         Raises:

@@ -6,7 +6,7 @@ import asyncio
 import random
 import time
 from collections.abc import AsyncIterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .completion import Completion, Failure
 from .cost import SamplingCost
@@ -48,7 +48,7 @@ class Requests:
         cost: what to add the cost to.
     """
 
-    def __init__(self, upstream: Upstream, body: dict[str, Any], until: float | None, cost: SamplingCost) -> None:
+    def __init__(self, upstream: Upstream, body: dict[str, object], until: float | None, cost: SamplingCost) -> None:
         self._upstream, self._body, self._until, self._cost = upstream, body, until, cost
         self._arrived: asyncio.Queue[Completion | Failure | None] = asyncio.Queue()
 

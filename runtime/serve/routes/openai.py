@@ -7,7 +7,7 @@ import secrets
 import time
 import uuid
 from collections.abc import AsyncIterator, Mapping
-from typing import Annotated, Any, ClassVar, Literal, cast
+from typing import Annotated, Any, ClassVar, Literal
 
 from fastapi import APIRouter
 from pydantic import ConfigDict, Field
@@ -20,6 +20,7 @@ from ...artifact.manifest import Aggregation
 from ...generate.options import GenerateOptions
 from ...results import to_json
 from ...search.sampling import Adaptive
+from ...text.reader import Item
 from ..answer import check_model, json_response, to_runtime
 from ..choosing import Chosen, Rule, choose_from_artifact, choose_from_upstream
 from ..errors import encode
@@ -66,7 +67,7 @@ class StreamOptions(RequestBody):
     include_obfuscation: bool = Field(False, description="has no effect")
 
 
-class _Completions(RequestBody):
+class CompletionsBody(RequestBody):
     """What both endpoints take."""
 
     elsewhere: ClassVar[dict[str, str]] = {"truncate_prompt_tokens": 'send "bonnx": {"truncate": true}'}
@@ -83,8 +84,20 @@ class _Completions(RequestBody):
     stream_options: StreamOptions | None = None
     bonnx: BonnxOptions | None = Field(None, description="how to choose")
 
+    is_chat: ClassVar[bool] = False
 
-class _Generated(_Completions):
+    @property
+    def item(self) -> Item:
+        """What is to be answered or completed."""
+        raise NotImplementedError
+
+    @property
+    def wants_log_probs(self) -> bool:
+        """Whether the answer is to have the log-probability of each token."""
+        return False
+
+
+class GeneratedBody(CompletionsBody):
     """What is known of generation where the artifact does it."""
 
     max_tokens: int | None = option_field("max_new_tokens", default=None)
@@ -96,16 +109,49 @@ class _Generated(_Completions):
     )
     user: str | None = Field(None, description="has no effect")
 
+    @property
+    def limit(self) -> int | None:
+        """Maximum number of tokens of a completion."""
+        return self.max_tokens
 
-class ChatBody(_Generated):
+    def options(self, aggregation: str | None) -> GenerateOptions:
+        """How to generate."""
+        seed = secrets.randbits(48) if self.seed is None else self.seed
+        options = GenerateOptions(
+            temperature=self.temperature,
+            top_p=self.top_p,
+            aggregation=aggregation,
+            seed=seed,
+            max_new_tokens=self.limit,
+        )
+        if self.stop is not None:
+            options["stop"] = [self.stop] if isinstance(self.stop, str) else self.stop
+        return options
+
+
+class ChatBody(GeneratedBody):
     """A conversation to answer."""
 
     messages: Messages = Field(min_length=1, description="expected a list of messages")
     max_completion_tokens: int | None = option_field("max_new_tokens", default=None)
     logprobs: bool = Field(False, description="return the log-probability of each token")
 
+    is_chat: ClassVar[bool] = True
 
-class TextBody(_Generated):
+    @property
+    def item(self) -> Item:
+        return to_runtime(self.messages, "messages")
+
+    @property
+    def limit(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def wants_log_probs(self) -> bool:
+        return self.logprobs
+
+
+class TextBody(GeneratedBody):
     """A text to complete."""
 
     prompt: Text = Field(description="expected a text")
@@ -113,19 +159,37 @@ class TextBody(_Generated):
         None, ge=0, le=0, strict=True, description="0 returns the log-probability of each token; no others are known"
     )
 
+    @property
+    def item(self) -> Item:
+        return self.prompt
 
-class ForwardedChatBody(_Completions):
+    @property
+    def wants_log_probs(self) -> bool:
+        return self.logprobs is not None
+
+
+class ForwardedChatBody(CompletionsBody):
     """A conversation that the upstream answers; fields that are not listed go to it as they are."""
 
     model_config = ConfigDict(extra="allow")
     messages: Messages = Field(min_length=1, description="expected a list of messages")
 
+    is_chat: ClassVar[bool] = True
 
-class ForwardedTextBody(_Completions):
+    @property
+    def item(self) -> Item:
+        return to_runtime(self.messages, "messages")
+
+
+class ForwardedTextBody(CompletionsBody):
     """A text that the upstream completes; fields that are not listed go to it as they are."""
 
     model_config = ConfigDict(extra="allow")
     prompt: Text = Field(description="expected a text")
+
+    @property
+    def item(self) -> Item:
+        return self.prompt
 
 
 def add(routes: APIRouter, service: Service) -> None:
@@ -141,13 +205,13 @@ def add(routes: APIRouter, service: Service) -> None:
         return
     chat_body, text_body = (ChatBody, TextBody) if service.upstream is None else (ForwardedChatBody, ForwardedTextBody)
 
-    async def chat_completions(request: Request, body: Any) -> Response:
+    async def chat_completions(request: Request, body: CompletionsBody) -> Response:
         """Answer a conversation with the best of several completions."""
-        return await _respond(service, request, body, chat=True)
+        return await _respond(service, request, body)
 
-    async def completions(request: Request, body: Any) -> Response:
+    async def completions(request: Request, body: CompletionsBody) -> Response:
         """Complete a text with the best of several completions."""
-        return await _respond(service, request, body, chat=False)
+        return await _respond(service, request, body)
 
     for path, endpoint, kind in (
         ("/v1/chat/completions", chat_completions, chat_body),
@@ -157,33 +221,24 @@ def add(routes: APIRouter, service: Service) -> None:
         routes.post(path, name=endpoint.__name__)(endpoint)
 
 
-async def _respond(service: Service, request: Request, body: Any, *, chat: bool) -> Response:
+async def _respond(service: Service, request: Request, body: CompletionsBody) -> Response:
     check_model(service, body.model)
     rule = _rule(service, body)
-    prompt = to_runtime(body.messages, "messages") if chat else body.prompt
-    chosen = await _choose(service, request, body, prompt, rule)
-    answer = _answer(service, body, chosen, rule, chat=chat)
+    if isinstance(body, GeneratedBody):
+        options = body.options(rule.aggregation)
+        chosen = await choose_from_artifact(service, request, body.item, options, rule)
+    else:
+        assert service.upstream is not None
+        forwarded = body.model_dump(exclude_unset=True, exclude={*_OURS})
+        chosen = await choose_from_upstream(service, service.upstream, request, body.item, forwarded, rule)
+    answer = _answer(service, body, chosen, rule)
     if not body.stream:
         return json_response(answer)
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-    return StreamingResponse(_events(answer, body, chat=chat), 200, headers, "text/event-stream")
+    return StreamingResponse(_events(answer, body), 200, headers, "text/event-stream")
 
 
-async def _choose(service: Service, request: Request, body: Any, prompt: Any, rule: Rule) -> Chosen:
-    if service.upstream is not None:
-        given = body.model_dump(exclude_unset=True, exclude={*_OURS})
-        return await choose_from_upstream(service, service.upstream, request, prompt, given, rule)
-    options = {"temperature": body.temperature, "top_p": body.top_p, "aggregation": rule.aggregation}
-    options["seed"] = secrets.randbits(48) if body.seed is None else body.seed
-    limit = body.max_tokens if getattr(body, "max_completion_tokens", None) is None else body.max_completion_tokens
-    if limit is not None:
-        options["max_new_tokens"] = limit
-    if body.stop is not None:
-        options["stop"] = [body.stop] if isinstance(body.stop, str) else body.stop
-    return await choose_from_artifact(service, request, prompt, cast(GenerateOptions, options), rule)
-
-
-def _rule(service: Service, body: Any) -> Rule:
+def _rule(service: Service, body: CompletionsBody) -> Rule:
     """How to choose, from the body and the server's defaults.
 
     Raises:
@@ -207,13 +262,13 @@ def _rule(service: Service, body: Any) -> Rule:
     return Rule(best_of, adaptive, given.vote, given.answers, given.aggregation, given.truncate, given.deadline)
 
 
-def _answer(service: Service, body: Any, chosen: Chosen, rule: Rule, *, chat: bool) -> dict[str, object]:
+def _answer(service: Service, body: CompletionsBody, chosen: Chosen, rule: Rule) -> dict[str, object]:
     """The answer in OpenAI's form; the field `bonnx` holds what that form has no place for."""
     order = [i for i in chosen.standing.order if not math.isnan(chosen.scores[i])][: body.n]
-    choices = [_choice(service, body, chosen, i, place, chat=chat) for place, i in enumerate(order)]
+    choices = [_choice(service, body, chosen, i, place) for place, i in enumerate(order)]
     answer: dict[str, object] = {
-        "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
-        "object": "chat.completion" if chat else "text_completion",
+        "id": f"{'chatcmpl' if body.is_chat else 'cmpl'}-{uuid.uuid4().hex}",
+        "object": "chat.completion" if body.is_chat else "text_completion",
         "created": int(time.time()),
         "model": service.name,
         "choices": choices,
@@ -235,25 +290,23 @@ def _answer(service: Service, body: Any, chosen: Chosen, rule: Rule, *, chat: bo
     return answer
 
 
-def _choice(service: Service, body: Any, chosen: Chosen, i: int, place: int, *, chat: bool) -> dict[str, object]:
+def _choice(service: Service, body: CompletionsBody, chosen: Chosen, i: int, place: int) -> dict[str, object]:
     completion = chosen.completions[i]
     reason = _REASONS.get(completion.finish_reason or "", completion.finish_reason or "stop")
     choice: dict[str, object] = {"index": place, "finish_reason": reason, "logprobs": None}
-    if chat:
+    if body.is_chat:
         choice["message"] = completion.message or {"role": "assistant", "content": completion.text}
     else:
         choice["text"] = completion.text
-    wanted = getattr(body, "logprobs", None)
-    # For text 0 asks for them, too.
-    if chosen.candidates and wanted is not None and wanted is not False:
-        choice["logprobs"] = _log_probs(service, chosen, i, chat=chat)
+    if chosen.candidates and body.wants_log_probs:
+        choice["logprobs"] = _log_probs(service, chosen, i, is_chat=body.is_chat)
     return choice
 
 
-def _log_probs(service: Service, chosen: Chosen, i: int, *, chat: bool) -> dict[str, object]:
+def _log_probs(service: Service, chosen: Chosen, i: int, *, is_chat: bool) -> dict[str, object]:
     candidate = chosen.candidates[i]
     pieces, values = service.engine.reader.pieces(candidate.tokens.tolist()), to_json(candidate.log_probs)
-    if not chat:
+    if not is_chat:
         return {"tokens": pieces, "token_logprobs": values, "top_logprobs": None, "text_offset": None}
     entries = [
         {"token": piece, "logprob": value, "bytes": [*piece.encode("utf-8", "replace")], "top_logprobs": []}
@@ -275,14 +328,14 @@ def _candidate(chosen: Chosen, i: int, order: list[int]) -> dict[str, object]:
     return entry
 
 
-async def _events(answer: Mapping[str, Any], body: Any, *, chat: bool) -> AsyncIterator[bytes]:
+async def _events(answer: Mapping[str, Any], body: CompletionsBody) -> AsyncIterator[bytes]:
     """The answer as chunks: the choice is known only when all have been scored, so each comes whole."""
-    kind = {"object": "chat.completion.chunk"} if chat else {}
+    kind = {"object": "chat.completion.chunk"} if body.is_chat else {}
     head = {key: answer[key] for key in ("id", "object", "created", "model")} | kind
     for choice in answer["choices"]:
         end = {"index": choice["index"], "finish_reason": choice["finish_reason"], "logprobs": None}
         content = dict(choice)
-        if chat:
+        if body.is_chat:
             message = content.pop("message")
             calls = [call | {"index": place} for place, call in enumerate(message.get("tool_calls", ()))]
             content["delta"] = message | ({"tool_calls": calls} if calls else {})
