@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import secrets
-import time
-import uuid
-from collections.abc import AsyncIterator, Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from fastapi import APIRouter
 from pydantic import ConfigDict, Field
@@ -18,12 +14,11 @@ from bonnx.errors import InputError
 
 from ...artifact.manifest import Aggregation
 from ...generate.options import GenerateOptions
-from ...results import to_json
 from ...search.sampling import Adaptive
 from ...text.reader import Item
 from ..answer import check_model, json_response, to_runtime
-from ..choosing import Chosen, Rule, choose_from_artifact, choose_from_upstream
-from ..errors import encode
+from ..choosing import Rule, choose_from_artifact, choose_from_upstream
+from ..completions_answer import completions_answer, completions_events
 from ..schemas import FAIL_FAST, Messages, RequestBody, Text, option_field
 from ..service import Service
 
@@ -34,7 +29,6 @@ _MOST_CHOICES = 128
 _ADAPTIVE = ("batch", "price", "ceiling", "confidence", "rule")
 # Fields that are read here; an upstream gets all others.
 _OURS = ("bonnx", "best_of", "n", "stream", "stream_options", "model")
-_REASONS = {"pruned": "stop", "deadline": "length"}
 
 
 class BonnxOptions(RequestBody):
@@ -231,11 +225,13 @@ async def _respond(service: Service, request: Request, body: CompletionsBody) ->
         assert service.upstream is not None
         forwarded = body.model_dump(exclude_unset=True, exclude={*_OURS})
         chosen = await choose_from_upstream(service, service.upstream, request, body.item, forwarded, rule)
-    answer = _answer(service, body, chosen, rule)
+    answer = completions_answer(service, chosen, rule, body.n, is_chat=body.is_chat, log_probs=body.wants_log_probs)
     if not body.stream:
         return json_response(answer)
+    with_usage = body.stream_options is not None and body.stream_options.include_usage
+    events = completions_events(answer, is_chat=body.is_chat, with_usage=with_usage)
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-    return StreamingResponse(_events(answer, body), 200, headers, "text/event-stream")
+    return StreamingResponse(events, 200, headers, "text/event-stream")
 
 
 def _rule(service: Service, body: CompletionsBody) -> Rule:
@@ -260,96 +256,3 @@ def _rule(service: Service, body: CompletionsBody) -> Rule:
         raise InputError(f"bonnx.vote: '{given.vote}' needs bonnx.answers: 'boxed', 'number' or 'tool'")
     adaptive = Adaptive(**settings) if given.method == "adaptive" else None
     return Rule(best_of, adaptive, given.vote, given.answers, given.aggregation, given.truncate, given.deadline)
-
-
-def _answer(service: Service, body: CompletionsBody, chosen: Chosen, rule: Rule) -> dict[str, object]:
-    """The answer in OpenAI's form; the field `bonnx` holds what that form has no place for."""
-    order = [i for i in chosen.standing.order if not math.isnan(chosen.scores[i])][: body.n]
-    choices = [_choice(service, body, chosen, i, place) for place, i in enumerate(order)]
-    answer: dict[str, object] = {
-        "id": f"{'chatcmpl' if body.is_chat else 'cmpl'}-{uuid.uuid4().hex}",
-        "object": "chat.completion" if body.is_chat else "text_completion",
-        "created": int(time.time()),
-        "model": service.name,
-        "choices": choices,
-    }
-    if chosen.prompt_tokens is not None and chosen.completion_tokens is not None:
-        total = chosen.prompt_tokens + chosen.completion_tokens
-        counted = {"prompt_tokens": chosen.prompt_tokens, "completion_tokens": chosen.completion_tokens}
-        answer["usage"] = {**counted, "total_tokens": total}
-    answer["bonnx"] = {
-        "scores": [float(chosen.scores[i]) for i in order],
-        "margin": chosen.standing.margin,
-        "method": "best_of_n" if rule.adaptive is None else "adaptive",
-        "aggregation": chosen.aggregation,
-        "vote": rule.vote,
-        "best_of": rule.best_of,
-        "candidates": [_candidate(chosen, i, order) for i in range(len(chosen.completions))],
-        "failures": [to_json(failure) for failure in chosen.failures],
-    }
-    return answer
-
-
-def _choice(service: Service, body: CompletionsBody, chosen: Chosen, i: int, place: int) -> dict[str, object]:
-    completion = chosen.completions[i]
-    reason = _REASONS.get(completion.finish_reason or "", completion.finish_reason or "stop")
-    choice: dict[str, object] = {"index": place, "finish_reason": reason, "logprobs": None}
-    if body.is_chat:
-        choice["message"] = completion.message or {"role": "assistant", "content": completion.text}
-    else:
-        choice["text"] = completion.text
-    if chosen.candidates and body.wants_log_probs:
-        choice["logprobs"] = _log_probs(service, chosen, i, is_chat=body.is_chat)
-    return choice
-
-
-def _log_probs(service: Service, chosen: Chosen, i: int, *, is_chat: bool) -> dict[str, object]:
-    candidate = chosen.candidates[i]
-    pieces, values = service.engine.reader.pieces(candidate.tokens.tolist()), to_json(candidate.log_probs)
-    if not is_chat:
-        return {"tokens": pieces, "token_logprobs": values, "top_logprobs": None, "text_offset": None}
-    entries = [
-        {"token": piece, "logprob": value, "bytes": [*piece.encode("utf-8", "replace")], "top_logprobs": []}
-        for piece, value in zip(pieces, values, strict=True)
-    ]
-    return {"content": entries, "refusal": None}
-
-
-def _candidate(chosen: Chosen, i: int, order: list[int]) -> dict[str, object]:
-    """A line for every completion; `choice` is where it stands among the choices."""
-    entry: dict[str, object] = {"score": to_json(float(chosen.scores[i])), "choice": None}
-    if i in order:
-        entry["choice"] = order.index(i)
-    entry["finish_reason"] = chosen.completions[i].finish_reason
-    if chosen.standing.answers is not None:
-        entry["answer"] = chosen.standing.answers[i]
-    if chosen.standing.group_scores is not None:
-        entry["group_score"] = to_json(float(chosen.standing.group_scores[i]))
-    return entry
-
-
-async def _events(answer: Mapping[str, Any], body: CompletionsBody) -> AsyncIterator[bytes]:
-    """The answer as chunks: the choice is known only when all have been scored, so each comes whole."""
-    kind = {"object": "chat.completion.chunk"} if body.is_chat else {}
-    head = {key: answer[key] for key in ("id", "object", "created", "model")} | kind
-    for choice in answer["choices"]:
-        end = {"index": choice["index"], "finish_reason": choice["finish_reason"], "logprobs": None}
-        content = dict(choice)
-        if body.is_chat:
-            message = content.pop("message")
-            calls = [call | {"index": place} for place, call in enumerate(message.get("tool_calls", ()))]
-            content["delta"] = message | ({"tool_calls": calls} if calls else {})
-            end["delta"] = {}
-        else:
-            end["text"] = ""
-        yield _event(head | {"choices": [content | {"finish_reason": None}]})
-        yield _event(head | {"choices": [end]})
-    last: dict[str, object] = head | {"choices": [], "bonnx": answer["bonnx"]}
-    if body.stream_options is not None and body.stream_options.include_usage and "usage" in answer:
-        last["usage"] = answer["usage"]
-    yield _event(last)
-    yield b"data: [DONE]\n\n"
-
-
-def _event(value: Mapping[str, object]) -> bytes:
-    return b"data: " + encode(value) + b"\n\n"

@@ -1,0 +1,118 @@
+"""Answers in the form of OpenAI's endpoints: whole, or as server-sent events."""
+
+from __future__ import annotations
+
+import math
+import time
+import uuid
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+from ..results import to_json
+from .choosing import Chosen, Rule
+from .errors import encode
+from .service import Service
+
+__all__ = ["completions_answer", "completions_events"]
+
+# Reasons of bonnx, in OpenAI's words.
+_REASONS = {"pruned": "stop", "deadline": "length"}
+
+
+def completions_answer(
+    service: Service, chosen: Chosen, rule: Rule, n: int, *, is_chat: bool, log_probs: bool
+) -> dict[str, object]:
+    """The answer in OpenAI's form; the field `bonnx` holds what that form has no place for."""
+    order = [i for i in chosen.standing.order if not math.isnan(chosen.scores[i])][:n]
+    choices = [
+        _choice(service, chosen, i, place, is_chat=is_chat, log_probs=log_probs) for place, i in enumerate(order)
+    ]
+    answer: dict[str, object] = {
+        "id": f"{'chatcmpl' if is_chat else 'cmpl'}-{uuid.uuid4().hex}",
+        "object": "chat.completion" if is_chat else "text_completion",
+        "created": int(time.time()),
+        "model": service.name,
+        "choices": choices,
+    }
+    if chosen.prompt_tokens is not None and chosen.completion_tokens is not None:
+        total = chosen.prompt_tokens + chosen.completion_tokens
+        counted = {"prompt_tokens": chosen.prompt_tokens, "completion_tokens": chosen.completion_tokens}
+        answer["usage"] = {**counted, "total_tokens": total}
+    answer["bonnx"] = {
+        "scores": [float(chosen.scores[i]) for i in order],
+        "margin": chosen.standing.margin,
+        "method": "best_of_n" if rule.adaptive is None else "adaptive",
+        "aggregation": chosen.aggregation,
+        "vote": rule.vote,
+        "best_of": rule.best_of,
+        "candidates": [_candidate(chosen, i, order) for i in range(len(chosen.completions))],
+        "failures": [to_json(failure) for failure in chosen.failures],
+    }
+    return answer
+
+
+def _choice(
+    service: Service, chosen: Chosen, i: int, place: int, *, is_chat: bool, log_probs: bool
+) -> dict[str, object]:
+    completion = chosen.completions[i]
+    reason = _REASONS.get(completion.finish_reason or "", completion.finish_reason or "stop")
+    choice: dict[str, object] = {"index": place, "finish_reason": reason, "logprobs": None}
+    if is_chat:
+        choice["message"] = completion.message or {"role": "assistant", "content": completion.text}
+    else:
+        choice["text"] = completion.text
+    if chosen.candidates and log_probs:
+        choice["logprobs"] = _log_probs(service, chosen, i, is_chat=is_chat)
+    return choice
+
+
+def _log_probs(service: Service, chosen: Chosen, i: int, *, is_chat: bool) -> dict[str, object]:
+    candidate = chosen.candidates[i]
+    pieces, values = service.engine.reader.pieces(candidate.tokens.tolist()), to_json(candidate.log_probs)
+    if not is_chat:
+        return {"tokens": pieces, "token_logprobs": values, "top_logprobs": None, "text_offset": None}
+    entries = [
+        {"token": piece, "logprob": value, "bytes": [*piece.encode("utf-8", "replace")], "top_logprobs": []}
+        for piece, value in zip(pieces, values, strict=True)
+    ]
+    return {"content": entries, "refusal": None}
+
+
+def _candidate(chosen: Chosen, i: int, order: list[int]) -> dict[str, object]:
+    """A line for every completion; `choice` is where it stands among the choices."""
+    entry: dict[str, object] = {"score": to_json(float(chosen.scores[i])), "choice": None}
+    if i in order:
+        entry["choice"] = order.index(i)
+    entry["finish_reason"] = chosen.completions[i].finish_reason
+    if chosen.standing.answers is not None:
+        entry["answer"] = chosen.standing.answers[i]
+    if chosen.standing.group_scores is not None:
+        entry["group_score"] = to_json(float(chosen.standing.group_scores[i]))
+    return entry
+
+
+async def completions_events(answer: Mapping[str, Any], *, is_chat: bool, with_usage: bool) -> AsyncIterator[bytes]:
+    """The answer as chunks: the choice is known only when all have been scored, so each comes whole."""
+    kind = {"object": "chat.completion.chunk"} if is_chat else {}
+    head = {key: answer[key] for key in ("id", "object", "created", "model")} | kind
+    for choice in answer["choices"]:
+        end = {"index": choice["index"], "finish_reason": choice["finish_reason"], "logprobs": None}
+        content = dict(choice)
+        if is_chat:
+            message = content.pop("message")
+            calls = [call | {"index": place} for place, call in enumerate(message.get("tool_calls", ()))]
+            content["delta"] = message | ({"tool_calls": calls} if calls else {})
+            end["delta"] = {}
+        else:
+            end["text"] = ""
+        yield _event(head | {"choices": [content | {"finish_reason": None}]})
+        yield _event(head | {"choices": [end]})
+    last: dict[str, object] = head | {"choices": [], "bonnx": answer["bonnx"]}
+    if with_usage and "usage" in answer:
+        last["usage"] = answer["usage"]
+    yield _event(last)
+    yield b"data: [DONE]\n\n"
+
+
+def _event(value: Mapping[str, object]) -> bytes:
+    return b"data: " + encode(value) + b"\n\n"
