@@ -34,7 +34,7 @@ def tool_extractor(name: str) -> Callable[[object], str | None]:
 
 
 def tool_answer(candidate: object, ignored: Collection[str] = ()) -> str | None:
-    """The calls of a candidate's last message: names and arguments, without ids; None if it calls nothing.
+    """The calls of a candidate's last message: names and arguments, without ids; None if there are none to compare.
 
     Args:
         candidate: messages; a text calls nothing.
@@ -44,7 +44,11 @@ def tool_answer(candidate: object, ignored: Collection[str] = ()) -> str | None:
     calls = message.get("tool_calls") if isinstance(message, Mapping) else None
     if not isinstance(calls, list | tuple) or not calls:
         return None
-    return json.dumps([_call(call, ignored) for call in calls], sort_keys=True, ensure_ascii=False, default=str)
+    try:
+        return json.dumps([_call(call, ignored) for call in calls], sort_keys=True, ensure_ascii=False, default=str)
+    except RecursionError:
+        # Arguments nested thousands of levels deep are no answer.
+        return None
 
 
 def _call(call: object, ignored: Collection[str]) -> Any:

@@ -8,6 +8,7 @@ ends, and those that have ended survive a broken connection.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import weakref
 from collections.abc import AsyncIterator, Mapping
@@ -18,7 +19,7 @@ from bonnx.errors import InputError
 from ..checks import check_whole
 from .background import wait_for
 from .completion import Completion, Failure
-from .cost import SamplingCost
+from .cost import RequestCost, SamplingCost
 from .events import Answer, Assembly, read_answer
 from .requests import RequestError, Requests
 from .settings import UpstreamSettings
@@ -36,6 +37,10 @@ __all__ = ["Upstream"]
 
 _RETRIED = {408, 409, 425, 429, 500, 502, 503, 504}
 _MOST_SHOWN = 200
+
+
+class _UsageRefusedError(Exception):
+    """The server does not take `stream_options`."""
 
 
 class Upstream:
@@ -127,9 +132,14 @@ class Upstream:
         check_whole("n", n, 1)
         if ("messages" in body) == ("prompt" in body):
             raise InputError("expected either 'messages' or 'prompt' in the body of an upstream's request")
+        try:
+            json.dumps({**body}, ensure_ascii=False, allow_nan=False).encode()
+        except (TypeError, ValueError, RecursionError) as e:
+            raise InputError(f"the body of an upstream's request cannot be written as JSON: {to_line(str(e))}") from e
         requests = Requests(self, dict(body), until, SamplingCost() if cost is None else cost)
-        async for arrival in requests.run(range(first, first + n)):
-            yield arrival
+        async with contextlib.aclosing(requests.run(range(first, first + n))) as arrivals:
+            async for arrival in arrivals:
+                yield arrival
 
     async def send(self, body: dict[str, object], cost: SamplingCost) -> AsyncIterator[Completion]:
         """The completions of one request, each when it ends.
@@ -137,98 +147,117 @@ class Upstream:
         Raises:
             RequestError: the upstream refused the request, failed or did not answer with completions.
         """
-        client, open_requests = self._client()
-        chat = "messages" in body
+        try:
+            async for completion in self._send(body, cost):
+                yield completion
+        except _UsageRefusedError:
+            self._reports_usage = False
+            async for completion in self._send(body, cost):
+                yield completion
+
+    async def _send(self, body: dict[str, object], cost: SamplingCost) -> AsyncIterator[Completion]:
+        """Send a request once."""
+        chat, asks_usage = "messages" in body, self._reports_usage
         body = {**body, "stream": True}
+        body.pop("stream_options", None)
         if self.settings.model is not None:
             body.setdefault("model", self.settings.model)
-        if self._reports_usage:
+        if asks_usage:
             body["stream_options"] = {"include_usage": True}
         url = self.settings.url + ("/chat/completions" if chat else "/completions")
         try:
+            client, open_requests = self._client()
             async with open_requests, client.stream("POST", url, json=body) as response:
                 cost.requests += 1
-                await self._check(response)
+                await self._check(response, asks_usage=asks_usage)
                 async for completion in self._read(response, cost, chat=chat):
                     yield completion
-        except httpx.HTTPError as e:
-            detail = to_line(str(e) or type(e).__name__)
+        except (httpx.HTTPError, httpx.InvalidURL) as e:
+            detail = self._to_line(str(e) or type(e).__name__)
             raise RequestError(f"the connection to {self.settings.url} failed: {detail}") from e
+
+    def _to_line(self, text: str) -> str:
+        """A text in one line; some servers repeat the key in their errors."""
+        key = self.settings.api_key
+        return to_line(text.replace(key, "***") if key else text)
 
     def _client(self) -> tuple[httpx.AsyncClient, asyncio.Semaphore]:
         loop = asyncio.get_running_loop()
         if loop not in self._clients:
             key = self.settings.api_key
-            client = httpx.AsyncClient(
-                headers={"Authorization": f"Bearer {key}"} if key else {},
-                timeout=httpx.Timeout(self.settings.timeout, connect=10.0, pool=None),
-                limits=httpx.Limits(max_connections=None),
-                # A redirect would carry the key to another address.
-                follow_redirects=False,
-                trust_env=True,
-            )
+            try:
+                client = httpx.AsyncClient(
+                    headers={"Authorization": f"Bearer {key}"} if key else {},
+                    timeout=httpx.Timeout(self.settings.timeout, connect=10.0, pool=None),
+                    limits=httpx.Limits(max_connections=None),
+                    # A redirect would carry the key to another address.
+                    follow_redirects=False,
+                    trust_env=True,
+                )
+            except (ValueError, ImportError) as e:
+                reason = f"the proxy that the environment names cannot be used: {self._to_line(str(e))}"
+                raise RequestError(reason, final=True) from e
             self._clients[loop] = client, asyncio.Semaphore(self.settings.concurrency)
         return self._clients[loop]
 
-    async def _check(self, response: httpx.Response) -> None:
+    async def _check(self, response: httpx.Response, *, asks_usage: bool) -> None:
         """Refuse an answer that is not completions."""
         if response.status_code == 200:
             return
         status = response.status_code
         body = (await response.aread()).decode("utf-8", "replace")
-        if status in (400, 422) and self._reports_usage and "stream_options" in body:
-            self._reports_usage = False
-            raise RequestError("the upstream does not take stream_options", pause=0.0)
+        if status in (400, 422) and asks_usage and "stream_options" in body:
+            raise _UsageRefusedError
         try:
-            detail = _reason(json.loads(body))
-        except ValueError:
-            detail = to_line(body)
+            detail = self._to_line(_reason(json.loads(body)))
+        except (ValueError, RecursionError):
+            detail = self._to_line(body)
         reason = f"the upstream answered {status}: {detail}"
         raise RequestError(reason, status=status, final=status not in _RETRIED, pause=_retry_after(response))
 
     async def _read(self, response: httpx.Response, cost: SamplingCost, *, chat: bool) -> AsyncIterator[Completion]:
         """The completions of an answer, each when it ends."""
         kind = response.headers.get("content-type", "").partition(";")[0].strip().lower()
-        assembly = Assembly(chat=chat)
+        assembly, request_cost = Assembly(chat=chat), RequestCost(cost)
         try:
             if kind == "text/event-stream":
                 async for event in EventSource(response).aiter_sse():
                     is_last = event.data.strip() == "[DONE]"
-                    chunk = Answer() if is_last else self._take(event.data, cost)
+                    chunk = Answer() if is_last else self._take(event.data, cost, request_cost)
                     for completion in assembly.rest() if is_last else assembly.add(chunk):
                         yield completion
                 return
             body = await response.aread()
             if kind == "application/json":
                 # It does not stream.
-                for completion in assembly.whole(self._take(body, cost)):
+                for completion in assembly.whole(self._take(body, cost, request_cost)):
                     yield completion
                 return
         except ValueError as e:
-            raise RequestError(f"the upstream's answer is not completions: {to_line(str(e))}", final=True) from e
+            raise RequestError(f"the upstream's answer is not completions: {self._to_line(str(e))}", final=True) from e
         raise RequestError(
             f"expected JSON or server-sent events from {self.settings.url}; got {kind or 'no content type'}: "
-            f"{to_line(body.decode('utf-8', 'replace'))}; check the address",
+            f"{self._to_line(body.decode('utf-8', 'replace'))}; check the address",
             final=True,
         )
 
-    @staticmethod
-    def _take(text: str | bytes, cost: SamplingCost) -> Answer:
+    def _take(self, text: str | bytes, cost: SamplingCost, request_cost: RequestCost) -> Answer:
         """Read a part of an answer; some servers send an error with status 200, or in the middle of a stream."""
         answer = read_answer(text)
         if answer.error:
-            raise RequestError(f"the upstream answered with an error: {_reason({'error': answer.error})}")
+            reason = self._to_line(_reason({"error": answer.error}))
+            raise RequestError(f"the upstream answered with an error: {reason}")
         cost.model = answer.model or cost.model
-        if answer.usage is not None:
-            cost.add(answer.usage.prompt_tokens, answer.usage.completion_tokens)
+        if answer.tokens is not None:
+            request_cost.count(*answer.tokens)
         return answer
 
 
 def _reason(body: object) -> str:
-    """What an error's body says, in one line."""
+    """What an error's body says."""
     error = body.get("error", body) if isinstance(body, Mapping) else body
     text = error.get("message") or error.get("detail") if isinstance(error, Mapping) else error
-    return to_line(str(body if text is None else text))
+    return str(body if text is None else text)
 
 
 def to_line(text: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["SamplingCost"]
+__all__ = ["RequestCost", "SamplingCost"]
 
 
 class SamplingCost:
@@ -25,3 +25,20 @@ class SamplingCost:
         """Add what a request cost."""
         self.prompt_tokens = (self.prompt_tokens or 0) + prompt_tokens
         self.completion_tokens = (self.completion_tokens or 0) + completion_tokens
+
+
+class RequestCost:
+    """The tokens of one request. Some servers count in every chunk, what came before included: the last count holds.
+
+    Args:
+        total: what to add them to.
+    """
+
+    def __init__(self, total: SamplingCost) -> None:
+        self._total, self._counted = total, (0, 0)
+
+    def count(self, prompt_tokens: int, completion_tokens: int) -> None:
+        """Take in what the server has counted so far."""
+        prompt_before, completion_before = self._counted
+        self._total.add(prompt_tokens - prompt_before, completion_tokens - completion_before)
+        self._counted = prompt_tokens, completion_tokens

@@ -9,14 +9,7 @@ import msgspec
 
 from .completion import Completion
 
-__all__ = ["Answer", "Assembly", "CompletionUsage", "read_answer"]
-
-
-class CompletionUsage(msgspec.Struct):
-    """Tokens, as the server counts them."""
-
-    prompt_tokens: int
-    completion_tokens: int = 0
+__all__ = ["Answer", "Assembly", "read_answer"]
 
 
 class CompletionChoice(msgspec.Struct):
@@ -32,10 +25,19 @@ class CompletionChoice(msgspec.Struct):
 class Answer(msgspec.Struct):
     """An answer, or a chunk of it. Servers disagree on whatever is not listed here."""
 
-    choices: list[CompletionChoice] = []
+    choices: list[CompletionChoice] | None = None
     model: str | None = None
-    usage: CompletionUsage | None = None
+    usage: Any = None
     error: Any = None
+
+    @property
+    def tokens(self) -> tuple[int, int] | None:
+        """Tokens of the prompt and of all completions so far; None if the server does not count them."""
+        usage = self.usage if isinstance(self.usage, Mapping) else {}
+        prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens") or 0
+        if not isinstance(prompt, int | float) or not isinstance(completion, int | float):
+            return None
+        return int(prompt), int(completion)
 
 
 def read_answer(text: str | bytes) -> Answer:
@@ -44,7 +46,10 @@ def read_answer(text: str | bytes) -> Answer:
     Raises:
         ValueError: it is not one.
     """
-    return msgspec.json.decode(text, type=Answer)
+    try:
+        return msgspec.json.decode(text, type=Answer)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 class Assembly:
@@ -66,23 +71,24 @@ class Assembly:
         Raises:
             ValueError: a choice lacks its text or message.
         """
-        for place, choice in enumerate(answer.choices):
+        for place, choice in enumerate(answer.choices or ()):
             if self._chat and choice.message is None:
                 raise ValueError(f"choices[{place}] has no 'message'")
             if not self._chat and choice.text is None:
                 raise ValueError(f"choices[{place}] has no 'text'")
             # Some servers give every choice the index 0.
             self._grow(place, choice.text, choice.message or {})
-            yield self._complete(place, choice.finish_reason)
+            yield self._complete(place, choice.finish_reason or None)
 
     def add(self, chunk: Answer) -> Iterator[Completion]:
         """Take in a chunk; the completions that it ends."""
-        for choice in chunk.choices:
+        for choice in chunk.choices or ():
             index = choice.index or 0
             if index in self._ended:
                 continue
             self._grow(index, choice.text, choice.delta or {})
-            if choice.finish_reason is not None:
+            # Some servers send an empty reason until there is one.
+            if choice.finish_reason:
                 yield self._complete(index, choice.finish_reason)
 
     def rest(self) -> Iterator[Completion]:
@@ -91,18 +97,15 @@ class Assembly:
             yield self._complete(index, None)
 
     def _grow(self, index: int, text: str | None, delta: Mapping[str, Any]) -> None:
-        content = text if text is not None else delta.get("content")
-        self._texts.setdefault(index, []).append(content if isinstance(content, str) else "")
+        self._texts.setdefault(index, []).append(_text(delta.get("content")) if text is None else text)
         message = self._messages.setdefault(index, {})
-        for key, value in delta.items():
-            if key == "tool_calls":
-                calls = message.setdefault(key, [])
-                for place, piece in enumerate(value or ()):
-                    number = piece.get("index", place)
-                    calls += [{} for _ in range(number + 1 - len(calls))]
-                    _join(calls[number], piece)
-            elif key != "content" and value is not None:
-                _join(message, {key: value})
+        _join(message, {key: value for key, value in delta.items() if key not in ("content", "tool_calls")})
+        if pieces := delta.get("tool_calls"):
+            if not isinstance(pieces, list) or not all(isinstance(piece, dict) for piece in pieces):
+                raise ValueError("expected 'tool_calls' to be a list of objects")
+            calls = message.setdefault("tool_calls", [])
+            for place, piece in enumerate(pieces):
+                _join(_call_of(calls, piece, place), piece)
 
     def _complete(self, index: int, reason: str | None) -> Completion:
         self._ended.add(index)
@@ -111,18 +114,57 @@ class Assembly:
         if not self._chat:
             return Completion(text, None, reason)
         calls = message.pop("tool_calls", [])
+        for call in calls:
+            del call["index"]
         content: dict[str, Any] = {"content": text} if text or not calls else {}
         return Completion(
             text, {"role": "assistant", **message, **content, **({"tool_calls": calls} if calls else {})}, reason
         )
 
 
+def _text(content: object) -> str:
+    """The text of a message's content, which may be a list of parts."""
+    if not isinstance(content, list):
+        return content if isinstance(content, str) else ""
+    texts = [part.get("text") if isinstance(part, dict) else part for part in content]
+    return "".join(text for text in texts if isinstance(text, str))
+
+
+def _call_of(calls: list[dict[str, Any]], piece: Mapping[str, Any], place: int) -> dict[str, Any]:
+    """The tool call that a piece belongs to, perhaps a new one.
+
+    Some servers leave the index out, or give each call the same; some give each piece of a call another id.
+    """
+    number = piece.get("index")
+    index = number if isinstance(number, int) else place
+    call = next((call for call in reversed(calls) if call["index"] == index), None)
+    if call is not None and _name(piece) and _name(call):
+        ids = {call.get("id"), piece.get("id")}
+        begins = len(ids) == 2 if None not in ids else number is None
+    else:
+        begins = call is None
+    if begins:
+        calls.append({"index": index})
+    return calls[-1] if begins or call is None else call
+
+
+def _name(call: Mapping[str, Any]) -> object:
+    function = call.get("function")
+    return function.get("name") if isinstance(function, dict) else None
+
+
 def _join(target: dict[str, Any], piece: Mapping[str, Any]) -> None:
     """Add a piece of a message or tool call: reasoning and arguments come in several, names and ids in one."""
     for key, value in piece.items():
-        if isinstance(value, Mapping):
-            _join(target.setdefault(key, {}), value)
-        elif isinstance(value, str) and (key == "arguments" or key.startswith("reasoning")):
-            target[key] = target.get(key, "") + value
-        elif value is not None and key != "index":
+        known = target.get(key)
+        if value is None or (key == "index" and known is not None):
+            continue
+        in_pieces = key in ("arguments", "refusal") or key.startswith("reasoning")
+        if isinstance(value, dict) and isinstance(known, dict) and not in_pieces:
+            _join(known, value)
+        elif in_pieces and isinstance(value, str) and isinstance(known, str):
+            target[key] = known + value
+        elif in_pieces and isinstance(value, list) and isinstance(known, list):
+            target[key] = [*known, *value]
+        else:
             target[key] = value

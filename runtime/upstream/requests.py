@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import TYPE_CHECKING
 
 from .completion import Completion, Failure
@@ -52,7 +52,7 @@ class Requests:
         self._upstream, self._body, self._until, self._cost = upstream, body, until, cost
         self._arrived: asyncio.Queue[Completion | Failure | None] = asyncio.Queue()
 
-    async def run(self, numbers: Sequence[int]) -> AsyncIterator[Completion | Failure]:
+    async def run(self, numbers: Sequence[int]) -> AsyncGenerator[Completion | Failure, None]:
         """A completion or a failure for each number, as they come."""
         work = asyncio.ensure_future(self._request(numbers))
         work.add_done_callback(lambda _: self._arrived.put_nowait(None))

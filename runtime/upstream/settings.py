@@ -28,8 +28,13 @@ class UpstreamSettings:
     def __post_init__(self) -> None:
         if not isinstance(self.url, str):
             raise InputError(f"url: expected the address of a server; got {shown(self.url)}")
-        parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            parts = urlsplit(self.url)
+            is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        except ValueError:
+            # A port above 65535, or half of an IPv6 address.
+            is_address = False
+        if not is_address:
             raise InputError(f"url: expected an address such as http://localhost:8000/v1; got {self.url!r:.100}")
         if parts.username or parts.password or parts.query or parts.fragment:
             raise InputError("url: expected an address without user, password, query and fragment; pass the key apart")

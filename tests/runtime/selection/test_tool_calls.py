@@ -66,3 +66,9 @@ def test_names_that_are_none(name):
     model = bonnx.FakeModel(lambda prompt, candidate: 1.0)
     with pytest.raises(InputError, match="tool-except"):
         model.rank("x", ["y"], vote="majority", answers=name)
+
+
+def test_arguments_nested_without_end_are_no_answer():
+    for depth in (500, 900, 5000, 200_000):
+        answer = tool_answer(calling(("f", "[" * depth + "]" * depth)))
+        assert answer is None or "f" in answer

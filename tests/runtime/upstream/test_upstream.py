@@ -7,33 +7,13 @@ import pytest
 
 from bonnx.errors import InputError
 from bonnx.runtime.upstream.client import Upstream
-from bonnx.runtime.upstream.completion import Completion, Failure
 from bonnx.runtime.upstream.cost import SamplingCost
 from bonnx.runtime.upstream.settings import read_key
 from tests.runtime.upstream import fake
+from tests.runtime.upstream.arrivals import CHAT, collect, failures, texts
 from tests.runtime.upstream.fake import FakeUpstream
 
-CHAT = {"messages": [{"role": "user", "content": "What is 6 * 7?"}]}
 TEXTS = ["It is 42", "42", "forty two it is", "I do not know"]
-
-
-def collect(url, body, n, *, seconds=None, cost=None, **settings):
-    """What arrives, in the order in which it does."""
-
-    async def run():
-        until = None if seconds is None else time.monotonic() + seconds
-        async with Upstream(url, "m", **settings) as upstream:
-            return [arrival async for arrival in upstream.sample(body, n, until=until, cost=cost)]
-
-    return asyncio.run(run())
-
-
-def texts(arrivals):
-    return sorted(arrival.text for arrival in arrivals if isinstance(arrival, Completion))
-
-
-def failures(arrivals):
-    return [arrival.reason for arrival in arrivals if isinstance(arrival, Failure)]
 
 
 @pytest.mark.parametrize("body", [CHAT, {"prompt": "6 * 7 ="}], ids=["chat", "text"])
@@ -88,31 +68,6 @@ def test_what_a_server_does_with_n_is_asked_once():
     assert sorted(body["seed"] for body in upstream.bodies) == [5, 5, 6, 6, 7, 7]
 
 
-def test_tool_calls_come_in_pieces():
-    def piece(**delta):
-        return {"choices": [{"index": 0, "delta": delta, "finish_reason": None}]}
-
-    call = {"index": 0, "id": "c1", "type": "function", "function": {"name": "add", "arguments": ""}}
-    rest = {"index": 0, "function": {"arguments": '{"a": 6}'}}
-    chunks = [
-        piece(role="assistant", content=None, reasoning_content="let "),
-        piece(reasoning_content="me"),
-        piece(tool_calls=[call]),
-        piece(tool_calls=[rest]),
-        {"choices": [{"index": 0, "delta": {}, "finish_reason": "tool_calls"}]},
-    ]
-    with FakeUpstream(fake.events(*chunks, "data: [DONE]\n\n")) as upstream:
-        (completion,) = collect(upstream.url, CHAT, 1)
-    function = {"name": "add", "arguments": '{"a": 6}'}
-    assert completion.message == {
-        "role": "assistant",
-        "reasoning_content": "let me",
-        "tool_calls": [{"id": "c1", "type": "function", "function": function}],
-    }
-    assert completion.item == [completion.message]
-    assert completion.finish_reason == "tool_calls"
-
-
 @pytest.mark.parametrize("status", [429, 500, 502, 503, 504])
 def test_what_passes_is_tried_again(status):
     cost = SamplingCost()
@@ -134,9 +89,24 @@ def test_options_of_streams_are_left_out_for_a_server_that_refuses_them():
     def behave(body):
         return fake.error(400, "unknown field stream_options")(body) if "stream_options" in body else plain(body)
 
-    plain = fake.stream(*TEXTS)
+    plain = fake.stream(TEXTS[0])
     with FakeUpstream(behave) as upstream:
-        assert texts(collect(upstream.url, CHAT, 4)) == sorted(TEXTS)
+        arrivals = collect(upstream.url, CHAT, 4, retries=0)
+    assert texts(arrivals) == [TEXTS[0]] * 4
+
+
+def test_requests_that_are_under_way_when_a_server_refuses_options_of_streams():
+    async def run(url):
+        async with Upstream(url, retries=0) as upstream:
+            several = [asyncio.ensure_future(_first(upstream.sample(CHAT, 1))) for _ in range(4)]
+            return await asyncio.gather(*several)
+
+    def behave(body):
+        return fake.error(400, "unknown field stream_options")(body) if "stream_options" in body else plain(body)
+
+    plain = fake.stream("42")
+    with FakeUpstream(behave) as upstream:
+        assert texts(asyncio.run(run(upstream.url))) == ["42"] * 4
 
 
 @pytest.mark.parametrize(
@@ -152,9 +122,13 @@ def test_options_of_streams_are_left_out_for_a_server_that_refuses_them():
         (fake.page("", 302), "answered 302"),
         (fake.page("{}{", kind="application/json"), "the upstream's answer is not completions"),
         (fake.page('{"choices": [{"index": 0}]}', kind="application/json"), "choices[0] has no 'message'"),
-        (fake.page('{"choices": 3}', kind="application/json"), "Expected `array`"),
+        (fake.page('{"choices": 3}', kind="application/json"), "Expected `array | null`"),
         (fake.page("[]", kind="application/json"), "Expected `object`"),
         (fake.events("data: {oops\n\n"), "the upstream's answer is not completions"),
+        (fake.events({"choices": [{"delta": {"tool_calls": ["x"]}}]}), "expected 'tool_calls' to be a list of objects"),
+        (fake.page('{"error": ' + "[" * 5000 + "]" * 5000 + "}", kind="application/json"), "nested too deeply"),
+        (fake.error(401, "not a key: secret-key"), "the upstream answered 401: not a key: ***"),
+        (fake.page("<p>secret-key</p>"), "got text/html: <p>***</p>"),
         (fake.events({"error": {"message": "out of memory"}}), "the upstream answered with an error: out of memory"),
         (fake.answer(), "the upstream answered without a completion"),
     ],
@@ -203,6 +177,27 @@ def test_more_than_was_asked_for_is_not_taken():
         assert len(collect(upstream.url, CHAT, 2)) == 2
 
 
+@pytest.mark.parametrize("value", ["\ud800", float("nan"), {1}], ids=["half a character", "NaN", "a set"])
+def test_a_body_that_is_no_json(value):
+    with pytest.raises(InputError, match="cannot be written as JSON"):
+        collect("http://localhost:9/v1", CHAT | {"user": value}, 1)
+
+
+def test_a_proxy_that_cannot_be_used(monkeypatch):
+    monkeypatch.setenv("ALL_PROXY", "ftp://user:word@localhost")
+    (failure,) = collect("http://example.org/v1", CHAT, 1)
+    assert "the proxy that the environment names cannot be used" in failure.reason
+    assert "word" not in failure.reason
+
+
+def test_a_redirect_is_not_followed():
+    with FakeUpstream(fake.answer("stolen")) as other:
+        moved = lambda body: fake.Response("", 307, {"Location": f"{other.url}/chat/completions"})  # noqa: E731
+        with FakeUpstream(moved) as upstream:
+            assert "answered 307" in failures(collect(upstream.url, CHAT, 1, api_key="secret"))[0]
+        assert not other.bodies
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -210,6 +205,8 @@ def test_more_than_was_asked_for_is_not_taken():
         {"url": "ftp://host/v1"},
         {"url": "http://user:word@host/v1"},
         {"url": 3},
+        {"url": "http://host:99999/v1"},
+        {"url": "http://[::1/v1"},
         {"url": "http://host", "concurrency": 0},
         {"url": "http://host", "retries": -1},
         {"url": "http://host", "timeout": 0},
