@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
 
 from bonnx.errors import InputError
@@ -30,7 +31,7 @@ class Generator(Protocol):
 
     def __call__(
         self, prompt: Item, n: int, first: int, sampling: Sampling, until: float | None, cost: SamplingCost
-    ) -> AsyncIterator[Completion | Failure]:
+    ) -> AsyncGenerator[Completion | Failure, None]:
         """Sample.
 
         Args:
@@ -69,11 +70,12 @@ def as_generator(generate: object, model: str | None) -> Generator:
 def _of_upstream(upstream: Upstream, model: str | None) -> Generator:
     async def generate(
         prompt: Item, n: int, first: int, sampling: Sampling, until: float | None, cost: SamplingCost
-    ) -> AsyncIterator[Completion | Failure]:
+    ) -> AsyncGenerator[Completion | Failure, None]:
         named = {} if model is None else {"model": model}
         body = {**named, **sampling, **_prompt_fields(prompt)}
-        async for arrival in upstream.sample(body, n, until=until, first=first, cost=cost):
-            yield arrival
+        async with contextlib.aclosing(upstream.sample(body, n, until=until, first=first, cost=cost)) as arrivals:
+            async for arrival in arrivals:
+                yield arrival
 
     return generate
 
@@ -83,7 +85,7 @@ def _of_calls(call: _Ask) -> Generator:
 
     async def generate(
         prompt: Item, n: int, first: int, sampling: Sampling, until: float | None, cost: SamplingCost
-    ) -> AsyncIterator[Completion | Failure]:
+    ) -> AsyncGenerator[Completion | Failure, None]:
         async def some(number: int, count: int) -> Sequence[Completion | Failure]:
             left = None if until is None else max(0.0, until - time.monotonic())
             try:
@@ -154,11 +156,14 @@ def _call_client(client: Any, model: str) -> _Ask:
         if isinstance(seed := body.get("seed"), int):
             body["seed"] = seed + first
         answer = await create(**body) if is_async else await asyncio.to_thread(create, **body)
-        if answer.usage is not None:
-            cost.add(answer.usage.prompt_tokens, answer.usage.completion_tokens)
+        # The client passes on whatever a server sends, null too.
+        counted = [getattr(answer.usage, name, None) for name in ("prompt_tokens", "completion_tokens")]
+        if counted[0] is not None:
+            cost.add(counted[0], counted[1] or 0)
+        choices = answer.choices or ()
         if not chat:
-            return [Completion(choice.text, None, choice.finish_reason) for choice in answer.choices]
-        messages = [(choice.message, choice.finish_reason) for choice in answer.choices]
+            return [Completion(choice.text or "", None, choice.finish_reason) for choice in choices]
+        messages = [(choice.message, choice.finish_reason) for choice in choices]
         return [Completion(one.content or "", one.model_dump(exclude_none=True), end) for one, end in messages]
 
     is_async = inspect.iscoroutinefunction(client.close)

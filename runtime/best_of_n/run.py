@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -13,6 +14,7 @@ import numpy as np
 from bonnx.errors import NoWinnerError, UpstreamError
 
 from ..artifact.manifest import Scoring
+from ..batching import TooLargeError
 from ..rank.join import join_rankings
 from ..rank.result import Ranking
 from ..search.sampling import Adaptive
@@ -27,7 +29,7 @@ __all__ = ["Run", "Score"]
 
 # Ranks some candidates of the prompt by their scores.
 Score: TypeAlias = Callable[[Sequence[Item]], Awaitable[Ranking]]
-Arrivals: TypeAlias = AsyncIterator[Completion | Failure]
+Arrivals: TypeAlias = AsyncGenerator[Completion | Failure, None]
 
 
 @dataclass
@@ -41,6 +43,7 @@ class Run:
         answers: likewise; how to find an answer, since there are no candidates yet.
         scoring: of the artifact that scores; None for scores that are weights as they are.
         cost: what `sample` notes the cost in.
+        longest: maximum number of characters of a text that the scorer can read; None if there is none.
     """
 
     sample: Callable[[int, int], Arrivals]
@@ -49,6 +52,7 @@ class Run:
     answers: Answers | None = None
     scoring: Scoring | None = None
     cost: SamplingCost = field(default_factory=SamplingCost)
+    longest: int | None = None
     start: float = field(default_factory=time.monotonic)
     completions: list[Completion] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
@@ -85,26 +89,32 @@ class Run:
         return self._choose("adaptive")
 
     async def _sample(self, n: int) -> None:
-        """Sample, and score while other completions are still under way."""
+        """Sample, and score while other completions are still under way; the first error ends both."""
         waiting: asyncio.Queue[int | None] = asyncio.Queue()
-        scoring = asyncio.ensure_future(self._score_as_they_come(waiting))
-        arrivals = self.sample(n, len(self.completions) + len(self.failures))
+        both = [
+            asyncio.ensure_future(self._score_as_they_come(waiting)),
+            asyncio.ensure_future(self._take_in(n, waiting)),
+        ]
         try:
+            await asyncio.wait(both, return_when=asyncio.FIRST_EXCEPTION)
+            for task in both:
+                if task.done():
+                    task.result()
+        finally:
+            for task in both:
+                task.cancel()
+            await asyncio.gather(*both, return_exceptions=True)
+
+    async def _take_in(self, n: int, waiting: asyncio.Queue[int | None]) -> None:
+        """Note what comes, and hand it on; None when all have come."""
+        async with contextlib.aclosing(self.sample(n, len(self.completions) + len(self.failures))) as arrivals:
             async for arrival in arrivals:
                 if isinstance(arrival, Failure):
                     self.failures.append(arrival)
-                    continue
-                waiting.put_nowait(len(self.completions))
-                self.completions.append(arrival)
-                if scoring.done():
-                    # It failed: more completions would not help.
-                    break
-            waiting.put_nowait(None)
-            await scoring
-        finally:
-            scoring.cancel()
-            await asyncio.gather(scoring, return_exceptions=True)
-            await arrivals.aclose()  # type: ignore[attr-defined]
+                else:
+                    self.completions.append(arrival)
+                    waiting.put_nowait(len(self.completions) - 1)
+        waiting.put_nowait(None)
 
     async def _score_as_they_come(self, waiting: asyncio.Queue[int | None]) -> None:
         """Score what has come, then what came meanwhile, until None comes."""
@@ -114,14 +124,26 @@ class Run:
             while not waiting.empty():
                 numbers.append(waiting.get_nowait())
             more = None not in numbers
-            # An empty completion cannot win; it needs no scorer.
-            present = [number for number in numbers if number is not None and self.completions[number].item]
-            if present:
-                try:
-                    self._parts.append((present, await self.score([self.completions[i].item for i in present])))
-                except (NoneReadableError, NoWinnerError):
-                    # Others may have a score.
-                    continue
+            if present := [number for number in numbers if number is not None and self._can_win(number)]:
+                await self._score(present)
+
+    def _can_win(self, number: int) -> bool:
+        """Whether a completion needs a scorer: one that is empty or too long cannot win."""
+        item = self.completions[number].item
+        return bool(item) and not (self.longest is not None and isinstance(item, str) and len(item) > self.longest)
+
+    async def _score(self, numbers: Sequence[int]) -> None:
+        try:
+            self._parts.append((numbers, await self.score([self.completions[i].item for i in numbers])))
+        except (NoneReadableError, NoWinnerError):
+            # Others may have a score.
+            return
+        except TooLargeError:
+            if len(numbers) == 1:
+                raise
+            half = len(numbers) // 2
+            await self._score(numbers[:half])
+            await self._score(numbers[half:])
 
     def _ballot(self) -> Ballot:
         # A completion that calls a tool has no answer in words.

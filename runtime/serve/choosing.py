@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
 from starlette.requests import Request
 
-from bonnx.errors import InputError
+from bonnx.errors import InputError, UpstreamError
 
 from ..best_of_n.run import Run
 from ..checks import ArgumentNames
@@ -24,7 +24,7 @@ from ..text.reader import Item
 from ..upstream.completion import Completion, Failure
 from ..upstream.cost import SamplingCost
 from .ranking import ClientRequest
-from .service import Service
+from .service import Service, note
 
 if TYPE_CHECKING:
     from ..upstream.client import Upstream
@@ -102,6 +102,9 @@ async def choose_from_upstream(
         NoWinnerError: no completion can win.
         InputError: the scorer cannot read the prompt or a completion.
     """
+    scoring = service.engine.manifest.scoring
+    # An invalid argument is refused before anything is sampled.
+    make_ballot(rule.vote, rule.answers, [], "completions", (), scoring)
     left = service.until(request) - time.monotonic()
     seconds = min(left * (1 - _RESERVE), left if rule.deadline is None else rule.deadline)
     until, cost = time.monotonic() + seconds, SamplingCost()
@@ -111,12 +114,18 @@ async def choose_from_upstream(
         _, ranking = await service.rank(request, asked, aggregation=rule.aggregation, truncate=rule.truncate)
         return ranking
 
-    def sample(n: int, first: int) -> AsyncIterator[Completion | Failure]:
+    def sample(n: int, first: int) -> AsyncGenerator[Completion | Failure, None]:
         return upstream.sample(body, n, first=first, until=until, cost=cost)
 
-    run = Run(sample, score, rule.vote, rule.answers, service.engine.manifest.scoring, cost)
+    run = Run(sample, score, rule.vote, rule.answers, scoring, cost, service.engine.reader.most_characters)
     choice = run.all_at_once(rule.best_of) if rule.adaptive is None else run.adaptively(rule.best_of, rule.adaptive)
-    result = await service.unless_gone(request, choice)
+    try:
+        result = await service.unless_gone(request, choice)
+    except UpstreamError as e:
+        note(request, upstream_error=str(e))
+        raise
+    finally:
+        note(request, completions=len(run.completions), failures=len(run.failures), upstream_requests=cost.requests)
     ranking = result.ranking
     standing = Standing(ranking.order, ranking.margin, ranking.answers, ranking.group_scores)
     return Chosen(

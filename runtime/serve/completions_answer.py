@@ -95,7 +95,7 @@ async def completions_events(answer: Mapping[str, Any], *, is_chat: bool, with_u
     """The answer as chunks: the choice is known only when all have been scored, so each comes whole."""
     kind = {"object": "chat.completion.chunk"} if is_chat else {}
     head = {key: answer[key] for key in ("id", "object", "created", "model")} | kind
-    for choice in answer["choices"]:
+    for place, choice in enumerate(answer["choices"], 1):
         end = {"index": choice["index"], "finish_reason": choice["finish_reason"], "logprobs": None}
         content = dict(choice)
         if is_chat:
@@ -106,11 +106,12 @@ async def completions_events(answer: Mapping[str, Any], *, is_chat: bool, with_u
         else:
             end["text"] = ""
         yield _event(head | {"choices": [content | {"finish_reason": None}]})
-        yield _event(head | {"choices": [end]})
-    last: dict[str, object] = head | {"choices": [], "bonnx": answer["bonnx"]}
-    if with_usage and "usage" in answer:
-        last["usage"] = answer["usage"]
-    yield _event(last)
+        # Many clients expect a choice in every chunk, unless they ask for the usage.
+        is_last = place == len(answer["choices"]) and not with_usage
+        yield _event(head | {"choices": [end]} | ({"bonnx": answer["bonnx"]} if is_last else {}))
+    if with_usage:
+        counted = {"usage": answer["usage"]} if "usage" in answer else {}
+        yield _event(head | {"choices": [], "bonnx": answer["bonnx"]} | counted)
     yield b"data: [DONE]\n\n"
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from bonnx.errors import InputError
 
-from ..batching import Shape, padded_tokens
+from ..batching import Shape, TooLargeError, padded_tokens
 from ..checks import ARGUMENTS, ArgumentNames
 from ..engine.engine import Engine
 from ..text.reader import Item
@@ -50,7 +50,7 @@ def check_texts(requests: Sequence[ClientRequest], engine: Engine, settings: Set
     if total > _TEXTS * settings.max_body:
         names = requests[0].names
         prompt_noun, candidate_noun, _ = names.nouns
-        raise InputError(
+        raise TooLargeError(
             f"{names.prompt} and {names.candidates}: {total} characters are to be read, those of a "
             f"{prompt_noun} once with each {candidate_noun}; this server reads at most "
             f"{_TEXTS * settings.max_body} at once; send fewer or shorter ones"
@@ -61,12 +61,12 @@ def check_size(shape: Shape, settings: Settings, names: ArgumentNames = ARGUMENT
     """Refuse what would compute more tokens than the server allows.
 
     Raises:
-        InputError: says how many.
+        TooLargeError: says how many.
     """
     tokens = padded_tokens(1, shape)
     if tokens > settings.max_tokens:
         prompt_noun, _, candidates_noun = names.nouns
-        raise InputError(
+        raise TooLargeError(
             f"{shape.candidates} {candidates_noun} of {shape.length} tokens after {shape.prompt} of the {prompt_noun} "
             f"are {tokens} tokens, padding included: this server takes at most {settings.max_tokens} at once; "
             "ask for less"

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
     from ..upstream.client import Upstream
 
-__all__ = ["GraphRequest", "Service", "size"]
+__all__ = ["GraphRequest", "Service", "note", "size"]
 
 T = TypeVar("T")
 _LONGEST_TIMEOUT = 3600.0

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import json
 import weakref
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from typing import TYPE_CHECKING
 
 from bonnx.errors import InputError
@@ -112,7 +112,7 @@ class Upstream:
         first: int = 0,
         until: float | None = None,
         cost: SamplingCost | None = None,
-    ) -> AsyncIterator[Completion | Failure]:
+    ) -> AsyncGenerator[Completion | Failure, None]:
         """Completions of one prompt, each when it ends, and a `Failure` for each that does not come.
 
         Leaving the iteration cancels the requests that are open.

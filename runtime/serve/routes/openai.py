@@ -223,6 +223,8 @@ async def _respond(service: Service, request: Request, body: CompletionsBody) ->
         chosen = await choose_from_artifact(service, request, body.item, options, rule)
     else:
         assert service.upstream is not None
+        if (log_probs := (body.model_extra or {}).get("logprobs")) is not None and log_probs is not False:
+            raise InputError("logprobs: not available for completions of an upstream; leave it out")
         forwarded = body.model_dump(exclude_unset=True, exclude={*_OURS})
         chosen = await choose_from_upstream(service, service.upstream, request, body.item, forwarded, rule)
     answer = completions_answer(service, chosen, rule, body.n, is_chat=body.is_chat, log_probs=body.wants_log_probs)

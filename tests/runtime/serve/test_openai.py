@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import math
 import time
 
@@ -235,6 +236,64 @@ def test_a_client_that_leaves_cancels_the_upstream(behind):
     with pytest.raises(openai.APITimeoutError):
         client.with_options(timeout=1.0).completions.create(model="countdown", prompt=PUZZLE)
     _until(lambda: upstream.cancelled)
+
+
+def test_a_completion_that_is_too_long_cannot_win(behind, model):
+    client, _ = behind(fake.answer(TEXTS[0], "1" * 100_000, TEXTS[1]))
+    answer = client.completions.create(model="countdown", prompt=PUZZLE)
+    assert answer.choices[0].text == model.rank(PUZZLE, TEXTS[:2]).best
+    assert [line["score"] is None for line in answer.bonnx["candidates"]] == [False, True, False]
+
+
+def test_completions_that_are_too_many_tokens_at_once_are_scored_in_parts(behind, model):
+    client, _ = behind(fake.answer(*TEXTS), max_tokens=64)
+    answer = client.completions.create(model="countdown", prompt=PUZZLE, n=3)
+    scores = sorted(model.rank(PUZZLE, TEXTS).candidate_scores, reverse=True)
+    assert answer.bonnx["scores"] == pytest.approx(scores, abs=1e-5)
+
+
+def test_an_error_of_the_scorer_does_not_wait_for_the_upstream(behind):
+    """The second completion would come after half a minute."""
+    client, upstream = behind(fake.stream(TEXTS[1], "7 - 3 = 4 ;", pause=30))
+    start = time.monotonic()
+    with pytest.raises(openai.BadRequestError, match="64"):
+        client.completions.create(model="countdown", prompt="1," * 60)
+    assert time.monotonic() - start < 15
+    _until(lambda: upstream.cancelled)
+
+
+def test_every_chunk_has_a_choice_unless_the_usage_is_asked_for(behind):
+    client, _ = behind(fake.stream(*TEXTS))
+    chunks = [*client.chat.completions.create(model="countdown", messages=CHAT, n=2, stream=True)]
+    assert all(len(chunk.choices) == 1 for chunk in chunks)
+    assert len(chunks[-1].bonnx["scores"]) == 2
+
+
+def test_fields_go_to_the_upstream_as_they_are(behind):
+    client, upstream = behind(fake.answer(*TEXTS))
+    fields = {"tools": [{"default": None, "x": [None, 1.0]}], "seed": None, "logit_bias": {"5": None}}
+    messages = [{"role": "user", "content": PUZZLE, "name": None, "extra": {"a": None}}]
+    client.chat.completions.create(model="countdown", messages=messages, extra_body=fields)
+    (body,) = upstream.bodies
+    assert {name: body[name] for name in ("messages", *fields)} == fields | {"messages": messages}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"logprobs": 1}, "logprobs: not available"),
+        ({"bonnx": {"answers": "tool-except:,"}}, "tool-except:FIELD,FIELD"),
+        ({"user": "\ud800"}, "cannot be written as JSON"),
+    ],
+    ids=str,
+)
+def test_what_is_refused_before_the_upstream_is_asked(fields, message, behind):
+    client, upstream = behind(fake.answer(*TEXTS))
+    body = json.dumps({"prompt": PUZZLE, **fields})
+    answer = httpx.post(f"{client.base_url}completions", content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 400
+    assert message in answer.json()["error"]["message"]
+    assert not upstream.bodies
 
 
 # ---- bad requests
