@@ -233,7 +233,7 @@ def test_the_command_searches(countdown, puzzler, tmp_path):
     [
         (["--method", "bean"], "did you mean 'beam'"),
         (["--method", "beam", "--set", "width"], "--set: expected NAME=VALUE"),
-        (["--set", "width=2"], "--set belongs to --method or --policy"),
+        (["--set", "width=2"], "--set belongs to --method, --policy or --upstream"),
         (["--method", "beam", "--prune-every", "3"], "--method pruned"),
     ],
     ids=["unknown method", "setting without value", "setting without method", "option of generate"],
