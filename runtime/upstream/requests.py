@@ -87,8 +87,13 @@ class Requests:
             if error is None:
                 break
             if error.status in (400, 422) and len(numbers) > 1 and self._upstream.makes_several is None:
-                # Perhaps `n` is what it refuses.
-                return await self._singly(numbers)
+                # Perhaps `n` is what it refuses. One request tells; a bad one is not sent once for each completion.
+                if not await self._request(numbers[:1]):
+                    self._fail(numbers[1:], error.reason, error.status)
+                    return len(numbers) < asked
+                self._upstream.makes_several = False
+                await self._singly(numbers[1:])
+                return True
             pause = min(0.5 * 2**attempt, 8.0) * random.uniform(0.75, 1.25) if error.pause is None else error.pause
             is_late = self._until is not None and time.monotonic() + pause > self._until
             if error.final or is_late or pause > _LONGEST_PAUSE or attempt == self._upstream.settings.retries:

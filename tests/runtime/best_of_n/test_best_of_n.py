@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import openai
@@ -103,6 +104,38 @@ def test_a_client_whose_server_ignores_n(scorer):
         result = bonnx.BestOfN(scorer, client, model="m").run(CHAT, 3, sampling={"seed": 1})
     assert len(result.completions) == 3
     assert sorted(body["seed"] for body in server.bodies) == [1, 2, 3]
+
+
+def test_a_client_whose_server_leaves_fields_null(scorer):
+    def behave(body):
+        choices = [{"index": i, "text": text, "finish_reason": "stop"} for i, text in enumerate([None, "42"])]
+        return fake.JSONResponse({"choices": choices, "usage": {"prompt_tokens": None}})
+
+    with FakeUpstream(behave) as server, openai.OpenAI(base_url=server.url, api_key="k") as client:
+        result = bonnx.BestOfN(scorer, client, model="m").run("6 * 7 =", 2)
+    assert result.best.text == "42"
+    assert result.prompt_tokens is None
+
+
+def test_an_error_of_the_scorer_cancels_the_upstream(upstream):
+    def refuse(prompt, candidate):
+        raise InputError("no such roles")
+
+    with FakeUpstream(fake.stream("one", "two three", pause=30)) as server:
+        with pytest.raises(InputError, match="no such roles"):
+            bonnx.BestOfN(bonnx.FakeModel(refuse), upstream(server)).run(CHAT, 2)
+        end = time.monotonic() + 20
+        while not server.cancelled:
+            assert time.monotonic() < end
+            time.sleep(0.02)
+
+
+def test_threads_share_an_upstream(scorer, upstream):
+    with FakeUpstream(fake.stream(*TEXTS)) as server:
+        best_of_n = bonnx.BestOfN(scorer, upstream(server, concurrency=4))
+        with ThreadPoolExecutor(16) as pool:
+            results = [*pool.map(lambda _: best_of_n.run(CHAT, 4).best.text, range(64))]
+    assert results == [TEXTS[3]] * 64
 
 
 def test_completions_vote(scorer):

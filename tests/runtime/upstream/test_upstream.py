@@ -143,6 +143,12 @@ def test_an_answer_that_is_none(behaviour, reason):
     assert "secret-key" not in str(arrivals)
 
 
+def test_a_bad_request_is_not_sent_once_for_each_completion():
+    with FakeUpstream(fake.error(400, "too long")) as upstream:
+        assert len(failures(collect(upstream.url, CHAT, 16))) == 16
+    assert [body.get("n") for body in upstream.bodies] == [16, None]
+
+
 def test_a_server_that_is_down():
     with fake.closed_port() as url:
         arrivals = collect(url, CHAT, 2, retries=1)
