@@ -76,7 +76,7 @@ def answerer(
         stack: closes the connections to the upstream.
 
     Raises:
-        InputError: an option is invalid, or has no meaning for an upstream.
+        InputError: an option is invalid, or is not available with an upstream.
     """
     from bonnx.runtime.upstream.client import Upstream
 

@@ -163,7 +163,7 @@ def test_draws_equal_pytorchs(data):
     assert (close | (tokens == expected.numpy())).all()
 
 
-def test_the_greatest_uniform_and_impossible_tokens(rng):
+def test_the_largest_uniform_and_impossible_tokens(rng):
     """No draw falls on a token of probability 0, wherever the uniform lies."""
     logits = np.full((2, 1, 300), -np.inf, np.float32)
     logits[..., 7], logits[..., 150] = 0.0, 0.1
