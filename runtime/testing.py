@@ -16,7 +16,7 @@ from .generate.options import GenerateOptions, check_options, shows_options
 from .generate.result import Candidate, Generation
 from .protocol import ModelLike
 from .rank.result import Ranking, winner
-from .selection.aggregate import aggregate, aggregation_code, elect, is_stepwise
+from .selection.aggregate import aggregate, aggregation_code, is_stepwise
 from .selection.vote import Answers, check_weight, make_ballot
 from .text.padding import pad, step_mask
 from .text.reader import Item, check_stop, none_readable
@@ -117,9 +117,9 @@ class FakeModel:
         if vote == "weighted":
             for i in np.flatnonzero(ballot.ids[:, 0] >= 0).tolist():
                 check_weight(float(rated[i, 0]), f"the score of candidates[{i}]")
-        best, groups = elect(rated, ballot.ids, vote)
-        index = winner(int(best[0]), "candidates")
-        standing = ballot.count(rated[:, 0], groups[:, 0])
+        best, groups = ballot.choose(rated[:, 0])
+        index = winner(best, "candidates")
+        standing = ballot.count(rated[:, 0], groups)
         return Ranking(index, candidates[index], rated[:, 0], scores, name, *standing, unreadable=unreadable)
 
     @shows_options()

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bonnx.errors import InputError, near_miss
+from bonnx.errors import InputError
 
 from ..checks import check_whole, shown
 from ..generate.decoding import clock
 from ..protocol import ModelLike
 from ..rank.result import Ranking
-from ..search.sampling import Adaptive
-from ..selection.vote import Answers, make_ballot
+from ..search.method import Method, check_settings, method_named
+from ..search.sampling import Adaptive, Sampling
+from ..selection.vote import Answers, check_answers, make_ballot
 from ..text.reader import Item
 from ..upstream.background import wait_for
 from ..upstream.cost import SamplingCost
@@ -24,7 +24,7 @@ from .run import Run
 
 __all__ = ["BestOfN"]
 
-METHODS = ("best_of_n", "adaptive")
+METHODS: Mapping[str, type[Method]] = {"best_of_n": Sampling, "adaptive": Adaptive}
 
 
 class BestOfN:
@@ -120,12 +120,10 @@ class BestOfN:
     ) -> BestOfNResult:
         """`run` for async code: cancelling it cancels the requests that are open."""
         check_whole("n", n, 1)
-        rule = _rule(method, settings)
-        if answers is not None and not (isinstance(answers, str) or callable(answers)):
-            raise InputError(
-                "answers: there are no completions yet; expected 'boxed', 'number', 'regex:PATTERN', 'tool' or a "
-                f"function; got {type(answers).__name__}"
-            )
+        kind = method_named(method, METHODS)
+        check_settings(method, kind, settings)
+        rule = kind(**settings)
+        check_answers(answers, "completions")
         scoring = getattr(getattr(self._scorer, "manifest", None), "scoring", None)
         make_ballot(vote, answers, [], "completions", (), scoring)
         until = clock(deadline)
@@ -144,15 +142,4 @@ class BestOfN:
             scoring,
             cost,
         )
-        return await (run.all_at_once(n) if rule is None else run.adaptively(n, rule))
-
-
-def _rule(method: str, settings: Mapping[str, Any]) -> Adaptive | None:
-    """The rule that ends sampling; None for no such rule."""
-    if method not in METHODS:
-        raise InputError(f"method: unknown {shown(method)}; {near_miss(method, METHODS, 'expected one of')}")
-    known = [field.name for field in dataclasses.fields(Adaptive)] if method == "adaptive" else []
-    for name in settings:
-        if name not in known:
-            raise InputError(f"unknown option '{name}' of method '{method}'; {near_miss(name, known)}")
-    return Adaptive(**settings) if method == "adaptive" else None
+        return await (run.adaptively(n, rule) if isinstance(rule, Adaptive) else run.all_at_once(n))

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..selection.aggregate import elect
 from ..selection.vote import Ballot
 from ..text.reader import Item
 from .result import Ranking, winner
@@ -39,8 +38,8 @@ def join_rankings(
                 steps[number] = part.step_scores[place]
             if place in part.unreadable:
                 unreadable[number] = part.unreadable[place]
-    chosen, groups = elect(totals[:, None], ballot.ids, ballot.vote, ballot.vote_weight)
-    best = winner(int(chosen[0]), "candidates")
+    chosen, groups = ballot.choose(totals)
+    best = winner(chosen, "candidates")
     first = parts[0][1]
     return Ranking(
         best,
@@ -48,7 +47,7 @@ def join_rankings(
         totals,
         scores,
         first.aggregation,
-        *ballot.count(totals, groups[:, 0]),
+        *ballot.count(totals, groups),
         None if first.step_scores is None else steps,
         first.cut,
         unreadable,

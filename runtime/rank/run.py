@@ -14,7 +14,7 @@ from ..batching import Shape, padded_tokens, plan
 from ..checks import check_number, check_whole, is_list, shown
 from ..engine.engine import Engine
 from ..engine.session import Stop
-from ..selection.aggregate import aggregation_code, elect, is_stepwise
+from ..selection.aggregate import aggregation_code, is_stepwise
 from .request import RankRequest
 from .result import Ranking, winner
 
@@ -91,8 +91,7 @@ def run_together(
         if len(request.values) < filled[slot]:
             # The graph chose among the candidates of all requests in this slot.
             ballot = request.ballot
-            chosen, counted = elect(candidate_scores[rows, slot, None], ballot.ids, ballot.vote, ballot.vote_weight)
-            index, group_scores = chosen[0], counted[:, 0]
+            index, group_scores = ballot.choose(candidate_scores[rows, slot])
         try:
             results.append(
                 _ranking(request, int(index), scores[rows, slot], candidate_scores[rows, slot], group_scores)

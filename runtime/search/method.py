@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from bonnx.errors import InputError, near_miss
+
 from ..arrays import Array
+from ..checks import shown
 from .choice import choose
 from .tree import Branch, Tree
 
-__all__ = ["Finalists", "Method"]
+__all__ = ["Finalists", "Method", "check_settings", "method_named"]
 
 
 @dataclass(frozen=True)
@@ -78,3 +82,26 @@ class Method:
     def choose(self, finalists: Finalists) -> tuple[int, Array]:
         """The index of the winner, -1 if nothing can win, and each candidate's group score (n,) float32."""
         return choose(finalists.scores, finalists.answer_ids, finalists.vote, finalists.vote_weight)
+
+
+def method_named(name: object, methods: Mapping[str, type[Method]]) -> type[Method]:
+    """The method of a name.
+
+    Raises:
+        InputError: there is none.
+    """
+    if not isinstance(name, str) or name not in methods:
+        raise InputError(f"method: unknown {shown(name)}; {near_miss(name, methods, 'expected one of')}")
+    return methods[name]
+
+
+def check_settings(name: str, method: type[Method], settings: Iterable[str], others: Sequence[str] = ()) -> None:
+    """Refuse settings that a method does not have; `others` are further options that the caller knows.
+
+    Raises:
+        InputError: names the first one.
+    """
+    known = [*(field.name for field in dataclasses.fields(method)), *others]
+    for setting in settings:
+        if setting not in known:
+            raise InputError(f"unknown option '{setting}' of method '{name}'; {near_miss(setting, known)}")

@@ -12,7 +12,7 @@ from typing import cast
 
 import numpy as np
 
-from bonnx.errors import InputError, near_miss
+from bonnx.errors import InputError
 
 from ..arrays import Array
 from ..artifact.manifest import VOTES
@@ -23,10 +23,10 @@ from ..generate.options import SEARCH_OPTIONS, GenerateOptions
 from ..generate.request import options_within
 from ..generate.result import FINISH_REASONS, Candidate
 from ..rank.result import winner
-from ..selection.vote import Answers, Ballot, make_ballot
+from ..selection.vote import Answers, Ballot, check_answers, make_ballot
 from ..text.reader import Item
 from .beam import Beam, DiverseTrees, Lookahead
-from .method import Finalists, Method
+from .method import Finalists, Method, check_settings, method_named
 from .policy import Policy, read_policy
 from .pruning import Pruned
 from .result import SearchResult
@@ -210,11 +210,7 @@ def search(
     options: Mapping[str, object],
 ) -> SearchResult:
     """See `Model.search`."""
-    if answers is not None and not (isinstance(answers, str) or callable(answers)):
-        raise InputError(
-            "answers: there are no candidates yet; expected 'boxed', 'number', 'regex:PATTERN' or a function; got "
-            f"{type(answers).__name__}"
-        )
+    check_answers(answers, "candidates")
     if vote is not None and not isinstance(vote, str):
         raise InputError(f"vote: expected one of {', '.join(VOTES)}; got {shown(vote)}")
     if scorer is not None:
@@ -232,13 +228,9 @@ def search(
 
 def _make(method: str, settings: Mapping[str, object]) -> Method:
     """A method with its settings."""
-    if not isinstance(method, str) or method not in METHODS:
-        raise InputError(f"method: unknown {shown(method)}; {near_miss(method, METHODS, 'expected one of')}")
-    kind, _ = METHODS[method]
-    known = [*(field.name for field in dataclasses.fields(kind)), *SEARCH_OPTIONS]
+    kind = method_named(method, {name: kind for name, (kind, _) in METHODS.items()})
     for name in settings:
         if name in SEARCH_OPTIONS:
             raise InputError(f"option '{name}' of method '{method}': a policy does not say how to sample; leave it out")
-        if name not in known:
-            raise InputError(f"unknown option '{name}' of method '{method}'; {near_miss(name, known)}")
+    check_settings(method, kind, settings, SEARCH_OPTIONS)
     return kind(**settings)

@@ -14,10 +14,11 @@ from bonnx.errors import InputError
 from ..arrays import Array
 from ..artifact.manifest import VOTES, Scoring
 from ..checks import is_list, shown
+from .aggregate import elect
 from .answers import extractor
 from .tool_calls import reads_tools, tool_extractor
 
-__all__ = ["Answers", "Ballot", "Standing", "check_weight", "make_ballot"]
+__all__ = ["Answers", "Ballot", "Standing", "check_answers", "check_weight", "make_ballot"]
 
 # One for each candidate, None for none; the name of an extractor; or a function of a candidate, whose type is what the
 # caller passed as one.
@@ -52,6 +53,11 @@ class Ballot:
     def feeds(self) -> dict[str, Array]:
         """The graph's inputs."""
         return {"answer_ids": self.ids, "vote": np.array(VOTES.index(self.vote), np.int64)}
+
+    def choose(self, candidate_scores: Array) -> tuple[int, Array]:
+        """The index of the winner among candidates with these scores (N,), -1 for none; group scores (N,) float32."""
+        best, groups = elect(candidate_scores[:, None], self.ids, self.vote, self.vote_weight)
+        return int(best[0]), groups[:, 0]
 
     def count(self, candidate_scores: Array, group_scores: Array) -> Standing:
         """The order of all candidates, which the graph's choice leads.
@@ -91,6 +97,19 @@ def check_weight(score: float, name: str) -> float:
             "probability, such as 1 / (1 + exp(-score)), or exp(score), or vote by 'score' or 'majority'"
         )
     return score
+
+
+def check_answers(answers: Answers | None, kind: str) -> None:
+    """Refuse a list of answers where candidates, which errors call by their `kind`, are yet to be made.
+
+    Raises:
+        InputError: neither the name of an extractor nor a function.
+    """
+    if answers is not None and not (isinstance(answers, str) or callable(answers)):
+        raise InputError(
+            f"answers: there are no {kind} yet; expected 'boxed', 'number', 'regex:PATTERN', 'tool' or a function; got "
+            f"{type(answers).__name__}"
+        )
 
 
 def make_ballot(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import AsyncIterator
 from typing import cast
 
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 
 from bonnx.errors import InputError
 
@@ -15,7 +16,7 @@ from .errors import ApiError, encode
 from .schemas import Candidate, Message
 from .service import Service
 
-__all__ = ["answer_head", "check_model", "json_response", "to_runtime", "warned"]
+__all__ = ["answer_head", "check_model", "event_stream", "json_response", "to_runtime", "warned"]
 
 
 def check_model(service: Service, model: str | None) -> None:
@@ -59,6 +60,12 @@ def to_runtime(value: Candidate, name: str) -> Item:
         except InputError as e:
             raise InputError(f"{name}: {e}") from e
     return cast(Item, value)
+
+
+def event_stream(events: AsyncIterator[bytes]) -> Response:
+    """An answer as server-sent events, which no proxy holds back."""
+    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+    return StreamingResponse(events, 200, headers, "text/event-stream")
 
 
 def json_response(value: object) -> Response:

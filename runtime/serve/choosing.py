@@ -18,7 +18,6 @@ from ..generate.options import GenerateOptions
 from ..generate.result import Candidate
 from ..rank.result import Ranking, winner
 from ..search.sampling import Adaptive
-from ..selection.aggregate import elect
 from ..selection.vote import Standing, make_ballot
 from ..text.reader import Item
 from ..upstream.completion import Completion, Failure
@@ -181,13 +180,13 @@ async def choose_from_artifact(
         voted = None if rule.vote == "score" else ballot.answers
         if rule.adaptive is not None and rule.adaptive.is_enough(lambda scores=scores: scores, voted):  # type: ignore[misc]
             break
-    chosen, groups = elect(scores[:, None], ballot.ids, ballot.vote, ballot.vote_weight)
-    winner(int(chosen[0]), "completions")
+    chosen, groups = ballot.choose(scores)
+    winner(chosen, "completions")
     completions = [Completion(text, None, c.finish_reason) for text, c in zip(texts, candidates, strict=True)]
     return Chosen(
         completions,
         scores,
-        ballot.count(scores, groups[:, 0]),
+        ballot.count(scores, groups),
         aggregation,
         prompt_tokens,
         computed_tokens,

@@ -135,7 +135,7 @@ class Upstream:
         try:
             json.dumps({**body}, ensure_ascii=False, allow_nan=False).encode()
         except (TypeError, ValueError, RecursionError) as e:
-            raise InputError(f"the body of an upstream's request cannot be written as JSON: {to_line(str(e))}") from e
+            raise InputError(f"the body of an upstream's request cannot be written as JSON: {_line(str(e))}") from e
         requests = Requests(self, dict(body), until, SamplingCost() if cost is None else cost)
         async with contextlib.aclosing(requests.run(range(first, first + n))) as arrivals:
             async for arrival in arrivals:
@@ -173,13 +173,13 @@ class Upstream:
                 async for completion in self._read(response, cost, chat=chat):
                     yield completion
         except (httpx.HTTPError, httpx.InvalidURL) as e:
-            detail = self._to_line(str(e) or type(e).__name__)
+            detail = self._safe_line(str(e) or type(e).__name__)
             raise RequestError(f"the connection to {self.settings.url} failed: {detail}") from e
 
-    def _to_line(self, text: str) -> str:
+    def _safe_line(self, text: str) -> str:
         """A text in one line; some servers repeat the key in their errors."""
         key = self.settings.api_key
-        return to_line(text.replace(key, "***") if key else text)
+        return _line(text.replace(key, "***") if key else text)
 
     def _client(self) -> tuple[httpx.AsyncClient, asyncio.Semaphore]:
         loop = asyncio.get_running_loop()
@@ -195,7 +195,7 @@ class Upstream:
                     trust_env=True,
                 )
             except (ValueError, ImportError) as e:
-                reason = f"the proxy that the environment names cannot be used: {self._to_line(str(e))}"
+                reason = f"the proxy that the environment names cannot be used: {self._safe_line(str(e))}"
                 raise RequestError(reason, final=True) from e
             self._clients[loop] = client, asyncio.Semaphore(self.settings.concurrency)
         return self._clients[loop]
@@ -209,9 +209,9 @@ class Upstream:
         if status in (400, 422) and asks_usage and "stream_options" in body:
             raise _UsageRefusedError
         try:
-            detail = self._to_line(_reason(json.loads(body)))
+            detail = self._safe_line(_reason(json.loads(body)))
         except (ValueError, RecursionError):
-            detail = self._to_line(body)
+            detail = self._safe_line(body)
         reason = f"the upstream answered {status}: {detail}"
         raise RequestError(reason, status=status, final=status not in _RETRIED, pause=_retry_after(response))
 
@@ -234,10 +234,12 @@ class Upstream:
                     yield completion
                 return
         except ValueError as e:
-            raise RequestError(f"the upstream's answer is not completions: {self._to_line(str(e))}", final=True) from e
+            raise RequestError(
+                f"the upstream's answer is not completions: {self._safe_line(str(e))}", final=True
+            ) from e
         raise RequestError(
             f"expected JSON or server-sent events from {self.settings.url}; got {kind or 'no content type'}: "
-            f"{self._to_line(body.decode('utf-8', 'replace'))}; check the address",
+            f"{self._safe_line(body.decode('utf-8', 'replace'))}; check the address",
             final=True,
         )
 
@@ -245,7 +247,7 @@ class Upstream:
         """Read a part of an answer; some servers send an error with status 200, or in the middle of a stream."""
         answer = read_answer(text)
         if answer.error:
-            reason = self._to_line(_reason({"error": answer.error}))
+            reason = self._safe_line(_reason({"error": answer.error}))
             raise RequestError(f"the upstream answered with an error: {reason}")
         cost.model = answer.model or cost.model
         if answer.tokens is not None:
@@ -260,7 +262,8 @@ def _reason(body: object) -> str:
     return str(body if text is None else text)
 
 
-def to_line(text: str) -> str:
+def _line(text: str) -> str:
+    """The beginning of a text, in one line."""
     return " ".join(text.split())[:_MOST_SHOWN] or "an empty body"
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from fastapi import APIRouter
 from pydantic import Field
 from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 
 from bonnx.errors import InputError
 
@@ -19,7 +19,7 @@ from ...generate.options import GenerateOptions
 from ...generate.result import Generation
 from ...rank.result import Ranking, winner
 from ...results import to_json
-from ..answer import answer_head, check_model, json_response, to_runtime, warned
+from ..answer import answer_head, check_model, event_stream, json_response, to_runtime, warned
 from ..errors import encode, to_api_error
 from ..ranking import ClientRequest, Outcome, TokenUsage
 from ..schemas import FAIL_FAST, MOST_ITEMS, TRUNCATE, Candidate, Prompt, RequestBody, Text, option_field, with_options
@@ -77,8 +77,7 @@ def add(routes: APIRouter, service: Service) -> None:
         answer = await _answer(service, request, body)
         if isinstance(answer, dict):
             return json_response(answer)
-        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-        return StreamingResponse(answer, 200, headers, "text/event-stream")
+        return event_stream(answer)
 
 
 async def _answer(service: Service, request: Request, body: BestOfNBody) -> dict[str, object] | AsyncIterator[bytes]:

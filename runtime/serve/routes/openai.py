@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import secrets
 from typing import Annotated, ClassVar, Literal
 
 from fastapi import APIRouter
 from pydantic import ConfigDict, Field
 from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 
 from bonnx.errors import InputError
 
@@ -16,7 +17,7 @@ from ...artifact.manifest import Aggregation
 from ...generate.options import GenerateOptions
 from ...search.sampling import Adaptive
 from ...text.reader import Item
-from ..answer import check_model, json_response, to_runtime
+from ..answer import check_model, event_stream, json_response, to_runtime
 from ..choosing import Rule, choose_from_artifact, choose_from_upstream
 from ..completions_answer import completions_answer, completions_events
 from ..schemas import FAIL_FAST, Messages, RequestBody, Text, option_field
@@ -26,7 +27,7 @@ __all__ = ["add"]
 
 # As OpenAI's own limit.
 _MOST_CHOICES = 128
-_ADAPTIVE = ("batch", "price", "ceiling", "confidence", "rule")
+_ADAPTIVE = [field.name for field in dataclasses.fields(Adaptive)]
 # Fields that are read here; an upstream gets all others.
 _OURS = ("bonnx", "best_of", "n", "stream", "stream_options", "model")
 
@@ -91,6 +92,28 @@ class CompletionsBody(RequestBody):
         return False
 
 
+class ChatPrompt(CompletionsBody):
+    """A conversation to answer."""
+
+    messages: Messages = Field(min_length=1, description="expected a list of messages")
+
+    is_chat: ClassVar[bool] = True
+
+    @property
+    def item(self) -> Item:
+        return to_runtime(self.messages, "messages")
+
+
+class TextPrompt(CompletionsBody):
+    """A text to complete."""
+
+    prompt: Text = Field(description="expected a text")
+
+    @property
+    def item(self) -> Item:
+        return self.prompt
+
+
 class GeneratedBody(CompletionsBody):
     """What is known of generation where the artifact does it."""
 
@@ -123,18 +146,11 @@ class GeneratedBody(CompletionsBody):
         return options
 
 
-class ChatBody(GeneratedBody):
+class ChatBody(ChatPrompt, GeneratedBody):
     """A conversation to answer."""
 
-    messages: Messages = Field(min_length=1, description="expected a list of messages")
     max_completion_tokens: int | None = option_field("max_new_tokens", default=None)
     logprobs: bool = Field(False, description="return the log-probability of each token")
-
-    is_chat: ClassVar[bool] = True
-
-    @property
-    def item(self) -> Item:
-        return to_runtime(self.messages, "messages")
 
     @property
     def limit(self) -> int | None:
@@ -145,45 +161,28 @@ class ChatBody(GeneratedBody):
         return self.logprobs
 
 
-class TextBody(GeneratedBody):
+class TextBody(TextPrompt, GeneratedBody):
     """A text to complete."""
 
-    prompt: Text = Field(description="expected a text")
     logprobs: int | None = Field(
         None, ge=0, le=0, strict=True, description="0 returns the log-probability of each token; no others are known"
     )
-
-    @property
-    def item(self) -> Item:
-        return self.prompt
 
     @property
     def wants_log_probs(self) -> bool:
         return self.logprobs is not None
 
 
-class ForwardedChatBody(CompletionsBody):
+class ForwardedChatBody(ChatPrompt):
     """A conversation that the upstream answers; fields that are not listed go to it as they are."""
 
     model_config = ConfigDict(extra="allow")
-    messages: Messages = Field(min_length=1, description="expected a list of messages")
-
-    is_chat: ClassVar[bool] = True
-
-    @property
-    def item(self) -> Item:
-        return to_runtime(self.messages, "messages")
 
 
-class ForwardedTextBody(CompletionsBody):
+class ForwardedTextBody(TextPrompt):
     """A text that the upstream completes; fields that are not listed go to it as they are."""
 
     model_config = ConfigDict(extra="allow")
-    prompt: Text = Field(description="expected a text")
-
-    @property
-    def item(self) -> Item:
-        return self.prompt
 
 
 def add(routes: APIRouter, service: Service) -> None:
@@ -231,9 +230,7 @@ async def _respond(service: Service, request: Request, body: CompletionsBody) ->
     if not body.stream:
         return json_response(answer)
     with_usage = body.stream_options is not None and body.stream_options.include_usage
-    events = completions_events(answer, is_chat=body.is_chat, with_usage=with_usage)
-    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-    return StreamingResponse(events, 200, headers, "text/event-stream")
+    return event_stream(completions_events(answer, is_chat=body.is_chat, with_usage=with_usage))
 
 
 def _rule(service: Service, body: CompletionsBody) -> Rule:

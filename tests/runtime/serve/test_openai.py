@@ -199,7 +199,7 @@ def test_at_the_deadline_the_best_of_what_came(behind):
     assert [failure["reason"] for failure in answer.bonnx["failures"]] == [
         "the deadline passed before the upstream was done"
     ] * len(answer.bonnx["failures"])
-    _until(lambda: upstream.cancelled)
+    assert upstream.wait_for_cancellation()
 
 
 def test_the_request_ends_in_time_without_a_deadline_of_its_own(behind):
@@ -235,7 +235,7 @@ def test_a_client_that_leaves_cancels_the_upstream(behind):
     client, upstream = behind(fake.silence)
     with pytest.raises(openai.APITimeoutError):
         client.with_options(timeout=1.0).completions.create(model="countdown", prompt=PUZZLE)
-    _until(lambda: upstream.cancelled)
+    assert upstream.wait_for_cancellation()
 
 
 def test_a_completion_that_is_too_long_cannot_win(behind, model):
@@ -259,7 +259,7 @@ def test_an_error_of_the_scorer_does_not_wait_for_the_upstream(behind):
     with pytest.raises(openai.BadRequestError, match="64"):
         client.completions.create(model="countdown", prompt="1," * 60)
     assert time.monotonic() - start < 15
-    _until(lambda: upstream.cancelled)
+    assert upstream.wait_for_cancellation()
 
 
 def test_every_chunk_has_a_choice_unless_the_usage_is_asked_for(behind):
@@ -341,10 +341,3 @@ def test_a_name_of_its_own_and_web_pages_of_others(engine):
             answer = client.completions.create(model="puzzler", prompt=PUZZLE, extra_body={"best_of": 2})
             assert answer.model == "puzzler"
             assert not math.isnan(answer.bonnx["scores"][0])
-
-
-def _until(condition):
-    end = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)

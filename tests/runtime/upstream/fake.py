@@ -37,6 +37,13 @@ class FakeUpstream:
         self._server.should_exit = self._server.force_exit = True
         self._thread.join(10)
 
+    def wait_for_cancellation(self):
+        """Wait until the client has given up a request; how many it has given up."""
+        end = time.monotonic() + 30
+        while not self.cancelled and time.monotonic() < end:
+            time.sleep(0.02)
+        return self.cancelled
+
     async def _answer(self, request):
         body = await request.json()
         self.bodies.append(body)

@@ -1,7 +1,6 @@
 """Completions from a server that speaks OpenAI's protocol, well or badly."""
 
 import asyncio
-import time
 
 import pytest
 
@@ -162,7 +161,7 @@ def test_the_deadline_keeps_what_has_come():
         arrivals = collect(upstream.url, CHAT, 2, seconds=1.0)
         assert texts(arrivals) == ["now"]
         assert failures(arrivals) == ["the deadline passed before the upstream was done"]
-        _until(lambda: upstream.cancelled == 1)
+        assert upstream.wait_for_cancellation() == 1
 
 
 def test_leaving_cancels_the_requests():
@@ -175,7 +174,7 @@ def test_leaving_cancels_the_requests():
 
     with FakeUpstream(fake.silence) as upstream:
         asyncio.run(run(upstream.url))
-        _until(lambda: upstream.cancelled == 1)
+        assert upstream.wait_for_cancellation() == 1
 
 
 def test_more_than_was_asked_for_is_not_taken():
@@ -239,10 +238,3 @@ def test_a_key_is_read_from_a_file_or_the_environment_and_never_shown(tmp_path, 
 async def _first(arrivals):
     async for arrival in arrivals:
         return arrival
-
-
-def _until(condition):
-    end = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
