@@ -1,20 +1,25 @@
 """The simplest server, as a baseline: each request is one run in a thread of FastAPI's pool.
 
-`python -m benchmarks.plain_server ARTIFACT PORT`
+`python -m benchmarks.plain_server ARTIFACT PORT [UPSTREAM THREADS]`; with an upstream it is the simplest gateway,
+too: it collects the completions, and ranks them when all have come.
 """
 
 from __future__ import annotations
 
 import sys
+from contextlib import aclosing
 from typing import Any
 
 import fastapi
 import pydantic
 import uvicorn
+from starlette.concurrency import run_in_threadpool
 
 import bonnx
 
-model = bonnx.load(sys.argv[1]) if __name__ == "__main__" else None
+threads = int(sys.argv[4]) if len(sys.argv) > 4 else None
+model = bonnx.load(sys.argv[1], threads=threads) if __name__ == "__main__" else None
+upstream = bonnx.Upstream(sys.argv[3], "timed") if len(sys.argv) > 3 else None
 app = fastapi.FastAPI()
 
 
@@ -36,6 +41,25 @@ def best_of_n(body: RankBody) -> dict[str, Any]:
     assert body.n is not None
     generation = model.generate(body.prompt, n=body.n, seed=body.seed)
     return {"best_index": generation.best_index, "texts": [candidate.text for candidate in generation.candidates]}
+
+
+class CompletionsBody(pydantic.BaseModel):
+    """A request to the gateway, with fields as in `bonnx serve`."""
+
+    prompt: str
+    best_of: int
+    user: str
+
+
+@app.post("/v1/completions")
+async def completions(body: CompletionsBody) -> dict[str, Any]:
+    assert model is not None
+    assert upstream is not None
+    async with aclosing(upstream.sample({"prompt": body.prompt, "user": body.user}, body.best_of)) as arrivals:
+        texts = [arrival.text async for arrival in arrivals if isinstance(arrival, bonnx.Completion)]
+    ranking = await run_in_threadpool(model.rank, body.prompt, texts)
+    choice = {"index": 0, "text": texts[ranking.best_index], "finish_reason": "stop"}
+    return {"choices": [choice], "scores": ranking.candidate_scores.tolist()}
 
 
 if __name__ == "__main__":
