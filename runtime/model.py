@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from .protocol import ModelLike
+    from .search.artifact_tree import ScoreFunction
     from .search.policy import Policy
     from .search.result import SearchResult
-    from .search.tree import ScoreFunction
 
 __all__ = ["Model", "load"]
 

@@ -16,7 +16,7 @@ from bonnx.models.countdown.train import MAX_NEW_TOKENS
 from bonnx.models.countdown.vocabulary import STEP
 from bonnx.runtime.generate.options import check_options
 from bonnx.runtime.generate.result import FINISH_REASONS
-from bonnx.runtime.search.tree import Tree
+from bonnx.runtime.search.artifact_tree import ArtifactTree
 
 __all__ = ["BUDGETS", "CHAINS", "METHODS", "POOL", "PRUNED", "Task", "compute", "plan", "puzzles"]
 
@@ -83,7 +83,7 @@ def _sample(model: bonnx.Model, puzzle: Puzzle, count: int, seed: int) -> dict[s
     engine = model._engine
     ids, stops = engine.reader.prompt(puzzle.prompt), engine.reader.stops(None, engine.manifest.scoring)
     options = check_options({"n": count, "seed": seed, "max_new_tokens": MAX_NEW_TOKENS}, stops, "last", MAX_NEW_TOKENS)
-    tree = Tree(engine, ids, options, with_certainty=True)
+    tree = ArtifactTree(engine, ids, options, with_certainty=True)
     branches = tree.roots(count)
     tree.grow(branches, whole=True)
     assert engine.reader.tokenizer is not None

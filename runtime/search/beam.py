@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 from bonnx.errors import InputError
@@ -13,7 +13,7 @@ from ..checks import check_flag, check_whole
 from ..generate.decoding import STOP
 from .count import Count, as_count, check_count
 from .method import Method
-from .tree import Branch, Tree
+from .tree import B, Branch, Tree
 
 __all__ = ["Beam", "DiverseTrees", "Lookahead"]
 
@@ -41,7 +41,7 @@ class Beam(Method):
         check_flag("distinct", self.distinct)
         check_whole("rounds", self.rounds, 1)
 
-    def run(self, tree: Tree, budget: int, begun: Sequence[Branch] = ()) -> list[Branch]:
+    def run(self, tree: Tree[B], budget: int, begun: Sequence[B] = ()) -> list[B]:
         """The finished branches."""
         return self._search(tree, [budget], self._width(budget))
 
@@ -51,13 +51,13 @@ class Beam(Method):
             raise InputError(f"budget: {budget} beams are fewer than the width, {width}; expected at least as many")
         return width
 
-    def _search(self, tree: Tree, sizes: Sequence[int], width: int, steps: int = 0) -> list[Branch]:
+    def _search(self, tree: Tree[B], sizes: Sequence[int], width: int, steps: int = 0) -> list[B]:
         """Beam search in independent groups of these sizes."""
         active = tree.roots(sum(sizes))
         groups = [group for group, size in enumerate(sizes) for _ in range(size)]
         for branch, group in zip(active, groups, strict=True):
             branch.group = group
-        left, done = list(sizes), list[Branch]()
+        left, done = list(sizes), list[B]()
         for round_ in range(self.rounds + 1):
             tree.grow(active, whole=round_ == self.rounds)
             values, beyond = _values(tree, active, steps)
@@ -103,7 +103,7 @@ class Lookahead(Beam):
         super().__post_init__()
         check_whole("steps", self.steps, 1)
 
-    def run(self, tree: Tree, budget: int, begun: Sequence[Branch] = ()) -> list[Branch]:
+    def run(self, tree: Tree[B], budget: int, begun: Sequence[B] = ()) -> list[B]:
         """The finished branches."""
         beams = budget // (self.steps + 1)
         if beams < 1:
@@ -115,7 +115,7 @@ class Lookahead(Beam):
 class DiverseTrees(Beam):
     """Diverse verifier tree search (Beeching et al., 2024): N / M independent beam searches of M beams."""
 
-    def run(self, tree: Tree, budget: int, begun: Sequence[Branch] = ()) -> list[Branch]:
+    def run(self, tree: Tree[B], budget: int, begun: Sequence[B] = ()) -> list[B]:
         """The finished branches."""
         width = self._width(budget)
         count = budget // width
@@ -124,16 +124,16 @@ class DiverseTrees(Beam):
 
 
 def _repeated(active: Sequence[Branch], members: Sequence[int]) -> set[int]:
-    """The branches whose tokens are those of an earlier one."""
-    seen, repeated = set[tuple[int, ...]](), set[int]()
+    """The branches that say what an earlier one says."""
+    seen, repeated = set[Hashable](), set[int]()
     for i in members:
-        written = tuple(active[i].tokens)
+        written = active[i].written
         repeated |= {i} if written in seen else set()
         seen.add(written)
     return repeated
 
 
-def _values(tree: Tree, active: Sequence[Branch], steps: int) -> tuple[Array, dict[int, Branch]]:
+def _values(tree: Tree[B], active: Sequence[B], steps: int) -> tuple[Array, dict[int, B]]:
     """The score of each branch, and the lookahead of those that have one."""
     if not steps:
         return tree.rate(active), {}

@@ -12,7 +12,7 @@ from bonnx.errors import InputError, near_miss
 from ..arrays import Array
 from ..checks import shown
 from .choice import choose
-from .tree import Branch, Tree
+from .tree import B, Branch, Tree
 
 __all__ = ["Finalists", "Method", "check_settings", "method_named"]
 
@@ -51,7 +51,7 @@ class Method:
     continues_probe: ClassVar[bool] = False
     needs_own_tree: ClassVar[bool] = False
 
-    def run(self, tree: Tree, budget: int, begun: Sequence[Branch] = ()) -> list[Branch]:
+    def run(self, tree: Tree[B], budget: int, begun: Sequence[B] = ()) -> list[B]:
         """The candidates.
 
         Args:

@@ -10,7 +10,7 @@ import numpy as np
 from ..checks import check_number, check_whole
 from ..generate.decoding import PRUNED, survivors
 from .method import Method
-from .tree import Branch, Tree
+from .tree import B, Tree
 
 __all__ = ["Pruned"]
 
@@ -31,7 +31,7 @@ class Pruned(Method):
         check_whole("every", self.every, 1)
         check_number("keep", self.keep, gt=0, le=1)
 
-    def run(self, tree: Tree, budget: int, begun: Sequence[Branch] = ()) -> list[Branch]:
+    def run(self, tree: Tree[B], budget: int, begun: Sequence[B] = ()) -> list[B]:
         """All branches, including the pruned ones."""
         branches, length = tree.roots(budget), 0
         race = np.ones(budget, bool)

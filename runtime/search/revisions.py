@@ -6,7 +6,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import numpy as np
 
@@ -15,10 +15,11 @@ from bonnx.errors import InputError
 from ..arrays import Array
 from ..checks import check_whole
 from ..generate.decoding import LENGTH, generate_feeds
+from .artifact_tree import ArtifactBranch, ArtifactTree
 from .choice import choose_in_chains
 from .count import Count, as_count, check_count
 from .method import Finalists, Method
-from .tree import Branch, Tree
+from .tree import B, Tree
 
 __all__ = ["Revisions"]
 
@@ -45,25 +46,26 @@ class Revisions(Method):
         check_count("chains", self.chains)
         check_whole("memory", self.memory, 1)
 
-    def run(self, tree: Tree, budget: int, begun: Sequence[Branch] = ()) -> list[Branch]:
+    def run(self, tree: Tree[B], budget: int, begun: Sequence[B] = ()) -> list[B]:
         """Every attempt; `group` is its chain."""
         count = as_count(self.chains, budget)
         if budget < count:
             raise InputError(f"budget: {budget} attempts are fewer than {count} chains; expected at least as many")
-        done: list[list[Branch]] = [[] for _ in range(count)]
+        own = cast(ArtifactTree, tree)
+        done: list[list[ArtifactBranch]] = [[] for _ in range(count)]
         for _ in range(budget // count):
-            for chain, attempt in zip(done, self._attempt(tree, done), strict=True):
+            for chain, attempt in zip(done, self._attempt(own, done), strict=True):
                 chain.append(attempt)
-        return [attempt for chain in done for attempt in chain]
+        return cast(list[B], [attempt for chain in done for attempt in chain])
 
-    def _attempt(self, tree: Tree, done: list[list[Branch]]) -> list[Branch]:
+    def _attempt(self, tree: ArtifactTree, done: list[list[ArtifactBranch]]) -> list[ArtifactBranch]:
         """The next attempt of every chain; chains with the same context get different candidates.
 
         A context that recurs, because the memory holds the same attempts again, gets another seed: with the same one
         it would get the same attempt as before.
         """
         contexts = [tuple(self._context(tree, chain)) for chain in done]
-        repeats, attempts_of = Counter(contexts), dict[tuple[int, ...], list[Branch]]()
+        repeats, attempts_of = Counter(contexts), dict[tuple[int, ...], list[ArtifactBranch]]()
         kinds = {context: (count, tree.draws[context]) for context, count in repeats.items()}
         for kind in sorted(set(kinds.values())):
             batch = [context for context in repeats if kinds[context] == kind]
@@ -76,7 +78,7 @@ class Revisions(Method):
             attempts.append(attempt)
         return attempts
 
-    def _context(self, tree: Tree, chain: list[Branch]) -> list[int]:
+    def _context(self, tree: ArtifactTree, chain: list[ArtifactBranch]) -> list[int]:
         ids: list[int] = tree.prompt.tolist()
         for attempt in chain[-self.memory :]:
             ids += attempt.tokens
@@ -117,7 +119,9 @@ def _seed(seed: int, again: int) -> int:
     return (seed + again * 0x9E3779B97F4A7C15 + 2**63) % 2**64 - 2**63
 
 
-def _generate(tree: Tree, contexts: list[tuple[int, ...]], count: int, again: int) -> list[list[Branch]]:
+def _generate(
+    tree: ArtifactTree, contexts: list[tuple[int, ...]], count: int, again: int
+) -> list[list[ArtifactBranch]]:
     """`count` completions of each context, which was drawn from `again` times before: one run of one graph."""
     width = max(map(len, contexts))
     ids, mask = np.zeros((2, len(contexts), width), np.int64)
@@ -133,13 +137,12 @@ def _generate(tree: Tree, contexts: list[tuple[int, ...]], count: int, again: in
     tree.cost.scored_tokens += int(computed) if tree.scorer is None else 0
     return [
         [
-            Branch(
-                n,
-                (0, 0.0, 0.0),
-                tokens[n, b, : lengths[n, b]].tolist(),
-                scores[n, b, : lengths[n, b]].tolist(),
-                log_probs[n, b, : lengths[n, b]].tolist(),
+            ArtifactBranch(
+                tokens=tokens[n, b, : lengths[n, b]].tolist(),
                 reason=int(reasons[n, b]),
+                number=n,
+                scores=scores[n, b, : lengths[n, b]].tolist(),
+                log_probs=log_probs[n, b, : lengths[n, b]].tolist(),
             )
             for n in range(count)
         ]

@@ -15,7 +15,7 @@ from bonnx.errors import InputError
 from ..arrays import Array
 from ..checks import check_number, check_whole, shown
 from .method import Finalists, Method
-from .tree import Branch, Tree
+from .tree import B, Tree
 
 __all__ = ["Adaptive", "Sampling", "SelfCertainty", "borda", "leader_is_safe", "worth_one_more"]
 
@@ -26,7 +26,7 @@ class Sampling(Method):
 
     continues_probe: ClassVar[bool] = True
 
-    def run(self, tree: Tree, budget: int, begun: Sequence[Branch] = ()) -> list[Branch]:
+    def run(self, tree: Tree[B], budget: int, begun: Sequence[B] = ()) -> list[B]:
         """The finished branches, including those that are finished already."""
         fresh = tree.roots(max(0, budget - len(begun)))
         tree.grow(fresh, whole=True)
@@ -90,7 +90,7 @@ class Adaptive(Method):
         if not isinstance(self.rule, str) or self.rule not in ("auto", "gain", "leader"):
             raise InputError(f"rule: expected auto, gain or leader; got {shown(self.rule)}")
 
-    def run(self, tree: Tree, budget: int, begun: Sequence[Branch] = ()) -> list[Branch]:
+    def run(self, tree: Tree[B], budget: int, begun: Sequence[B] = ()) -> list[B]:
         """The finished branches: the first ones of `Sampling`, including those that are finished already."""
         if self.rule == "leader" and tree.answer_of is None:
             raise InputError("rule: 'leader' needs a vote; pass answers, and vote='weighted' or 'majority'")
@@ -101,7 +101,7 @@ class Adaptive(Method):
             done += batch
         return done
 
-    def _is_enough(self, tree: Tree, done: Sequence[Branch]) -> bool:
+    def _is_enough(self, tree: Tree[B], done: Sequence[B]) -> bool:
         answers = None if tree.answer_of is None else [tree.answer_of(branch) for branch in done]
         return self.is_enough(lambda: tree.judge(done), answers)
 

@@ -25,6 +25,7 @@ from ..generate.result import FINISH_REASONS, Candidate
 from ..rank.result import winner
 from ..selection.vote import Answers, Ballot, check_answers, make_ballot
 from ..text.reader import Item
+from .artifact_tree import ArtifactBranch, ArtifactTree, ScoreFunction
 from .beam import Beam, DiverseTrees, Lookahead
 from .method import Finalists, Method, check_settings, method_named
 from .policy import Policy, read_policy
@@ -32,7 +33,6 @@ from .pruning import Pruned
 from .result import SearchResult
 from .revisions import Revisions
 from .sampling import Adaptive, Sampling, SelfCertainty
-from .tree import Branch, ScoreFunction, Tree
 
 __all__ = ["METHODS", "search"]
 
@@ -113,7 +113,7 @@ class SearchRequest:
         }
         return dataclasses.replace(result, policy=judged)
 
-    def _tree(self, runner: Method, method: str, budget: int) -> Tree:
+    def _tree(self, runner: Method, method: str, budget: int) -> ArtifactTree:
         """Check the options, and make a tree without branches."""
         check_whole("budget", budget, 1)
         self.engine.session("prefill")
@@ -121,7 +121,7 @@ class SearchRequest:
         options: GenerateOptions = {**self.sampling, "n": int(budget)}
         checked = options_within(self.engine, self.prompt, options, runner.room(limit, length))
         runner.check_length(checked.max_new_tokens, limit, length)
-        tree = Tree(self.engine, self.prompt, checked, self.scorer, self.until)
+        tree = ArtifactTree(self.engine, self.prompt, checked, self.scorer, self.until)
         tree.with_certainty = runner.needs_certainty
         tree.answer_of, tree.weighs = self._answer_of(method), self._vote(method) == "weighted"
         return tree
@@ -136,7 +136,7 @@ class SearchRequest:
             return self.vote
         return default or ("score" if self.answers is None else "weighted")
 
-    def _answer_of(self, method: str) -> Callable[[Branch], Hashable | None] | None:
+    def _answer_of(self, method: str) -> Callable[[ArtifactBranch], Hashable | None] | None:
         """What one branch votes for, if the method votes."""
         vote = self._vote(method)
         # Refused before anything is computed.
@@ -144,7 +144,7 @@ class SearchRequest:
         if vote == "score":
             return None
 
-        def answer_of(branch: Branch) -> Hashable | None:
+        def answer_of(branch: ArtifactBranch) -> Hashable | None:
             text = self._text(branch)
             items = [branch.tokens if text is None else text]
             answers = make_ballot("score", self.answers, items, "candidates").answers
@@ -153,18 +153,18 @@ class SearchRequest:
         return answer_of
 
     def _ballot(self, vote: str, items: Sequence[str | list[int]]) -> Ballot:
-        # The caller's own scores are weights as they are; `Tree` refuses those below 0.
+        # The caller's own scores are weights as they are; the tree refuses those below 0.
         scoring = self.engine.manifest.scoring if self.scorer is None else None
         return make_ballot("score" if vote == "borda" else vote, self.answers, items, "candidates", (), scoring)
 
-    def _text(self, branch: Branch) -> str | None:
+    def _text(self, branch: ArtifactBranch) -> str | None:
         """The text of a branch; None where there is no tokenizer."""
         tokenizer = self.engine.reader.tokenizer
         if tokenizer is None:
             return None
         return tokenizer.decode(branch.tokens, self.prompt.tolist(), FINISH_REASONS[branch.reason])
 
-    def _result(self, tree: Tree, branches: list[Branch], runner: Method, method: str) -> SearchResult:
+    def _result(self, tree: ArtifactTree, branches: list[ArtifactBranch], runner: Method, method: str) -> SearchResult:
         vote = self._vote(method)
         scores = np.where([b.reason == PRUNED for b in branches], np.float32(np.nan), tree.judge(branches))
         candidates = [self._candidate(b, score) for b, score in zip(branches, scores.tolist(), strict=True)]
@@ -186,7 +186,7 @@ class SearchRequest:
             leaves=[-1 if branch.node is None else branch.node for branch in branches],
         )
 
-    def _candidate(self, branch: Branch, score: float) -> Candidate:
+    def _candidate(self, branch: ArtifactBranch, score: float) -> Candidate:
         return Candidate(
             self._text(branch),
             np.array(branch.tokens, np.int64),
