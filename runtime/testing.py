@@ -20,6 +20,7 @@ from .selection.aggregate import aggregate, aggregation_code, is_stepwise
 from .selection.vote import Answers, check_weight, make_ballot
 from .text.padding import pad, step_mask
 from .text.reader import Item, check_stop, none_readable
+from .text.stops import Stops
 from .text.tokenizer import NO_TOKENS
 
 if TYPE_CHECKING:
@@ -152,7 +153,7 @@ class FakeModel:
             check_function("on_progress", on_progress)
         if options.get("stop") is not None:
             check_stop(options["stop"])
-        request = check_options(options, (), self._aggregation, _LONGEST)
+        request = check_options(options, Stops(), self._aggregation, _LONGEST)
         texts = [self._complete(prompt, i) for i in range(request.n)]
         for i, text in enumerate(texts):
             if not isinstance(text, str):

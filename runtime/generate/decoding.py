@@ -46,10 +46,18 @@ class Growing:
         reasons: (n,) int64, an index into `FINISH_REASONS`, or -1 while a candidate grows.
         kept: (n,) bool, whether it has survived every pruning.
         computed: tokens that the network has read.
+
+    Args:
+        options: how to generate.
+        step_token: ends a step, for the step aggregations.
+        ends: whether the last of a candidate's tokens (length,) completes a stop text; only tokens end them without it.
     """
 
-    def __init__(self, options: CheckedOptions, step_token: int | None) -> None:
+    def __init__(
+        self, options: CheckedOptions, step_token: int | None, ends: Callable[[Array], bool] | None = None
+    ) -> None:
         n = options.n
+        self._ends = ends
         self.options, self.step_token = options, step_token
         self.tokens = np.zeros((n, 0), np.int64)
         self.scores, self.log_probs = np.zeros((2, n, 0), np.float32)
@@ -69,6 +77,10 @@ class Growing:
         self.lengths[numbers] += 1
         self.computed += len(numbers)
         self.reasons[numbers[np.isin(tokens, self.options.stop_tokens)]] = STOP
+        if self._ends is not None:
+            for number in numbers[self.reasons[numbers] < 0]:
+                if self._ends(self.tokens[number, : self.lengths[number]]):
+                    self.reasons[number] = STOP
 
     def select(self) -> tuple[Array, int]:
         """Each candidate's score (n,) as it stands, NaN for a pruned one, and the best index, -1 if nothing can win."""
@@ -172,6 +184,7 @@ def decode_all(
     options: CheckedOptions,
     step_token: int | None,
     deadline: float | None,
+    ends: Callable[[Array], bool] | None = None,
 ) -> Iterator[Growing]:
     """Generate; the same object is yielded after every token.
 
@@ -181,8 +194,9 @@ def decode_all(
         options: how to generate.
         step_token: ends a step, for the step aggregations.
         deadline: on the clock of `time.monotonic`, or None.
+        ends: as in `Growing`.
     """
-    growing = Growing(options, step_token)
+    growing = Growing(options, step_token, ends)
     first, fixed = prefill(session, prompt, options, options.n)
     rows = CachedRows(session("decode"), fixed)
     rows.join([rows.blank()] * options.n)

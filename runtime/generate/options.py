@@ -16,6 +16,7 @@ from bonnx.errors import InputError, near_miss
 from ..arrays import Array
 from ..checks import Bounds, check_number, check_whole
 from ..selection.aggregate import aggregation_code
+from ..text.stops import Stops
 
 __all__ = [
     "DEFAULTS",
@@ -77,8 +78,8 @@ class GenerateOptions(TypedDict, total=False):
     stop: Annotated[
         Sequence[int | str] | None,
         Meta(
-            description="tokens that end a completion, as ids or as texts of one token each; by default the artifact's "
-            "own"
+            description="what ends a completion: texts, which its text then ends before, and token ids; by default the "
+            "artifact's own tokens"
         ),
     ]
     aggregation: Annotated[
@@ -160,6 +161,11 @@ def shows_options(names: Sequence[str] = tuple(DEFAULTS)) -> Callable[[_Method],
 class CheckedOptions:
     """The options of one generation, complete and checked.
 
+    Attributes:
+        stop_tokens: end a completion.
+        stop_texts: likewise; a completion's text ends before them.
+        stops_in_text: whether they are looked for in the text, by the host, since they can reach over several tokens.
+
     Raises:
         InputError: an option is invalid; it is named.
     """
@@ -174,6 +180,8 @@ class CheckedOptions:
     aggregation: str
     prune_every: int
     prune_keep: float
+    stop_texts: tuple[str, ...] = ()
+    stops_in_text: bool = False
 
     def __post_init__(self) -> None:
         aggregation_code(self.aggregation)
@@ -193,9 +201,7 @@ class CheckedOptions:
         }
 
 
-def check_options(
-    options: GenerateOptions, stop_tokens: tuple[int, ...], aggregation: str, max_new_tokens: int
-) -> CheckedOptions:
+def check_options(options: GenerateOptions, stops: Stops, aggregation: str, max_new_tokens: int) -> CheckedOptions:
     """Check the options and fill in the defaults.
 
     Raises:
@@ -208,4 +214,4 @@ def check_options(
     chosen = {name: value for name, value in options.items() if value is not None}
     filled: dict[str, Any] = {**DEFAULTS, "aggregation": aggregation, "max_new_tokens": max_new_tokens, **chosen}
     del filled["stop"]
-    return CheckedOptions(stop_tokens=stop_tokens, **filled)
+    return CheckedOptions(stop_tokens=stops.tokens, stop_texts=stops.texts, stops_in_text=stops.in_text, **filled)

@@ -61,7 +61,9 @@ def read_request(engine: Engine, prompt: Item, options: GenerateOptions) -> Gene
     engine.session("generate")
     ids = engine.reader.prompt(prompt)
     checked = options_within(engine, ids, options, engine.manifest.limits.max_tokens - len(ids))
-    return GenerateRequest(ids, checked, len(ids) + checked.max_new_tokens <= engine.joint_limit)
+    return GenerateRequest(
+        ids, checked, len(ids) + checked.max_new_tokens <= engine.joint_limit and not checked.stops_in_text
+    )
 
 
 def options_within(engine: Engine, prompt: Array, options: GenerateOptions, room: int) -> CheckedOptions:

@@ -22,9 +22,10 @@ class Candidate(Result):
     """One completion.
 
     Attributes:
-        text: the text that it adds to the prompt's, without special tokens and without the artifact's own end or stop
-            token (a stop token that the caller chose stays); None if the artifact has no tokenizer.
-        tokens: (length,) int64, the stop token included.
+        text: the text that it adds to the prompt's, without special tokens. It ends before the artifact's own end or
+            stop token and before a stop text of the caller; a stop token that the caller passed as an id stays. None
+            if the artifact has no tokenizer.
+        tokens: (length,) int64: all that were drawn, the stop token or those of the stop text included.
         scores: (length,) float32, the scorer's value at each token.
         log_probs: (length,) float32, of each token under the model itself (temperature 1, unfiltered), in nats.
         score: the candidate's score; NaN for one that cannot win.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 
 from ..arrays import Array
@@ -9,6 +10,7 @@ from ..engine.engine import Engine
 from ..engine.session import Stop
 from ..text.padding import pad
 from .decoding import decode_all, generate_feeds
+from .options import CheckedOptions
 from .request import GenerateRequest
 from .result import FINISH_REASONS, Candidate, Generation
 
@@ -22,6 +24,8 @@ _Decode = Callable[[list[int], list[int], str | None], str] | None
 def run_together(engine: Engine, requests: Sequence[GenerateRequest], stop: Stop | None = None) -> list[Generation]:
     """Generate for requests of equal keys in one run; `best_index` is -1 where nothing can win."""
     options, scoring = requests[0].options, engine.manifest.scoring
+    if options.stops_in_text:
+        return [_in_a_loop(engine, request, stop) for request in requests]
     prompts, mask = pad([request.prompt for request in requests], scoring.pad_token)
     feeds = generate_feeds(prompts, mask, options, scoring.step_token)
     outputs = engine.session("generate").run(feeds, _OUTPUTS, stop)
@@ -30,11 +34,26 @@ def run_together(engine: Engine, requests: Sequence[GenerateRequest], stop: Stop
     for b, request in enumerate(requests):
         parts = (tokens, scores, log_probs, lengths, candidate_scores, reasons)
         rows = zip(*(array[:, b] for array in parts), strict=True)
-        candidates = [make_candidate(_decode(engine), request.prompt, *row) for row in rows]
+        candidates = [make_candidate(_decode(engine, options), request.prompt, *row) for row in rows]
         # Each token of a candidate is read once, for its score.
         computed = int(lengths[:, b].sum())
         results.append(Generation(int(best[b]), candidates, len(request.prompt), computed, options.aggregation))
     return results
+
+
+def _in_a_loop(engine: Engine, request: GenerateRequest, stop: Stop | None) -> Generation:
+    """Generate token by token, because only the host sees the text.
+
+    Raises:
+        InterruptedError: `stop` was set.
+    """
+    result: Generation | None = None
+    for state in stream(engine, request, None):
+        result = state
+        if stop is not None and stop.terminate:
+            raise InterruptedError("the generation was stopped")
+    assert result is not None
+    return result
 
 
 def stream(engine: Engine, request: GenerateRequest, deadline: float | None) -> Iterator[Generation]:
@@ -45,17 +64,27 @@ def stream(engine: Engine, request: GenerateRequest, deadline: float | None) -> 
         request: made by `read_request`.
         deadline: on the clock of `time.monotonic`, or None.
     """
-    step_token = engine.manifest.scoring.step_token
-    for growing in decode_all(engine.session, request.prompt, request.options, step_token, deadline):
+    step_token, decode = engine.manifest.scoring.step_token, _decode(engine, request.options)
+    ends = _ends_in_stop(engine, request)
+    for growing in decode_all(engine.session, request.prompt, request.options, step_token, deadline, ends):
         candidate_scores, best = growing.select()
         parts = (growing.tokens, growing.scores, growing.log_probs, growing.lengths, candidate_scores, growing.reasons)
-        candidates = [make_candidate(_decode(engine), request.prompt, *row) for row in zip(*parts, strict=True)]
+        candidates = [make_candidate(decode, request.prompt, *row) for row in zip(*parts, strict=True)]
         yield Generation(best, candidates, len(request.prompt), growing.computed, request.options.aggregation)
 
 
-def _decode(engine: Engine) -> _Decode:
+def _decode(engine: Engine, options: CheckedOptions) -> _Decode:
     tokenizer = engine.reader.tokenizer
-    return None if tokenizer is None else tokenizer.decode
+    return None if tokenizer is None else functools.partial(tokenizer.decode, stop_texts=options.stop_texts)
+
+
+def _ends_in_stop(engine: Engine, request: GenerateRequest) -> Callable[[Array], bool] | None:
+    """Whether the last token of a completion completes a stop text; None if its tokens alone say so."""
+    tokenizer, options = engine.reader.tokenizer, request.options
+    if tokenizer is None or not options.stops_in_text:
+        return None
+    before = request.prompt.tolist()
+    return lambda tokens: tokenizer.ends_in_stop(tokens.tolist(), before, options.stop_texts)
 
 
 def make_candidate(

@@ -209,13 +209,20 @@ class ArtifactTree(Tree[ArtifactBranch]):
 
     def _ends(self, branch: ArtifactBranch, *, late: bool) -> bool:
         """Whether a branch has ended; sets its reason."""
-        if branch.tokens[-1] in self.options.stop_tokens:
+        if branch.tokens[-1] in self.options.stop_tokens or self._ends_in_stop(branch):
             branch.reason = STOP
         elif len(branch.tokens) >= self.options.max_new_tokens:
             branch.reason = LENGTH
         elif late:
             branch.reason = DEADLINE
         return branch.reason >= 0
+
+    def _ends_in_stop(self, branch: ArtifactBranch) -> bool:
+        """Whether the last token completes a stop text of several tokens."""
+        tokenizer, options = self.engine.reader.tokenizer, self.options
+        if tokenizer is None or not options.stops_in_text:
+            return False
+        return tokenizer.ends_in_stop(branch.tokens, self.prompt.tolist(), options.stop_texts)
 
     def _ends_step(self, branch: ArtifactBranch) -> bool:
         # A stop token after a step belongs to it; otherwise every fork would only end again.

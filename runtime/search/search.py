@@ -162,7 +162,8 @@ class SearchRequest:
         tokenizer = self.engine.reader.tokenizer
         if tokenizer is None:
             return None
-        return tokenizer.decode(branch.tokens, self.prompt.tolist(), FINISH_REASONS[branch.reason])
+        stop_texts = [stop for stop in self.sampling.get("stop") or () if isinstance(stop, str)]
+        return tokenizer.decode(branch.tokens, self.prompt.tolist(), FINISH_REASONS[branch.reason], stop_texts)
 
     def _result(self, tree: ArtifactTree, branches: list[ArtifactBranch], runner: Method, method: str) -> SearchResult:
         vote = self._vote(method)

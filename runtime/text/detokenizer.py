@@ -29,7 +29,7 @@ class Detokenizer:
     """
 
     def __init__(self, tokenizer: Tokenizer, special: Collection[int]) -> None:
-        self._tokenizer, self._special = tokenizer, special
+        self._tokenizer, self._special = tokenizer, set(special)
         self._opening: list[int] = tokenizer.encode("", add_special_tokens=True).ids
         self._bytes = self._byte_tokens()
 
@@ -62,6 +62,15 @@ class Detokenizer:
             if whole == stable:  # all characters are complete: what follows needs only the last tokens as context
                 context, start, written = [*context, *ids[start:end]][-_CONTEXT:], end, 0
         return result
+
+    def longer_tokens(self, token: int) -> list[int]:
+        """The other tokens whose text holds the text of a token; none for a special token."""
+        own = self._tokenizer.id_to_token(token)
+        if own is None or token in self._special or token in self._bytes:
+            return []
+        vocabulary = self._tokenizer.get_vocab().items()
+        apart = self._special | self._bytes.keys() | {token}
+        return sorted(i for text, i in vocabulary if own in text and i not in apart)
 
     def _context(self, before: Sequence[int]) -> list[int]:
         """The tokens before a completion that decide how it is decoded; none where it begins a text."""

@@ -15,6 +15,7 @@ from ..arrays import Array
 from ..artifact.manifest import Manifest, Scoring
 from ..checks import ARGUMENTS, ArgumentNames, is_list, shown
 from .compose import Composer, Item, TextItem, is_text
+from .stops import Stops
 from .tokenizer import NO_TOKENS, TokenizedRow, Tokenizer
 
 __all__ = [
@@ -25,6 +26,9 @@ __all__ = [
     "check_stop",
     "none_readable",
 ]
+
+# A growing text is compared with each of them after every token.
+_LONGEST_STOP = 1000
 
 
 def check_stop(stop: object) -> None:
@@ -275,25 +279,30 @@ class Reader:
         ids: list[int] = self._array(tokens, "tokens").tolist()
         return [f"{token} " for token in ids] if self.tokenizer is None else self.tokenizer.pieces(ids)
 
-    def stops(self, stop: Sequence[int | str] | None, scoring: Scoring) -> tuple[int, ...]:
-        """The tokens that end a completion: those in `stop`, or by default the artifact's own.
+    def stops(self, stop: Sequence[int | str] | None, scoring: Scoring) -> Stops:
+        """What ends a completion: the tokens and texts in `stop`, or by default the artifact's own tokens.
 
         Raises:
-            InputError: a text that is not one token, or an id outside the vocabulary.
+            InputError: a text that no completion can contain, or an id outside the vocabulary.
         """
         if stop is None:
             end = [] if scoring.end_token is None else [scoring.end_token]
-            return tuple(dict.fromkeys([*end, *scoring.stop_tokens]))
+            return Stops(tuple(dict.fromkeys([*end, *scoring.stop_tokens])))
         check_stop(stop)
-        tokens = []
+        tokens, texts, in_text = list[int](), list[str](), False
         for entry in stop:
             if isinstance(entry, str):
                 if self.tokenizer is None:
                     raise InputError(f"stop: this artifact has no tokenizer; pass token ids instead of {entry!r}")
-                tokens.append(self.tokenizer.encode_stop(entry))
+                if len(entry) > _LONGEST_STOP:
+                    raise InputError(f"stop: a text of {len(entry)} characters; expected at most {_LONGEST_STOP}")
+                ids = self.tokenizer.stop_tokens(entry)
+                in_text = in_text or not ids
+                tokens += ids
+                texts.append(entry)
             else:
                 tokens.append(int(self._ids(np.array([entry]), "stop")[0]))
-        return tuple(tokens)
+        return Stops(tuple(dict.fromkeys(tokens)), tuple(texts), in_text)
 
     def _require_tokenizer(self, name: str) -> Tokenizer:
         if self.tokenizer is None:

@@ -19,6 +19,7 @@ from bonnx.errors import ArtifactError, InputError
 from ..artifact.manifest import Scoring, TextRules
 from ..checks import ARGUMENTS, ArgumentNames
 from .detokenizer import Detokenizer
+from .stops import before_stop, held_back
 
 __all__ = ["NO_TOKENS", "Passage", "TokenizedRow", "Tokenizer"]
 
@@ -154,26 +155,57 @@ class Tokenizer:
         """Whether a token is one of the tokenizer's special ones."""
         return token in self._special
 
-    def encode_stop(self, text: str) -> int:
-        """The one token that a stop text is.
+    def stop_tokens(self, text: str) -> list[int]:
+        """The token that a stop text is, and all longer tokens that hold it; none if it is several tokens.
 
         Raises:
-            InputError: it is not exactly one token.
+            InputError: it is empty, or the vocabulary has no token for a piece of it.
         """
         ids = self.encode(text, "stop")
-        if len(ids) != 1:
-            raise InputError(f"stop: {text!r:.60} is {len(ids)} tokens; expected a text of exactly one, or a token id")
-        return ids[0]
+        if not ids:
+            raise InputError("stop: expected texts of at least one character; got an empty one")
+        # Some tokenizers write a space before a text that stands alone.
+        if len(ids) != 1 or self.pieces(ids) != [text]:
+            return []
+        return [*ids, *self._detokenizer.longer_tokens(ids[0])]
 
-    def decode(self, ids: Sequence[int], before: Sequence[int], finish_reason: str | None) -> str:
+    def decode(
+        self, ids: Sequence[int], before: Sequence[int], finish_reason: str | None, stop_texts: Sequence[str] = ()
+    ) -> str:
         """The text that a completion adds to its prompt: prompt plus text is what the model wrote.
 
-        Special tokens are left out, as are the artifact's end or stop token that ended it and, while it grows
-        (`finish_reason` is None), the bytes of an incomplete character.
+        Special tokens are left out, as are the artifact's end or stop token that ended it, a stop text that did, and,
+        while it grows (`finish_reason` is None), the bytes of an incomplete character and what may be the beginning of
+        a stop text.
         """
+        growing = finish_reason is None
         ends = {self._scoring.end_token, *self._scoring.stop_tokens}
-        kept = ids[:-1] if finish_reason == "stop" and ids[-1] in ends else ids
-        return self._detokenizer.text(kept, before, growing=finish_reason is None)
+        if finish_reason == "stop" and ids[-1] in ends:
+            return self._detokenizer.text(ids[:-1], before)
+        text = self._detokenizer.text(ids, before, growing=growing)
+        if growing:
+            return text[: len(text) - held_back(text, stop_texts)]
+        if finish_reason == "stop" and stop_texts:
+            shorter = before_stop(text, stop_texts, len(self._detokenizer.text(ids[:-1], before, growing=True)))
+            return text if shorter is None else shorter
+        return text
+
+    def ends_in_stop(self, ids: Sequence[int], before: Sequence[int], stop_texts: Sequence[str]) -> bool:
+        """Whether the last token of a completion completes a stop text."""
+        # A token that is not special writes a byte at least.
+        longest = max(len(stop.encode()) for stop in stop_texts)
+        tail, place = list[int](), len(ids)
+        while place and len(tail) <= longest:
+            place -= 1
+            if not self.is_special(ids[place]):
+                tail.append(ids[place])
+        if not tail or self.is_special(ids[-1]):
+            return False
+        tail.reverse()
+        context = [*before, *ids[:place]]
+        whole = self._detokenizer.text(tail, context, growing=True)
+        border = len(self._detokenizer.text(tail[:-1], context, growing=True))
+        return before_stop(whole, stop_texts, border) is not None
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """The text that each token adds; the bytes of a character come with its last token."""

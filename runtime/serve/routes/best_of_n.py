@@ -61,7 +61,7 @@ class BestOfNBody(RequestBody):
     truncate: bool = Field(False, description="leave out the beginning of a prompt that is too long")
     token_scores: bool = Field(False, description="also return the score of every token")
     stop: Text | Annotated[list[Text | int], FAIL_FAST, Field(max_length=_MOST_STOPS)] | None = Field(
-        None, description=f"expected a text of one token, or a list of at most {_MOST_STOPS} of them or of token ids"
+        None, description=f"expected a text, or a list of at most {_MOST_STOPS} texts or token ids"
     )
     stream: bool = Field(False, description="server-sent events while it generates")
     deadline: float | None = Field(None, gt=0, description="seconds after which unfinished candidates are cut off")

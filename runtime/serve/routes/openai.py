@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
+from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal
 
 from fastapi import APIRouter
@@ -122,7 +123,7 @@ class GeneratedBody(CompletionsBody):
     top_p: float = option_field("top_p")
     seed: int | None = option_field("seed", default=None, description="of every random number; random if not given")
     stop: Text | Annotated[list[Text], FAIL_FAST, Field(max_length=16)] | None = Field(
-        None, description="expected a text of one token, or a list of at most 16 of them"
+        None, description="expected a text, or a list of at most 16 of them"
     )
     user: str | None = Field(None, description="has no effect")
 
@@ -131,8 +132,8 @@ class GeneratedBody(CompletionsBody):
         """Maximum number of tokens of a completion."""
         return self.max_tokens
 
-    def options(self, aggregation: str | None) -> GenerateOptions:
-        """How to generate."""
+    def options(self, aggregation: str | None, own_stops: Sequence[int]) -> GenerateOptions:
+        """How to generate; `own_stops` end a completion, too, as in OpenAI's servers."""
         seed = secrets.randbits(48) if self.seed is None else self.seed
         options = GenerateOptions(
             temperature=self.temperature,
@@ -142,7 +143,7 @@ class GeneratedBody(CompletionsBody):
             max_new_tokens=self.limit,
         )
         if self.stop is not None:
-            options["stop"] = [self.stop] if isinstance(self.stop, str) else self.stop
+            options["stop"] = [*own_stops, *([self.stop] if isinstance(self.stop, str) else self.stop)]
         return options
 
 
@@ -218,7 +219,8 @@ async def _respond(service: Service, request: Request, body: CompletionsBody) ->
     check_model(service, body.model)
     rule = _rule(service, body)
     if isinstance(body, GeneratedBody):
-        options = body.options(rule.aggregation)
+        own_stops = service.engine.reader.stops(None, service.engine.manifest.scoring).tokens
+        options = body.options(rule.aggregation, own_stops)
         chosen = await choose_from_artifact(service, request, body.item, options, rule)
     else:
         assert service.upstream is not None

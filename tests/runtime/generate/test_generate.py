@@ -14,10 +14,11 @@ from bonnx import ArtifactError, InputError
 from bonnx.export.verify.draws import uniform
 from bonnx.models import load_checkpoint
 from bonnx.models.countdown import CHECKPOINT
-from bonnx.models.countdown.vocabulary import END, encode
+from bonnx.models.countdown.vocabulary import END, decode, encode
 from bonnx.runtime.engine.engine import open_engine
 from bonnx.runtime.generate.decoding import Growing
 from bonnx.runtime.generate.options import check_options
+from bonnx.runtime.text.stops import Stops
 from tests.tolerance import RUNTIME, within
 
 PUZZLE = "3,7,12,25>98:"
@@ -178,7 +179,9 @@ def test_length_and_stop(puzzler):
     assert {(c.finish_reason, len(c.tokens)) for c in result.candidates} == {("length", 4)}
     result = puzzler.generate(PUZZLE, n=3, stop=[";", "="])
     assert {c.finish_reason for c in result.candidates} == {"stop"}
-    assert all(c.text[-1] in ";=" and not set(c.text[:-1]) & set(";=") for c in result.candidates)
+    # The text ends before the stop text; the tokens hold it, with its score.
+    assert not any(set(c.text) & set(";=") for c in result.candidates)
+    assert {decode([int(c.tokens[-1])]) for c in result.candidates} <= {";", "="}
     endless = puzzler.generate(PUZZLE, n=2, stop=[], max_new_tokens=30)
     assert {(c.finish_reason, len(c.tokens)) for c in endless.candidates} == {("length", 30)}
 
@@ -210,7 +213,7 @@ BAD_OPTIONS = [
     ({"n": 2**62}, "candidates: this artifact takes at most 4096"),
     ({"max_new_tokens": 2**62}, "at most 64 together"),
     ({"max_new_tokens": 0}, "max_new_tokens: expected a whole number of at least 1"),
-    ({"stop": ["12-"]}, "stop: '12-' is 2 tokens; expected a text of exactly one"),
+    ({"stop": [""]}, "stop: expected texts of at least one character; got an empty one"),
     ({"stop": ["^"]}, r"stop: the vocabulary has no token for '\^'"),
     ({"stop": ";"}, "stop: expected a list"),
     ({"stop": [1012]}, "stop: token id 1012 is outside the vocabulary"),
@@ -312,7 +315,7 @@ def test_logits_that_are_no_distribution_have_no_winner(broken, options):
 
 
 def test_a_token_drawn_from_no_distribution_makes_a_candidate_that_cannot_win():
-    growing = Growing(check_options({"n": 2}, (), "last", 3), None)
+    growing = Growing(check_options({"n": 2}, Stops(), "last", 3), None)
     growing.add(np.arange(2), np.array([4, 5]), np.array([0.3, 0.9], np.float32), np.array([-1.0, np.nan], np.float32))
     assert growing.select()[1] == 0
     assert np.isnan(growing.select()[0]).tolist() == [False, True]

@@ -137,6 +137,19 @@ def test_text_is_streamed_too(client):
     assert [*texts.values()] == [choice.text for choice in whole.choices]
 
 
+@pytest.mark.parametrize("stop", [["=4;", "=8;"], "-7="], ids=str)
+def test_stop_texts_of_several_tokens(client, model, stop):
+    """The artifact's own end ends a completion as well."""
+    texts = [stop] if isinstance(stop, str) else stop
+    ends = [model.manifest.scoring.end_token, *texts]
+    generation = model.generate(PUZZLE, n=4, seed=5, stop=ends)
+    expected = {candidate.text for candidate in generation.candidates}
+    answer = client.completions.create(model="countdown", prompt=PUZZLE, n=4, seed=5, stop=stop)
+    assert {choice.text for choice in answer.choices} == expected
+    assert not any(text in choice.text for choice in answer.choices for text in texts)
+    assert {choice.finish_reason for choice in answer.choices} == {"stop"}
+
+
 def test_models(client):
     (listed,) = client.models.list().data
     assert (listed.id, listed.object) == ("countdown", "model")
