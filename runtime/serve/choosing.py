@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
@@ -15,13 +15,14 @@ from bonnx.errors import InputError, UpstreamError
 from ..best_of_n.run import Run
 from ..checks import ArgumentNames
 from ..generate.options import GenerateOptions
-from ..generate.result import Candidate
+from ..generate.result import Candidate, Generation
 from ..rank.result import Ranking, winner
 from ..search.sampling import Adaptive
 from ..selection.vote import Standing, make_ballot
 from ..text.reader import Item
 from ..upstream.completion import Completion, Failure
 from ..upstream.cost import SamplingCost
+from ..upstream.events import CompletionChoice
 from .ranking import ClientRequest
 from .service import Service, note
 
@@ -84,7 +85,13 @@ class Chosen:
 
 
 async def choose_from_upstream(
-    service: Service, upstream: Upstream, request: Request, prompt: Item, body: Mapping[str, object], rule: Rule
+    service: Service,
+    upstream: Upstream,
+    request: Request,
+    prompt: Item,
+    body: Mapping[str, object],
+    rule: Rule,
+    on_piece: Callable[[CompletionChoice], object] | None = None,
 ) -> Chosen:
     """Sample from the upstream; completions are scored here while others are under way.
 
@@ -95,6 +102,7 @@ async def choose_from_upstream(
         prompt: text or messages, as the scorer reads them.
         body: of the requests to the upstream.
         rule: how to choose.
+        on_piece: called with each piece of the one completion as it comes.
 
     Raises:
         UpstreamError: no completion came.
@@ -114,7 +122,7 @@ async def choose_from_upstream(
         return ranking
 
     def sample(n: int, first: int) -> AsyncGenerator[Completion | Failure, None]:
-        return upstream.sample(body, n, first=first, until=until, cost=cost)
+        return upstream.sample(body, n, first=first, until=until, cost=cost, on_piece=on_piece)
 
     run = Run(sample, score, rule.vote, rule.answers, scoring, cost, service.engine.reader.most_characters)
     choice = run.all_at_once(rule.best_of) if rule.adaptive is None else run.adaptively(rule.best_of, rule.adaptive)
@@ -139,7 +147,12 @@ async def choose_from_upstream(
 
 
 async def choose_from_artifact(
-    service: Service, request: Request, prompt: Item, options: GenerateOptions, rule: Rule
+    service: Service,
+    request: Request,
+    prompt: Item,
+    options: GenerateOptions,
+    rule: Rule,
+    on_state: Callable[[Generation], object] | None = None,
 ) -> Chosen:
     """Generate with the artifact, which scores what it generates.
 
@@ -149,6 +162,7 @@ async def choose_from_artifact(
         prompt: text or messages.
         options: how to generate, with the seed.
         rule: how to choose.
+        on_state: called with the one completion while it grows.
 
     Raises:
         NoWinnerError: no completion can win.
@@ -166,10 +180,10 @@ async def choose_from_artifact(
         if rule.adaptive is not None:
             count = min(count, rule.adaptive.batch)
         wave = cast(GenerateOptions, {**options, "n": count, "seed": options["seed"] + len(candidates)})
-        if rule.deadline is None:
+        if rule.deadline is None and on_state is None:
             generation = await service.generate(request, prompt, wave)
         else:
-            generation = await service.cut(request, prompt, wave, rule.deadline)
+            generation = await service.cut(request, prompt, wave, rule.deadline, on_state)
         candidates += generation.candidates
         aggregation = generation.aggregation
         prompt_tokens += generation.prompt_tokens

@@ -1,22 +1,30 @@
-"""Answers in the form of OpenAI's endpoints: whole, or as server-sent events."""
+"""Answers in the form of OpenAI's endpoints."""
 
 from __future__ import annotations
 
 import math
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping
-from typing import Any
+from collections.abc import Sequence
 
 from ..results import to_json
 from .choosing import Chosen, Rule
-from .errors import encode
 from .service import Service
 
-__all__ = ["completions_answer", "completions_events"]
+__all__ = ["completions_answer", "completions_head", "log_prob_entries"]
 
 # Reasons of bonnx, in OpenAI's words.
 _REASONS = {"pruned": "stop", "deadline": "length"}
+
+
+def completions_head(service: Service, *, is_chat: bool) -> dict[str, object]:
+    """The first fields of an answer in OpenAI's form."""
+    return {
+        "id": f"{'chatcmpl' if is_chat else 'cmpl'}-{uuid.uuid4().hex}",
+        "object": "chat.completion" if is_chat else "text_completion",
+        "created": int(time.time()),
+        "model": service.name,
+    }
 
 
 def completions_answer(
@@ -27,13 +35,7 @@ def completions_answer(
     choices = [
         _choice(service, chosen, i, place, is_chat=is_chat, log_probs=log_probs) for place, i in enumerate(order)
     ]
-    answer: dict[str, object] = {
-        "id": f"{'chatcmpl' if is_chat else 'cmpl'}-{uuid.uuid4().hex}",
-        "object": "chat.completion" if is_chat else "text_completion",
-        "created": int(time.time()),
-        "model": service.name,
-        "choices": choices,
-    }
+    answer = completions_head(service, is_chat=is_chat) | {"choices": choices}
     if chosen.prompt_tokens is not None and chosen.completion_tokens is not None:
         total = chosen.prompt_tokens + chosen.completion_tokens
         counted = {"prompt_tokens": chosen.prompt_tokens, "completion_tokens": chosen.completion_tokens}
@@ -68,9 +70,14 @@ def _choice(
 
 def _log_probs(service: Service, chosen: Chosen, i: int, *, is_chat: bool) -> dict[str, object]:
     candidate = chosen.candidates[i]
-    pieces, values = service.engine.reader.pieces(candidate.tokens.tolist()), to_json(candidate.log_probs)
+    pieces = service.engine.reader.pieces(candidate.tokens.tolist())
+    return log_prob_entries(pieces, to_json(candidate.log_probs), is_chat=is_chat)
+
+
+def log_prob_entries(pieces: Sequence[str], values: Sequence[float | None], *, is_chat: bool) -> dict[str, object]:
+    """Tokens and their log-probabilities in OpenAI's form."""
     if not is_chat:
-        return {"tokens": pieces, "token_logprobs": values, "top_logprobs": None, "text_offset": None}
+        return {"tokens": [*pieces], "token_logprobs": [*values], "top_logprobs": None, "text_offset": None}
     entries = [
         {"token": piece, "logprob": value, "bytes": [*piece.encode("utf-8", "replace")], "top_logprobs": []}
         for piece, value in zip(pieces, values, strict=True)
@@ -89,31 +96,3 @@ def _candidate(chosen: Chosen, i: int, order: list[int]) -> dict[str, object]:
     if chosen.standing.group_scores is not None:
         entry["group_score"] = to_json(float(chosen.standing.group_scores[i]))
     return entry
-
-
-async def completions_events(answer: Mapping[str, Any], *, is_chat: bool, with_usage: bool) -> AsyncIterator[bytes]:
-    """The answer as chunks: the choice is known only when all have been scored, so each comes whole."""
-    kind = {"object": "chat.completion.chunk"} if is_chat else {}
-    head = {key: answer[key] for key in ("id", "object", "created", "model")} | kind
-    for place, choice in enumerate(answer["choices"], 1):
-        end = {"index": choice["index"], "finish_reason": choice["finish_reason"], "logprobs": None}
-        content = dict(choice)
-        if is_chat:
-            message = content.pop("message")
-            calls = [call | {"index": place} for place, call in enumerate(message.get("tool_calls", ()))]
-            content["delta"] = message | ({"tool_calls": calls} if calls else {})
-            end["delta"] = {}
-        else:
-            end["text"] = ""
-        yield _event(head | {"choices": [content | {"finish_reason": None}]})
-        # Many clients expect a choice in every chunk, unless they ask for the usage.
-        is_last = place == len(answer["choices"]) and not with_usage
-        yield _event(head | {"choices": [end]} | ({"bonnx": answer["bonnx"]} if is_last else {}))
-    if with_usage:
-        counted = {"usage": answer["usage"]} if "usage" in answer else {}
-        yield _event(head | {"choices": [], "bonnx": answer["bonnx"]} | counted)
-    yield b"data: [DONE]\n\n"
-
-
-def _event(value: Mapping[str, object]) -> bytes:
-    return b"data: " + encode(value) + b"\n\n"

@@ -267,10 +267,17 @@ class Service:
     def _release(self) -> None:
         self._streams -= 1
 
-    async def cut(self, request: Request, prompt: Item, options: GenerateOptions, deadline: float) -> Generation:
-        """One generation, cut off at its deadline."""
+    async def cut(
+        self,
+        request: Request,
+        prompt: Item,
+        options: GenerateOptions,
+        deadline: float | None,
+        on_state: Callable[[Generation], object] | None = None,
+    ) -> Generation:
+        """One generation, cut off at its deadline; `on_state` is called with it while it grows."""
         states = await self.watch(request, prompt, options, deadline)
-        result = await self.unless_gone(request, states.result())
+        result = await self.unless_gone(request, states.result(on_state))
         winner(result.best_index, "candidates")
         return result
 

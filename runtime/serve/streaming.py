@@ -34,8 +34,8 @@ class GenerationStream:
         """End the generation after the token that is being computed."""
         self._stopped = True
 
-    async def result(self) -> Generation:
-        """The last state.
+    async def result(self, on_state: Callable[[Generation], object] | None = None) -> Generation:
+        """The last state; `on_state` is called with each one.
 
         Raises:
             Exception: the exception that the generation raised.
@@ -43,6 +43,8 @@ class GenerationStream:
         last: Generation | None = None
         async for state in self:
             last = state
+            if on_state is not None:
+                on_state(state)
         assert last is not None
         return last
 

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import json
 import weakref
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from typing import TYPE_CHECKING
 
 from bonnx.errors import InputError
@@ -20,7 +20,7 @@ from ..checks import check_whole
 from .background import wait_for
 from .completion import Completion, Failure
 from .cost import RequestCost, SamplingCost
-from .events import Answer, Assembly, read_answer
+from .events import Answer, Assembly, CompletionChoice, read_answer
 from .requests import RequestError, Requests
 from .settings import UpstreamSettings
 
@@ -112,6 +112,7 @@ class Upstream:
         first: int = 0,
         until: float | None = None,
         cost: SamplingCost | None = None,
+        on_piece: Callable[[CompletionChoice], object] | None = None,
     ) -> AsyncGenerator[Completion | Failure, None]:
         """Completions of one prompt, each when it ends, and a `Failure` for each that does not come.
 
@@ -125,6 +126,8 @@ class Upstream:
                 completions.
             until: deadline on the clock of `time.monotonic`.
             cost: what to add the cost to.
+            on_piece: called with each piece of a completion as it comes, if the server streams; only for an `n` of 1.
+                A request that breaks after a piece is not repeated, since the pieces would come again.
 
         Raises:
             InputError: `n` is not a number of completions, or the body has not one of `messages` and `prompt`.
@@ -136,26 +139,36 @@ class Upstream:
             json.dumps({**body}, ensure_ascii=False, allow_nan=False).encode()
         except (TypeError, ValueError, RecursionError) as e:
             raise InputError(f"the body of an upstream's request cannot be written as JSON: {_line(str(e))}") from e
-        requests = Requests(self, dict(body), until, SamplingCost() if cost is None else cost)
+        requests = Requests(self, dict(body), until, SamplingCost() if cost is None else cost, on_piece)
         async with contextlib.aclosing(requests.run(range(first, first + n))) as arrivals:
             async for arrival in arrivals:
                 yield arrival
 
-    async def send(self, body: dict[str, object], cost: SamplingCost) -> AsyncIterator[Completion]:
-        """The completions of one request, each when it ends.
+    async def send(
+        self,
+        body: dict[str, object],
+        cost: SamplingCost,
+        on_piece: Callable[[CompletionChoice], object] | None = None,
+    ) -> AsyncIterator[Completion]:
+        """The completions of one request, each when it ends; `on_piece` is called with each piece before.
 
         Raises:
             RequestError: the upstream refused the request, failed or did not answer with completions.
         """
         try:
-            async for completion in self._send(body, cost):
+            async for completion in self._send(body, cost, on_piece):
                 yield completion
         except _UsageRefusedError:
             self._reports_usage = False
-            async for completion in self._send(body, cost):
+            async for completion in self._send(body, cost, on_piece):
                 yield completion
 
-    async def _send(self, body: dict[str, object], cost: SamplingCost) -> AsyncIterator[Completion]:
+    async def _send(
+        self,
+        body: dict[str, object],
+        cost: SamplingCost,
+        on_piece: Callable[[CompletionChoice], object] | None,
+    ) -> AsyncIterator[Completion]:
         """Send a request once."""
         chat, asks_usage = "messages" in body, self._reports_usage
         body = {**body, "stream": True}
@@ -170,7 +183,7 @@ class Upstream:
             async with open_requests, client.stream("POST", url, json=body) as response:
                 cost.requests += 1
                 await self._check(response, asks_usage=asks_usage)
-                async for completion in self._read(response, cost, chat=chat):
+                async for completion in self._read(response, cost, on_piece, chat=chat):
                     yield completion
         except (httpx.HTTPError, httpx.InvalidURL) as e:
             detail = self._safe_line(str(e) or type(e).__name__)
@@ -215,7 +228,14 @@ class Upstream:
         reason = f"the upstream answered {status}: {detail}"
         raise RequestError(reason, status=status, final=status not in _RETRIED, pause=_retry_after(response))
 
-    async def _read(self, response: httpx.Response, cost: SamplingCost, *, chat: bool) -> AsyncIterator[Completion]:
+    async def _read(
+        self,
+        response: httpx.Response,
+        cost: SamplingCost,
+        on_piece: Callable[[CompletionChoice], object] | None,
+        *,
+        chat: bool,
+    ) -> AsyncIterator[Completion]:
         """The completions of an answer, each when it ends."""
         kind = response.headers.get("content-type", "").partition(";")[0].strip().lower()
         assembly, request_cost = Assembly(chat=chat), RequestCost(cost)
@@ -224,6 +244,9 @@ class Upstream:
                 async for event in EventSource(response).aiter_sse():
                     is_last = event.data.strip() == "[DONE]"
                     chunk = Answer() if is_last else self._take(event.data, cost, request_cost)
+                    if on_piece is not None:
+                        for choice in chunk.choices or ():
+                            on_piece(choice)
                     for completion in assembly.rest() if is_last else assembly.add(chunk):
                         yield completion
                 return

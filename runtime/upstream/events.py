@@ -9,7 +9,7 @@ import msgspec
 
 from .completion import Completion
 
-__all__ = ["Answer", "Assembly", "read_answer"]
+__all__ = ["Answer", "Assembly", "CompletionChoice", "read_answer"]
 
 
 class CompletionChoice(msgspec.Struct):

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import TYPE_CHECKING
 
 from .completion import Completion, Failure
 from .cost import SamplingCost
+from .events import CompletionChoice
 
 if TYPE_CHECKING:
     from .client import Upstream
@@ -46,10 +47,19 @@ class Requests:
         body: of each request, but for the number of completions.
         until: deadline on the clock of `time.monotonic`.
         cost: what to add the cost to.
+        on_piece: as in `Upstream.sample`.
     """
 
-    def __init__(self, upstream: Upstream, body: dict[str, object], until: float | None, cost: SamplingCost) -> None:
+    def __init__(
+        self,
+        upstream: Upstream,
+        body: dict[str, object],
+        until: float | None,
+        cost: SamplingCost,
+        on_piece: Callable[[CompletionChoice], object] | None = None,
+    ) -> None:
         self._upstream, self._body, self._until, self._cost = upstream, body, until, cost
+        self._on_piece = on_piece
         self._arrived: asyncio.Queue[Completion | Failure | None] = asyncio.Queue()
 
     async def run(self, numbers: Sequence[int]) -> AsyncGenerator[Completion | Failure, None]:
@@ -119,11 +129,17 @@ class Requests:
             body = {**body, "n": len(numbers)}
         if isinstance(seed := body.get("seed"), int):
             body = {**body, "seed": seed + numbers[0]}
-        ended = 0
+        ended, begun = 0, False
+
+        def take(piece: CompletionChoice) -> None:
+            nonlocal begun
+            begun = True
+            assert self._on_piece is not None
+            self._on_piece(piece)
 
         async def read() -> None:
             nonlocal ended
-            async for completion in self._upstream.send(body, self._cost):
+            async for completion in self._upstream.send(body, self._cost, take if self._on_piece else None):
                 # Some servers make more than they are asked for.
                 if ended < len(numbers):
                     ended += 1
@@ -134,6 +150,7 @@ class Requests:
         except asyncio.TimeoutError:
             return ended, RequestError("the deadline passed before the upstream was done", final=True)
         except RequestError as e:
+            e.final = e.final or begun
             return ended, e
         return ended, None
 

@@ -19,8 +19,9 @@ from ...generate.options import GenerateOptions
 from ...search.sampling import Adaptive
 from ...text.reader import Item
 from ..answer import check_model, event_stream, json_response, to_runtime
-from ..choosing import Rule, choose_from_artifact, choose_from_upstream
-from ..completions_answer import completions_answer, completions_events
+from ..choosing import Chosen, Rule, choose_from_artifact, choose_from_upstream
+from ..completions_answer import completions_answer
+from ..completions_stream import LiveCompletion, completions_events
 from ..schemas import FAIL_FAST, Messages, RequestBody, Text, option_field
 from ..service import Service
 
@@ -76,7 +77,9 @@ class CompletionsBody(RequestBody):
         strict=True,
         description="completions to sample; by default the server's number",
     )
-    stream: bool = Field(False, description="send the choices as server-sent events, once they are chosen")
+    stream: bool = Field(
+        False, description="send server-sent events: a single completion as it comes, several once they are chosen"
+    )
     stream_options: StreamOptions | None = None
     bonnx: BonnxOptions | None = Field(None, description="how to choose")
 
@@ -218,21 +221,42 @@ def add(routes: APIRouter, service: Service) -> None:
 async def _respond(service: Service, request: Request, body: CompletionsBody) -> Response:
     check_model(service, body.model)
     rule = _rule(service, body)
+    chat, log_probs = body.is_chat, body.wants_log_probs
+    # Of one completion nothing is to be chosen: it is sent as it comes.
+    live = LiveCompletion(service, is_chat=chat, log_probs=log_probs) if body.stream and rule.best_of == 1 else None
+
+    def answer(chosen: Chosen) -> dict[str, object]:
+        return completions_answer(service, chosen, rule, body.n, is_chat=chat, log_probs=log_probs)
+
+    choosing = _choose(service, request, body, rule, live)
+    chosen = await choosing if live is None else await live.start(choosing)
+    if not body.stream:
+        assert chosen is not None
+        return json_response(answer(chosen))
+    with_usage = body.stream_options is not None and body.stream_options.include_usage
+    if chosen is None:
+        assert live is not None
+        return event_stream(live.events(answer, with_usage=with_usage))
+    return event_stream(completions_events(answer(chosen), is_chat=chat, with_usage=with_usage))
+
+
+async def _choose(
+    service: Service, request: Request, body: CompletionsBody, rule: Rule, live: LiveCompletion | None
+) -> Chosen:
+    """The completions, from the artifact or the upstream; `live` gets a single one as it comes."""
     if isinstance(body, GeneratedBody):
         own_stops = service.engine.reader.stops(None, service.engine.manifest.scoring).tokens
         options = body.options(rule.aggregation, own_stops)
-        chosen = await choose_from_artifact(service, request, body.item, options, rule)
-    else:
-        assert service.upstream is not None
-        if (log_probs := (body.model_extra or {}).get("logprobs")) is not None and log_probs is not False:
-            raise InputError("logprobs: not available for completions of an upstream; leave it out")
-        forwarded = body.model_dump(exclude_unset=True, exclude={*_OURS})
-        chosen = await choose_from_upstream(service, service.upstream, request, body.item, forwarded, rule)
-    answer = completions_answer(service, chosen, rule, body.n, is_chat=body.is_chat, log_probs=body.wants_log_probs)
-    if not body.stream:
-        return json_response(answer)
-    with_usage = body.stream_options is not None and body.stream_options.include_usage
-    return event_stream(completions_events(answer, is_chat=body.is_chat, with_usage=with_usage))
+        return await choose_from_artifact(
+            service, request, body.item, options, rule, None if live is None else live.take_state
+        )
+    assert service.upstream is not None
+    if (log_probs := (body.model_extra or {}).get("logprobs")) is not None and log_probs is not False:
+        raise InputError("logprobs: not available for completions of an upstream; leave it out")
+    forwarded = body.model_dump(exclude_unset=True, exclude={*_OURS})
+    return await choose_from_upstream(
+        service, service.upstream, request, body.item, forwarded, rule, None if live is None else live.take_piece
+    )
 
 
 def _rule(service: Service, body: CompletionsBody) -> Rule:

@@ -1,7 +1,6 @@
 """OpenAI's endpoints, by OpenAI's own client: the artifact generates, or an upstream does."""
 
 import asyncio
-import contextlib
 import json
 import math
 import time
@@ -11,15 +10,10 @@ import openai
 import pytest
 
 import bonnx
-from bonnx.runtime.engine.engine import Engine, open_engine
+from bonnx.runtime.engine.engine import open_engine
 from bonnx.runtime.serve import Settings
-from bonnx.runtime.text.chat import ChatTemplate
-from bonnx.runtime.text.compose import Composer
-from bonnx.runtime.text.reader import Reader
-from bonnx.runtime.upstream.settings import UpstreamSettings
 from tests.runtime.serve.servers import served
 from tests.runtime.upstream import fake
-from tests.runtime.upstream.fake import FakeUpstream
 
 PUZZLE = "3,7,20,24>1:"
 CHAT = [{"role": "user", "content": PUZZLE}]
@@ -27,12 +21,8 @@ TEXTS = ["24-20=4;7-4=3;3/3=1;", "24/3=8;20-7=13;13-8=1;", "24-3=21;"]
 
 
 @pytest.fixture(scope="module")
-def engine(countdown):
-    """Countdown, which reads messages, too: their contents one after the other."""
-    opened = open_engine(countdown, provider="cpu")
-    template = ChatTemplate("{% for m in messages %}{{ m.content or '24-3=21;' }}{% endfor %}", {})
-    composer = Composer(opened.manifest.text, template)
-    return Engine(opened.manifest, Reader(opened.manifest, opened.reader.tokenizer, composer), opened.session)
+def engine(chat_engine):
+    return chat_engine
 
 
 @pytest.fixture(scope="module")
@@ -50,21 +40,6 @@ def url(engine):
 def client(url):
     with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
         yield client
-
-
-@pytest.fixture
-def behind(engine):
-    """A client of a server whose upstream behaves as it is told, and the upstream."""
-    with contextlib.ExitStack() as stack:
-
-        def connect(*behaviours, retries=0, **settings):
-            upstream = stack.enter_context(FakeUpstream(*behaviours))
-            settings = {"best_of": 3, "upstream": UpstreamSettings(upstream.url, "llm", retries=retries), **settings}
-            url = stack.enter_context(served(engine, Settings(**settings)))
-            client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
-            return stack.enter_context(client), upstream
-
-        yield connect
 
 
 def test_the_upstream_samples_and_the_artifact_chooses(behind, model):

@@ -1,0 +1,126 @@
+"""A single completion is sent as it comes, from the artifact and from an upstream."""
+
+import time
+
+import openai
+import pytest
+
+from tests.runtime.upstream import fake
+
+PUZZLE = "3,7,20,24>1:"
+CHAT = [{"role": "user", "content": PUZZLE}]
+ONE = {"best_of": 1}
+
+
+@pytest.fixture(scope="module")
+def engine(chat_engine):
+    return chat_engine
+
+
+@pytest.fixture
+def client(url):
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def text_of(chunks):
+    return "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+
+
+def test_the_artifact_sends_tokens_as_they_come(client):
+    request = {"model": "countdown", "messages": CHAT, "seed": 1, "logprobs": True, "extra_body": ONE}
+    whole = client.chat.completions.create(**request)
+    chunks = [*client.chat.completions.create(**request, stream=True, stream_options={"include_usage": True})]
+    assert text_of(chunks) == whole.choices[0].message.content
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-1] == "stop"
+    assert chunks[-1].usage == whole.usage
+    assert chunks[-1].bonnx["scores"] == pytest.approx(whole.bonnx["scores"], abs=1e-5)
+    tokens = [
+        t for chunk in chunks if chunk.choices and chunk.choices[0].logprobs for t in chunk.choices[0].logprobs.content
+    ]
+    assert [t.token for t in tokens] == [t.token for t in whole.choices[0].logprobs.content]
+    assert [t.logprob for t in tokens] == pytest.approx(
+        [t.logprob for t in whole.choices[0].logprobs.content], abs=1e-4
+    )
+    assert len({chunk.id for chunk in chunks}) == 1
+
+
+@pytest.mark.parametrize("stop", ["=4;", ";", None], ids=str)
+def test_a_stop_text_is_never_sent(client, stop):
+    request = {"model": "countdown", "prompt": PUZZLE, "seed": 5, "extra_body": ONE}
+    request |= {} if stop is None else {"stop": stop}
+    whole = client.completions.create(**request)
+    chunks = [*client.completions.create(**request, stream=True)]
+    assert "".join(chunk.choices[0].text for chunk in chunks) == whole.choices[0].text
+    assert chunks[-1].bonnx["scores"] == pytest.approx(whole.bonnx["scores"], abs=1e-5)
+    assert all(len(chunk.choices) == 1 for chunk in chunks)
+
+
+def test_the_upstream_sends_pieces_as_they_come(behind):
+    """The first word is here while the upstream still thinks about the second."""
+    client, upstream = behind(fake.stream("24-3=21; 21-20=1;", pause=1.0))
+    start = time.monotonic()
+    chunks, first = [], None
+    for chunk in client.chat.completions.create(model="countdown", messages=CHAT, stream=True, extra_body=ONE):
+        first = first or time.monotonic() - start
+        chunks.append(chunk)
+    assert first < time.monotonic() - start - 0.9
+    assert text_of(chunks) == "24-3=21; 21-20=1;"
+    assert chunks[-1].choices[0].finish_reason == "stop"
+    # A space is no token of Countdown's: the text has been sent, but it has no score.
+    assert chunks[-1].bonnx["scores"] == [None]
+    assert "none has a score" in chunks[-1].bonnx["warnings"][0]
+    assert "n" not in upstream.bodies[0]
+
+
+def test_its_score_follows(behind, model):
+    client, _ = behind(fake.stream("24-3=21;"))
+    stream = client.completions.create(
+        model="countdown", prompt=PUZZLE, stream=True, stream_options={"include_usage": True}, extra_body=ONE
+    )
+    chunks = [*stream]
+    (score,) = model.rank(PUZZLE, ["24-3=21;"]).candidate_scores
+    assert chunks[-1].bonnx["scores"] == pytest.approx([score], abs=1e-5)
+    assert (chunks[-1].usage.prompt_tokens, chunks[-1].usage.completion_tokens) == (5, 2)
+
+
+def test_tool_calls_go_on_as_they_are(behind):
+    call = {"index": 0, "id": "c1", "type": "function", "function": {"name": "add", "arguments": ""}}
+    pieces = [
+        {"role": "assistant", "tool_calls": [call]},
+        {"tool_calls": [{"index": 0, "function": {"arguments": "{}"}}]},
+    ]
+    chunks = [{"choices": [{"index": 0, "delta": delta, "finish_reason": None}]} for delta in pieces]
+    end = {"choices": [{"index": 0, "delta": {}, "finish_reason": "tool_calls"}]}
+    client, _ = behind(fake.events(*chunks, end, "data: [DONE]\n\n"))
+    sent = [*client.chat.completions.create(model="countdown", messages=CHAT, stream=True, extra_body=ONE)]
+    assert [c.choices[0].delta.tool_calls[0].function.arguments for c in sent[:2]] == ["", "{}"]
+    assert sent[-1].choices[0].finish_reason == "tool_calls"
+
+
+def test_an_upstream_that_does_not_stream(behind):
+    client, _ = behind(fake.answer("24-3=21;"))
+    chunks = [*client.chat.completions.create(model="countdown", messages=CHAT, stream=True, extra_body=ONE)]
+    assert text_of(chunks) == "24-3=21;"
+
+
+def test_a_request_that_breaks_in_the_middle_is_not_repeated(behind):
+    client, upstream = behind(fake.stream("24 - 3 = 21;", cut_after=0), retries=3)
+    with pytest.raises(openai.APIError, match="none of 1 completions came: the connection to"):
+        [*client.chat.completions.create(model="countdown", messages=CHAT, stream=True, extra_body=ONE)]
+    assert len(upstream.bodies) == 1
+
+
+def test_an_error_before_the_first_piece_has_its_status(behind):
+    client, _ = behind(fake.error(429, "slow down"))
+    with pytest.raises(openai.RateLimitError, match="slow down"):
+        client.chat.completions.create(model="countdown", messages=CHAT, stream=True, extra_body=ONE)
+
+
+def test_a_client_that_leaves_cancels_the_upstream(behind):
+    client, upstream = behind(fake.stream("24 - 3 = 21;", pause=30))
+    stream = client.chat.completions.create(model="countdown", messages=CHAT, stream=True, extra_body=ONE)
+    next(iter(stream))
+    stream.close()
+    assert upstream.wait_for_cancellation()
