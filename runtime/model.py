@@ -81,6 +81,11 @@ class Model:
     def provider(self) -> str:
         return self._engine.provider
 
+    @property
+    def step_text(self) -> str | None:
+        """The text at which a program that generates ends a step of a candidate; None if the artifact does not say."""
+        return self._engine.reader.step_text
+
     def __repr__(self) -> str:
         return f"<bonnx.Model {self.manifest.name!r} from {str(self._name)!r} on {self.provider}>"
 

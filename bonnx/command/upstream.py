@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from bonnx.runtime.best_of_n.best_of_n import METHODS, BestOfN
+from bonnx.runtime.best_of_n.best_of_n import BestOfN
 from bonnx.runtime.best_of_n.result import BestOfNResult
 from bonnx.runtime.generate.options import DEFAULTS
 from bonnx.runtime.model import Model
@@ -80,8 +80,6 @@ def answerer(
     """
     from bonnx.runtime.upstream.client import Upstream
 
-    if arguments.method is not None and arguments.method not in METHODS:
-        raise InputError(f"--method: with --upstream expected {' or '.join(METHODS)}; got {arguments.method}")
     for name in ("policy", "save", "prune_every"):
         if getattr(arguments, name):
             raise InputError(f"--{name.replace('_', '-')}: not available with --upstream")
@@ -103,7 +101,7 @@ def answerer(
             prompt,
             arguments.n,
             method=arguments.method or "best_of_n",
-            vote=arguments.vote or "score",
+            vote=arguments.vote,
             answers=arguments.answers,
             aggregation=arguments.aggregation,
             deadline=arguments.deadline,

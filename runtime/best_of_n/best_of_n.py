@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,19 +13,21 @@ from ..checks import check_whole, shown
 from ..generate.decoding import clock
 from ..protocol import ModelLike
 from ..rank.result import Ranking
-from ..search.method import Method, check_settings, method_named
-from ..search.sampling import Adaptive, Sampling
+from ..search.beam import Beam
+from ..search.method import Method
+from ..search.methods import make_method, vote_of
+from ..search.sampling import Adaptive
 from ..selection.vote import Answers, check_answers, make_ballot
 from ..text.reader import Item
 from ..upstream.background import wait_for
+from ..upstream.continuation import continued
 from ..upstream.cost import SamplingCost
-from .generators import as_generator
+from .generators import as_generator, is_server
 from .result import BestOfNResult
-from .run import Run
+from .run import Arrivals, Run
+from .steps import UpstreamTree, check_for_completions, check_step, search_by_steps
 
 __all__ = ["BestOfN"]
-
-METHODS: Mapping[str, type[Method]] = {"best_of_n": Sampling, "adaptive": Adaptive}
 
 
 class BestOfN:
@@ -47,6 +50,7 @@ class BestOfN:
         if not callable(getattr(scorer, "rank", None)):
             raise InputError(f"scorer: expected a model that `bonnx.load` returns; got {shown(scorer)}")
         self._scorer, self._generate = scorer, as_generator(generate, model)
+        self._is_server = is_server(generate)
 
     def run(
         self,
@@ -54,11 +58,12 @@ class BestOfN:
         n: int = 16,
         *,
         method: str = "best_of_n",
-        vote: str = "score",
+        vote: str | None = None,
         answers: Answers | None = None,
         aggregation: str | None = None,
         truncate: bool = False,
         deadline: float | None = None,
+        step: str | None = None,
         sampling: Mapping[str, object] | None = None,
         **settings: Any,
     ) -> BestOfNResult:
@@ -71,18 +76,19 @@ class BestOfN:
             prompt: messages (`{"role": ..., "content": ...}` each), which the generator and the scorer render with
                 templates of their own; or text, which both read as it is.
             n: number of completions; with `adaptive` the maximum.
-            method: `best_of_n`, or `adaptive`: completions in batches until more are not worth their price.
-            vote: as in `Model.rank`.
+            method: a method of `Model.search`: `best_of_n`, `weighted`, `majority`, `adaptive`, and by steps, with a
+                server that continues what it has begun, `beam`, `lookahead` and `dvts`.
+            vote: as in `Model.rank`; by default the method's own.
             answers: how to find the answer that a completion votes for: `boxed`, `number` or `regex:PATTERN` in its
                 text; `tool`, the tools that it calls with which arguments, or `tool-except:FIELD,FIELD`, where these
                 arguments do not count; or a function of its text, or of its messages if it calls tools.
             aggregation: as in `Model.rank`.
             truncate: as in `Model.rank`.
             deadline: seconds after which the choice is made from the completions that have ended.
+            step: the text that ends a step, for the methods that search by steps; by default the scorer's.
             sampling: further fields of the generator's requests, or arguments of the function: `temperature`,
                 `max_tokens` and so on. None by default.
-            **settings: settings of `adaptive`: `batch`, `price`, `ceiling`, `confidence`, `rule` (see
-                `bonnx.runtime.search.sampling.Adaptive`).
+            **settings: settings of the method, as in `Model.search`.
 
         Raises:
             InputError: an argument is invalid, or the scorer cannot read the prompt or a completion.
@@ -99,6 +105,7 @@ class BestOfN:
                 aggregation=aggregation,
                 truncate=truncate,
                 deadline=deadline,
+                step=step,
                 sampling=sampling,
                 **settings,
             )
@@ -110,36 +117,53 @@ class BestOfN:
         n: int = 16,
         *,
         method: str = "best_of_n",
-        vote: str = "score",
+        vote: str | None = None,
         answers: Answers | None = None,
         aggregation: str | None = None,
         truncate: bool = False,
         deadline: float | None = None,
+        step: str | None = None,
         sampling: Mapping[str, object] | None = None,
         **settings: Any,
     ) -> BestOfNResult:
         """`run` for async code: cancelling it cancels the requests that are open."""
         check_whole("n", n, 1)
-        kind = method_named(method, METHODS)
-        check_settings(method, kind, settings)
-        rule = kind(**settings)
+        rule = make_method(method, settings)
         check_answers(answers, "completions")
         scoring = getattr(getattr(self._scorer, "manifest", None), "scoring", None)
+        vote = vote_of(method, vote, has_answers=answers is not None)
+        self._check_method(method, rule)
         make_ballot(vote, answers, [], "completions", (), scoring)
-        until = clock(deadline)
-        cost = SamplingCost()
+        until, cost, fields = clock(deadline), SamplingCost(), sampling or {}
 
-        async def score(candidates: Sequence[Item]) -> Ranking:
+        async def score(candidates: Sequence[Item], *, partial: bool = False) -> Ranking:
             return await asyncio.to_thread(
-                self._scorer.rank, prompt, candidates, aggregation=aggregation, truncate=truncate
+                self._scorer.rank, prompt, candidates, aggregation=aggregation, partial=partial, truncate=truncate
             )
 
-        run = Run(
-            lambda count, first: self._generate(prompt, count, first, sampling or {}, until, cost),
-            score,
-            vote,
-            answers,
-            scoring,
-            cost,
-        )
-        return await (run.adaptively(n, rule) if isinstance(rule, Adaptive) else run.all_at_once(n))
+        def sample(count: int, first: int) -> Arrivals:
+            return self._generate(prompt, count, first, fields, until, cost)
+
+        def sample_steps(text: str, n: int, first: int, step: str | None, *, greedy: bool) -> Arrivals:
+            begun, more = continued(prompt, fields, text, step, greedy=greedy)
+            return self._generate(begun, n, first, more, until, cost)
+
+        run = Run(sample, score, vote, answers, scoring, cost)
+        if isinstance(rule, Beam):
+            partially = functools.partial(score, partial=True)
+            tree = UpstreamTree(run, sample_steps, partially, self._step(method, step), until)
+            return await search_by_steps(tree, rule, method, n)
+        return await (run.adaptively(n, rule) if isinstance(rule, Adaptive) else run.all_at_once(n, method))
+
+    def _check_method(self, name: str, method: Method) -> None:
+        """Refuse a method that the generator cannot be used with."""
+        check_for_completions(name, method)
+        if isinstance(method, Beam) and not self._is_server:
+            raise InputError(
+                f"method: '{name}' continues completions step by step; expected an Upstream or an OpenAI client that "
+                "generates; with an artifact call its `search`"
+            )
+
+    def _step(self, method: str, step: str | None) -> str:
+        """The text that ends a step."""
+        return check_step(method, getattr(self._scorer, "step_text", None) if step is None else step)

@@ -16,12 +16,13 @@ from ..generate.options import GenerateOptions
 from ..protocol import ModelLike
 from ..text.reader import Item
 from ..upstream.completion import Completion, Failure
+from ..upstream.continuation import CONTINUES, stopped_by
 from ..upstream.cost import SamplingCost
 
 if TYPE_CHECKING:
     from ..upstream.client import Upstream
 
-__all__ = ["Generator", "as_generator"]
+__all__ = ["Generator", "as_generator", "is_server"]
 
 Sampling: TypeAlias = Mapping[str, object]
 
@@ -47,6 +48,11 @@ class Generator(Protocol):
 
 # All completions of one call: prompt, n, how many were sampled before, further arguments, and where to note the cost.
 _Ask: TypeAlias = Callable[[Item, int, int, Sampling, SamplingCost], Awaitable[Sequence[Completion]]]
+
+
+def is_server(generate: object) -> bool:
+    """Whether what the caller passes to generate with asks a server, which can continue a completion."""
+    return hasattr(generate, "sample") or (hasattr(generate, "chat") and hasattr(generate, "completions"))
 
 
 def as_generator(generate: object, model: str | None) -> Generator:
@@ -153,6 +159,9 @@ def _call_client(client: Any, model: str) -> _Ask:
         chat = "messages" in fields
         create = client.chat.completions.create if chat else client.completions.create
         body = {"model": model, **sampling, **fields, **({"n": n} if n > 1 else {})}
+        # Not of OpenAI's own fields.
+        if continues := {name: body.pop(name) for name in CONTINUES if name in body}:
+            body["extra_body"] = {**cast(Mapping[str, object], body.get("extra_body") or {}), **continues}
         if isinstance(seed := body.get("seed"), int):
             body["seed"] = seed + first
         answer = await create(**body) if is_async else await asyncio.to_thread(create, **body)
@@ -161,10 +170,14 @@ def _call_client(client: Any, model: str) -> _Ask:
         if counted[0] is not None:
             cost.add(counted[0], counted[1] or 0)
         choices = answer.choices or ()
+        ends = [(choice.finish_reason, stopped_by(choice.model_extra or {})) for choice in choices]
         if not chat:
-            return [Completion(choice.text or "", None, choice.finish_reason) for choice in choices]
-        messages = [(choice.message, choice.finish_reason) for choice in choices]
-        return [Completion(one.content or "", one.model_dump(exclude_none=True), end) for one, end in messages]
+            return [Completion(choice.text or "", None, *end) for choice, end in zip(choices, ends, strict=True)]
+        messages = [choice.message for choice in choices]
+        return [
+            Completion(message.content or "", message.model_dump(exclude_none=True), *end)
+            for message, end in zip(messages, ends, strict=True)
+        ]
 
     is_async = inspect.iscoroutinefunction(client.close)
     return call

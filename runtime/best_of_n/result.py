@@ -22,10 +22,11 @@ class BestOfNResult(Result):
         completions: those that came, in the order in which they ended.
         ranking: their scores, order, margin, answers and votes.
         failures: one for each completion that was asked for and did not come.
-        method: what decided how many completions to ask for: `best_of_n` or `adaptive`.
+        method: the name of the method.
         seconds: wall time.
         prompt_tokens: of all requests, as the generator counts them; None if it does not.
         completion_tokens: likewise.
+        requests: number of requests, retries included; 0 where the generator is no upstream.
     """
 
     _summary: ClassVar[tuple[str, ...]] = ("best", "completions", "failures", "method", "seconds")
@@ -38,6 +39,7 @@ class BestOfNResult(Result):
     seconds: float
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
+    requests: int = 0
 
     @property
     def best(self) -> Completion:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -13,6 +13,7 @@ import numpy as np
 
 from bonnx.errors import NoWinnerError, UpstreamError
 
+from ..arrays import Array
 from ..artifact.manifest import Scoring
 from ..batching import TooLargeError
 from ..rank.join import join_rankings
@@ -25,7 +26,7 @@ from ..upstream.completion import Completion, Failure
 from ..upstream.cost import SamplingCost
 from .result import BestOfNResult
 
-__all__ = ["Run", "Score"]
+__all__ = ["Arrivals", "Run", "Score", "score_some"]
 
 # Ranks some candidates of the prompt by their scores.
 Score: TypeAlias = Callable[[Sequence[Item]], Awaitable[Ranking]]
@@ -58,8 +59,8 @@ class Run:
     failures: list[Failure] = field(default_factory=list)
     _parts: list[tuple[Sequence[int], Ranking]] = field(default_factory=list)
 
-    async def all_at_once(self, n: int) -> BestOfNResult:
-        """Sample `n` completions and choose.
+    async def all_at_once(self, n: int, method: str = "best_of_n") -> BestOfNResult:
+        """Sample `n` completions and choose; `method` is what the result calls it.
 
         Raises:
             UpstreamError: none came.
@@ -67,7 +68,7 @@ class Run:
             InputError: the scorer cannot read the prompt or a completion.
         """
         await self._sample(n)
-        return self._choose("best_of_n")
+        return self.choose(method)
 
     async def adaptively(self, n: int, rule: Adaptive) -> BestOfNResult:
         """Sample at most `n` completions, in batches, until the rule says that there are enough.
@@ -86,7 +87,19 @@ class Run:
             voted = None if self.vote == "score" else self._ballot().answers
             if rule.is_enough(self._scores, voted):
                 break
-        return self._choose("adaptive")
+        return self.choose("adaptive")
+
+    async def take(self, completions: Sequence[Completion]) -> Array:
+        """Add completions that were sampled elsewhere: their scores (n,) float32, NaN for those that cannot win.
+
+        Raises:
+            InputError: the scorer cannot read the prompt or a completion.
+        """
+        first = len(self.completions)
+        self.completions += completions
+        if present := [i for i in range(first, len(self.completions)) if self._can_win(i)]:
+            await self._score(present)
+        return self._scores()[first:]
 
     async def _sample(self, n: int) -> None:
         """Sample, and score while other completions are still under way; the first error ends both."""
@@ -133,17 +146,7 @@ class Run:
         return bool(item) and not (self.longest is not None and isinstance(item, str) and len(item) > self.longest)
 
     async def _score(self, numbers: Sequence[int]) -> None:
-        try:
-            self._parts.append((numbers, await self.score([self.completions[i].item for i in numbers])))
-        except (NoneReadableError, NoWinnerError):
-            # Others may have a score.
-            return
-        except TooLargeError:
-            if len(numbers) == 1:
-                raise
-            half = len(numbers) // 2
-            await self._score(numbers[:half])
-            await self._score(numbers[half:])
+        self._parts += await score_some(self.score, {i: self.completions[i].item for i in numbers})
 
     def _ballot(self) -> Ballot:
         # A completion that calls a tool has no answer in words.
@@ -152,13 +155,19 @@ class Run:
         silent = [i for i, item in enumerate(items) if not item]
         return make_ballot(self.vote, self.answers, items, "completions", silent, self.scoring)
 
-    def _scores(self) -> np.ndarray:
+    def _scores(self) -> Array:
         scores = np.full(len(self.completions), np.nan, np.float32)
         for numbers, ranking in self._parts:
             scores[[*numbers]] = ranking.candidate_scores
         return scores
 
-    def _choose(self, method: str) -> BestOfNResult:
+    def choose(self, method: str) -> BestOfNResult:
+        """The choice from what has come; `method` is the name of what sampled it.
+
+        Raises:
+            UpstreamError: nothing has.
+            NoWinnerError: no completion can win.
+        """
         if not self.completions:
             reasons = dict.fromkeys(failure.reason for failure in self.failures)
             statuses = {failure.status for failure in self.failures}
@@ -179,4 +188,25 @@ class Run:
             time.monotonic() - self.start,
             self.cost.prompt_tokens,
             self.cost.completion_tokens,
+            self.cost.requests,
         )
+
+
+async def score_some(score: Score, items: Mapping[int, Item]) -> list[tuple[Sequence[int], Ranking]]:
+    """Rank candidates by their numbers, in as many parts as their size takes; those without a score are in none.
+
+    Raises:
+        InputError: the scorer cannot read the prompt or a candidate.
+    """
+    numbers = [*items]
+    try:
+        return [(numbers, await score([*items.values()]))]
+    except (NoneReadableError, NoWinnerError):
+        # Others may have a score.
+        return []
+    except TooLargeError:
+        if len(items) == 1:
+            raise
+        half = len(numbers) // 2
+        halves = (numbers[:half], numbers[half:])
+        return [part for some in halves for part in await score_some(score, {i: items[i] for i in some})]

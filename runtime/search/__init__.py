@@ -1,8 +1,9 @@
 """Methods of spending test-time compute on a prompt; needs only NumPy and ONNX Runtime."""
 
+from .methods import METHODS
 from .policy import Choice, Policy, cross_validated, fit_policy, quantile_bins
 from .result import Cost, Node, SearchResult
-from .search import METHODS, search
+from .search import search
 
 __all__ = [
     "METHODS",

@@ -65,7 +65,7 @@ class Beam(Method):
             for group in sorted({branch.group for branch in active}):
                 members = [i for i, branch in enumerate(active) if branch.group == group]
                 going = [i for i in members if active[i].reason < 0]
-                left[group] -= len(members) - len(going)
+                left[group] -= sum(active[i].reason >= 0 and not active[i].void for i in members)
                 again = _repeated(active, going) if self.distinct else set()
                 # Those without a score come last.
                 going.sort(key=lambda i: (i in again, -values[i] if not math.isnan(values[i]) else math.inf))
@@ -74,7 +74,7 @@ class Beam(Method):
                 ended = "finished" if branch.reason == STOP else "cut"
                 fate = ended if branch.reason >= 0 else "kept" if i in kept[branch.group] else "dropped"
                 tree.note(branch, float(values[i]), round_, fate, beyond.get(i))
-                done += [branch] if branch.reason >= 0 else []
+                done += [branch] if branch.reason >= 0 and not branch.void else []
             active = [
                 branch
                 for group, going in kept.items()

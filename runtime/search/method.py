@@ -44,11 +44,13 @@ class Method:
         needs_certainty: whether it reads the self-certainty of every token.
         continues_probe: whether the completions by which a policy judged the prompt become its own first ones.
             Otherwise they are candidates beside its own.
+        needs_artifact: why it cannot work where another program generates; empty if it can.
         needs_own_tree: whether it needs another tree than the one in which a policy judged the prompt.
     """
 
     needs_certainty: ClassVar[bool] = False
     continues_probe: ClassVar[bool] = False
+    needs_artifact: ClassVar[str] = ""
     needs_own_tree: ClassVar[bool] = False
 
     def run(self, tree: Tree[B], budget: int, begun: Sequence[B] = ()) -> list[B]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -23,6 +24,8 @@ class Pruned(Method):
         every: tokens between two prunings.
         keep: the share that is kept, rounded up.
     """
+
+    needs_artifact: ClassVar[str] = "it scores completions after every few tokens and ends some of them there"
 
     every: int = 12
     keep: float = 0.5

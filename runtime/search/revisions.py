@@ -37,6 +37,7 @@ class Revisions(Method):
         memory: number of earlier attempts that the next one sees.
     """
 
+    needs_artifact: ClassVar[str] = "its prompts hold the tokens of earlier attempts, with the stop token of each"
     needs_own_tree: ClassVar[bool] = True
 
     chains: Count = "sqrt"

@@ -44,6 +44,7 @@ class SelfCertainty(Sampling):
     power: float = 0.5
 
     needs_certainty: ClassVar[bool] = True
+    needs_artifact: ClassVar[str] = "it reads the probability of every token of the vocabulary"
 
     def __post_init__(self) -> None:
         # Larger powers would overflow float32 with thousands of candidates.

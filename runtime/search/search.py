@@ -26,32 +26,13 @@ from ..rank.result import winner
 from ..selection.vote import Answers, Ballot, check_answers, make_ballot
 from ..text.reader import Item
 from .artifact_tree import ArtifactBranch, ArtifactTree, ScoreFunction
-from .beam import Beam, DiverseTrees, Lookahead
-from .method import Finalists, Method, check_settings, method_named
+from .method import Finalists, Method
+from .methods import make_method, vote_of
 from .policy import Policy, read_policy
-from .pruning import Pruned
 from .result import SearchResult
-from .revisions import Revisions
-from .sampling import Adaptive, Sampling, SelfCertainty
+from .sampling import Sampling
 
-__all__ = ["METHODS", "search"]
-
-METHODS: dict[str, tuple[type[Method], str | None]] = {
-    "best_of_n": (Sampling, "score"),
-    "weighted": (Sampling, "weighted"),
-    "majority": (Sampling, "majority"),
-    "self_certainty": (SelfCertainty, "borda"),
-    "adaptive": (Adaptive, "score"),
-    "pruned": (Pruned, "score"),
-    "beam": (Beam, None),
-    "lookahead": (Lookahead, None),
-    "dvts": (DiverseTrees, None),
-    "revisions": (Revisions, None),
-}
-"""Each search method by name: its class, whose fields are its settings, and how it chooses from its candidates.
-
-None stands for a weighted vote if there are answers, otherwise for the best score.
-"""
+__all__ = ["search"]
 
 
 @dataclass(frozen=True)
@@ -127,14 +108,7 @@ class SearchRequest:
         return tree
 
     def _vote(self, method: str) -> str:
-        default = METHODS[method][1]
-        if default == "borda":
-            if self.vote not in (None, "borda"):
-                raise InputError(f"vote: self_certainty votes by its own rule, 'borda'; got {self.vote!r:.60}")
-            return default
-        if self.vote is not None:
-            return self.vote
-        return default or ("score" if self.answers is None else "weighted")
+        return vote_of(method, self.vote, has_answers=self.answers is not None)
 
     def _answer_of(self, method: str) -> Callable[[ArtifactBranch], Hashable | None] | None:
         """What one branch votes for, if the method votes."""
@@ -229,9 +203,7 @@ def search(
 
 def _make(method: str, settings: Mapping[str, object]) -> Method:
     """A method with its settings."""
-    kind = method_named(method, {name: kind for name, (kind, _) in METHODS.items()})
     for name in settings:
         if name in SEARCH_OPTIONS:
             raise InputError(f"option '{name}' of method '{method}': a policy does not say how to sample; leave it out")
-    check_settings(method, kind, settings, SEARCH_OPTIONS)
-    return kind(**settings)
+    return make_method(method, settings, SEARCH_OPTIONS)

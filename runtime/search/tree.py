@@ -1,6 +1,7 @@
 """A prompt's completions as branches that grow, fork and end: every search method is written in these terms.
 
-`ArtifactTree` generates with an artifact, token by token; `UpstreamTree` asks a server for one step after the other.
+`ArtifactTree` generates with an artifact, token by token; `UpstreamTree` (`best_of_n/steps.py`) asks a server for one
+step after the other.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ class Branch:
         node: index of the last piece that was judged, None before the first.
         begun: number of tokens in the pieces that were judged.
         group: free for the method, to sort its branches.
+        void: it ended without a token of its own, as another fork of the same branch did: it is no candidate.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -34,6 +36,7 @@ class Branch:
     node: int | None = None
     begun: int = 0
     group: int = 0
+    void: bool = False
 
     @property
     def written(self) -> Hashable:

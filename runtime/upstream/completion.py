@@ -21,13 +21,17 @@ class Completion(Result):
         text: what it says; empty for a message that only calls tools.
         message: the assistant's message as the server wrote it; None for a completion of plain text.
         finish_reason: why it ended, in the server's words, such as `stop`, `length` or `tool_calls`.
+        stopped_by: the stop text that ended it, empty if none did; None if the server does not say.
     """
+
+    _optional: ClassVar[tuple[str, ...]] = ("stopped_by",)
 
     _summary: ClassVar[tuple[str, ...]] = ("text", "finish_reason")
 
     text: str
     message: Message | None = None
     finish_reason: str | None = None
+    stopped_by: str | None = None
 
     @property
     def item(self) -> str | list[Message]:

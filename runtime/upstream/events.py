@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from .completion import Completion
+from .continuation import stopped_by
 
 __all__ = ["Answer", "Assembly", "CompletionChoice", "read_answer"]
 
@@ -20,6 +21,14 @@ class CompletionChoice(msgspec.Struct):
     message: dict[str, Any] | None = None
     delta: dict[str, Any] | None = None
     finish_reason: str | None = None
+    stop_reason: Any = msgspec.UNSET
+    matched_stop: Any = msgspec.UNSET
+
+    @property
+    def stopped_by(self) -> str | None:
+        """As in `Completion`."""
+        given = {"stop_reason": self.stop_reason, "matched_stop": self.matched_stop}
+        return stopped_by({name: value for name, value in given.items() if value is not msgspec.UNSET})
 
 
 class Answer(msgspec.Struct):
@@ -78,7 +87,7 @@ class Assembly:
                 raise ValueError(f"choices[{place}] has no 'text'")
             # Some servers give every choice the index 0.
             self._grow(place, choice.text, choice.message or {})
-            yield self._complete(place, choice.finish_reason or None)
+            yield self._complete(place, choice.finish_reason or None, choice.stopped_by)
 
     def add(self, chunk: Answer) -> Iterator[Completion]:
         """Take in a chunk; the completions that it ends."""
@@ -89,12 +98,12 @@ class Assembly:
             self._grow(index, choice.text, choice.delta or {})
             # Some servers send an empty reason until there is one.
             if choice.finish_reason:
-                yield self._complete(index, choice.finish_reason)
+                yield self._complete(index, choice.finish_reason, choice.stopped_by)
 
     def rest(self) -> Iterator[Completion]:
         """The completions of a stream that is over, but that did not say why they ended."""
         for index in sorted(set(self._texts) - self._ended):
-            yield self._complete(index, None)
+            yield self._complete(index, None, None)
 
     def _grow(self, index: int, text: str | None, delta: Mapping[str, Any]) -> None:
         self._texts.setdefault(index, []).append(_text(delta.get("content")) if text is None else text)
@@ -107,19 +116,18 @@ class Assembly:
             for place, piece in enumerate(pieces):
                 _join(_call_of(calls, piece, place), piece)
 
-    def _complete(self, index: int, reason: str | None) -> Completion:
+    def _complete(self, index: int, reason: str | None, stopped_by: str | None) -> Completion:
         self._ended.add(index)
         text = "".join(self._texts.pop(index))
         message = self._messages.pop(index)
         if not self._chat:
-            return Completion(text, None, reason)
+            return Completion(text, None, reason, stopped_by)
         calls = message.pop("tool_calls", [])
         for call in calls:
             del call["index"]
         content: dict[str, Any] = {"content": text} if text or not calls else {}
-        return Completion(
-            text, {"role": "assistant", **message, **content, **({"tool_calls": calls} if calls else {})}, reason
-        )
+        whole = {"role": "assistant", **message, **content, **({"tool_calls": calls} if calls else {})}
+        return Completion(text, whole, reason, stopped_by)
 
 
 def _text(content: object) -> str:

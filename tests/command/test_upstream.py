@@ -43,7 +43,7 @@ def test_votes_methods_and_failures(countdown, capsys):
     [
         (["--upstream-model", "m"], "--upstream-model belongs to --upstream"),
         (["--upstream", "nowhere"], "expected an address such as"),
-        (["--upstream", "http://x/v1", "--method", "beam"], "expected best_of_n or adaptive; got beam"),
+        (["--upstream", "http://x/v1", "--method", "pruned"], "'pruned' works only with an artifact that generates"),
         (["--upstream", "http://x/v1", "--policy", "p.json"], "--policy: not available with --upstream"),
         (["--upstream", "http://x/v1", "--set", "batch=3"], "unknown option 'batch' of method 'best_of_n'"),
     ],

@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import inspect
+import itertools
 import json
 import threading
 import time
@@ -52,6 +54,8 @@ class FakeUpstream:
         behaviour = self.behaviours.pop(0) if len(self.behaviours) > 1 else self.behaviours[0]
         try:
             response = behaviour(body)
+            if inspect.isawaitable(response):
+                response = await self._unless_given_up(request, response)
             if not isinstance(response, StreamingResponse):
                 return response
             response.body_iterator = self._watched(response.body_iterator)
@@ -59,6 +63,18 @@ class FakeUpstream:
             self.cancelled += 1
             raise
         return response
+
+    async def _unless_given_up(self, request, answering):
+        """Wait for an answer, and note if the client leaves before it."""
+        answering = asyncio.ensure_future(answering)
+        leaving = asyncio.ensure_future(request.receive())
+        await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not answering.done():
+            answering.cancel()
+            self.cancelled += 1
+            return Response()
+        leaving.cancel()
+        return answering.result()
 
     async def _watched(self, parts):
         try:
@@ -116,6 +132,39 @@ def stream(*texts, honours_n=True, pause=0.0, cut_after=None, done=True, reasons
                 yield "data: [DONE]\n\n"
 
         return StreamingResponse(parts(), media_type="text/event-stream")
+
+    return behave
+
+
+def continues(write, tells="stop_reason", pause=0.0):
+    """Continues what the client sends, up to one of its stop texts.
+
+    Args:
+        write: takes what there is (the prompt, or the final message of the assistant) and the number of the completion
+            among all, and returns how it goes on to its end.
+        tells: the field that says which stop text it was; `text`, where the answer includes it; None if nothing does.
+        pause: seconds before an answer that continues a completion.
+    """
+    count = itertools.count()
+
+    def choice(body, index):
+        chat = "messages" in body
+        final = body["messages"][-1] if chat else {}
+        begun = (final["content"] if final["role"] == "assistant" else "") if chat else body["prompt"]
+        text = write(begun, 0 if body.get("temperature") == 0 else next(count))
+        places = {stop: text.find(stop) for stop in body.get("stop", []) if stop in text}
+        stop = min(places, key=places.get, default=None)
+        if stop is not None:
+            text = text[: places[stop]] + (stop if tells == "text" else "")
+        told = {tells: stop} if tells in ("stop_reason", "matched_stop") else {}
+        said = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
+        return {"index": index, "finish_reason": "stop"} | said | told
+
+    async def behave(body):
+        await asyncio.sleep(pause if "continue_final_message" in body or ";" in body.get("prompt", "") else 0)
+        choices = [choice(body, index) for index in range(body.get("n", 1))]
+        usage = {"prompt_tokens": 5, "completion_tokens": 2 * len(choices)}
+        return JSONResponse({"model": "fake", "choices": choices, "usage": usage})
 
     return behave
 
