@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import Annotated
+
+from msgspec import Meta
 
 from bonnx.errors import InputError
 
 from ..arrays import Array
-from ..checks import check_flag, check_whole
 from ..generate.decoding import STOP
-from .count import Count, as_count, check_count
+from .count import Count, as_count
 from .method import Method
 from .tree import B, Branch, Tree
 
@@ -24,22 +26,16 @@ class Beam(Method):
 
     Completions that end leave the beam as candidates and the beam shrinks, so that there are N candidates in the end.
     After `rounds` rounds the remaining branches grow to their ends.
-
-    Attributes:
-        width: M, or `sqrt` for the square root of N.
-        rounds: the maximum number of rounds of branching.
-        distinct: of branches with the same text only the first is kept, as long as there are others. Short steps are
-            often the same, and would soon fill the beam.
     """
 
-    width: Count = 4
-    rounds: int = 40
-    distinct: bool = True
-
-    def __post_init__(self) -> None:
-        check_count("width", self.width)
-        check_flag("distinct", self.distinct)
-        check_whole("rounds", self.rounds, 1)
+    width: Annotated[
+        Count, Meta(ge=1, description="next steps of each branch that is kept, M; 'sqrt' is the square root of N")
+    ] = 4
+    rounds: Annotated[int, Meta(ge=1, description="maximum number of rounds of branching")] = 40
+    # Short steps are often the same, and would soon fill the beam.
+    distinct: Annotated[
+        bool, Meta(description="of branches with the same text keep only the first, as long as there are others")
+    ] = True
 
     def run(self, tree: Tree[B], budget: int, begun: Sequence[B] = ()) -> list[B]:
         """The finished branches."""
@@ -92,16 +88,9 @@ class Lookahead(Beam):
     """Beam search that judges a branch `steps` greedy steps ahead (Snell et al., 2024).
 
     It costs about N (steps + 1) completions; the budget counts these, so there are budget / (steps + 1) beams.
-
-    Attributes:
-        steps: k; 3 in the paper.
     """
 
-    steps: int = 3
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_whole("steps", self.steps, 1)
+    steps: Annotated[int, Meta(ge=1, description="greedy steps to look ahead; 3 in the paper")] = 3
 
     def run(self, tree: Tree[B], budget: int, begun: Sequence[B] = ()) -> list[B]:
         """The finished branches."""

@@ -12,6 +12,7 @@ from bonnx.errors import InputError, near_miss
 from ..arrays import Array
 from ..checks import shown
 from .choice import choose
+from .settings import check_values
 from .tree import B, Branch, Tree
 
 __all__ = ["Finalists", "Method", "check_settings", "method_named"]
@@ -38,7 +39,10 @@ class Finalists:
 
 @dataclass(frozen=True)
 class Method:
-    """A way to spend a budget of completions. A method is a frozen dataclass whose fields are its settings.
+    """A way to spend a budget of completions.
+
+    A method is a frozen dataclass whose fields are its settings, each with its bounds and a description:
+    `Annotated[int, Meta(ge=1, description="...")]`.
 
     Attributes:
         needs_certainty: whether it reads the self-certainty of every token.
@@ -52,6 +56,9 @@ class Method:
     continues_probe: ClassVar[bool] = False
     needs_artifact: ClassVar[str] = ""
     needs_own_tree: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_values(self)
 
     def run(self, tree: Tree[B], budget: int, begun: Sequence[B] = ()) -> list[B]:
         """The candidates.

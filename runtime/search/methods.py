@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
+
+from msgspec import Meta
 
 from bonnx.errors import InputError
 
@@ -11,8 +14,9 @@ from .method import Method, check_settings, method_named
 from .pruning import Pruned
 from .revisions import Revisions
 from .sampling import Adaptive, Sampling, SelfCertainty
+from .settings import definitions
 
-__all__ = ["METHODS", "make_method", "vote_of"]
+__all__ = ["METHODS", "SETTINGS", "make_method", "vote_of"]
 
 METHODS: dict[str, tuple[type[Method], str | None]] = {
     "best_of_n": (Sampling, "score"),
@@ -30,6 +34,13 @@ METHODS: dict[str, tuple[type[Method], str | None]] = {
 
 None stands for a weighted vote if there are answers, otherwise for the best score.
 """
+
+SETTINGS: dict[str, tuple[Any, Meta, list[str]]] = {}
+"""Each setting by name: its type, its bounds and description, and the methods that have it."""
+
+for _method, (_kind, _) in METHODS.items():
+    for _name, (_type, _meta) in definitions(_kind).items():
+        SETTINGS.setdefault(_name, (_type, _meta, []))[2].append(_method)
 
 
 def make_method(name: object, settings: Mapping[str, object], others: Sequence[str] = ()) -> Method:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
+from msgspec import Meta
 
-from ..checks import check_number, check_whole
 from ..generate.decoding import PRUNED, survivors
 from .method import Method
 from .tree import B, Tree
@@ -18,21 +18,12 @@ __all__ = ["Pruned"]
 
 @dataclass(frozen=True)
 class Pruned(Method):
-    """Speculative rejection (Sun et al., 2024) by the running score: `prune_every` and `prune_keep` of `generate`.
-
-    Attributes:
-        every: tokens between two prunings.
-        keep: the share that is kept, rounded up.
-    """
+    """Speculative rejection (Sun et al., 2024) by the running score: `prune_every` and `prune_keep` of `generate`."""
 
     needs_artifact: ClassVar[str] = "it scores completions after every few tokens and ends some of them there"
 
-    every: int = 12
-    keep: float = 0.5
-
-    def __post_init__(self) -> None:
-        check_whole("every", self.every, 1)
-        check_number("keep", self.keep, gt=0, le=1)
+    every: Annotated[int, Meta(ge=1, description="tokens between two prunings")] = 12
+    keep: Annotated[float, Meta(gt=0, le=1, description="the share that is kept, rounded up")] = 0.5
 
     def run(self, tree: Tree[B], budget: int, begun: Sequence[B] = ()) -> list[B]:
         """All branches, including the pruned ones."""

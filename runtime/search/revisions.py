@@ -6,18 +6,18 @@ import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import Annotated, ClassVar, cast
 
 import numpy as np
+from msgspec import Meta
 
 from bonnx.errors import InputError
 
 from ..arrays import Array
-from ..checks import check_whole
 from ..generate.decoding import LENGTH, generate_feeds
 from .artifact_tree import ArtifactBranch, ArtifactTree
 from .choice import choose_in_chains
-from .count import Count, as_count, check_count
+from .count import Count, as_count
 from .method import Finalists, Method
 from .tree import B, Tree
 
@@ -30,22 +30,20 @@ class Revisions(Method):
 
     Each attempt continues the prompt and the last attempts of its chain, whole and one after the other, each with its
     stop token. The budget is the number of attempts; every chain has the same number, and the remainder is not used.
-
-    Attributes:
-        chains: number of independent chains, or `sqrt` for the square root of the budget; 1 is all in sequence, the
-            budget all in parallel.
-        memory: number of earlier attempts that the next one sees.
     """
 
     needs_artifact: ClassVar[str] = "its prompts hold the tokens of earlier attempts, with the stop token of each"
     needs_own_tree: ClassVar[bool] = True
 
-    chains: Count = "sqrt"
-    memory: int = 4
-
-    def __post_init__(self) -> None:
-        check_count("chains", self.chains)
-        check_whole("memory", self.memory, 1)
+    chains: Annotated[
+        Count,
+        Meta(
+            ge=1,
+            description="independent chains; 'sqrt' is the square root of the budget, 1 is all in sequence, and the "
+            "budget all in parallel",
+        ),
+    ] = "sqrt"
+    memory: Annotated[int, Meta(ge=1, description="earlier attempts that the next one sees")] = 4
 
     def run(self, tree: Tree[B], budget: int, begun: Sequence[B] = ()) -> list[B]:
         """Every attempt; `group` is its chain."""

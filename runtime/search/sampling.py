@@ -6,14 +6,14 @@ import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
+from msgspec import Meta
 
 from bonnx.errors import InputError
 
 from ..arrays import Array
-from ..checks import check_number, check_whole, shown
 from .method import Finalists, Method
 from .tree import B, Tree
 
@@ -35,20 +35,13 @@ class Sampling(Method):
 
 @dataclass(frozen=True)
 class SelfCertainty(Sampling):
-    """Best-of-N without a scorer: candidates vote, and those of which the model was more certain count more.
+    """Best-of-N without a scorer: candidates vote, and those of which the model was more certain count more."""
 
-    Attributes:
-        power: p of the Borda vote, see `borda`.
-    """
-
-    power: float = 0.5
+    # Larger powers would overflow float32 with thousands of candidates.
+    power: Annotated[float, Meta(ge=0, le=8, description="exponent of a candidate's points; 0 is majority")] = 0.5
 
     needs_certainty: ClassVar[bool] = True
     needs_artifact: ClassVar[str] = "it reads the probability of every token of the vocabulary"
-
-    def __post_init__(self) -> None:
-        # Larger powers would overflow float32 with thousands of candidates.
-        check_number("power", self.power, ge=0, le=8)
 
     def choose(self, finalists: Finalists) -> tuple[int, Array]:
         """By `borda`."""
@@ -66,30 +59,20 @@ class Adaptive(Method):
 
     With a vote it stops when the leading answer will most likely stay ahead of the second (Aggarwal et al., 2023,
     Adaptive-Consistency).
-
-    Attributes:
-        batch: number of completions at a time.
-        price: of one completion, in units of the score.
-        ceiling: the maximum score; 1 for probabilities.
-        confidence: probability that the leader stays ahead, from 0.5 and below 1.
-        rule: `gain` or `leader` forces the first or the second rule; `auto` takes the one for the vote.
     """
 
     continues_probe: ClassVar[bool] = True
 
-    batch: int = 4
-    price: float = 0.01
-    ceiling: float = 1.0
-    confidence: float = 0.95
-    rule: Literal["auto", "gain", "leader"] = "auto"
-
-    def __post_init__(self) -> None:
-        check_whole("batch", self.batch, 1)
-        check_number("price", self.price, gt=0)
-        check_number("ceiling", self.ceiling, "a finite number", gt=-math.inf, lt=math.inf)
-        check_number("confidence", self.confidence, ge=0.5, lt=1)
-        if not isinstance(self.rule, str) or self.rule not in ("auto", "gain", "leader"):
-            raise InputError(f"rule: expected auto, gain or leader; got {shown(self.rule)}")
+    batch: Annotated[int, Meta(ge=1, description="completions at a time")] = 4
+    price: Annotated[float, Meta(gt=0, description="of one completion, in units of the score")] = 0.01
+    ceiling: Annotated[float, Meta(description="the maximum score; 1 for probabilities")] = 1.0
+    confidence: Annotated[
+        float, Meta(ge=0.5, lt=1, description="probability that the leading answer stays ahead of the second")
+    ] = 0.95
+    rule: Annotated[
+        Literal["auto", "gain", "leader"],
+        Meta(description="what ends the sampling: the expected gain, the leader's lead, or the one for the vote"),
+    ] = "auto"
 
     def run(self, tree: Tree[B], budget: int, begun: Sequence[B] = ()) -> list[B]:
         """The finished branches: the first ones of `Sampling`, including those that are finished already."""

@@ -12,6 +12,7 @@ import numpy as np
 
 from bonnx.runtime.artifact.manifest import Limits, Scoring, Value
 from bonnx.runtime.engine.engine import Engine
+from bonnx.runtime.text.stops import Stops
 
 VOCABULARY, STEP, END = 6, 4, 5
 PROMPT = [1, 2]
@@ -37,7 +38,7 @@ class Table:
             scoring=Scoring(step_token=STEP, end_token=END, activation="sigmoid"),
             limits=Limits(max_tokens=len(PROMPT) + longest), seal="0" * 64, name="table",
         )  # fmt: skip
-        reader = SimpleNamespace(tokenizer=None, prompt=np.array, stops=lambda given, scoring: self.stops)
+        reader = SimpleNamespace(tokenizer=None, prompt=np.array, stops=lambda given, scoring: Stops(tokens=self.stops))
         self.engine = Engine(self.manifest, reader, self.session)
 
     def _rng(self, *what):
