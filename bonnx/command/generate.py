@@ -36,7 +36,7 @@ from .upstream import add_upstream, answerer, upstream_settings
 __all__ = ["configure", "run"]
 
 # The fields of a candidate with `--json`.
-_CANDIDATE = ("text", "tokens", "score", "finish_reason")
+_CANDIDATE = ("text", "tokens", "score", "finish_reason", "top_tokens", "top_log_probs")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -200,7 +200,9 @@ def _search(engine: Engine, prompt: Item, settings: dict[str, Any], arguments: a
 
 def _as_json(prompt: Item, result: Generation) -> dict[str, object]:
     whole = result.to_dict()
-    candidates = [{name: candidate[name] for name in _CANDIDATE} for candidate in whole["candidates"]]
+    candidates = [
+        {name: candidate[name] for name in _CANDIDATE if name in candidate} for candidate in whole["candidates"]
+    ]
     chosen = {"best_index": result.best_index, "best": _text_or_tokens(result.best), "candidates": candidates}
     counts = {name: whole[name] for name in ("prompt_tokens", "computed_tokens")}
     return {"prompt": prompt, **chosen, **counts}

@@ -28,6 +28,7 @@ __all__ = [
     "clock",
     "decode_all",
     "generate_feeds",
+    "most_likely",
     "prefill",
     "survivors",
 ]
@@ -46,6 +47,8 @@ class Growing:
         reasons: (n,) int64, an index into `FINISH_REASONS`, or -1 while a candidate grows.
         kept: (n,) bool, whether it has survived every pruning.
         computed: tokens that the network has read.
+        top_tokens: (n, T, k) int64, the most likely tokens at each place; k is 0 unless they are asked for.
+        top_log_probs: (n, T, k) float32, of each of them.
 
     Args:
         options: how to generate.
@@ -64,16 +67,13 @@ class Growing:
         self.lengths, self.reasons = np.zeros(n, np.int64), np.full(n, -1)
         self.kept = np.ones(n, bool)
         self.computed = 0
+        self.top_tokens, self.top_log_probs = np.zeros((n, 0, 0), np.int64), np.zeros((n, 0, 0), np.float32)
 
     def add(self, numbers: Array, tokens: Array, scores: Array, log_probs: Array) -> None:
         """One token of each running candidate: all (rows,)."""
         # As in the graph: a token drawn from no distribution makes a candidate that cannot win.
         scores = np.where(np.isnan(log_probs), np.float32(np.nan), scores)
-        for name, new in (("tokens", tokens), ("scores", scores), ("log_probs", log_probs)):
-            old = getattr(self, name)
-            column = np.zeros((len(old), 1), old.dtype)
-            column[numbers, 0] = new
-            setattr(self, name, np.concatenate([old, column], 1))
+        self._append(numbers, tokens=tokens, scores=scores, log_probs=log_probs)
         self.lengths[numbers] += 1
         self.computed += len(numbers)
         self.reasons[numbers[np.isin(tokens, self.options.stop_tokens)]] = STOP
@@ -81,6 +81,22 @@ class Growing:
             for number in numbers[self.reasons[numbers] < 0]:
                 if self._ends(self.tokens[number, : self.lengths[number]]):
                     self.reasons[number] = STOP
+
+    def add_top(self, numbers: Array, tokens: Array, log_probs: Array) -> None:
+        """The most likely tokens at the place of the last token of some candidates: (rows, k) or (1, k)."""
+        if not self.top_tokens.shape[2]:
+            self.top_tokens, self.top_log_probs = (
+                np.zeros((len(self.lengths), 0, tokens.shape[1]), array.dtype) for array in (tokens, log_probs)
+            )
+        self._append(numbers, top_tokens=tokens, top_log_probs=log_probs)
+
+    def _append(self, numbers: Array, **arrays: Array) -> None:
+        """Append a column to each of these arrays: 0 but for the candidates `numbers`."""
+        for name, new in arrays.items():
+            old = getattr(self, name)
+            column = np.zeros((len(old), 1, *old.shape[2:]), old.dtype)
+            column[numbers, 0] = new
+            setattr(self, name, np.concatenate([old, column], 1))
 
     def select(self) -> tuple[Array, int]:
         """Each candidate's score (n,) as it stands, NaN for a pruned one, and the best index, -1 if nothing can win."""
@@ -197,14 +213,18 @@ def decode_all(
         ends: as in `Growing`.
     """
     growing = Growing(options, step_token, ends)
-    first, fixed = prefill(session, prompt, options, options.n)
+    with_top = options.top_log_probs > 0
+    first, fixed = prefill(session, prompt, options, options.n, logits=with_top)
+    top = most_likely(first["logits"].numpy(), options.top_log_probs) if with_top else None
     rows = CachedRows(session("decode"), fixed)
     rows.join([rows.blank()] * options.n)
     tokens, log_probs = first["tokens"].numpy(), first["log_probs"].numpy()
     numbers = np.arange(options.n)
     for length in range(1, options.max_new_tokens + 1):
-        outputs = rows.read(tokens, numbers[:, None])
+        outputs = rows.read(tokens, numbers[:, None], logits=with_top)
         growing.add(numbers, tokens[:, 0], outputs["scores"].numpy()[:, 0], log_probs[:, 0])
+        if top is not None:
+            growing.add_top(numbers, *top)
         if options.prune_every and length % options.prune_every == 0:
             growing.prune()
         running = growing.reasons < 0
@@ -220,6 +240,20 @@ def decode_all(
             rows.keep(going)
         numbers = numbers[going]
         tokens, log_probs = outputs["next_tokens"].numpy()[going], outputs["log_probs"].numpy()[going]
+        top = most_likely(outputs["logits"].numpy()[going, 0], options.top_log_probs) if with_top else None
+
+
+def most_likely(logits: Array, count: int) -> tuple[Array, Array]:
+    """The tokens of the largest logits (rows, V), most likely first, (rows, k) int64, and their log-probabilities."""
+    wide = logits.astype(np.float64)
+    count = min(count, wide.shape[-1])
+    order = np.argpartition(-wide, count - 1, -1)[:, :count]
+    order = np.take_along_axis(order, np.argsort(-np.take_along_axis(wide, order, -1), -1, kind="stable"), -1)
+    peak = wide.max(-1, keepdims=True)
+    # Infinite logits are no distribution: the log-probabilities are NaN.
+    with np.errstate(invalid="ignore"):
+        log_sum = peak + np.log(np.exp(wide - peak).sum(-1, keepdims=True))
+        return order.astype(np.int64), (np.take_along_axis(wide, order, -1) - log_sum).astype(np.float32)
 
 
 def generate_feeds(prompts: Array, mask: Array, options: CheckedOptions, step_token: int | None) -> dict[str, Array]:

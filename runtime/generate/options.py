@@ -93,6 +93,9 @@ class GenerateOptions(TypedDict, total=False):
     prune_keep: Annotated[
         float, Meta(gt=0, le=1, description="the share of candidates that a pruning keeps, rounded up")
     ]
+    top_log_probs: Annotated[
+        int, Meta(ge=0, le=20, description="also return the log-probabilities of this many most likely tokens; slower")
+    ]
 
 
 _HINTS = get_type_hints(GenerateOptions, include_extras=True)
@@ -107,6 +110,7 @@ DEFAULTS: Mapping[str, Any] = {
     "aggregation": None,
     "prune_every": 0,
     "prune_keep": 0.5,
+    "top_log_probs": 0,
 }
 # What a search takes: it sets the number of candidates itself, and prunes by its own method.
 SEARCH_OPTIONS = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop", "aggregation")
@@ -180,15 +184,21 @@ class CheckedOptions:
     aggregation: str
     prune_every: int
     prune_keep: float
+    top_log_probs: int = 0
     stop_texts: tuple[str, ...] = ()
     stops_in_text: bool = False
 
     def __post_init__(self) -> None:
         aggregation_code(self.aggregation)
-        for name in ("n", "max_new_tokens", "top_k", "prune_every", "seed"):
+        for name in ("n", "max_new_tokens", "top_k", "prune_every", "seed", "top_log_probs"):
             check_whole(name, getattr(self, name), int(option_bounds(name)["ge"] or 0))
-        for name in ("temperature", "top_p", "prune_keep"):
+        for name in ("temperature", "top_p", "prune_keep", "top_log_probs"):
             check_number(name, getattr(self, name), **option_bounds(name))
+
+    @property
+    def needs_host(self) -> bool:
+        """Whether the host must steer the loop, because it looks at more than the graph `generate` gives."""
+        return self.stops_in_text or self.top_log_probs > 0
 
     def drawing(self) -> dict[str, Array]:
         """The feeds of a draw."""

@@ -62,7 +62,7 @@ def read_request(engine: Engine, prompt: Item, options: GenerateOptions) -> Gene
     ids = engine.reader.prompt(prompt)
     checked = options_within(engine, ids, options, engine.manifest.limits.max_tokens - len(ids))
     return GenerateRequest(
-        ids, checked, len(ids) + checked.max_new_tokens <= engine.joint_limit and not checked.stops_in_text
+        ids, checked, len(ids) + checked.max_new_tokens <= engine.joint_limit and not checked.needs_host
     )
 
 

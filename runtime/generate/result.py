@@ -30,8 +30,12 @@ class Candidate(Result):
         log_probs: (length,) float32, of each token under the model itself (temperature 1, unfiltered), in nats.
         score: the candidate's score; NaN for one that cannot win.
         finish_reason: `stop`, `length`, `pruned`, `deadline`, or None while it grows.
+        top_tokens: (length, k) int64, with `top_log_probs` the k tokens that were most likely at each place, the most
+            likely first.
+        top_log_probs: (length, k) float32, of each of them under the model itself, in nats.
     """
 
+    _optional: ClassVar[tuple[str, ...]] = ("top_tokens", "top_log_probs")
     _summary: ClassVar[tuple[str, ...]] = ("text", "score", "tokens", "finish_reason")
 
     text: str | None
@@ -40,6 +44,8 @@ class Candidate(Result):
     log_probs: NDArray[np.float32]
     score: float
     finish_reason: str | None
+    top_tokens: NDArray[np.int64] | None = None
+    top_log_probs: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 from ..arrays import Array
 from ..engine.engine import Engine
@@ -24,7 +25,7 @@ _Decode = Callable[[list[int], list[int], str | None], str] | None
 def run_together(engine: Engine, requests: Sequence[GenerateRequest], stop: Stop | None = None) -> list[Generation]:
     """Generate for requests of equal keys in one run; `best_index` is -1 where nothing can win."""
     options, scoring = requests[0].options, engine.manifest.scoring
-    if options.stops_in_text:
+    if options.needs_host:
         return [_in_a_loop(engine, request, stop) for request in requests]
     prompts, mask = pad([request.prompt for request in requests], scoring.pad_token)
     feeds = generate_feeds(prompts, mask, options, scoring.step_token)
@@ -42,7 +43,7 @@ def run_together(engine: Engine, requests: Sequence[GenerateRequest], stop: Stop
 
 
 def _in_a_loop(engine: Engine, request: GenerateRequest, stop: Stop | None) -> Generation:
-    """Generate token by token, because only the host sees the text.
+    """Generate token by token; see `CheckedOptions.needs_host`.
 
     Raises:
         InterruptedError: `stop` was set.
@@ -70,6 +71,11 @@ def stream(engine: Engine, request: GenerateRequest, deadline: float | None) -> 
         candidate_scores, best = growing.select()
         parts = (growing.tokens, growing.scores, growing.log_probs, growing.lengths, candidate_scores, growing.reasons)
         candidates = [make_candidate(decode, request.prompt, *row) for row in zip(*parts, strict=True)]
+        if request.options.top_log_probs:
+            candidates = [
+                replace(c, top_tokens=tokens[: len(c.tokens)], top_log_probs=log_probs[: len(c.tokens)])
+                for c, tokens, log_probs in zip(candidates, growing.top_tokens, growing.top_log_probs, strict=True)
+            ]
         yield Generation(best, candidates, len(request.prompt), growing.computed, request.options.aggregation)
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import time
 import uuid
-from collections.abc import Sequence
 
 from ..results import to_json
 from .choosing import Chosen, Rule
+from .log_probs import log_probs_of
 from .service import Service
 
-__all__ = ["completions_answer", "completions_head", "log_prob_entries"]
+__all__ = ["completions_answer", "completions_head"]
 
 # Reasons of bonnx, in OpenAI's words.
 _REASONS = {"pruned": "stop", "deadline": "length"}
@@ -64,25 +64,8 @@ def _choice(
     else:
         choice["text"] = completion.text
     if chosen.candidates and log_probs:
-        choice["logprobs"] = _log_probs(service, chosen, i, is_chat=is_chat)
+        choice["logprobs"] = log_probs_of(service, chosen.candidates[i], is_chat=is_chat)
     return choice
-
-
-def _log_probs(service: Service, chosen: Chosen, i: int, *, is_chat: bool) -> dict[str, object]:
-    candidate = chosen.candidates[i]
-    pieces = service.engine.reader.pieces(candidate.tokens.tolist())
-    return log_prob_entries(pieces, to_json(candidate.log_probs), is_chat=is_chat)
-
-
-def log_prob_entries(pieces: Sequence[str], values: Sequence[float | None], *, is_chat: bool) -> dict[str, object]:
-    """Tokens and their log-probabilities in OpenAI's form."""
-    if not is_chat:
-        return {"tokens": [*pieces], "token_logprobs": [*values], "top_logprobs": None, "text_offset": None}
-    entries = [
-        {"token": piece, "logprob": value, "bytes": [*piece.encode("utf-8", "replace")], "top_logprobs": []}
-        for piece, value in zip(pieces, values, strict=True)
-    ]
-    return {"content": entries, "refusal": None}
 
 
 def _candidate(chosen: Chosen, i: int, order: list[int]) -> dict[str, object]:

@@ -12,17 +12,14 @@ import msgspec
 from bonnx.errors import InputError, NoWinnerError
 
 from ..generate.result import Generation
-from ..results import to_json
 from ..upstream.events import CompletionChoice
 from .choosing import Chosen
-from .completions_answer import completions_head, log_prob_entries
+from .completions_answer import completions_head
 from .errors import encode, to_api_error
+from .log_probs import log_probs_of
 from .service import Service
 
 __all__ = ["LiveCompletion", "completions_events"]
-
-# What stands for bytes of a character that is not complete.
-_BROKEN = "\ufffd"
 
 
 class LiveCompletion:
@@ -45,17 +42,13 @@ class LiveCompletion:
     def take_state(self, generation: Generation) -> None:
         """Take in what the artifact has generated so far."""
         (candidate,) = generation.candidates
-        text, ended = candidate.text or "", candidate.finish_reason is not None
+        text = candidate.text or ""
         piece: dict[str, object] = {"logprobs": None}
         if self._log_probs:
-            words = self._service.engine.reader.pieces(candidate.tokens.tolist())
-            # The bytes of a character come with its last token.
-            while words and not ended and (not words[-1] or _BROKEN in words[-1]):
-                words.pop()
-            first, self._tokens = self._tokens, len(words)
-            if first < len(words):
-                values = to_json(candidate.log_probs)[first : len(words)]
-                piece["logprobs"] = log_prob_entries(words[first:], values, is_chat=self._is_chat)
+            shown = log_probs_of(self._service, candidate, self._tokens, is_chat=self._is_chat)
+            if added := len(shown["content"] if self._is_chat else shown["tokens"]):
+                piece["logprobs"] = shown
+                self._tokens += added
         new = text[len(self._text) :]
         if not new and piece["logprobs"] is None:
             return

@@ -95,6 +95,11 @@ class CompletionsBody(RequestBody):
         """Whether the answer is to have the log-probability of each token."""
         return False
 
+    @property
+    def top_log_probs(self) -> int:
+        """Number of most likely tokens at each place whose log-probabilities the answer is to have."""
+        return 0
+
 
 class ChatPrompt(CompletionsBody):
     """A conversation to answer."""
@@ -144,6 +149,7 @@ class GeneratedBody(CompletionsBody):
             aggregation=aggregation,
             seed=seed,
             max_new_tokens=self.limit,
+            top_log_probs=self.top_log_probs,
         )
         if self.stop is not None:
             options["stop"] = [*own_stops, *([self.stop] if isinstance(self.stop, str) else self.stop)]
@@ -155,6 +161,9 @@ class ChatBody(ChatPrompt, GeneratedBody):
 
     max_completion_tokens: int | None = option_field("max_new_tokens", default=None)
     logprobs: bool = Field(False, description="return the log-probability of each token")
+    top_logprobs: int | None = Field(
+        None, ge=0, le=20, strict=True, description="with logprobs: also of so many of the most likely tokens; slower"
+    )
 
     @property
     def limit(self) -> int | None:
@@ -164,17 +173,31 @@ class ChatBody(ChatPrompt, GeneratedBody):
     def wants_log_probs(self) -> bool:
         return self.logprobs
 
+    @property
+    def top_log_probs(self) -> int:
+        if self.top_logprobs and not self.logprobs:
+            raise InputError('top_logprobs: send "logprobs": true as well')
+        return self.top_logprobs or 0
+
 
 class TextBody(TextPrompt, GeneratedBody):
     """A text to complete."""
 
     logprobs: int | None = Field(
-        None, ge=0, le=0, strict=True, description="0 returns the log-probability of each token; no others are known"
+        None,
+        ge=0,
+        le=5,
+        strict=True,
+        description="return the log-probability of each token, and of so many of the most likely ones; slower above 0",
     )
 
     @property
     def wants_log_probs(self) -> bool:
         return self.logprobs is not None
+
+    @property
+    def top_log_probs(self) -> int:
+        return self.logprobs or 0
 
 
 class ForwardedChatBody(ChatPrompt):

@@ -300,7 +300,7 @@ def test_what_is_refused_before_the_upstream_is_asked(fields, message, behind):
         ({"bonnx": {"votes": 1}}, "votes"),
         ({"bonnx": {"truncate": True}}, "never cut"),
         ({"temperature": -1}, "temperature"),
-        ({"logprobs": 3}, "logprobs"),
+        ({"logprobs": 6}, "logprobs"),
         ({"prompt": ["a", "b"]}, "expected a text"),
         ({"model": "gpt-5"}, "this server has 'countdown' only"),
     ],

@@ -46,6 +46,28 @@ def test_the_artifact_sends_tokens_as_they_come(client):
     assert len({chunk.id for chunk in chunks}) == 1
 
 
+def test_the_most_likely_tokens(client):
+    """Whole and streamed, as a message and as text; the drawn token is among those of a text."""
+    chat = {"model": "countdown", "messages": CHAT, "seed": 1, "extra_body": ONE, "logprobs": True, "top_logprobs": 3}
+    entries = client.chat.completions.create(**chat).choices[0].logprobs.content
+    chunks = [*client.chat.completions.create(**chat, stream=True)]
+    streamed = [entry for chunk in chunks if chunk.choices[0].logprobs for entry in chunk.choices[0].logprobs.content]
+    assert [[top.token for top in entry.top_logprobs] for entry in streamed] == [
+        [top.token for top in entry.top_logprobs] for entry in entries
+    ]
+    assert {len(entry.top_logprobs) for entry in entries} == {3}
+    for entry in entries:
+        known = {top.token: top.logprob for top in entry.top_logprobs}
+        assert known.get(entry.token, entry.logprob) == pytest.approx(entry.logprob, abs=1e-4)
+    text = client.completions.create(model="countdown", prompt=PUZZLE, seed=1, extra_body=ONE, logprobs=5)
+    probabilities = text.choices[0].logprobs
+    assert [entry.token for entry in entries] == probabilities.tokens
+    assert all(len(top) in (5, 6) for top in probabilities.top_logprobs)
+    assert all(token in top for token, top in zip(probabilities.tokens, probabilities.top_logprobs, strict=True))
+    with pytest.raises(openai.BadRequestError, match="logprobs"):
+        client.chat.completions.create(model="countdown", messages=CHAT, top_logprobs=3)
+
+
 @pytest.mark.parametrize("stop", ["=4;", ";", None], ids=str)
 def test_a_stop_text_is_never_sent(client, stop):
     request = {"model": "countdown", "prompt": PUZZLE, "seed": 5, "extra_body": ONE}
