@@ -31,7 +31,7 @@ from bonnx.runtime.engine.engine import make_engine
 from bonnx.runtime.engine.session import SessionOptions
 
 from .card import model_card
-from .checkpoint.source import check_scoring
+from .checkpoint.source import check_scoring, default_scoring
 from .checkpoint.tokenizer import TextFiles
 from .graphs.trace import DEFAULT_OPSET, OPSETS, trace_graphs
 from .graphs.vote import with_vote_weight
@@ -91,7 +91,7 @@ def export_model(
     Raises:
         ExportError: if the folder exists, the disk is full, or verification fails; nothing is left behind.
     """
-    scoring, limits = with_vote_weight(scoring or Scoring()), limits or Limits()
+    scoring, limits = with_vote_weight(scoring or default_scoring(model)), limits or Limits()
     _check_options(model, scoring, limits, opset, precision, min_agreement)
     output, frugal = output.absolute(), reload is not None
     check_output(output, overwrite=overwrite)

@@ -22,17 +22,22 @@ def model_card(manifest: Manifest) -> str:
         ("maximum tokens, maximum candidates", f"{manifest.limits.max_tokens}, {manifest.limits.max_candidates}"),
     ]
     text = '"a prompt", ["one candidate", "another"]' if manifest.tokenizer else "prompt, candidates"
+    kind, does = "two-headed transformer", "rank completions and select the best one"
+    example = [f"ranking = model.rank({text})", "ranking.best, ranking.candidate_scores"]
+    if not manifest.has_scorer:
+        kind, does = "language model", "generate completions, and choose by its own certainty or by votes"
+        prompt = '"a prompt"' if manifest.tokenizer else "prompt"
+        example = [f"model.generate({prompt}, n=16).best"]
     lines = [
         f"# {manifest.name}",
         "",
-        "A two-headed transformer as ONNX graphs that rank completions and select the best one, exported by bonnx.",
+        f"A {kind} as ONNX graphs that {does}, exported by bonnx.",
         "",
         "```python",
         "import bonnx",
         "",
         'model = bonnx.load("this folder")',
-        f"ranking = model.rank({text})",
-        "ranking.best, ranking.candidate_scores",
+        *example,
         "```",
         "",
         "| | |",

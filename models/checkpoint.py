@@ -16,7 +16,7 @@ from .config import ConfigError, LanguageModelConfig, NetworkConfig
 from .fields import check_fields
 from .files import check_folder, read_json
 from .huggingface import is_huggingface, translate
-from .network import LanguageModel, TwoHeadedNetwork, initialize, inverse_frequencies
+from .network import LanguageModel, TwoHeadedNetwork, initialize, inverse_frequencies, without_scorer
 from .scorer_kinds import make_scorer
 from .tokenizer_files import class_fields, copy_tokenizer
 from .weights import WEIGHTS_FILE, Weights
@@ -60,7 +60,11 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    folder: str | os.PathLike[str], *, label_tokens: tuple[int, ...] | None = None, new_scorer: bool = False
+    folder: str | os.PathLike[str],
+    *,
+    label_tokens: tuple[int, ...] | None = None,
+    new_scorer: bool = False,
+    no_scorer: bool = False,
 ) -> tuple[LanguageModel | TwoHeadedNetwork, dict[str, Any]]:
     """Load a model in float32 and inference mode, with the further keys of its config.json.
 
@@ -71,6 +75,7 @@ def load_checkpoint(
         folder: written by `save_checkpoint`, or by `save_pretrained` of transformers; see `docs/reward_models.md`.
         label_tokens: for a language model that answers at a step tag, the tokens whose logits are the scorer's labels.
         new_scorer: add a new scorer, to be trained, to a language model without one.
+        no_scorer: leave the scorer out, if there is one; the model must have a vocabulary head.
 
     Returns:
         The model, and the keys.
@@ -82,13 +87,18 @@ def load_checkpoint(
     folder = Path(folder)
     config = read_config(folder)
     if is_huggingface(config):
-        return _load_huggingface(folder, config, label_tokens, new_scorer)
+        loaded, metadata = _load_huggingface(folder, config, label_tokens, new_scorer, no_scorer)
+        return without_scorer(loaded) if no_scorer else loaded, metadata
     with torch.device("meta"):
         model = _own_model(folder, config)
     weights = Weights(folder)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     _check_shapes(expected, weights.shapes)
     _fill(model, weights.read({name: name for name in expected}))
+    if no_scorer:
+        if not isinstance(model, LanguageModel):
+            raise ConfigError(f"{folder}: expected a language model; one over embeddings only scores")
+        model = without_scorer(model)
     return model, config
 
 
@@ -107,14 +117,16 @@ def _own_model(folder: Path, config: dict[str, Any]) -> LanguageModel | TwoHeade
 
 
 def _load_huggingface(
-    folder: Path, config: dict[str, Any], label_tokens: tuple[int, ...] | None, new_scorer: bool
+    folder: Path, config: dict[str, Any], label_tokens: tuple[int, ...] | None, new_scorer: bool, no_scorer: bool
 ) -> tuple[LanguageModel, dict[str, Any]]:
     weights = _supported_weights(folder, config)
     if (folder / GENERATION_FILE).is_file():
         # transformers' generation takes the end tokens from this file if it has any; often there are more of them.
         config = {**config, **{k: v for k, v in read_json(folder / GENERATION_FILE).items() if k == "eos_token_id"}}
     try:
-        translation = translate(config, weights.shapes, label_tokens=label_tokens, new_scorer=new_scorer)
+        translation = translate(
+            config, weights.shapes, label_tokens=label_tokens, new_scorer=new_scorer, no_scorer=no_scorer
+        )
         with torch.device("meta"):
             model = LanguageModel(translation.config)
         rows = translation.label_rows

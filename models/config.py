@@ -119,7 +119,8 @@ class NetworkConfig(_ValidatedConfig, frozen=True, kw_only=True, forbid_unknown_
     """Number of positions that each position attends to, itself included; all preceding ones if None."""
     sliding_layers: list[int] | None = None
     """Layers with the sliding window, counted from 0; all layers if None."""
-    scorer_kind: Literal["mlp", "linear"] = "mlp"
+    scorer_kind: Literal["mlp", "linear", "none"] = "mlp"
+    """`none` only in a language model, which then generates but does not score."""
     scorer_activation: Literal["silu", "relu"] = "silu"
     scorer_bias: bool = True
     num_labels: int = 1
@@ -155,6 +156,11 @@ class NetworkConfig(_ValidatedConfig, frozen=True, kw_only=True, forbid_unknown_
             raise ConfigError(f"dynamic rope scaling needs a head size of at least 4; got {self.size_of_head}")
 
     @property
+    def has_scorer(self) -> bool:
+        """Whether the positions get scores."""
+        return self.scorer_kind != "none"
+
+    @property
     def windows(self) -> list[int | None]:
         """The sliding window of each layer."""
         return [
@@ -185,6 +191,8 @@ class LanguageModelConfig(_ValidatedConfig, frozen=True, kw_only=True, forbid_un
     def __post_init__(self) -> None:
         if self.vocab_size < 2:
             raise ConfigError(f"vocab_size must be at least 2; got {self.vocab_size}")
+        if not self.vocabulary_head and not self.network.has_scorer:
+            raise ConfigError("a model needs a scorer or a vocabulary head; got neither")
         if self.tie_embeddings and self.network.embed_dim != self.network.hidden_size:
             raise ConfigError(
                 f"tied embeddings need embed_dim equal to hidden_size; "

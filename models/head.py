@@ -66,6 +66,7 @@ def read_head(
     further: list[str],
     label_tokens: tuple[int, ...] | None,
     new_scorer: bool,
+    no_scorer: bool = False,
 ) -> Head:
     """Find the head among the tensors.
 
@@ -75,6 +76,7 @@ def read_head(
         further: names of the tensors that belong neither to the backbone nor to the vocabulary head.
         label_tokens: the tokens whose logits are the labels, for a model that answers with one.
         new_scorer: add a new scorer to a model without a head.
+        no_scorer: accept a model without a head as it is.
 
     Raises:
         ConfigError: if there is no supported head; the message lists the unrecognized tensors.
@@ -89,6 +91,8 @@ def read_head(
             return _linear(config, shapes, name)
     if new_scorer:
         return Head({}, scoring={"activation": "sigmoid"})
+    if no_scorer and not further:
+        return Head({"scorer_kind": "none"})
     raise ConfigError(_no_head(config, shapes, further))
 
 
@@ -180,5 +184,5 @@ def _no_head(config: Mapping[str, Any], shapes: Shapes, further: list[str]) -> s
     return (
         f"{start}besides the backbone it has no tensors; expected score.weight, score.0.weight with score.2.weight, "
         "v_head.weight or v_head.summary.weight. For a language model that answers with a token, pass --label-tokens; "
-        "for any other, train a scorer first, see docs/scorer.md"
+        "for any other, train a scorer first, see docs/scorer.md, or pass --no-scorer for one that only generates"
     )

@@ -60,6 +60,7 @@ def translate(
     *,
     label_tokens: tuple[int, ...] | None = None,
     new_scorer: bool = False,
+    no_scorer: bool = False,
 ) -> Translation:
     """Translate a config.json, given the shapes of the checkpoint's tensors.
 
@@ -68,6 +69,7 @@ def translate(
         shapes: the shape of every tensor, by name.
         label_tokens: for a language model that answers at a step tag, the tokens whose logits are the labels.
         new_scorer: add a new scorer, to be trained, to a language model without one.
+        no_scorer: accept a language model without one.
 
     Raises:
         ConfigError: if a field or tensor is not supported, or a field contradicts the weights.
@@ -78,7 +80,7 @@ def translate(
     fields = ConfigReader(config)
     prefix = _prefix(shapes)
     network = backbone_options(fields, len(shapes))
-    head = read_head(config, shapes, _further(shapes, prefix), label_tokens, new_scorer)
+    head = read_head(config, shapes, _further(shapes, prefix), label_tokens, new_scorer, no_scorer)
     network |= head.options
     tied, vocabulary = fields.flag("tie_word_embeddings", False), fields.whole("vocab_size", most=2**24)
     causal = tied and architecture(config).endswith("ForCausalLM")
@@ -101,7 +103,7 @@ def translate(
         config=model,
         names={ours: stored.get(theirs, theirs) for ours, theirs in names.items()},
         label_rows=label_tokens,
-        new_scorer=not head.names and label_tokens is None,
+        new_scorer=new_scorer and not head.names and label_tokens is None,
         scoring=scoring,
         steps=head.steps,
         limits={"max_tokens": fields.whole("max_position_embeddings", 8192, FARTHEST)},

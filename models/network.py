@@ -9,13 +9,14 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import msgspec
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bonnx.errors import InputError
 
-from .config import LanguageModelConfig, NetworkConfig, RopeScaling
+from .config import ConfigError, LanguageModelConfig, NetworkConfig, RopeScaling
 from .scorer_kinds import make_scorer
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "rotate",
     "rotation",
     "select_best_of_n",
+    "without_scorer",
 ]
 
 
@@ -256,6 +258,20 @@ class LanguageModel(nn.Module):
         """Ids (B, T) int64 -> backbone (B, T, D), scores (B, T, labels), and logits (B, T, V) if it generates."""
         backbone, scores = self.network(self.embedding(input_ids), attention_mask)
         return (backbone, scores, self.logits(backbone)) if self.config.vocabulary_head else (backbone, scores)
+
+
+def without_scorer(model: LanguageModel) -> LanguageModel:
+    """Remove a language model's scorer, if it has one; the same object is returned.
+
+    Raises:
+        ConfigError: the model has no vocabulary head, so nothing would be left that it can do.
+    """
+    if not model.config.vocabulary_head:
+        raise ConfigError("no scorer: expected a language model with a vocabulary head; this one only scores")
+    network = msgspec.structs.replace(model.config.network, scorer_kind="none", num_labels=1)
+    model.config = msgspec.structs.replace(model.config, network=network)
+    model.network.config, model.network.scorer = network, make_scorer(network)
+    return model
 
 
 def initialize(module: nn.Module) -> None:

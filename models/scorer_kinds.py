@@ -6,6 +6,7 @@ from the same class, with its linear layers replaced by the graphs' own products
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from .config import NetworkConfig
 
-__all__ = ["KINDS", "LinearScorer", "MlpScorer", "Scorer", "make_scorer"]
+__all__ = ["KINDS", "LinearScorer", "MlpScorer", "NoScorer", "Scorer", "make_scorer"]
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "relu": F.relu}
 
@@ -74,7 +75,19 @@ class MlpScorer(Scorer):
         return out
 
 
-KINDS: dict[str, type[Scorer]] = {"mlp": MlpScorer, "linear": LinearScorer}
+class NoScorer(Scorer):
+    """No weights: the scores of a language model without a scorer are unknown."""
+
+    @property
+    def readers(self) -> list[nn.Linear]:
+        return []
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., 1), NaN."""
+        return x.new_full((*x.shape[:-1], 1), math.nan)
+
+
+KINDS: dict[str, type[Scorer]] = {"mlp": MlpScorer, "linear": LinearScorer, "none": NoScorer}
 
 
 def make_scorer(config: NetworkConfig) -> Scorer:

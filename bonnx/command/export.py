@@ -105,6 +105,12 @@ def _configure_scoring(parser: argparse.ArgumentParser) -> None:
         "read at the last token, or at the ends of steps with --step-text",
     )
     parser.add_argument("--label-token-ids", nargs="+", type=int, metavar="ID", help="the same tokens by their ids")
+    parser.add_argument(
+        "--no-scorer",
+        action="store_true",
+        help="export a language model without a scorer: it only generates, and chooses by its own certainty or by "
+        "votes",
+    )
     parser.add_argument("--step-text", help="the text that ends each step of a candidate")
     parser.add_argument("--step-split", help="where a candidate without it is split into steps")
 
@@ -114,7 +120,8 @@ def run(arguments: argparse.Namespace) -> int:
     shipped = arguments.checkpoint is None
     if arguments.output is None and not shipped:
         raise InputError("--checkpoint needs -o/--output: the folder to write")
-    default = DEFAULT_OUTPUT if arguments.precision == "fp32" else Path(f"{DEFAULT_OUTPUT}_{arguments.precision}")
+    suffix = ("" if arguments.precision == "fp32" else f"_{arguments.precision}") + "_no_scorer" * arguments.no_scorer
+    default = Path(f"{DEFAULT_OUTPUT}{suffix}")
     output: Path = arguments.output or default
     # The demonstration may be run again and again; any other folder is replaced only when asked.
     overwrite = arguments.overwrite or arguments.output is None
@@ -123,7 +130,9 @@ def run(arguments: argparse.Namespace) -> int:
         check_repository(arguments.triton, output, overwrite=arguments.overwrite)
     folder, name, revision = (CHECKPOINT, "countdown", None) if shipped else _fetch(arguments.checkpoint)
     checkpoint = read_checkpoint(
-        folder, Overrides(**{name: getattr(arguments, name) for name in Overrides.__annotations__})
+        folder,
+        Overrides(**{name: getattr(arguments, name) for name in Overrides.__annotations__}),
+        no_scorer=arguments.no_scorer,
     )
     held_out = _held_out(arguments, shipped)
     parameters = sum(p.numel() for p in checkpoint.model.parameters())
@@ -156,7 +165,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.triton is not None:
         models = write_repository(output, arguments.triton, overwrite=arguments.overwrite)
         print(f"wrote {arguments.triton} for Triton: {', '.join(models)}", file=sys.stderr)
-    demonstration = demonstrate(output) if shipped else None
+    # It shows what the scorer selects.
+    demonstration = demonstrate(output) if shipped and not arguments.no_scorer else None
     if arguments.json:
         summary: dict[str, object] = {"output": str(output), "parity": msgspec.to_builtins(manifest.parity)}
         summary["agreement"] = msgspec.to_builtins(manifest.agreement)

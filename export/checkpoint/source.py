@@ -12,7 +12,7 @@ import tokenizers
 
 from bonnx.errors import ExportError, InputError
 from bonnx.models.checkpoint import load_checkpoint, read_config
-from bonnx.models.config import ConfigError
+from bonnx.models.config import ConfigError, NetworkConfig
 from bonnx.models.fields import check_fields
 from bonnx.models.huggingface import is_huggingface
 from bonnx.models.network import LanguageModel, TwoHeadedNetwork
@@ -22,7 +22,7 @@ from bonnx.runtime.selection.aggregate import is_stepwise
 from .tokenizer import TextFiles, check_vocabulary, read_tokenizer
 from .tokenizer_check import check_against_transformers
 
-__all__ = ["Checkpoint", "Overrides", "check_scoring", "read_checkpoint"]
+__all__ = ["Checkpoint", "Overrides", "check_scoring", "default_scoring", "read_checkpoint"]
 
 
 class Overrides(NamedTuple):
@@ -62,8 +62,13 @@ class Checkpoint:
     remarks: list[str]
 
 
-def read_checkpoint(folder: Path, overrides: Overrides) -> Checkpoint:
+def read_checkpoint(folder: Path, overrides: Overrides, *, no_scorer: bool = False) -> Checkpoint:
     """Read a checkpoint's folder.
+
+    Args:
+        folder: the checkpoint.
+        overrides: the caller's own settings.
+        no_scorer: leave the scorer out, if there is one, so that the artifact only generates.
 
     Raises:
         ConfigError: if the folder is not a checkpoint, or not a supported one.
@@ -76,20 +81,24 @@ def read_checkpoint(folder: Path, overrides: Overrides) -> Checkpoint:
     if foreign:
         # First, because its message is the most helpful one for an unsupported family.
         check_fields(config)
+    if no_scorer:
+        _check_no_scorer(overrides)
     tokenizer = read_tokenizer(folder)
     label_tokens = _label_tokens(overrides, tokenizer, foreign)
 
     def reload() -> LanguageModel | TwoHeadedNetwork:
-        return load_checkpoint(folder, label_tokens=label_tokens)[0]
+        return load_checkpoint(folder, label_tokens=label_tokens, no_scorer=no_scorer)[0]
 
-    model, metadata = load_checkpoint(folder, label_tokens=label_tokens)
+    model, metadata = load_checkpoint(folder, label_tokens=label_tokens, no_scorer=no_scorer)
     if tokenizer is not None and isinstance(model, LanguageModel):
         check_vocabulary(tokenizer, model.config.vocab_size)
     text = _text(metadata.get("text", {}), overrides, tokenizer)
     if tokenizer is not None and foreign:
         text = msgspec.structs.replace(text, checked_against=check_against_transformers(tokenizer))
     scoring = _convert(metadata.get("scoring", {}), "scoring", Scoring)
-    if foreign and "aggregation" not in metadata["scoring"] and overrides.step_text is not None:
+    if not _network(model).has_scorer:
+        scoring = _self_certainty(scoring)
+    elif foreign and "aggregation" not in metadata["scoring"] and overrides.step_text is not None:
         scoring = msgspec.structs.replace(scoring, aggregation="step_last")
     scoring = _scoring(scoring, overrides, text, tokenizer)
     check_scoring(model, scoring)
@@ -106,7 +115,11 @@ def check_scoring(model: LanguageModel | TwoHeadedNetwork, scoring: Scoring) -> 
         ExportError: if the scorer lacks the label, a softmax is over a single label, or a token is not in the
             vocabulary.
     """
-    network = model.config.network if isinstance(model, LanguageModel) else model.config
+    network = _network(model)
+    if network.has_scorer != (scoring.token_score == "scorer"):
+        raise ExportError(
+            f"scoring token_score: {scoring.token_score}, but the model's scorer is {network.scorer_kind}"
+        )
     if not 0 <= scoring.label < network.num_labels:
         raise ExportError(f"scoring label: expected 0 to {network.num_labels - 1}; got {scoring.label}")
     if scoring.activation == "softmax" and network.num_labels == 1:
@@ -121,6 +134,28 @@ def check_scoring(model: LanguageModel | TwoHeadedNetwork, scoring: Scoring) -> 
     for name, token in tokens.items():
         if token is not None and not 0 <= token <= last:
             raise ExportError(f"scoring {name}: {token} is outside the vocabulary (0 to {last})")
+
+
+def default_scoring(model: LanguageModel | TwoHeadedNetwork) -> Scoring:
+    """The scoring rule of a model for which no other is known."""
+    return Scoring() if _network(model).has_scorer else _self_certainty(Scoring())
+
+
+def _network(model: LanguageModel | TwoHeadedNetwork) -> NetworkConfig:
+    return model.config.network if isinstance(model, LanguageModel) else model.config
+
+
+def _self_certainty(scoring: Scoring) -> Scoring:
+    """The rule of a model without a scorer: the mean of its self-certainty; tokens and steps as they were."""
+    return msgspec.structs.replace(
+        scoring, token_score="self_certainty", aggregation="mean", activation="none", label=0, labels=[]
+    )
+
+
+def _check_no_scorer(overrides: Overrides) -> None:
+    for name in ("activation", "label", "label_tokens", "label_token_ids"):
+        if getattr(overrides, name) is not None:
+            raise InputError(f"--no-scorer: --{name.replace('_', '-')} belongs to a scorer; leave one of them out")
 
 
 def _check_steps(scoring: Scoring, text: TextRules) -> None:

@@ -9,14 +9,25 @@ Shapes: N candidates, n of them running, B prompts, T tokens so far; the others 
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 import onnx_ir as ir
 
 from bonnx.models.config import NetworkConfig
 
 from .builder import Builder, name_value
+from .loop_state import (
+    BOOL,
+    FLOAT,
+    INT,
+    ROWS,
+    TABLE,
+    LoopInputs,
+    RunningRows,
+    Tables,
+    cache_values,
+    row_values,
+    table_values,
+)
 from .loop_weights import localize_integer_weights
 from .sampling import draw_token, prompt_stream, random_uniform
 from .selection import aggregate
@@ -24,8 +35,6 @@ from .vote import best_of_n
 
 __all__ = ["generate_graph"]
 
-INT, FLOAT, BOOL = ir.DataType.INT64, ir.DataType.FLOAT, ir.DataType.BOOL
-ROWS, TABLE = ["running", "batch"], ["num_candidates", "batch", "length"]
 RESULTS: dict[str, list[str]] = {
     "sequences": TABLE,
     "lengths": TABLE[:2],
@@ -39,53 +48,6 @@ RESULTS: dict[str, list[str]] = {
 }
 
 
-class LoopInputs(NamedTuple):
-    """The graph inputs that control generation: scalars, and the list of stop tokens."""
-
-    num_candidates: ir.Value
-    max_new_tokens: ir.Value
-    temperature: ir.Value
-    top_k: ir.Value
-    top_p: ir.Value
-    seed: ir.Value
-    stop_tokens: ir.Value
-    aggregation: ir.Value
-    step_token: ir.Value
-    prune_every: ir.Value
-    prune_keep: ir.Value
-
-
-class RunningRows(NamedTuple):
-    """State of the candidates that are still running, each (n, B)."""
-
-    tokens: ir.Value
-    """int64: tokens drawn but not yet processed by the network."""
-    log_probs: ir.Value
-    running: ir.Value
-    """bool: False for a row that is only padding."""
-    numbers: ir.Value
-    """int64: the candidate's number, 0..N-1."""
-
-
-class Tables(NamedTuple):
-    """Results of all candidates so far."""
-
-    sequences: ir.Value
-    """(N, B, T) int64."""
-    scores: ir.Value
-    """(N, B, T) float32."""
-    log_probs: ir.Value
-    """(N, B, T) float32."""
-    lengths: ir.Value
-    """(N, B) int64."""
-    kept: ir.Value
-    """(N, B) bool: survived every pruning so far."""
-    pruned: ir.Value
-    """(N, B) bool: stopped by pruning before its end."""
-    computed: ir.Value
-    """int64 scalar: number of tokens that the network has processed, prompts excluded."""
-
-
 def generate_graph(prompt_pass: ir.Graph, token_pass: ir.Graph, config: NetworkConfig, pad_token: int) -> ir.Graph:
     """Combine the traced passes of `generate_passes.py`, which are consumed, into one graph, ready for `finish`."""
     kinds: dict[str, tuple[ir.DataType, list[str]]] = {name: (INT, []) for name in LoopInputs._fields}
@@ -94,6 +56,7 @@ def generate_graph(prompt_pass: ir.Graph, token_pass: ir.Graph, config: NetworkC
     inputs = LoopInputs(*(ir.val(name, dtype, shape) for name, (dtype, shape) in kinds.items()))
     ids, mask = prompt_pass.inputs
     logits, *cache = prompt_pass.outputs
+    certainty = None if config.has_scorer else cache.pop(0)
     b = Builder("generate")
     for part in (prompt_pass, token_pass):
         b.hoist(part)
@@ -114,10 +77,10 @@ def generate_graph(prompt_pass: ir.Graph, token_pass: ir.Graph, config: NetworkC
     tables = Tables(no_ids, no_values, no_values, b.Expand(b.int(0), grid), yes, no, b.int(0))
     carried = [*rows, *tables, *[empty_cache] * (2 * config.num_layers)]
     some = b.Greater(inputs.max_new_tokens, b.int(0))
-    body = _body(inputs, token_pass, mask, stream, cache, config, pad_token)
+    body = _body(inputs, token_pass, mask, stream, cache, config, pad_token, certainty)
     localize_integer_weights(body)
     outputs = b.loop(inputs.max_new_tokens, some, carried, body)
-    results = _results(b, inputs, Tables(*outputs[len(rows) :][: len(tables)]))
+    results = _results(b, inputs, _own_scores(b, Tables(*outputs[len(rows) :][: len(tables)]), certainty))
     for name, value in results.items():
         name_value(value, name, FLOAT if name in ("scores", "log_probs", "candidate_scores") else INT, RESULTS[name])
     return ir.Graph(
@@ -133,11 +96,12 @@ def _body(
     prompt_cache: list[ir.Value],
     config: NetworkConfig,
     pad_token: int,
+    certainty: ir.Value | None,
 ) -> ir.Graph:
     """Build the loop's body: process and score each running candidate's token, draw the next one, and prune."""
     b = Builder("token")
     iteration, go = ir.val("iteration", INT, []), ir.val("iteration/go", BOOL, [])
-    rows, tables, candidate_cache = _rows(), _tables(), _candidate_cache(config)
+    rows, tables, candidate_cache = row_values(), table_values(), cache_values(config)
     carried = [iteration, go, *rows, *tables, *candidate_cache]
 
     compacted, fewer, index = _compact(b, rows)
@@ -147,8 +111,9 @@ def _body(
     done = b.Add(iteration, b.int(1))
     uniform = b.call(random_uniform, stream, done, numbers)
     drawn, drawn_log_probs = b.call(draw_token, logits, uniform, inputs.temperature, inputs.top_k, inputs.top_p)
-    # A token whose logits defined no distribution makes its score NaN, so that the candidate cannot win.
-    scores = b.Where(b.IsNaN(log_probs), b.float(np.nan), scores)
+    if certainty is None:
+        # A token whose logits defined no distribution makes its score NaN, so that the candidate cannot win.
+        scores = b.Where(b.IsNaN(log_probs), b.float(np.nan), scores)
     pad = b.int(pad_token)
     lengths = b.ScatterElements(tables.lengths, numbers, b.Cast(running, to=INT), axis=0, reduction="add")
     written = (b.Where(running, tokens, pad), *(b.Where(running, x, b.float(0)) for x in (scores, log_probs)))
@@ -160,7 +125,7 @@ def _body(
     sequences, all_scores, all_log_probs = grown_tables
     tables = Tables(sequences, all_scores, all_log_probs, lengths, tables.kept, tables.pruned, computed)
     running = b.And(running, b.Not(_stops(b, inputs, tokens)))
-    kept = _prune(b, inputs, done, tables)
+    kept = _prune(b, inputs, done, _own_scores(b, tables, certainty))
     stays = b.Greater(b.GatherElements(b.Cast(kept, to=INT), numbers, axis=0), b.int(0))
     nobody = b.Expand(b.int(0), b.Shape(kept))
     dropped = b.ScatterElements(nobody, numbers, b.Cast(b.And(running, b.Not(stays)), to=INT), axis=0)
@@ -277,6 +242,16 @@ def _keep_best(b: Builder, inputs: LoopInputs, tables: Tables) -> ir.Value:
     return kept
 
 
+def _own_scores(b: Builder, tables: Tables, certainty: ir.Value | None) -> Tables:
+    """Without a scorer, the pass that reads a token gives the certainty of the next one: move each to its own token."""
+    if certainty is None:
+        return tables
+    column = b.Concat(b.Shape(tables.lengths), b.ints(1), axis=0)
+    first = b.Expand(b.Unsqueeze(certainty, b.ints(0, 2)), column)
+    moved = b.Slice(b.Concat(first, tables.scores, axis=2), b.ints(0), b.Shape(tables.scores, start=2), b.ints(2))
+    return tables._replace(scores=moved)
+
+
 def _mask(b: Builder, tables: Tables) -> ir.Value:
     """(N, B, T) int64, 1 where a token was written."""
     places = b.Range(b.int(0), b.Squeeze(b.Shape(tables.sequences, start=2), b.ints(0)), b.int(1))
@@ -329,21 +304,3 @@ def _any(b: Builder, values: ir.Value) -> ir.Value:
     """Whether any value is true: a bool scalar."""
     any_true: ir.Value = b.Greater(b.ReduceMax(b.Cast(values, to=FLOAT), keepdims=0), b.float(0))
     return any_true
-
-
-def _rows() -> RunningRows:
-    kinds = {"log_probs": FLOAT, "running": BOOL}
-    return RunningRows(*(ir.val(f"rows/{name}", kinds.get(name, INT), ROWS) for name in RunningRows._fields))
-
-
-def _tables() -> Tables:
-    kinds = {"scores": FLOAT, "log_probs": FLOAT, "kept": BOOL, "pruned": BOOL}
-    shapes: dict[str, list[str]] = dict.fromkeys(("lengths", "kept", "pruned"), TABLE[:2]) | {"computed": []}
-    return Tables(*(ir.val(f"table/{n}", kinds.get(n, INT), shapes.get(n, TABLE)) for n in Tables._fields))
-
-
-def _candidate_cache(config: NetworkConfig) -> list[ir.Value]:
-    """The candidates' key-value cache, layer by layer."""
-    shape: list[int | str | None] = [*ROWS, config.num_kv_heads, "own_length", config.size_of_head]
-    names = (f"own/{kind}.{i}" for i in range(config.num_layers) for kind in ("key", "value"))
-    return [ir.val(name, FLOAT, shape) for name in names]

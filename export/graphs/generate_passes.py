@@ -1,10 +1,14 @@
 """The two passes of generation: one over the prompt, then one for each new token of the candidates.
 
+Without a scorer, both passes give the self-certainty of the distribution of the next token instead of scores.
+
 Shapes: N candidates, B prompts, P prompt length, T tokens of a candidate so far, V vocab_size; the others as in
 `layers.py`.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +21,10 @@ __all__ = ["PromptPass", "TokenPass"]
 
 
 class PromptPass(nn.Module):
-    """Prompts -> logits of the first token, and the key-value cache that all candidates share."""
+    """Prompts -> logits of the first token, and the key-value cache that all candidates share.
+
+    Without a scorer, the self-certainty of these logits (B,) follows them.
+    """
 
     def __init__(self, trunk: Trunk, head: VocabularyHead) -> None:
         super().__init__()
@@ -57,7 +64,8 @@ class PromptPass(nn.Module):
         cos, sin, mask = (t.flatten(0, 1).index_select(0, rows)[:, None] for t in (cos, sin, masks[-1]))
         q = layer.queries(y, cos, sin)
         x = layer.finish(x, attend(q, k, v, mask).reshape(batch, layer.heads * layer.size))
-        return self.head(trunk.final_norm(x)), *cache
+        logits = self.head(trunk.final_norm(x))
+        return (logits, *cache) if trunk.config.has_scorer else (logits, _certainty(logits), *cache)
 
 
 class TokenPass(nn.Module):
@@ -77,7 +85,8 @@ class TokenPass(nn.Module):
                 each; T may be 0.
 
         Returns:
-            scores (N, B), logits (N, B, V), then for each layer the candidates' keys and values (N, B, G, T + 1, K).
+            scores (N, B), or without a scorer the self-certainties of the logits; logits (N, B, V); then for each
+            layer the candidates' keys and values (N, B, G, T + 1, K).
         """
         trunk, (count, batch) = self.trunk, tokens.shape
         rows = count * batch
@@ -108,8 +117,14 @@ class TokenPass(nn.Module):
             out = out.reshape(batch, kv_heads, count, group, size).permute(2, 0, 1, 3, 4)
             x = layer.finish(x, out.reshape(rows, layer.heads * size))
         normed = trunk.final_norm(x)
-        scores = trunk.score(normed).reshape(count, batch)
-        return scores, self.head(normed).reshape(count, batch, -1), *grown
+        logits = self.head(normed)
+        scores = trunk.score(normed) if trunk.config.has_scorer else _certainty(logits)
+        return scores.reshape(count, batch), logits.reshape(count, batch, -1), *grown
+
+
+def _certainty(logits: Tensor) -> Tensor:
+    """Self-certainty (Kang et al., 2025): the divergence of the distribution from uniform, (M, V) -> (M,) in nats."""
+    return logits.logsumexp(-1) - logits.mean(-1) - math.log(logits.shape[-1])
 
 
 def _window(

@@ -1,6 +1,8 @@
 """The `prefill` and `decode` graphs: the passes of generation as separate graphs, for a loop that the host controls.
 
-Tokens are drawn by the same functions, so the same seed draws the same tokens as `generate`. Axis 0 of every tensor is
+Tokens are drawn by the same functions, so the same seed draws the same tokens as `generate`. Without a scorer,
+`prefill` gives the self-certainty of the distribution of the first token, and `decode`, instead of scores, those of the
+distributions of the next tokens. Axis 0 of every tensor is
 the candidate, so a host drops, reorders or repeats candidates by gathering rows of `tokens`, `numbers` and the cache.
 """
 

@@ -53,7 +53,7 @@ class _Traced(NamedTuple):
 def trace_graphs(
     model: LanguageModel | TwoHeadedNetwork, scoring: Scoring, *, opset: int = DEFAULT_OPSET, whole: bool = False
 ) -> Iterator[tuple[str, ir.Model]]:
-    """Yield the graphs of a model in inference mode by name, weights included: `score` and `rank`.
+    """Yield the graphs of a model in inference mode by name, weights included: `score` and `rank` if it has a scorer.
 
     A model with a vocabulary head also has `generate`, `prefill` and `decode`. The graphs are made one at a time, so
     that those already written need not stay in memory.
@@ -72,8 +72,9 @@ def _graphs(
     trunk = Trunk(model, activation=scoring.activation, label=scoring.label, fused=opset >= 23).eval()
     width = None if isinstance(model, LanguageModel) else trunk.config.embed_dim
     traced = _Traced(trunk, opset, None if whole else Repetition(trunk))
-    yield "score", _trace_score(traced, width, scoring)
-    yield "rank", _trace_rank(traced, width, scoring)
+    if trunk.config.has_scorer:
+        yield "score", _trace_score(traced, width, scoring)
+        yield "rank", _trace_rank(traced, width, scoring)
     if isinstance(model, LanguageModel) and model.config.vocabulary_head:
         head = VocabularyHead(model)
         prompt_pass, token_pass = _trace_prompt_pass(traced, head), _trace_token_pass(traced, head)
@@ -121,6 +122,7 @@ def _trace_prompt_pass(traced: _Traced, head: VocabularyHead) -> ir.Graph:
     examples = {"input_ids": _example(2, 5), "attention_mask": torch.ones(2, 5, dtype=torch.int64)}
     prompt = ["batch", "prompt_length"]
     outputs: dict[str, Sequence[str | None]] = {"logits": ["batch"]}
+    outputs |= {} if traced.trunk.config.has_scorer else {"certainty": ["batch"]}
     outputs |= dict(_cache_axes(traced.layers, candidates=False))
     return _trace(traced, PromptPass(traced.trunk, head), examples, [prompt, prompt], outputs)
 
@@ -136,7 +138,7 @@ def _trace_token_pass(traced: _Traced, head: VocabularyHead) -> ir.Graph:
     for name, names in _cache_axes(traced.layers, candidates=True):
         examples[name] = torch.zeros(shapes[name.split(".")[0]])
         axes.append(names)
-    outputs: dict[str, Sequence[str | None]] = {"scores": rows, "logits": rows}
+    outputs: dict[str, Sequence[str | None]] = {"scores" if config.has_scorer else "certainties": rows, "logits": rows}
     outputs |= {
         f"grown_{name}": [*rows, None, "grown_length"]
         for name, _ in _cache_axes(traced.layers, candidates=True)

@@ -202,6 +202,12 @@ def _scores(
     model: LanguageModel | TwoHeadedNetwork, engine: Engine, prompt: Item, candidates: list[Any], scoring: Scoring
 ) -> Any:
     """Return the float32 model's candidate scores (num_candidates,), computed from whole rows."""
+    if not engine.manifest.has_scorer:
+        values, mask = pad([np.concatenate([prompt, tokens]) for tokens in candidates], scoring.pad_token)
+        # The score of a token is the certainty of the position before it.
+        own = slice(len(prompt) - 1, -1)
+        certainties = score_rows(model, values, scoring, mask)[1][:, None, own]
+        return aggregate(certainties, mask[:, None, len(prompt) :], np.ones((1, 1, 1)), scoring.aggregation)[0][:, 0]
     request = read_request(engine, prompt, candidates)
     values, mask = pad([np.concatenate([request.prompt, item]) for item in request.rows.items], scoring.pad_token)
     _, scores = score_rows(model, values, scoring, mask)

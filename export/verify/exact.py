@@ -9,6 +9,7 @@ and an input halfway between two quantization levels may round either way, in Py
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from bonnx.runtime.artifact.manifest import Scoring
 
 from ..precision.quantize import Linear4, Linear8, Linear16, table
 
-__all__ = ["FACTOR", "Exact", "Outputs", "Tolerances", "activated", "score_rows"]
+__all__ = ["FACTOR", "Exact", "Outputs", "Tolerances", "activated", "certainty", "score_rows"]
 
 Array = NDArray[Any]
 
@@ -54,7 +55,10 @@ class Tolerances:
 
 
 class Outputs(NamedTuple):
-    """A network's outputs: backbone (B, T, D), and scores (B, T) after the activation."""
+    """A network's outputs: backbone (B, T, D), and scores (B, T) after the activation.
+
+    Without a scorer, the score at a position is the self-certainty of the next token.
+    """
 
     backbone: Tensor
     scores: Tensor
@@ -121,7 +125,10 @@ class Exact:
         norm, scorer = form(network.final_norm), form(network.scorer)
         for x, *_ in states:
             backbone = norm(x)
-            yield Outputs(backbone, activated(scorer(backbone), self._scoring))
+            if network.config.has_scorer:
+                yield Outputs(backbone, activated(scorer(backbone), self._scoring))
+            else:
+                yield Outputs(backbone, certainty(self._vocabulary()[form is not _widened](backbone)))
 
 
 def _widened(module: nn.Module) -> nn.Module:
@@ -152,14 +159,24 @@ def activated(scores: Tensor, scoring: Scoring) -> Tensor:
     return scores.sigmoid() if scoring.activation == "sigmoid" else scores
 
 
+def certainty(logits: Tensor) -> Tensor:
+    """Self-certainty of the next token (Kang et al., 2025): (..., V) -> (...), the mean over tokens of -log(V p)."""
+    return -(logits.log_softmax(-1) + math.log(logits.shape[-1])).mean(-1)
+
+
 def score_rows(
     model: LanguageModel | TwoHeadedNetwork, rows: Array, scoring: Scoring, mask: Array | None = None
 ) -> tuple[Array, Array]:
-    """Run whole rows through PyTorch: backbone (B, T, D), and scores (B, T) after the activation; no logits."""
+    """Run whole rows through PyTorch: backbone (B, T, D), and scores (B, T) after the activation; no logits.
+
+    Without a scorer, the scores are the self-certainties of the next tokens.
+    """
     values = torch.from_numpy(rows)
     network = model.network if isinstance(model, LanguageModel) else model
     with torch.no_grad():
         if isinstance(model, LanguageModel):
             values = model.embedding(values)
         backbone, scores = network(values, None if mask is None else torch.from_numpy(mask))
+        if isinstance(model, LanguageModel) and not network.config.has_scorer:
+            return backbone.numpy(), certainty(model.logits(backbone)).numpy()
     return backbone.numpy(), activated(scores, scoring).numpy()

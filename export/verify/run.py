@@ -51,7 +51,8 @@ def verify_graphs(
     for graph in graphs.values():
         check_structure(folder / graph.file)
     checker = Checker(computed, folder, graphs, scoring, limits, seed)
-    cases = [*checker.cases(), *selection_cases(checker)]
+    scores = checker.network.config.has_scorer
+    cases = [*checker.cases(), *selection_cases(checker)] if scores else []
     generates = isinstance(computed, LanguageModel) and computed.config.vocabulary_head
     if frugal and not generates:
         _free(computed)

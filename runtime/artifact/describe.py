@@ -19,6 +19,8 @@ def describe_scoring(scoring: Scoring) -> str:
     read = scoring.aggregation.removeprefix("step_")
     where = "the ends of steps" if scoring.aggregation.startswith("step_") else "all tokens"
     parts = ["the last token" if scoring.aggregation == "last" else f"{read} of {where}"]
+    if scoring.token_score == "self_certainty":
+        parts.insert(0, "no scorer: self-certainty of the language model")
     if len(scoring.labels) > 1:
         parts.append(f"label {scoring.labels[scoring.label]} of {', '.join(scoring.labels)}")
     elif scoring.label:

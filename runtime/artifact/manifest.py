@@ -82,6 +82,9 @@ class Scoring(_Frozen, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     aggregation: Aggregation = "last"
     """Used when a program does not choose."""
+    token_score: Literal["scorer", "self_certainty"] = "scorer"
+    """What scores a token: the scorer, or, in an artifact without one, the self-certainty of the distribution that the
+    token was drawn from, in nats (Kang et al., 2025)."""
     activation: Literal["none", "sigmoid", "softmax"] = "none"
     """Applied to every position inside the graph; `sigmoid`, and `softmax` over the labels, give probabilities."""
     vote_weight: Literal["score", "softmax"] = "score"
@@ -190,6 +193,11 @@ class Manifest(_Frozen, frozen=True, kw_only=True, forbid_unknown_fields=True):
     agreement: Agreement | None = None
     """None at fp32."""
     tools: dict[str, str]
+
+    @property
+    def has_scorer(self) -> bool:
+        """Whether it scores what it is given; otherwise it only generates."""
+        return self.scoring.token_score == "scorer"
 
     @property
     def slug(self) -> str:

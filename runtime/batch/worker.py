@@ -109,6 +109,7 @@ class Worker:
     def __init__(self, task: Task, engine: Engine | None = None) -> None:
         self.task, self._source = task, task.open()
         self._engine = engine or open_engine(task.artifact, provider=task.provider, threads=task.threads)
+        self._engine.check_scorer("ranking")
 
     def read(self, chunk: Chunk) -> tuple[Chunk, Part, list[RankRequest | str]]:
         """The chunk's rows, and for each what is to be ranked, or why it cannot be."""

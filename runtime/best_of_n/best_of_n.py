@@ -49,6 +49,12 @@ class BestOfN:
     def __init__(self, scorer: ModelLike, generate: object, *, model: str | None = None) -> None:
         if not callable(getattr(scorer, "rank", None)):
             raise InputError(f"scorer: expected a model that `bonnx.load` returns; got {shown(scorer)}")
+        manifest = getattr(scorer, "manifest", None)
+        if manifest is not None and not manifest.has_scorer:
+            raise InputError(
+                f"scorer: '{manifest.name}' was exported with --no-scorer; pass it as generate, or call its own "
+                "`generate`, which chooses by its certainty"
+            )
         self._scorer, self._generate = scorer, as_generator(generate, model)
         self._is_server = is_server(generate)
 

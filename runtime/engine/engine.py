@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from bonnx.errors import ArtifactError
+from bonnx.errors import ArtifactError, InputError
 
 from ..artifact.folder import locate, read_verified
 from ..artifact.manifest import Manifest
@@ -79,6 +79,22 @@ class Engine:
         self.manifest, self.reader, self.session = manifest, reader, session
         self.provider, self.memory_limit, self.close = provider, memory_limit, close
 
+    def check_scorer(self, what: str, otherwise: str = "") -> None:
+        """Refuse what needs a scorer, if the artifact has none.
+
+        Args:
+            what: needs it.
+            otherwise: what the caller can do instead.
+
+        Raises:
+            InputError: the artifact only generates.
+        """
+        if not self.manifest.has_scorer:
+            raise InputError(
+                f"{what} needs a scorer, and '{self.manifest.name}' was exported with --no-scorer; "
+                f"{otherwise and otherwise + ', or '}train a scorer (docs/scorer.md) and export without that option"
+            )
+
     @property
     def input_suffix(self) -> str:
         """How the names of the graphs' inputs end: `ids` or `embeds`."""
@@ -115,7 +131,7 @@ def make_engine(folder: Path, manifest: Manifest, options: SessionOptions) -> En
     """The engine of a folder whose manifest has been read."""
     sessions, reader = SessionPool(folder, manifest, options), _reader(folder, manifest)
     # One graph is loaded now, so that an unavailable provider is reported at once.
-    provider, limit = sessions("rank").provider, options.memory_limit
+    provider, limit = sessions("rank" if manifest.has_scorer else "generate").provider, options.memory_limit
     return Engine(manifest, reader, sessions, provider=provider, memory_limit=limit, close=sessions.close)
 
 

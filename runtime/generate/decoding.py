@@ -219,10 +219,13 @@ def decode_all(
     rows = CachedRows(session("decode"), fixed)
     rows.join([rows.blank()] * options.n)
     tokens, log_probs = first["tokens"].numpy(), first["log_probs"].numpy()
+    # Without a scorer, the score of a token is the certainty of the distribution that it was drawn from.
+    certainties = np.tile(first["certainty"].numpy(), (options.n, 1)) if "certainty" in first else None
     numbers = np.arange(options.n)
     for length in range(1, options.max_new_tokens + 1):
         outputs = rows.read(tokens, numbers[:, None], logits=with_top)
-        growing.add(numbers, tokens[:, 0], outputs["scores"].numpy()[:, 0], log_probs[:, 0])
+        scores = outputs["scores"].numpy() if certainties is None else certainties
+        growing.add(numbers, tokens[:, 0], scores[:, 0], log_probs[:, 0])
         if top is not None:
             growing.add_top(numbers, *top)
         if options.prune_every and length % options.prune_every == 0:
@@ -240,6 +243,8 @@ def decode_all(
             rows.keep(going)
         numbers = numbers[going]
         tokens, log_probs = outputs["next_tokens"].numpy()[going], outputs["log_probs"].numpy()[going]
+        if certainties is not None:
+            certainties = outputs["certainties"].numpy()[going]
         top = most_likely(outputs["logits"].numpy()[going, 0], options.top_log_probs) if with_top else None
 
 

@@ -101,6 +101,7 @@ def read_request(
     Raises:
         InputError: an argument is invalid; it is named.
     """
+    engine.check_scorer("ranking")
     scoring = engine.manifest.scoring
     name = scoring.aggregation if aggregation is None else aggregation
     aggregation_code(name)

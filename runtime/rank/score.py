@@ -31,6 +31,7 @@ def score_rows(
     answers: Answers | None,
 ) -> Scored:
     """See `Model.score`."""
+    engine.check_scorer("scoring")
     scoring = engine.manifest.scoring
     name = scoring.aggregation if aggregation is None else aggregation
     check_flag("partial", partial)

@@ -98,7 +98,11 @@ class ArtifactTree(Tree[ArtifactBranch]):
         )
         self.cost.prompt_tokens += len(self.prompt)
         self._numbers = first + count
-        sure = float(certainty(outputs["logits"].numpy())[0]) if self.with_certainty else math.nan
+        sure = math.nan
+        if not self.engine.manifest.has_scorer:
+            sure = float(outputs["certainty"].numpy()[0])
+        elif self.with_certainty:
+            sure = float(certainty(outputs["logits"].numpy())[0])
         tokens, log_probs = outputs["tokens"].numpy()[:, 0], outputs["log_probs"].numpy()[:, 0]
         self._reserved += [
             ArtifactBranch(number=i, pending=(int(tokens[i]), float(log_probs[i]), sure))
@@ -190,9 +194,16 @@ class ArtifactTree(Tree[ArtifactBranch]):
     def _read(self, rows: Sequence[ArtifactBranch], outputs: dict[str, HeldArray]) -> list[bool]:
         """Each branch reads its pending token, and the next one takes its place; whether it was new to the branch."""
         fresh = [not branch.again for branch in rows]
-        parts = [outputs[name].numpy()[:, 0].tolist() for name in ("scores", "next_tokens", "log_probs")]
-        sure = certainty(outputs["logits"].numpy()[:, 0]).tolist() if self.with_certainty else [math.nan] * len(rows)
-        for branch, score, *drawn in zip(rows, *parts, sure, strict=True):
+        parts = [outputs[name].numpy()[:, 0].tolist() for name in ("next_tokens", "log_probs")]
+        if not self.engine.manifest.has_scorer:
+            # The score of a token is the certainty of the distribution that it was drawn from.
+            scores = [branch.pending[2] for branch in rows]
+            sure = outputs["certainties"].numpy()[:, 0].tolist()
+        else:
+            scores = outputs["scores"].numpy()[:, 0].tolist()
+            logits = outputs["logits"].numpy()[:, 0] if self.with_certainty else None
+            sure = [math.nan] * len(rows) if logits is None else certainty(logits).tolist()
+        for branch, score, *drawn in zip(rows, scores, *parts, sure, strict=True):
             token, log_prob, certain = branch.pending
             branch.tokens.append(token)
             # As in `generate`: a token drawn from no distribution makes a candidate that cannot win.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from msgspec import Meta
 
@@ -27,6 +27,8 @@ class Beam(Method):
     Completions that end leave the beam as candidates and the beam shrinks, so that there are N candidates in the end.
     After `rounds` rounds the remaining branches grow to their ends.
     """
+
+    needs_scorer: ClassVar[bool] = True
 
     width: Annotated[
         Count, Meta(ge=1, description="next steps of each branch that is kept, M; 'sqrt' is the square root of N")

@@ -50,12 +50,14 @@ class Method:
             Otherwise they are candidates beside its own.
         needs_artifact: why it cannot work where another program generates; empty if it can.
         needs_own_tree: whether it needs another tree than the one in which a policy judged the prompt.
+        needs_scorer: whether it judges completions that are under way.
     """
 
     needs_certainty: ClassVar[bool] = False
     continues_probe: ClassVar[bool] = False
     needs_artifact: ClassVar[str] = ""
     needs_own_tree: ClassVar[bool] = False
+    needs_scorer: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_values(self)

@@ -98,6 +98,9 @@ class SearchRequest:
         """Check the options, and make a tree without branches."""
         check_whole("budget", budget, 1)
         self.engine.session("prefill")
+        by_score = isinstance(runner, Adaptive) and self._vote(method) == "score"
+        if self.scorer is None and (runner.needs_scorer or by_score):
+            self.engine.check_scorer(f"method '{method}'", "pass scorer or a vote" if by_score else "pass scorer")
         limit, length = self.engine.manifest.limits.max_tokens, len(self.prompt)
         options: GenerateOptions = {**self.sampling, "n": int(budget)}
         checked = options_within(self.engine, self.prompt, options, runner.room(limit, length))

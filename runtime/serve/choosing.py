@@ -170,6 +170,8 @@ async def choose_from_artifact(
     """
     if rule.truncate:
         raise InputError("truncate: a prompt that is generated from is never cut; leave it out")
+    if rule.adaptive is not None and rule.vote == "score":
+        service.engine.check_scorer("bonnx.method 'adaptive'", "send a vote")
     candidates: list[Candidate] = []
     prompt_tokens = computed_tokens = 0
     ballot = make_ballot(rule.vote, rule.answers, [], "completions", (), service.engine.manifest.scoring)

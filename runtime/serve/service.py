@@ -72,6 +72,8 @@ class Service:
     def __init__(self, engine: Engine, settings: Settings, metrics: Metrics) -> None:
         self.engine, self.settings, self.metrics = engine, settings, metrics
         self.name, self.started = settings.model_name or engine.manifest.name, int(time.time())
+        if settings.upstream is not None:
+            engine.check_scorer("an upstream's completions: choosing among them")
         self.upstream = None if settings.upstream is None else _open(settings.upstream)
         for name in engine.manifest.graphs:
             # Loaded now: a file that is replaced while the server runs changes nothing.
@@ -96,7 +98,7 @@ class Service:
             name,
             self._run,
             fits,
-            self.engine.session("rank").make_stop,
+            self.engine.session("rank" if self.engine.manifest.has_scorer else "generate").make_stop,
             self.metrics,
             max_waiting=self.settings.max_queue,
             patience=self.settings.batch_wait,
