@@ -30,7 +30,7 @@ from .method import Finalists, Method
 from .methods import make_method, vote_of
 from .policy import Policy, read_policy
 from .result import SearchResult
-from .sampling import Sampling
+from .sampling import Adaptive, Sampling
 
 __all__ = ["search"]
 
