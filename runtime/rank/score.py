@@ -6,15 +6,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ..arrays import Array
 from ..checks import ArgumentNames, check_flag, check_some
 from ..engine.engine import Engine
 from ..selection.aggregate import aggregation_code
-from ..selection.vote import Answers, make_ballot
-from ..text.reader import Item
+from ..selection.vote import Answers, Ballot, make_ballot
+from ..text.reader import EncodedRows, Item
 from .request import pad_rows, readable_positions
 from .result import Scored, winner
 
-__all__ = ["score_rows"]
+__all__ = ["score_feeds", "score_rows"]
 
 _NAMES = ArgumentNames(candidates="rows", nouns=("prompt", "row", "rows"))
 
@@ -36,19 +37,12 @@ def score_rows(
     name = scoring.aggregation if aggregation is None else aggregation
     check_flag("partial", partial)
     check_flag("backbone", backbone)
-    code = np.array(aggregation_code(name), np.int64)
+    aggregation_code(name)
     check_some(rows, "rows")
     read = engine.reader.rows(rows, _NAMES, partial=partial)
     ballot = make_ballot(vote, answers, rows, "rows", read.unreadable, scoring)
     values, mask = pad_rows(engine, read, _NAMES)
-    feeds = {
-        "aggregation": code,
-        **ballot.feeds(),
-        "input_ids" if engine.input_suffix == "ids" else "inputs_embeds": values,
-        "attention_mask": mask,
-        "num_candidates": np.array(len(rows), np.int64),
-        "step_mask": readable_positions(engine, name, read, values, step_masks)[:, None],
-    }
+    feeds = score_feeds(engine, read, values, mask, name, ballot, step_masks)
     outputs = ["scores", "candidate_scores", "best_index", "group_scores", *(["backbone"] if backbone else [])]
     scores, row_scores, best, groups, *rest = engine.session("score").run(feeds, outputs)
     return Scored(
@@ -60,3 +54,27 @@ def score_rows(
         *ballot.count(row_scores[:, 0], groups[:, 0]),
         unreadable=read.unreadable,
     )
+
+
+def score_feeds(
+    engine: Engine,
+    rows: EncodedRows,
+    values: Array,
+    mask: Array,
+    aggregation: str,
+    ballot: Ballot,
+    step_masks: Sequence[Sequence[int]] | None = None,
+) -> dict[str, Array]:
+    """The inputs of `score`: rows with their padded values and mask.
+
+    Raises:
+        InputError: the step masks do not fit.
+    """
+    return {
+        "aggregation": np.array(aggregation_code(aggregation), np.int64),
+        **ballot.feeds(),
+        "input_ids" if engine.input_suffix == "ids" else "inputs_embeds": values,
+        "attention_mask": mask,
+        "num_candidates": np.array(len(values), np.int64),
+        "step_mask": readable_positions(engine, aggregation, rows, values, step_masks)[:, None],
+    }

@@ -115,7 +115,7 @@ def _document(app: fastapi.FastAPI) -> None:
         for operation in methods.values():
             responses: dict[str, object] = operation["responses"]
             responses.pop("422", None)
-            for status in descriptions if path.startswith(("/v1", "/v2")) else ("401",):
+            for status in descriptions if path.startswith(("/v1", "/v2", "/predict")) else ("401",):
                 responses[status] = {"description": descriptions[status], "content": content}
     for name in ("HTTPValidationError", "ValidationError"):
         schema["components"]["schemas"].pop(name, None)

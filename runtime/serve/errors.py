@@ -43,13 +43,15 @@ class ApiError(Exception):
         self.status, self.message, self.headers = status, message, headers or {}
 
     def response(self, path: str) -> Response:
-        """The answer: the Open Inference Protocol has `error` as a text, Cohere `message`, OpenAI an object."""
+        """The answer: the Open Inference Protocol has a text, Cohere `message`, Jina `detail`, OpenAI an object."""
         body: dict[str, object]
         if path.startswith("/v2/") and not path.endswith("/rerank"):
             body = {"error": self.message}
         else:
             error = {"message": self.message, "type": _TYPES.get(self.status, "error"), "code": self.status}
             body = {"message": self.message, "error": error}
+            if path.endswith("/rerank"):
+                body["detail"] = self.message
         return Response(encode(body), self.status, self.headers, "application/json")
 
 

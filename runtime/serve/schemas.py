@@ -27,6 +27,7 @@ __all__ = [
     "RequestBody",
     "Text",
     "Texts",
+    "Tokens",
     "explain",
     "option_field",
     "with_options",

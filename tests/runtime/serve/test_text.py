@@ -123,7 +123,11 @@ def test_errors_use_the_clients_words(post, path, body, message):
         ("/v1/rerank", {"truncate_prompt_tokens": 5}, 'truncate_prompt_tokens: send "truncate": true'),
         ("/v1/rerank", {"rank_fields": ["title"]}, "rank_fields: a document is ranked by its 'text' alone"),
         ("/v1/rerank", {"priority": 1}, "priority: requests run in the order"),
-        ("/v1/rerank", {"texts": ["a"]}, "texts: send them as 'documents'"),
+        (
+            "/v1/rerank",
+            {"texts": ["a"]},
+            "expected documents, or as Text Embeddings Inference takes",
+        ),
         ("/v1/rerank", {"raw_scores": True}, "raw_scores: scores are always as the model gives them"),
         ("/v1/rerank", {"return_text": True}, 'return_text: send "return_documents": true'),
         ("/v1/rerank", {"topn": 1}, "unknown field 'topn'; did you mean 'top_n'?"),
