@@ -10,7 +10,7 @@ from bonnx.errors import InputError, NoWinnerError
 
 from ..checks import is_list, shown
 from ..protocol import ModelLike
-from ..text.reader import Item
+from ..text.reader import Item, NoneReadableError
 
 __all__ = ["reward_function"]
 
@@ -31,7 +31,7 @@ def reward_function(
     Returns:
         a function of `prompts` and `completions`, equally long lists of texts or of messages, and of whatever else the
         trainer passes, which it ignores. It returns one reward for each completion, or None for one that has no score
-        (it is empty, or its score is NaN), which the trainer leaves out.
+        (it is empty, the scorer's vocabulary lacks its text, or its score is NaN), which the trainer leaves out.
     """
 
     def reward(prompts: Sequence[Item], completions: Sequence[Item], **_: Any) -> list[float | None]:
@@ -51,7 +51,8 @@ def reward_function(
             items = [completions[i] for i in present]
             try:
                 ranking = model.rank(prompts[members[0]], items, aggregation=aggregation, truncate=truncate)
-            except NoWinnerError:
+            except (NoneReadableError, NoWinnerError):
+                # Of this group none has a score.
                 continue
             for i, score in zip(present, ranking.candidate_scores.tolist(), strict=True):
                 rewards[i] = None if math.isnan(score) else score

@@ -52,3 +52,8 @@ def test_rewards_are_the_scores_of_rank(countdown):
     completions = ["24-20=4;7-4=3;3/3=1;", "24/3=8;20-7=13;13-8=1;"]
     rewards = bonnx.reward_function(model)(prompts=[prompt] * 2, completions=completions)
     assert rewards == model.rank(prompt, completions).candidate_scores.tolist()
+    # An untrained policy writes what the scorer cannot read, sometimes all completions of a prompt.
+    unreadable = bonnx.reward_function(model)(prompts=[prompt] * 3, completions=[*completions[:1], "1234", "no"])
+    assert unreadable[0] == pytest.approx(rewards[0])
+    assert unreadable[1:] == [None, None]
+    assert bonnx.reward_function(model)(prompts=[prompt] * 2, completions=["1234", "no"]) == [None, None]
