@@ -26,6 +26,7 @@ class BestOfNResult(Result):
         seconds: wall time.
         prompt_tokens: of all requests, as the generator counts them; None if it does not.
         completion_tokens: likewise.
+        saved: number of completions that `adaptive` did not ask for, because they were not worth their price.
         requests: number of requests, retries included; 0 where the generator is no upstream.
     """
 
@@ -40,6 +41,7 @@ class BestOfNResult(Result):
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     requests: int = 0
+    saved: int = 0
 
     @property
     def best(self) -> Completion:

@@ -55,6 +55,7 @@ class Run:
     cost: SamplingCost = field(default_factory=SamplingCost)
     longest: int | None = None
     start: float = field(default_factory=time.monotonic)
+    saved: int = 0
     completions: list[Completion] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
     _parts: list[tuple[Sequence[int], Ranking]] = field(default_factory=list)
@@ -86,6 +87,7 @@ class Run:
                 break
             voted = None if self.vote == "score" else self._ballot().answers
             if rule.is_enough(self._scores, voted):
+                self.saved = n - len(self.completions) - len(self.failures)
                 break
         return self.choose("adaptive")
 
@@ -189,6 +191,7 @@ class Run:
             self.cost.prompt_tokens,
             self.cost.completion_tokens,
             self.cost.requests,
+            self.saved,
         )
 
 

@@ -193,7 +193,9 @@ class UpstreamTree(Tree[UpstreamBranch]):
     async def _rate(self, branches: Sequence[UpstreamBranch]) -> Array:
         """Score what is new; a branch that failed keeps its last score."""
         ended = [branch for branch in branches if branch.completion is not None and not branch.void]
-        going = dict.fromkeys(b.text for b in branches if b.completion is None and b.failure is None and b.text)
+        longest = self.run.longest
+        texts = [b.text for b in branches if b.completion is None and b.failure is None and b.text]
+        going = dict.fromkeys(text for text in texts if longest is None or len(text) <= longest)
         if new := dict(enumerate(text for text in going if text not in self._known)):
             self._known |= dict.fromkeys(new.values(), np.nan)
             for numbers, ranking in await score_some(self._score, new):

@@ -19,7 +19,7 @@ from bonnx.errors import InputError
 
 from ..arrays import Array
 from ..engine.engine import Engine
-from ..engine.session import HeldArray
+from ..engine.session import HeldArray, Stop
 from ..generate.decoding import DEADLINE, LENGTH, PRUNED, STOP, CachedRows, prefill
 from ..generate.options import CheckedOptions
 from ..selection.aggregate import aggregate_tokens
@@ -67,6 +67,7 @@ class ArtifactTree(Tree[ArtifactBranch]):
         scorer: rates branches in place of the model's own scorer.
         deadline: on the clock of `time.monotonic`.
         with_certainty: compute the self-certainty of every token.
+        stop: ends the search from another thread.
     """
 
     def __init__(
@@ -78,10 +79,11 @@ class ArtifactTree(Tree[ArtifactBranch]):
         deadline: float | None = None,
         *,
         with_certainty: bool = False,
+        stop: Stop | None = None,
     ) -> None:
         self.engine, self.prompt, self.options = engine, prompt, options
         self.step_token = engine.manifest.scoring.step_token
-        self.scorer, self.deadline, self.with_certainty = scorer, deadline, with_certainty
+        self.scorer, self.deadline, self.with_certainty, self.stop = scorer, deadline, with_certainty, stop
         # Whether the scores will be weights of a vote.
         self.weighs = False
         self.cost, self.nodes = Cost(), list[Node]()
@@ -166,6 +168,7 @@ class ArtifactTree(Tree[ArtifactBranch]):
         waiting = sorted(branches, key=lambda branch: -len(branch.tokens))
         rows: list[ArtifactBranch] = []
         while rows or waiting:
+            self.check_stop()
             length = len(rows[0].tokens) if rows else len(waiting[-1].tokens)
             joining = []
             while waiting and len(waiting[-1].tokens) == length:
@@ -177,7 +180,7 @@ class ArtifactTree(Tree[ArtifactBranch]):
             numbers = np.array([[branch.number] for branch in rows])
             outputs = cached.read(tokens, numbers, logits=self.with_certainty)
             fresh = self._read(rows, outputs)
-            late = self.deadline is not None and time.monotonic() > self.deadline
+            late = self.is_late
             going = [
                 i
                 for i, branch in enumerate(rows)
@@ -190,6 +193,16 @@ class ArtifactTree(Tree[ArtifactBranch]):
                     # Nothing follows an end.
                     rows[i].cache = [array[i] for array in arrays] if rows[i].reason < 0 else []
                 rows = [rows[i] for i in going]
+
+    @property
+    def is_late(self) -> bool:
+        """Whether the deadline has passed."""
+        return self.deadline is not None and time.monotonic() > self.deadline
+
+    def check_stop(self) -> None:
+        """Raises InterruptedError if the search is to end."""
+        if self.stop is not None and self.stop.terminate:
+            raise InterruptedError("the search was stopped")
 
     def _read(self, rows: Sequence[ArtifactBranch], outputs: dict[str, HeldArray]) -> list[bool]:
         """Each branch reads its pending token, and the next one takes its place; whether it was new to the branch."""

@@ -46,7 +46,7 @@ class Beam(Method):
     def _width(self, budget: int) -> int:
         width = as_count(self.width, budget)
         if budget < width:
-            raise InputError(f"budget: {budget} beams are fewer than the width, {width}; expected at least as many")
+            raise InputError(f"{budget} beams are fewer than the width, {width}; expected at least as many")
         return width
 
     def _search(self, tree: Tree[B], sizes: Sequence[int], width: int, steps: int = 0) -> list[B]:
@@ -98,7 +98,7 @@ class Lookahead(Beam):
         """The finished branches."""
         beams = budget // (self.steps + 1)
         if beams < 1:
-            raise InputError(f"budget: {budget} is less than one beam that looks {self.steps} steps ahead")
+            raise InputError(f"a budget of {budget} is less than one beam that looks {self.steps} steps ahead")
         return self._search(tree, [beams], self._width(beams), self.steps)
 
 

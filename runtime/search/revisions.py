@@ -49,10 +49,13 @@ class Revisions(Method):
         """Every attempt; `group` is its chain."""
         count = as_count(self.chains, budget)
         if budget < count:
-            raise InputError(f"budget: {budget} attempts are fewer than {count} chains; expected at least as many")
+            raise InputError(f"{budget} attempts are fewer than {count} chains; expected at least as many")
         own = cast(ArtifactTree, tree)
         done: list[list[ArtifactBranch]] = [[] for _ in range(count)]
         for _ in range(budget // count):
+            own.check_stop()
+            if own.is_late and done[0]:
+                break
             for chain, attempt in zip(done, self._attempt(own, done), strict=True):
                 chain.append(attempt)
         return cast(list[B], [attempt for chain in done for attempt in chain])
@@ -129,7 +132,7 @@ def _generate(
     options = dataclasses.replace(tree.options, n=count, seed=_seed(int(tree.options.seed), again))
     feeds = generate_feeds(ids, mask, options, tree.step_token)
     names = ["sequences", "lengths", "scores", "log_probs", "finish_reasons", "computed_tokens"]
-    tokens, lengths, scores, log_probs, reasons, computed = tree.engine.session("generate").run(feeds, names)
+    tokens, lengths, scores, log_probs, reasons, computed = tree.engine.session("generate").run(feeds, names, tree.stop)
     tree.cost.prompt_tokens += sum(map(len, contexts))
     tree.cost.sampled_tokens += int(lengths.sum())
     tree.cost.computed_tokens += int(computed)

@@ -18,6 +18,7 @@ from ..arrays import Array
 from ..artifact.manifest import VOTES
 from ..checks import check_function, check_whole, shown
 from ..engine.engine import Engine
+from ..engine.session import Stop
 from ..generate.decoding import PRUNED, clock
 from ..generate.options import SEARCH_OPTIONS, GenerateOptions
 from ..generate.request import options_within
@@ -47,6 +48,7 @@ class SearchRequest:
     until: float | None
     sampling: GenerateOptions
     start: float
+    stop: Stop | None = None
 
     def run(self, method: str, budget: int, settings: Mapping[str, object]) -> SearchResult:
         """Spend a budget by one method."""
@@ -105,7 +107,7 @@ class SearchRequest:
         options: GenerateOptions = {**self.sampling, "n": int(budget)}
         checked = options_within(self.engine, self.prompt, options, runner.room(limit, length))
         runner.check_length(checked.max_new_tokens, limit, length)
-        tree = ArtifactTree(self.engine, self.prompt, checked, self.scorer, self.until)
+        tree = ArtifactTree(self.engine, self.prompt, checked, self.scorer, self.until, stop=self.stop)
         tree.with_certainty = runner.needs_certainty
         tree.answer_of, tree.weighs = self._answer_of(method), self._vote(method) == "weighted"
         return tree
@@ -186,8 +188,13 @@ def search(
     deadline: float | None,
     policy: Policy | str | os.PathLike[str] | None,
     options: Mapping[str, object],
+    stop: Stop | None = None,
 ) -> SearchResult:
-    """See `Model.search`."""
+    """See `Model.search`; `stop` ends the search from another thread.
+
+    Raises:
+        InterruptedError: `stop` was set.
+    """
     check_answers(answers, "candidates")
     if vote is not None and not isinstance(vote, str):
         raise InputError(f"vote: expected one of {', '.join(VOTES)}; got {shown(vote)}")
@@ -196,7 +203,7 @@ def search(
     start, until = time.monotonic(), clock(deadline)
     sampling = cast(GenerateOptions, {name: options[name] for name in SEARCH_OPTIONS if name in options})
     settings = {name: value for name, value in options.items() if name not in sampling}
-    request = SearchRequest(engine, engine.reader.prompt(prompt), answers, vote, scorer, until, sampling, start)
+    request = SearchRequest(engine, engine.reader.prompt(prompt), answers, vote, scorer, until, sampling, start, stop)
     if policy is None:
         return request.run(method, budget, settings)
     if settings:

@@ -1,39 +1,45 @@
-"""Sample completions, from an upstream or from the artifact itself, and choose among them."""
+"""How to choose among completions, and the choice among those of an upstream."""
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 from starlette.requests import Request
 
-from bonnx.errors import InputError, UpstreamError
+from bonnx.errors import UpstreamError
 
-from ..best_of_n.run import Run
+from ..best_of_n.run import Arrivals, Run
+from ..best_of_n.steps import UpstreamTree, check_for_completions, check_step, search_by_steps
 from ..checks import ArgumentNames
-from ..generate.options import GenerateOptions
-from ..generate.result import Candidate, Generation
-from ..rank.result import Ranking, winner
-from ..search.sampling import Adaptive
+from ..generate.result import Candidate
+from ..rank.request import RankOptions
+from ..rank.result import Ranking
+from ..search.beam import Beam
+from ..search.method import Method
+from ..search.sampling import Adaptive, Sampling
 from ..selection.vote import Standing, make_ballot
 from ..text.reader import Item
 from ..upstream.completion import Completion, Failure
+from ..upstream.continuation import continued_body
 from ..upstream.cost import SamplingCost
 from ..upstream.events import CompletionChoice
 from .ranking import ClientRequest
-from .service import Service, note
+from .request_state import note
+from .service import Service
 
 if TYPE_CHECKING:
     from ..upstream.client import Upstream
 
-__all__ = ["Chosen", "Rule", "choose_from_artifact", "choose_from_upstream"]
+__all__ = ["RESERVE", "Chosen", "Rule", "choose_from_upstream", "sampling_cost"]
 
 _NAMES = ArgumentNames("prompt", "completions", ("prompt", "completion", "completions"))
 # Of a request's time, what is kept to score and to answer in.
-_RESERVE = 0.1
+RESERVE = 0.1
 
 
 @dataclass(frozen=True)
@@ -42,21 +48,35 @@ class Rule:
 
     Attributes:
         best_of: number of completions; with `adaptive` the maximum.
-        adaptive: ends the sampling early; None for all completions.
+        method: name of the search method.
+        runner: the method with its settings.
         vote: as in `Model.rank`.
         answers: `boxed` or `number`; None for no answers.
         aggregation: as in `Model.rank`.
         truncate: as in `Model.rank`.
         deadline: seconds after which the choice is made from what has come; None for the request's time limit.
+        step: the text that ends a step of an upstream's completion; None for the scorer's.
     """
 
     best_of: int
-    adaptive: Adaptive | None = None
+    method: str = "best_of_n"
+    runner: Method = field(default_factory=Sampling)
     vote: str = "score"
     answers: str | None = None
     aggregation: str | None = None
     truncate: bool = False
     deadline: float | None = None
+    step: str | None = None
+
+    @property
+    def samples(self) -> bool:
+        """Whether completions are sampled side by side, from beginning to end."""
+        return type(self.runner) in (Sampling, Adaptive)
+
+    @property
+    def samples_one(self) -> bool:
+        """Whether there is nothing to choose from."""
+        return self.best_of == 1 and self.samples
 
 
 @dataclass(frozen=True)
@@ -71,6 +91,7 @@ class Chosen:
         prompt_tokens: that were read to generate; None if the generator does not count them.
         completion_tokens: that were generated, of all completions; likewise.
         failures: of completions that did not come.
+        cost: what was spent and saved, for the answer.
         candidates: tokens and log-probabilities of the completions, if the artifact made them.
     """
 
@@ -81,6 +102,7 @@ class Chosen:
     prompt_tokens: int | None
     completion_tokens: int | None
     failures: Sequence[Failure] = ()
+    cost: Mapping[str, object] = field(default_factory=dict)
     candidates: Sequence[Candidate] = field(default=(), repr=False)
 
 
@@ -110,22 +132,33 @@ async def choose_from_upstream(
         InputError: the scorer cannot read the prompt or a completion.
     """
     scoring = service.engine.manifest.scoring
+    check_for_completions(rule.method, rule.runner)
     # An invalid argument is refused before anything is sampled.
     make_ballot(rule.vote, rule.answers, [], "completions", (), scoring)
     left = service.until(request) - time.monotonic()
-    seconds = min(left * (1 - _RESERVE), left if rule.deadline is None else rule.deadline)
+    seconds = min(left * (1 - RESERVE), left if rule.deadline is None else rule.deadline)
     until, cost = time.monotonic() + seconds, SamplingCost()
 
-    async def score(items: Sequence[Item]) -> Ranking:
+    async def score(items: Sequence[Item], *, partial: bool = False) -> Ranking:
         asked = ClientRequest(prompt, items, _NAMES)
-        _, ranking = await service.rank(request, asked, aggregation=rule.aggregation, truncate=rule.truncate)
-        return ranking
+        options: RankOptions = {"aggregation": rule.aggregation, "truncate": rule.truncate, "partial": partial}
+        return (await service.rank(request, asked, **options))[1]
 
-    def sample(n: int, first: int) -> AsyncGenerator[Completion | Failure, None]:
+    def sample(n: int, first: int) -> Arrivals:
         return upstream.sample(body, n, first=first, until=until, cost=cost, on_piece=on_piece)
 
+    def sample_steps(text: str, n: int, first: int, step: str | None, *, greedy: bool) -> Arrivals:
+        return upstream.sample(continued_body(body, text, step, greedy=greedy), n, first=first, until=until, cost=cost)
+
     run = Run(sample, score, rule.vote, rule.answers, scoring, cost, service.engine.reader.most_characters)
-    choice = run.all_at_once(rule.best_of) if rule.adaptive is None else run.adaptively(rule.best_of, rule.adaptive)
+    if isinstance(rule.runner, Beam):
+        step = check_step(rule.method, rule.step or service.engine.reader.step_text)
+        tree = UpstreamTree(run, sample_steps, functools.partial(score, partial=True), step, until)
+        choice = search_by_steps(tree, rule.runner, rule.method, rule.best_of)
+    elif isinstance(rule.runner, Adaptive):
+        choice = run.adaptively(rule.best_of, rule.runner)
+    else:
+        choice = run.all_at_once(rule.best_of, rule.method)
     try:
         result = await service.unless_gone(request, choice)
     except UpstreamError as e:
@@ -134,78 +167,29 @@ async def choose_from_upstream(
     finally:
         note(request, completions=len(run.completions), failures=len(run.failures), upstream_requests=cost.requests)
     ranking = result.ranking
-    standing = Standing(ranking.order, ranking.margin, ranking.answers, ranking.group_scores)
+    service.metrics.sampled(rule.method, len(result.completions), result.saved, cost.completion_tokens)
     return Chosen(
         result.completions,
         ranking.candidate_scores,
-        standing,
+        Standing(ranking.order, ranking.margin, ranking.answers, ranking.group_scores),
         ranking.aggregation,
         cost.prompt_tokens,
         cost.completion_tokens,
         result.failures,
+        sampling_cost(len(result.completions), result.saved, cost.completion_tokens) | {"requests": cost.requests},
     )
 
 
-async def choose_from_artifact(
-    service: Service,
-    request: Request,
-    prompt: Item,
-    options: GenerateOptions,
-    rule: Rule,
-    on_state: Callable[[Generation], object] | None = None,
-) -> Chosen:
-    """Generate with the artifact, which scores what it generates.
+def sampling_cost(completions: int, saved: int, tokens: int | None) -> dict[str, object]:
+    """What was sampled, and what an early end has saved.
 
     Args:
-        service: generates.
-        request: of the client.
-        prompt: text or messages.
-        options: how to generate, with the seed.
-        rule: how to choose.
-        on_state: called with the one completion while it grows.
-
-    Raises:
-        NoWinnerError: no completion can win.
-        InputError: the prompt or an option is invalid.
+        completions: number that came.
+        saved: number that was not asked for, because more were not worth their price.
+        tokens: of all completions; None if they are not counted.
     """
-    if rule.truncate:
-        raise InputError("truncate: a prompt that is generated from is never cut; leave it out")
-    if rule.adaptive is not None and rule.vote == "score":
-        service.engine.check_scorer("bonnx.method 'adaptive'", "send a vote")
-    candidates: list[Candidate] = []
-    prompt_tokens = computed_tokens = 0
-    ballot = make_ballot(rule.vote, rule.answers, [], "completions", (), service.engine.manifest.scoring)
-    scores, texts = np.zeros(0, np.float32), list[str]()
-    aggregation = ""
-    while len(candidates) < rule.best_of:
-        count = rule.best_of - len(candidates)
-        if rule.adaptive is not None:
-            count = min(count, rule.adaptive.batch)
-        wave = cast(GenerateOptions, {**options, "n": count, "seed": options["seed"] + len(candidates)})
-        if rule.deadline is None and on_state is None:
-            generation = await service.generate(request, prompt, wave)
-        else:
-            generation = await service.cut(request, prompt, wave, rule.deadline, on_state)
-        candidates += generation.candidates
-        aggregation = generation.aggregation
-        prompt_tokens += generation.prompt_tokens
-        computed_tokens += sum(len(candidate.tokens) for candidate in generation.candidates)
-        scores = np.array([candidate.score for candidate in candidates], np.float32)
-        texts = [candidate.text or "" for candidate in candidates]
-        ballot = make_ballot(rule.vote, rule.answers, texts, "completions", (), service.engine.manifest.scoring)
-        voted = None if rule.vote == "score" else ballot.answers
-        if rule.adaptive is not None and rule.adaptive.is_enough(lambda scores=scores: scores, voted):  # type: ignore[misc]
-            break
-    chosen, groups = ballot.choose(scores)
-    winner(chosen, "completions")
-    completions = [Completion(text, None, c.finish_reason) for text, c in zip(texts, candidates, strict=True)]
-    return Chosen(
-        completions,
-        scores,
-        ballot.count(scores, groups),
-        aggregation,
-        prompt_tokens,
-        computed_tokens,
-        (),
-        candidates,
-    )
+    cost: dict[str, object] = {"completions": completions, "saved_completions": saved}
+    if tokens is not None and completions:
+        # If they were as long as the others.
+        cost["estimated_saved_tokens"] = round(saved * tokens / completions)
+    return cost

@@ -43,12 +43,13 @@ def completions_answer(
     answer["bonnx"] = {
         "scores": [float(chosen.scores[i]) for i in order],
         "margin": chosen.standing.margin,
-        "method": "best_of_n" if rule.adaptive is None else "adaptive",
+        "method": rule.method,
         "aggregation": chosen.aggregation,
         "vote": rule.vote,
         "best_of": rule.best_of,
         "candidates": [_candidate(chosen, i, order) for i in range(len(chosen.completions))],
         "failures": [to_json(failure) for failure in chosen.failures],
+        "cost": chosen.cost,
     }
     return answer
 

@@ -41,6 +41,19 @@ class Metrics:
         )
         self._padded = Counter("bonnx_padded_tokens", "The same, padding included", ["batcher"], registry=registry)
 
+        self._completions = Counter(
+            "bonnx_completions", "Completions sampled to choose from", ["method"], registry=registry
+        )
+        self._saved = Counter(
+            "bonnx_saved_completions", "Completions that an early end has saved", ["method"], registry=registry
+        )
+        self._saved_tokens = Counter(
+            "bonnx_estimated_saved_tokens",
+            "Tokens that an early end has saved, if those completions were as long as the others",
+            ["method"],
+            registry=registry,
+        )
+
     def answered(self, endpoint: str, status: int, seconds: float) -> None:
         """Count an answer."""
         self._requests.labels(endpoint, str(status)).inc()
@@ -56,6 +69,13 @@ class Metrics:
         self._runs.labels(batcher).observe(seconds)
         self._real.labels(batcher).inc(real)
         self._padded.labels(batcher).inc(padded)
+
+    def sampled(self, method: str, completions: int, saved: int, tokens: int | None) -> None:
+        """Count completions and, by the mean length of these, what an early end has saved."""
+        self._completions.labels(method).inc(completions)
+        self._saved.labels(method).inc(saved)
+        if tokens is not None and completions:
+            self._saved_tokens.labels(method).inc(saved * tokens / completions)
 
     def text(self) -> bytes:
         """All metrics in Prometheus' text format."""

@@ -17,7 +17,8 @@ from ..selection.vote import make_ballot
 from ..text.reader import EncodedRows, Item
 from .limits import check_texts
 from .ranking import ClientRequest, TokenUsage
-from .service import Service, note, size
+from .request_state import note, size
+from .service import Service
 
 __all__ = ["ScoredRows", "label_name", "score_rows"]
 

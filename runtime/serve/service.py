@@ -35,35 +35,22 @@ from .errors import ApiError
 from .limits import check_size, check_texts
 from .metrics import Metrics
 from .ranking import ClientRequest, Outcome
+from .request_state import disconnected, note, size
 from .settings import Settings
 from .streaming import GenerationStream
+from .tensors import GraphRequest
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from ..upstream.client import Upstream
 
-__all__ = ["GraphRequest", "Service", "note", "size"]
+__all__ = ["Service"]
 
 T = TypeVar("T")
 _LONGEST_TIMEOUT = 3600.0
 # Up to this many characters, tokens or bytes are processed faster here than in another thread.
 _SHORT = 4000
-
-
-class GraphRequest:
-    """A run of one graph on tensors that the client filled.
-
-    Attributes:
-        run: runs the graph; takes the handle that stops the run.
-        shape: the size of the work.
-    """
-
-    key = None
-    prompt_slot = 0
-
-    def __init__(self, run: Callable[[Stop], Sequence[Array]], shape: Shape) -> None:
-        self.run, self.shape, self.tokens = run, shape, shape.candidates * shape.length
 
 
 class Service:
@@ -198,14 +185,14 @@ class Service:
 
     async def generate(self, request: Request, prompt: Item, options: GenerateOptions) -> Generation:
         """One generation, in one run of one graph."""
-        generate_request = await self._read_generation(request, prompt, options)
+        generate_request = await self.read_generation(request, prompt, options)
         note(request, candidates=generate_request.options.n, tokens=len(generate_request.prompt))
         (result,) = await self.unless_gone(request, self._generating.put([generate_request], self.until(request)))
         assert isinstance(result, Generation)
         winner(result.best_index, "candidates")
         return result
 
-    async def _read_generation(self, request: Request, prompt: Item, options: GenerateOptions) -> GenerateRequest:
+    async def read_generation(self, request: Request, prompt: Item, options: GenerateOptions) -> GenerateRequest:
         """Read and check what is to be generated."""
         if not self.generates:
             raise InputError("n: this model has no language model to generate with; pass candidates")
@@ -254,17 +241,35 @@ class Service:
             QueueFullError: the maximum number of streams is open.
             InputError: an option or the prompt is invalid.
         """
-        if self._streams >= self.settings.max_streams:
-            raise QueueFullError(self._streams, 1)
-        self._streams += 1
+        self._reserve()
         try:
-            generate_request = await self._read_generation(request, prompt, options)
+            generate_request = await self.read_generation(request, prompt, options)
             left = max(0.001, self.until(request) - time.monotonic())
             states = generation.stream(self.engine, generate_request, clock(min(left, deadline or left)))
             return GenerationStream(states, self._streamers, self._release)
         except BaseException:
             self._release()
             raise
+
+    async def stream(self, request: Request, work: Callable[[Stop], T]) -> T:
+        """Do some work in one of the threads for streams; it is told to stop when the client disconnects.
+
+        Raises:
+            QueueFullError: the maximum number of streams is open.
+        """
+        self._reserve()
+        stop, loop = self.engine.session("rank").make_stop(), asyncio.get_running_loop()
+        future = self._streamers.submit(self._noting_changes, lambda: work(stop))
+        future.add_done_callback(lambda _: loop.call_soon_threadsafe(self._release))
+        try:
+            return await self.unless_gone(request, asyncio.wrap_future(future))
+        finally:
+            stop.terminate = True
+
+    def _reserve(self) -> None:
+        if self._streams >= self.settings.max_streams:
+            raise QueueFullError(self._streams, 1)
+        self._streams += 1
 
     def _release(self) -> None:
         self._streams -= 1
@@ -286,7 +291,7 @@ class Service:
     async def unless_gone(self, request: Request, work: Awaitable[T]) -> T:
         """Wait for work, and cancel it when the client disconnects."""
         task = asyncio.ensure_future(work)
-        leaving = asyncio.ensure_future(_left(request))
+        leaving = asyncio.ensure_future(disconnected(request))
         try:
             await asyncio.wait({task, leaving}, return_when=asyncio.FIRST_COMPLETED)
             if not task.done():
@@ -301,15 +306,21 @@ class Service:
 
     def _run(self, requests: Sequence[Batchable], stop: Stop) -> Sequence[object]:
         """Run a batch, whose requests are of one kind."""
+        return self._noting_changes(lambda: self._results(requests, stop))
+
+    def _results(self, requests: Sequence[Batchable], stop: Stop) -> Sequence[object]:
+        if graphs := [each for each in requests if isinstance(each, GraphRequest)]:
+            return [each.run(stop) for each in graphs]
+        if generations := [each for each in requests if isinstance(each, GenerateRequest)]:
+            return generation.run_together(self.engine, generations, stop)
+        rankings = [each for each in requests if isinstance(each, RankRequest)]
+        results = ranking.run_together(self.engine, rankings, stop)
+        # Not an error of the batch: other rankings of the same HTTP request may have a winner.
+        return [_Lost(result) if isinstance(result, NoWinnerError) else result for result in results]
+
+    def _noting_changes(self, work: Callable[[], T]) -> T:
         try:
-            if graphs := [each for each in requests if isinstance(each, GraphRequest)]:
-                return [each.run(stop) for each in graphs]
-            if generations := [each for each in requests if isinstance(each, GenerateRequest)]:
-                return generation.run_together(self.engine, generations, stop)
-            rankings = [each for each in requests if isinstance(each, RankRequest)]
-            results = ranking.run_together(self.engine, rankings, stop)
-            # Not an error of the batch: other rankings of the same HTTP request may have a winner.
-            return [_Lost(result) if isinstance(result, NoWinnerError) else result for result in results]
+            return work()
         except ArtifactError:
             # The artifact was changed on disk: from now on every answer reports it.
             self.broken = True
@@ -328,20 +339,3 @@ def _open(settings: UpstreamSettings) -> Upstream:
     from ..upstream.client import Upstream
 
     return Upstream(**dataclasses.asdict(settings))
-
-
-def note(request: Request, **notes: object) -> None:
-    """Add fields to the request's log line."""
-    request.scope["state"]["notes"].update(notes)
-
-
-def size(request: Request) -> int:
-    """Bytes of the request's body."""
-    size: int = request.scope["state"]["size"]
-    return size
-
-
-async def _left(request: Request) -> None:
-    """Return when the client has disconnected."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from bonnx.errors import InputError
 
@@ -11,8 +11,9 @@ from ..artifact.limits import check_size
 from ..artifact.manifest import AGGREGATIONS, VOTES, Graph, Limits
 from ..batching import Shape
 from ..engine.engine import Engine
+from ..engine.session import Stop
 
-__all__ = ["MOST_STOPS", "check_feeds", "check_shapes"]
+__all__ = ["MOST_STOPS", "GraphRequest", "check_feeds", "check_shapes"]
 
 # The minimum and maximum of each scalar, by its name.
 _RANGES: dict[str, tuple[float, float]] = {
@@ -28,6 +29,23 @@ _RANGES: dict[str, tuple[float, float]] = {
 }
 # Every token of every candidate is compared with each of them.
 MOST_STOPS = 1024
+
+
+class GraphRequest:
+    """A run of one graph on tensors that the client filled.
+
+    Attributes:
+        run: runs the graph; takes the handle that stops the run.
+        shape: the size of the work.
+    """
+
+    key = None
+    prompt_slot = 0
+
+    def __init__(self, run: Callable[[Stop], Sequence[Array]], shape: Shape) -> None:
+        self.run, self.shape, self.tokens = run, shape, shape.candidates * shape.length
+
+
 # Axes that hold one value for all of another axis, or as many values as that has.
 _BROADCAST = {
     "rank": {

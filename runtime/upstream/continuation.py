@@ -9,7 +9,7 @@ from bonnx.errors import InputError
 
 from ..checks import is_list, shown
 
-__all__ = ["CONTINUES", "continued", "stopped_by"]
+__all__ = ["CONTINUES", "continued", "continued_body", "stopped_by"]
 
 CONTINUES: Mapping[str, object] = {"add_generation_prompt": False, "continue_final_message": True}
 """Fields by which vLLM, SGLang and llama.cpp continue the final message instead of beginning another."""
@@ -40,6 +40,16 @@ def continued(
     if isinstance(prompt, str):
         return prompt + text, fields
     return [*prompt, {"role": "assistant", "content": text}], {**fields, **CONTINUES}
+
+
+def continued_body(
+    body: Mapping[str, object], text: str, step: str | None, *, greedy: bool = False
+) -> dict[str, object]:
+    """As `continued`, for the body of a request."""
+    key = "messages" if "messages" in body else "prompt"
+    sampling = {name: value for name, value in body.items() if name != key}
+    prompt, fields = continued(body[key], sampling, text, step, greedy=greedy)
+    return {**fields, key: prompt}
 
 
 def _stops(stop: object) -> Sequence[str]:

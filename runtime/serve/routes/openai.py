@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import secrets
 from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal
@@ -16,12 +15,15 @@ from bonnx.errors import InputError
 
 from ...artifact.manifest import Aggregation
 from ...generate.options import GenerateOptions
-from ...search.sampling import Adaptive
+from ...search.beam import Beam
+from ...search.methods import vote_of
 from ...text.reader import Item
 from ..answer import check_model, event_stream, json_response, to_runtime
-from ..choosing import Chosen, Rule, choose_from_artifact, choose_from_upstream
+from ..choosing import Chosen, Rule, choose_from_upstream
 from ..completions_answer import completions_answer
 from ..completions_stream import LiveCompletion, completions_events
+from ..generating import choose_from_artifact
+from ..method_fields import method_of, with_method
 from ..schemas import FAIL_FAST, Messages, RequestBody, Text, option_field
 from ..service import Service
 
@@ -29,19 +31,16 @@ __all__ = ["add"]
 
 # As OpenAI's own limit.
 _MOST_CHOICES = 128
-_ADAPTIVE = [field.name for field in dataclasses.fields(Adaptive)]
 # Fields that are read here; an upstream gets all others.
 _OURS = ("bonnx", "best_of", "n", "stream", "stream_options", "model")
 
 
+@with_method()
 class BonnxOptions(RequestBody):
     """How to choose; what is not given is the server's default."""
 
     best_of: int | None = Field(None, ge=1, le=_MOST_CHOICES, strict=True, description="completions to sample")
-    method: Literal["best_of_n", "adaptive"] = Field(
-        "best_of_n", description="adaptive: sample in batches until more are not worth their price"
-    )
-    vote: Literal["score", "weighted", "majority"] = "score"
+    vote: Literal["score", "weighted", "majority"] | None = Field(None, description="by default the method's own")
     answers: Annotated[str, Field(pattern=r"^(boxed|number|tool|tool-except:.{1,1000})$")] | None = Field(
         None,
         description="expected 'boxed' or 'number' to find the answer in a text, 'tool' for the tools that are called, "
@@ -50,11 +49,9 @@ class BonnxOptions(RequestBody):
     aggregation: Aggregation | None = None
     truncate: bool = Field(False, description="leave out the beginning of a prompt that is too long for the scorer")
     deadline: float | None = Field(None, gt=0, description="seconds after which the best of what has come is returned")
-    batch: int | None = Field(None, ge=1, strict=True, description="adaptive: completions at a time")
-    price: float | None = Field(None, gt=0, description="adaptive: of one completion, in units of the score")
-    ceiling: float | None = Field(None, description="adaptive: the maximum score")
-    confidence: float | None = Field(None, ge=0.5, lt=1, description="adaptive: that the leading answer stays ahead")
-    rule: Literal["auto", "gain", "leader"] | None = Field(None, description="adaptive: what ends the sampling")
+    step: Annotated[str, Field(min_length=1, max_length=1000)] | None = Field(
+        None, description="the text that ends a step of an upstream's completion; by default the scorer's"
+    )
 
 
 class StreamOptions(RequestBody):
@@ -246,7 +243,7 @@ async def _respond(service: Service, request: Request, body: CompletionsBody) ->
     rule = _rule(service, body)
     chat, log_probs = body.is_chat, body.wants_log_probs
     # Of one completion nothing is to be chosen: it is sent as it comes.
-    live = LiveCompletion(service, is_chat=chat, log_probs=log_probs) if body.stream and rule.best_of == 1 else None
+    live = LiveCompletion(service, is_chat=chat, log_probs=log_probs) if body.stream and rule.samples_one else None
 
     def answer(chosen: Chosen) -> dict[str, object]:
         return completions_answer(service, chosen, rule, body.n, is_chat=chat, log_probs=log_probs)
@@ -297,10 +294,12 @@ def _rule(service: Service, body: CompletionsBody) -> Rule:
         raise InputError(f"best_of: expected at least n, {body.n}; got {best_of}")
     if best_of > limit:
         raise InputError(f"best_of: this server takes at most {limit}; got {best_of}")
-    settings = {name: value for name in _ADAPTIVE if (value := getattr(given, name)) is not None}
-    if settings and given.method != "adaptive":
-        raise InputError(f"bonnx.{next(iter(settings))}: belongs to the method 'adaptive'; got '{given.method}'")
-    if given.vote != "score" and given.answers is None:
-        raise InputError(f"bonnx.vote: '{given.vote}' needs bonnx.answers: 'boxed', 'number' or 'tool'")
-    adaptive = Adaptive(**settings) if given.method == "adaptive" else None
-    return Rule(best_of, adaptive, given.vote, given.answers, given.aggregation, given.truncate, given.deadline)
+    method, runner = method_of(given, "bonnx.")
+    vote = vote_of(method, given.vote, has_answers=given.answers is not None)
+    if vote in ("weighted", "majority") and given.answers is None:
+        raise InputError(f"bonnx.vote: '{vote}' needs bonnx.answers: 'boxed', 'number' or 'tool'")
+    if given.step is not None and not (isinstance(runner, Beam) and service.upstream is not None):
+        raise InputError("bonnx.step: belongs to 'beam', 'dvts' and 'lookahead' over an upstream; leave it out")
+    return Rule(
+        best_of, method, runner, vote, given.answers, given.aggregation, given.truncate, given.deadline, given.step
+    )

@@ -1,0 +1,141 @@
+"""Completions that the artifact generates itself, and the choice among them."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import cast
+
+import numpy as np
+from starlette.requests import Request
+
+from bonnx.errors import InputError
+
+from ..engine.session import Stop
+from ..generate.options import GenerateOptions
+from ..generate.result import Candidate, Generation
+from ..rank.result import winner
+from ..search.result import SearchResult
+from ..search.sampling import Adaptive
+from ..search.search import search
+from ..selection.vote import make_ballot
+from ..text.reader import Item
+from ..upstream.completion import Completion
+from .choosing import RESERVE, Chosen, Rule, sampling_cost
+from .service import Service
+
+__all__ = ["choose_from_artifact"]
+
+
+async def choose_from_artifact(
+    service: Service,
+    request: Request,
+    prompt: Item,
+    options: GenerateOptions,
+    rule: Rule,
+    on_state: Callable[[Generation], object] | None = None,
+) -> Chosen:
+    """Generate with the artifact, which scores what it generates.
+
+    Args:
+        service: generates.
+        request: of the client.
+        prompt: text or messages.
+        options: how to generate, with the seed.
+        rule: how to choose.
+        on_state: called with the one completion while it grows.
+
+    Raises:
+        NoWinnerError: no completion can win.
+        InputError: the prompt or an option is invalid.
+    """
+    if rule.truncate:
+        raise InputError("truncate: a prompt that is generated from is never cut; leave it out")
+    if not rule.samples:
+        return await _search(service, request, prompt, options, rule)
+    adaptive = rule.runner if isinstance(rule.runner, Adaptive) else None
+    if adaptive is not None and rule.vote == "score":
+        service.engine.check_scorer("bonnx.method 'adaptive'", "send a vote")
+    until = None if rule.deadline is None else time.monotonic() + rule.deadline
+    candidates: list[Candidate] = []
+    saved = 0
+    prompt_tokens = computed_tokens = 0
+    ballot = make_ballot(rule.vote, rule.answers, [], "completions", (), service.engine.manifest.scoring)
+    scores, texts = np.zeros(0, np.float32), list[str]()
+    aggregation = ""
+    while len(candidates) < rule.best_of:
+        count = rule.best_of - len(candidates)
+        if adaptive is not None:
+            count = min(count, adaptive.batch)
+        wave = cast(GenerateOptions, {**options, "n": count, "seed": options["seed"] + len(candidates)})
+        if until is None and on_state is None:
+            generation = await service.generate(request, prompt, wave)
+        else:
+            left = None if until is None else max(0.001, until - time.monotonic())
+            generation = await service.cut(request, prompt, wave, left, on_state)
+        candidates += generation.candidates
+        aggregation = generation.aggregation
+        prompt_tokens += generation.prompt_tokens
+        computed_tokens += sum(len(candidate.tokens) for candidate in generation.candidates)
+        scores = np.array([candidate.score for candidate in candidates], np.float32)
+        texts = [candidate.text or "" for candidate in candidates]
+        ballot = make_ballot(rule.vote, rule.answers, texts, "completions", (), service.engine.manifest.scoring)
+        voted = None if rule.vote == "score" else ballot.answers
+        if adaptive is not None and adaptive.is_enough(lambda scores=scores: scores, voted):  # type: ignore[misc]
+            saved = rule.best_of - len(candidates)
+            break
+        if until is not None and time.monotonic() > until:
+            break
+    chosen, groups = ballot.choose(scores)
+    winner(chosen, "completions")
+    service.metrics.sampled(rule.method, len(candidates), saved, computed_tokens)
+    completions = [Completion(text, None, c.finish_reason) for text, c in zip(texts, candidates, strict=True)]
+    return Chosen(
+        completions,
+        scores,
+        ballot.count(scores, groups),
+        aggregation,
+        prompt_tokens,
+        computed_tokens,
+        (),
+        sampling_cost(len(candidates), saved, computed_tokens),
+        candidates,
+    )
+
+
+async def _search(service: Service, request: Request, prompt: Item, options: GenerateOptions, rule: Rule) -> Chosen:
+    """Search with the artifact's tree."""
+    read = await service.read_generation(request, prompt, cast(GenerateOptions, {**options, "n": rule.best_of}))
+    left = service.until(request) - time.monotonic()
+    seconds = max(0.001, min(left * (1 - RESERVE), left if rule.deadline is None else rule.deadline))
+    settings = {**options, **dataclasses.asdict(rule.runner)}
+    # `borda` is the vote of one method alone.
+    vote = None if rule.vote == "borda" else rule.vote
+
+    def work(stop: Stop) -> SearchResult:
+        budget, answers = rule.best_of, rule.answers
+        return search(
+            service.engine, read.prompt, rule.method, budget, answers, vote, None, seconds, None, settings, stop
+        )
+
+    result = await service.stream(request, work)
+    texts = [candidate.text or "" for candidate in result.candidates]
+    scores = np.array([candidate.score for candidate in result.candidates], np.float32)
+    ballot = make_ballot("score", rule.answers, texts, "completions")
+    standing = dataclasses.replace(ballot, vote=rule.vote).count(scores, result.group_scores)
+    # The method may choose by more than scores and votes.
+    best = result.best_index
+    standing = standing._replace(order=(best, *(i for i in standing.order if i != best)))
+    service.metrics.sampled(rule.method, len(texts), 0, result.cost.sampled_tokens)
+    return Chosen(
+        [Completion(text, None, c.finish_reason) for text, c in zip(texts, result.candidates, strict=True)],
+        scores,
+        standing,
+        options.get("aggregation") or service.engine.manifest.scoring.aggregation,
+        result.cost.prompt_tokens,
+        result.cost.sampled_tokens,
+        (),
+        {"completions": len(texts), **dataclasses.asdict(result.cost)},
+        result.candidates,
+    )

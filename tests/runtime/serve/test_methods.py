@@ -1,0 +1,175 @@
+"""Search methods over HTTP: with completions of an upstream, and with those of the artifact."""
+
+import httpx
+import openai
+import pytest
+
+from bonnx.runtime.search.methods import METHODS, SETTINGS
+from bonnx.runtime.search.search import search
+from bonnx.runtime.serve import Settings
+from tests.runtime.serve.servers import served
+from tests.runtime.upstream import fake
+
+PUZZLE = "3,7,20,24>1:"
+CHAT = [{"role": "user", "content": PUZZLE}]
+
+
+@pytest.fixture(scope="module")
+def engine(chat_engine):
+    return chat_engine
+
+
+@pytest.fixture(scope="module")
+def url(engine):
+    with served(engine, Settings(max_streams=2)) as url:
+        yield url
+
+
+@pytest.fixture
+def complete(url):
+    """Completes the puzzle by a method, with a seed."""
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        yield lambda n=1, **options: client.completions.create(
+            model="countdown", prompt=PUZZLE, n=n, seed=3, extra_body={"best_of": 8, "bonnx": options}
+        )
+
+
+def steps(begun, number):
+    """Always one of four solutions, which its first step decides."""
+    solutions = ["24-20=4;7-4=3;3/3=1;", "24/3=8;20-7=13;13-8=1;", "24-7=17;20-17=3;3/3=1;", "3+7=10;24-20=4;10-4=6;"]
+    begun = begun.removeprefix(PUZZLE)
+    return next(text for text in solutions[number % 4 :] + solutions if text.startswith(begun)).removeprefix(begun)
+
+
+@pytest.mark.parametrize("method", ["beam", "dvts", "lookahead"])
+@pytest.mark.parametrize("is_chat", [True, False], ids=["chat", "text"])
+def test_steps_of_an_upstream(behind, model, method, is_chat):
+    """The step text is the scorer's own, and the choice is that of `rank` on the finished completions."""
+    client, upstream = behind(fake.continues(steps))
+    prompt = {"messages": CHAT} if is_chat else {"prompt": PUZZLE}
+    create = client.chat.completions.create if is_chat else client.completions.create
+    answer = create(
+        model="countdown",
+        **prompt,
+        n=2,
+        temperature=0.7,
+        extra_body={"bonnx": {"method": method, "best_of": 8, "width": 2}},
+    )
+    text = answer.choices[0].message.content if is_chat else answer.choices[0].text
+    assert answer.bonnx["scores"] == pytest.approx(
+        sorted((line["score"] for line in answer.bonnx["candidates"]), reverse=True)[:2], abs=1e-6
+    )
+    assert model.rank(CHAT if is_chat else PUZZLE, [text]).candidate_scores[0] == pytest.approx(
+        answer.bonnx["scores"][0], abs=1e-5
+    )
+    assert answer.bonnx["method"] == method
+    assert answer.bonnx["cost"]["requests"] == len(upstream.bodies)
+    assert all(body["stop"] == [";"] and body["model"] == "llm" for body in upstream.bodies)
+    assert {body["temperature"] for body in upstream.bodies} == ({0, 0.7} if method == "lookahead" else {0.7})
+    assert all("bonnx" not in body for body in upstream.bodies)
+
+
+def test_a_client_that_leaves_cancels_the_steps(behind):
+    client, upstream = behind(fake.continues(steps, pause=30))
+    with pytest.raises(openai.APITimeoutError):
+        client.completions.create(
+            model="countdown", prompt=PUZZLE, timeout=1.0, extra_body={"bonnx": {"method": "beam", "best_of": 4}}
+        )
+    assert upstream.wait_for_cancellation()
+
+
+def test_at_the_deadline_the_best_of_the_steps(behind):
+    client, _ = behind(fake.continues(steps, pause=30))
+    answer = client.completions.create(
+        model="countdown",
+        prompt=PUZZLE,
+        extra_body={"bonnx": {"method": "beam", "best_of": 4, "step": ";", "deadline": 0.5}},
+    )
+    assert answer.choices[0].finish_reason == "length"
+    assert answer.choices[0].text.count(";") == 1
+    assert len(answer.bonnx["failures"]) == 4
+
+
+SETTINGS_OF = {
+    "self_certainty": {},
+    "pruned": {"every": 6},
+    "beam": {"width": 2},
+    "lookahead": {"steps": 1, "width": "sqrt"},
+    "dvts": {"width": 4, "distinct": False},
+    "revisions": {"chains": 2, "memory": 1},
+}
+
+
+@pytest.mark.parametrize("method", SETTINGS_OF)
+def test_the_artifact_searches(complete, model, method):
+    """The answer is that of `Model.search` with the same seed."""
+    answer = complete(method=method, **SETTINGS_OF[method])
+    expected = model.search(PUZZLE, method, 8, seed=3, **SETTINGS_OF[method])
+    assert answer.choices[0].text == expected.best.text
+    assert len(answer.bonnx["candidates"]) == len(expected.candidates)
+    assert answer.usage.completion_tokens == expected.cost.sampled_tokens
+    assert answer.bonnx["cost"]["computed_tokens"] == expected.cost.computed_tokens
+    assert answer.bonnx["method"] == method
+
+
+@pytest.mark.parametrize("method", ["weighted", "majority", "beam"])
+def test_votes_by_name(complete, model, method):
+    answer = complete(method=method, answers="number")
+    expected = model.search(PUZZLE, method, 8, seed=3, answers="number")
+    assert answer.choices[0].text == expected.best.text
+    assert answer.bonnx["vote"] == expected.vote
+    assert {line["answer"] for line in answer.bonnx["candidates"]} == {*expected.answers}
+
+
+def test_what_adaptive_saves_is_counted(complete, url):
+    answer = complete(method="adaptive", batch=2, price=0.3)
+    cost = answer.bonnx["cost"]
+    assert cost["completions"] == 2
+    assert cost["saved_completions"] == 6
+    assert cost["estimated_saved_tokens"] == 3 * answer.usage.completion_tokens
+    metrics = httpx.get(f"{url}/metrics").text
+    assert 'bonnx_saved_completions_total{method="adaptive"} 6.0' in metrics
+    assert f'bonnx_estimated_saved_tokens_total{{method="adaptive"}} {cost["estimated_saved_tokens"]:.1f}' in metrics
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "beam", "width": 0}, "bonnx.width"),
+        ({"method": "beam", "batch": 2}, "bonnx.batch: belongs to the method 'adaptive'; got 'beam'"),
+        ({"width": 2}, "bonnx.width: belongs to the methods 'beam', 'lookahead', 'dvts'; got 'best_of_n'"),
+        ({"method": "beam", "width": 9}, "8 beams are fewer than the width, 9"),
+        ({"method": "majority"}, "bonnx.vote: 'majority' needs bonnx.answers"),
+        ({"method": "self_certainty", "vote": "score"}, "votes by its own rule"),
+        ({"method": "beam", "step": ";"}, "bonnx.step: belongs to"),
+        ({"method": "beams"}, "bonnx.method"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_is_refused(complete, options, message):
+    with pytest.raises(openai.BadRequestError, match=message):
+        complete(**options)
+
+
+@pytest.mark.parametrize("method", ["self_certainty", "pruned", "revisions"])
+def test_methods_that_need_an_artifact(behind, method):
+    client, upstream = behind(fake.error(500))
+    with pytest.raises(openai.BadRequestError, match=f"'{method}' works only with an artifact that generates"):
+        client.completions.create(model="countdown", prompt=PUZZLE, extra_body={"bonnx": {"method": method}})
+    assert not upstream.bodies
+
+
+@pytest.mark.parametrize("method", ["best_of_n", "beam", "revisions"])
+def test_a_search_is_stopped_from_another_thread(engine, method):
+    stop = engine.session("rank").make_stop()
+    stop.terminate = True
+    with pytest.raises(InterruptedError, match="the search was stopped"):
+        search(engine, PUZZLE, method, 8, None, None, None, None, None, {}, stop)
+
+
+def test_the_schema_has_every_method_and_setting(url):
+    schema = httpx.get(f"{url}/openapi.json").json()["components"]["schemas"]["BonnxOptions"]["properties"]
+    assert schema["method"]["enum"] == [*METHODS]
+    for name, (_, meta, methods) in SETTINGS.items():
+        assert schema[name]["description"] == f"{', '.join(methods)}: {meta.description}"
+    assert schema["confidence"]["anyOf"][0] == {"minimum": 0.5, "exclusiveMaximum": 1, "type": "number"}
