@@ -132,7 +132,7 @@ def main() -> None:
     print(f"{arguments.model.name}, {os.cpu_count()} cores,{model.partition(':')[2] or platform.processor()}\n")
     table([rows[precision] for precision in arguments.precisions])
     if arguments.text:
-        print(f"\n{compare_text(arguments.model, checkpoint, work / 'fp32')}")
+        print(f"\n{compare_text(arguments.model, work / 'fp32')}")
 
 
 if __name__ == "__main__":
