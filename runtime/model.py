@@ -10,13 +10,14 @@ from bonnx.errors import NoWinnerError
 
 from .artifact.manifest import Manifest
 from .checks import check_function
-from .engine.engine import Engine, open_engine
+from .engine.engine import PROMPT_CACHE, Engine, open_engine
 from .engine.session import Provider
 from .generate import run as generation
 from .generate.decoding import clock
 from .generate.options import SEARCH_OPTIONS, GenerateOptions, shows_options
 from .generate.request import read_request as read_generate_request
 from .generate.result import Generation
+from .rank.prepare import prepare
 from .rank.request import read_request
 from .rank.result import Ranking, Scored, winner
 from .rank.run import run_together
@@ -42,6 +43,7 @@ def load(
     threads: int | None = None,
     device_id: int = 0,
     memory_limit: int | None = None,
+    prompt_cache: int = PROMPT_CACHE,
 ) -> Model:
     """Open an artifact.
 
@@ -52,13 +54,21 @@ def load(
         device_id: which CUDA device.
         memory_limit: bytes that one call may take: a call that would need more is refused before it starts, and on
             CUDA the arena is limited to it.
+        prompt_cache: bytes of keys and values that `Model.prepare` may keep; by default 512 MiB.
 
     Raises:
         ArtifactError: not an artifact, or not as it was written.
         ProviderError: ONNX Runtime is missing, or the requested provider is unavailable.
         InputError: an option is invalid.
     """
-    engine = open_engine(path, provider=provider, threads=threads, device_id=device_id, memory_limit=memory_limit)
+    engine = open_engine(
+        path,
+        provider=provider,
+        threads=threads,
+        device_id=device_id,
+        memory_limit=memory_limit,
+        prompt_cache=prompt_cache,
+    )
     return Model(engine, os.fspath(path))
 
 
@@ -90,8 +100,27 @@ class Model:
         return f"<bonnx.Model {self.manifest.name!r} from {str(self._name)!r} on {self.provider}>"
 
     def close(self) -> None:
-        """Free the memory of the loaded graphs; a graph is loaded again when it is next used."""
+        """Free the memory of the loaded graphs and of prompts; a graph is loaded again when it is next used."""
         self._engine.close()
+
+    def prepare(self, prompt: Item) -> bool:
+        """Compute a prompt before its candidates are there: `rank` then computes the candidates only.
+
+        The prompt's keys and values are kept until the prompts that were used later fill `prompt_cache`. A prompt that
+        begins like one of them, such as the next turn of a conversation, continues from there. Another thread may call
+        `rank` meanwhile: it waits. `BestOfN` and `bonnx serve --upstream` call this themselves.
+
+        Args:
+            prompt: as in `rank`.
+
+        Returns:
+            whether it is kept: it does not exceed `prompt_cache`, its rope scaling does not depend on the length, and
+            the artifact has the graphs for it.
+
+        Raises:
+            InputError: the prompt is invalid.
+        """
+        return prepare(self._engine, prompt)
 
     def rank(
         self,

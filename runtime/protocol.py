@@ -25,6 +25,10 @@ class ModelLike(Protocol):
         """Where it runs."""
         ...
 
+    def prepare(self, prompt: Item) -> bool:
+        """See `Model.prepare`."""
+        ...
+
     def rank(
         self,
         prompt: Item,

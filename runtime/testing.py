@@ -60,6 +60,15 @@ class FakeModel:
         aggregation_code(aggregation)
         self._score, self._complete, self._aggregation = score, complete, aggregation
 
+    def prepare(self, prompt: Item) -> bool:
+        """As `Model.prepare`; there is nothing to compute.
+
+        Raises:
+            InputError: the prompt is invalid.
+        """
+        _check_item(prompt, "prompt")
+        return True
+
     def rank(
         self,
         prompt: Item,

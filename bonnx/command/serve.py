@@ -57,6 +57,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         ("batch-tokens", int, "TOKENS", "maximum size of rankings that run together"),
         ("batch-candidates", int, "CANDIDATES", "maximum number of candidates that are generated together"),
         ("batch-waste", float, "SHARE", "maximum share of a batch that may be padding"),
+        ("prompt-cache", int, "BYTES", "keys and values of prompts to keep for the next request, with an upstream"),
         ("batch-wait", float, "SECONDS", "time to wait for more requests while the model is idle"),
     )
     for name, kind, unit, what in bounds:
@@ -128,6 +129,7 @@ def _here(arguments: argparse.Namespace, settings: Settings) -> int:
         provider=arguments.provider,
         threads=arguments.threads,
         memory_limit=arguments.memory_limit,
+        prompt_cache=settings.prompt_cache,
     )
     server = make_server(
         create_app(engine, settings), most_connections=arguments.max_connections, grace=arguments.grace

@@ -14,9 +14,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .layers import additive
+from .layers import MASKED, additive
 
-__all__ = ["allowed", "attend", "attend_prompt", "attend_self", "shared_keys", "shared_values"]
+__all__ = [
+    "CandidateAttention",
+    "allowed",
+    "attend",
+    "attend_prefix",
+    "attend_prompt",
+    "attend_self",
+    "readable",
+    "shared_keys",
+    "shared_values",
+]
 
 
 def allowed(real: Tensor, positions: Tensor, window: int | None) -> Tensor:
@@ -41,6 +51,42 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     logits = (q @ k.permute(0, 2, 3, 1)).reshape(rows, kv_heads, length, group, total)
     weights = (logits + mask[:, None, :, None]).softmax(-1).reshape(rows, kv_heads, length * group, total)
     out = (weights @ v.transpose(1, 2)).reshape(rows, kv_heads, length, group * size)
+    return out.transpose(1, 2).reshape(rows, length, heads * size)
+
+
+def readable(positions: Tensor, before: int, length: int, window: int | None) -> Tensor:
+    """Which keys the last `length` queries may read, padding aside, for `attend_prefix`.
+
+    Positions (B, before + length) -> bool (1, length, before + length) without a window, else (B, ...).
+    """
+    index = torch.arange(before + length)
+    causal = (index.narrow(0, before, length)[:, None] >= index[None])[None]
+    if window is None:
+        return causal
+    return causal & (positions.narrow(1, before, length)[:, :, None] - positions[:, None] < window)
+
+
+def attend_prefix(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    """Attention of the last P tokens of rows to all T tokens.
+
+    Args:
+        q: (B, P, H, K).
+        keys: from `shared_keys`, which holds the padding mask.
+        values: from `shared_values`.
+        mask: additive, (1 or B, P, T + 1).
+
+    Returns:
+        (B, P, H * K).
+    """
+    rows, length, heads, size = q.shape
+    kv_heads, total = keys.shape[1], keys.shape[3]
+    group = heads // kv_heads
+    q = q.reshape(rows, length, kv_heads, group * size).transpose(1, 2).reshape(rows, kv_heads, length * group, size)
+    # The last key is for a candidate's own attention: nothing of it is read here.
+    padding_and_own = torch.tensor([1.0, MASKED]).expand(rows, kv_heads, length * group, 2)
+    logits = (torch.cat([q, padding_and_own], 3) @ keys).reshape(rows, kv_heads, length, group, total)
+    weights = (logits + mask[:, None, :, None]).softmax(-1).reshape(rows, kv_heads, length * group, total)
+    out = (weights @ values).reshape(rows, kv_heads, length, group * size)
     return out.transpose(1, 2).reshape(rows, length, heads * size)
 
 
@@ -105,7 +151,55 @@ def attend_prompt(
     logits = torch.cat([q, torch.ones_like(self_logit), self_logit], 3) @ keys
     if reach is not None:
         near = logits[..., :-1].reshape(*logits.shape[:2], reach.shape[2], -1, reach.shape[-1]) + reach
-        logits = torch.cat([near.flatten(2, 3), logits[..., -1:]], 3)
+        logits = torch.cat([near.reshape(logits[..., :-1].shape), logits[..., -1:]], 3)
     weights = logits.softmax(-1)
     out: Tensor = weights @ values + weights[..., -1:] * self_out
     return out
+
+
+class CandidateAttention:
+    """The attention of candidates for one sliding window, with its masks.
+
+    Args:
+        window: of the layers that use it, or None.
+        prompt_positions: (B, P).
+        real: the candidates' mask, (B, N, C) bool.
+        positions: the candidates' positions, (B, N * C).
+    """
+
+    def __init__(self, window: int | None, prompt_positions: Tensor, real: Tensor, positions: Tensor) -> None:
+        self.batch, self.count, self.length = real.shape
+        rows = self.batch * self.count
+        own = additive(allowed(real.reshape(rows, -1), positions.reshape(rows, -1), window))
+        self.own = own.reshape(self.batch, 1, self.count, self.length, 1, self.length)
+        self.reach = None
+        if window is not None:
+            near = positions[:, :, None] - prompt_positions[:, None] < window
+            self.reach = additive(near)[:, None, :, None]
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Attend to the candidates' own tokens and to the prompt's.
+
+        Args:
+            q: (B, N * C, H, K).
+            k: the candidates' keys, (B, N * C, G, K).
+            v: the candidates' values, (B, N * C, G, K).
+            keys: the prompts', from `shared_keys`.
+            values: the prompts', from `shared_values`.
+
+        Returns:
+            (B, N * C, H * K).
+        """
+        batch, count, length, (kv_heads, size) = self.batch, self.count, self.length, k.shape[2:]
+        group = q.shape[2] // kv_heads
+        flat = (batch, kv_heads, count * length * group, size)
+        q = q.reshape(batch, count * length, kv_heads, group * size).transpose(1, 2)
+        k = k.reshape(batch, count, length, kv_heads, size).permute(0, 3, 1, 4, 2)
+        v = v.reshape(batch, count, length, kv_heads, size).permute(0, 3, 1, 2, 4)
+        own_q = q.reshape(batch, kv_heads, count, length * group, size)
+        self_out, self_logit = attend_self(own_q, k, v, self.own)
+        out = attend_prompt(
+            q.reshape(flat), self_out.reshape(flat), self_logit.reshape(*flat[:3], 1), keys, values, self.reach
+        )
+        out = out.reshape(batch, kv_heads, count * length, group * size)
+        return out.transpose(1, 2).reshape(batch, count * length, kv_heads * group * size)

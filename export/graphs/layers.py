@@ -80,10 +80,13 @@ class Layer(nn.Module):
         if norm is not None:
             x = norm(x)
         if self.fused:
-            flat: Tensor = torch.onnx.ops.rotary_embedding(x.flatten(2), cos, sin, num_heads=heads)
+            flat: Tensor = torch.onnx.ops.rotary_embedding(
+                x.reshape(rows, length, heads * self.size), cos, sin, num_heads=heads
+            )
             return flat.reshape(rows, length, heads, self.size)
         cos, sin = cos[:, :, None], sin[:, :, None]
-        first, second = x.chunk(2, -1)
+        half = self.size // 2
+        first, second = x[..., :half], x[..., half:]
         return torch.cat([first * cos - second * sin, first * sin + second * cos], -1)
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:

@@ -20,11 +20,13 @@ from ..precision.products import VocabularyHead
 from ..precision.widen import widened
 from . import sampling, selection
 from .builder import Builder, finish, name_value
+from .decompose import decomposed_lightly
 from .generate_loop import generate_graph
 from .generate_passes import PromptPass, TokenPass
 from .layers import Trunk
 from .prefill_decode import decode_graph, prefill_graph
 from .rank import RankGraph
+from .rank_cached import RankCachedGraph, RankPrefillGraph
 from .repeat_layers import Opened, Repetition
 from .score import ScoreGraph
 from .selection import append_selection
@@ -53,9 +55,11 @@ class _Traced(NamedTuple):
 def trace_graphs(
     model: LanguageModel | TwoHeadedNetwork, scoring: Scoring, *, opset: int = DEFAULT_OPSET, whole: bool = False
 ) -> Iterator[tuple[str, ir.Model]]:
-    """Yield the graphs of a model in inference mode by name, weights included: `score` and `rank` if it has a scorer.
+    """Yield the graphs of a model in inference mode by name, weights included.
 
-    A model with a vocabulary head also has `generate`, `prefill` and `decode`. The graphs are made one at a time, so
+    A model with a scorer has `score`, `rank`, `rank_prefill` and `rank_cached`.
+
+    One with a vocabulary head has `generate`, `prefill` and `decode`. The graphs are made one at a time, so
     that those already written need not stay in memory.
 
     With `whole`, which is for tests, every layer is traced, even if it is like another one.
@@ -75,6 +79,8 @@ def _graphs(
     if trunk.config.has_scorer:
         yield "score", _trace_score(traced, width, scoring)
         yield "rank", _trace_rank(traced, width, scoring)
+        yield "rank_prefill", _trace_rank_prefill(traced, width)
+        yield "rank_cached", _trace_rank_cached(traced, width, scoring)
     if isinstance(model, LanguageModel) and model.config.vocabulary_head:
         head = VocabularyHead(model)
         prompt_pass, token_pass = _trace_prompt_pass(traced, head), _trace_token_pass(traced, head)
@@ -116,6 +122,37 @@ def _trace_rank(traced: _Traced, width: int | None, scoring: Scoring) -> ir.Grap
     graph = _trace(traced, RankGraph(traced.trunk), examples, axes, {"scores": candidate})
     append_selection(graph, Builder("selection"), graph.outputs[0], graph.inputs[3], scoring.vote_weight)
     return graph
+
+
+def _trace_rank_prefill(traced: _Traced, width: int | None) -> ir.Graph:
+    examples = {f"prompt_{'ids' if width is None else 'embeds'}": _example(2, 4, width=width)}
+    examples["prompt_mask"] = torch.ones(2, 9, dtype=torch.int64)
+    axes: list[Sequence[str | None]] = [["batch", "new_length"], ["batch", "prompt_length"]]
+    for name, names in _cache_axes(traced.layers, candidates=False):
+        examples[name.replace("prompt", "past")] = torch.zeros(_prompt_shape(traced, name, 6))
+        axes.append([axis and axis.replace("prompt", "past") for axis in names])
+    outputs: dict[str, Sequence[str | None]] = dict(_cache_axes(traced.layers, candidates=False))
+    return _trace(traced, RankPrefillGraph(traced.trunk), examples, axes, outputs)
+
+
+def _trace_rank_cached(traced: _Traced, width: int | None, scoring: Scoring) -> ir.Graph:
+    prompt, candidate = ["batch", "prompt_length"], ["num_candidates", "batch", "length"]
+    examples = {"prompt_mask": torch.ones(2, 5, dtype=torch.int64)}
+    examples[f"candidate_{'ids' if width is None else 'embeds'}"] = _example(3, 2, 4, width=width)
+    examples["candidate_mask"] = torch.ones(3, 2, 4, dtype=torch.int64)
+    axes: list[Sequence[str | None]] = [prompt, candidate, candidate]
+    for name, names in _cache_axes(traced.layers, candidates=False):
+        examples[name] = torch.zeros(_prompt_shape(traced, name, 5))
+        axes.append(names)
+    graph = _trace(traced, RankCachedGraph(traced.trunk), examples, axes, {"scores": candidate})
+    append_selection(graph, Builder("selection"), graph.outputs[0], graph.inputs[2], scoring.vote_weight)
+    return graph
+
+
+def _prompt_shape(traced: _Traced, name: str, length: int) -> tuple[int, ...]:
+    """The shape of a tensor of two prompts' cache in an example, by its name."""
+    heads, size = traced.trunk.config.num_kv_heads, traced.trunk.config.size_of_head
+    return (2, heads, size + 2, length + 1) if name.startswith("prompt_key") else (2, heads, length + 1, size)
 
 
 def _trace_prompt_pass(traced: _Traced, head: VocabularyHead) -> ir.Graph:
@@ -167,8 +204,9 @@ def _trace(
     """Trace a module. Named axes are dynamic; an axis without a name, or not listed in `axes`, has a fixed size."""
     shapes = tuple({i: torch.export.Dim.DYNAMIC for i, name in enumerate(names) if name} for names in axes)
     weights = {} if traced.repetition is None else traced.repetition.weights()
-    with _quiet(), _fast(), torch.no_grad():
-        program = torch.onnx.export(
+
+    def export() -> torch.onnx.ONNXProgram | None:
+        return torch.onnx.export(
             Opened(module, weights).eval(),
             (tuple(weights.values()), *examples.values()),
             input_names=[*weights, *examples],
@@ -178,6 +216,14 @@ def _trace(
             dynamo=True,
             verbose=False,
         )
+
+    with _quiet(), _fast(), torch.no_grad():
+        try:
+            with decomposed_lightly():
+                program = export()
+        except torch.onnx.errors.OnnxExporterError:
+            # A scorer or norm of the user's may have operators that need more.
+            program = export()
     assert program is not None
     graph = program.model.graph
     for values, names in ((graph.inputs[len(weights) :], axes), (graph.outputs, outputs.values())):

@@ -115,7 +115,7 @@ class Product8(_Biased):
         if x.dtype != torch.uint8:
             rows = x.abs().amax(-1, keepdim=True).clamp(min=MIN_SCALE)
             x = _node("QuantizeLinear", (x / rows, self.step, self.zero), torch.uint8, x.shape)
-        weight = self.weight.T if self.shared else self.weight
+        weight = self.weight.t() if self.shared else self.weight
         integers = _node("MatMulInteger", (x, weight, self.zero), torch.int32, (x.shape[0], weight.shape[1]))
         y = integers.to(torch.float32) * self.scale
         return self.add(y if rows is None else y * rows)

@@ -14,6 +14,7 @@ from torch import nn
 from bonnx.models.network import LanguageModel, TwoHeadedNetwork
 from bonnx.runtime.artifact.manifest import Graph, Limits, Parity, Scoring
 
+from .cached import CachedRankings
 from .generate import check_generation
 from .parity import Checker, check_structure
 from .selection import selection_cases
@@ -52,11 +53,14 @@ def verify_graphs(
         check_structure(folder / graph.file)
     checker = Checker(computed, folder, graphs, scoring, limits, seed)
     scores = checker.network.config.has_scorer
+    cached = CachedRankings(checker) if scores else None
     cases = [*checker.cases(), *selection_cases(checker)] if scores else []
     generates = isinstance(computed, LanguageModel) and computed.config.vocabulary_head
     if frugal and not generates:
         _free(computed)
     parity = checker.run(cases)
+    if cached is not None:
+        parity.append(cached.check())
     if generates:
         parity += check_generation(checker)
     np.savez_compressed(folder / "golden.npz", **checker.recorded)  # type: ignore[arg-type]

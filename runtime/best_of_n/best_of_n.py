@@ -154,7 +154,15 @@ class BestOfN:
             begun, more = continued(prompt, fields, text, step, greedy=greedy)
             return self._generate(begun, n, first, more, until, cost)
 
-        run = Run(sample, score, vote, answers, scoring, cost)
+        run = Run(
+            sample,
+            score,
+            vote,
+            answers,
+            scoring,
+            cost,
+            prepare=lambda: asyncio.to_thread(self._scorer.prepare, prompt),
+        )
         if isinstance(rule, Beam):
             partially = functools.partial(score, partial=True)
             tree = UpstreamTree(run, sample_steps, partially, self._step(method, step), until)

@@ -11,7 +11,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from bonnx.errors import NoWinnerError, UpstreamError
+from bonnx.errors import InputError, NoWinnerError, UpstreamError
 
 from ..arrays import Array
 from ..artifact.manifest import Scoring
@@ -45,6 +45,7 @@ class Run:
         scoring: of the artifact that scores; None for scores that are weights as they are.
         cost: what `sample` notes the cost in.
         longest: maximum number of characters of a text that the scorer can read; None if there is none.
+        prepare: computes the prompt while the first completions are under way.
     """
 
     sample: Callable[[int, int], Arrivals]
@@ -54,6 +55,7 @@ class Run:
     scoring: Scoring | None = None
     cost: SamplingCost = field(default_factory=SamplingCost)
     longest: int | None = None
+    prepare: Callable[[], Awaitable[object]] | None = None
     start: float = field(default_factory=time.monotonic)
     saved: int = 0
     completions: list[Completion] = field(default_factory=list)
@@ -133,6 +135,11 @@ class Run:
 
     async def _score_as_they_come(self, waiting: asyncio.Queue[int | None]) -> None:
         """Score what has come, then what came meanwhile, until None comes."""
+        if self.prepare is not None:
+            prepare, self.prepare = self.prepare, None
+            # What is wrong with the prompt, the first ranking says in its own words.
+            with contextlib.suppress(InputError):
+                await prepare()
         more = True
         while more:
             numbers = [await waiting.get()]

@@ -11,14 +11,18 @@ from bonnx.errors import ArtifactError, InputError
 
 from ..artifact.folder import locate, read_verified
 from ..artifact.manifest import Manifest
-from ..checks import check_path
+from ..checks import check_path, check_whole
 from ..text.chat import ChatTemplate
 from ..text.compose import Composer
 from ..text.reader import Reader
 from ..text.tokenizer import Tokenizer
+from .prompt_cache import PromptCache
 from .session import Provider, Session, SessionOptions
 
-__all__ = ["Engine", "SessionPool", "make_engine", "open_engine"]
+__all__ = ["PROMPT_CACHE", "Engine", "SessionPool", "make_engine", "open_engine"]
+
+# Bytes of prompts that are kept by default.
+PROMPT_CACHE = 512 * 2**20
 
 
 class SessionPool:
@@ -63,7 +67,7 @@ class Engine:
         session: gives the session of a graph by its name.
         provider: where the graphs run, `cpu` or `cuda`.
         memory_limit: bytes that one run may take, or None.
-        close: frees the memory of the loaded graphs; a graph is loaded again when it is next used.
+        prompts: the prompts that were read ahead.
     """
 
     def __init__(
@@ -74,10 +78,17 @@ class Engine:
         *,
         provider: str = "cpu",
         memory_limit: int | None = None,
+        prompt_cache: int = PROMPT_CACHE,
         close: Callable[[], None] = lambda: None,
     ) -> None:
         self.manifest, self.reader, self.session = manifest, reader, session
-        self.provider, self.memory_limit, self.close = provider, memory_limit, close
+        self.provider, self.memory_limit, self._close = provider, memory_limit, close
+        self.prompts = PromptCache(manifest, session, prompt_cache)
+
+    def close(self) -> None:
+        """Free the memory of the loaded graphs and of prompts; a graph is loaded again when it is next used."""
+        self.prompts.clear()
+        self._close()
 
     def check_scorer(self, what: str, otherwise: str = "") -> None:
         """Refuse what needs a scorer, if the artifact has none.
@@ -119,20 +130,30 @@ def open_engine(
     threads: int | None = None,
     device_id: int = 0,
     memory_limit: int | None = None,
+    prompt_cache: int = PROMPT_CACHE,
 ) -> Engine:
     """Open an artifact: see `bonnx.load`, whose arguments and errors these are."""
     options = SessionOptions(provider=provider, threads=threads, device_id=device_id, memory_limit=memory_limit)
+    check_whole("prompt_cache", prompt_cache, 0)
     folder = check_path("path", path)
     manifest = read_verified(folder)
-    return make_engine(folder, manifest, options)
+    return make_engine(folder, manifest, options, prompt_cache)
 
 
-def make_engine(folder: Path, manifest: Manifest, options: SessionOptions) -> Engine:
+def make_engine(folder: Path, manifest: Manifest, options: SessionOptions, prompt_cache: int = PROMPT_CACHE) -> Engine:
     """The engine of a folder whose manifest has been read."""
     sessions, reader = SessionPool(folder, manifest, options), _reader(folder, manifest)
     # One graph is loaded now, so that an unavailable provider is reported at once.
     provider, limit = sessions("rank" if manifest.has_scorer else "generate").provider, options.memory_limit
-    return Engine(manifest, reader, sessions, provider=provider, memory_limit=limit, close=sessions.close)
+    return Engine(
+        manifest,
+        reader,
+        sessions,
+        provider=provider,
+        memory_limit=limit,
+        prompt_cache=prompt_cache,
+        close=sessions.close,
+    )
 
 
 def _reader(folder: Path, manifest: Manifest) -> Reader:

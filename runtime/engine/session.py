@@ -142,20 +142,22 @@ class Session:
         # Not ascontiguousarray, which turns a scalar into an array of one element.
         return {name: make(np.asarray(array, order="C"), *place) for name, array in arrays.items()}
 
-    def values(self, feeds: Mapping[str, Array | HeldArray], *, logits: bool = False) -> dict[str, HeldArray]:
+    def values(
+        self, feeds: Mapping[str, Array | HeldArray], *, logits: bool = False, stop: Stop | None = None
+    ) -> dict[str, HeldArray]:
         """Run on arrays or held values; every output stays where it was computed."""
         arrays = {name: value for name, value in feeds.items() if isinstance(value, np.ndarray)}
         held = {**feeds, **self.hold(arrays)}
         outputs = [value.name for value in self.graph.outputs if logits or value.name != "logits"]
-        stop = self.make_stop()
+        handle = stop or self.make_stop()
 
         def work() -> Sequence[HeldArray]:
             if self.provider == "cuda":
-                return self._bound(held, outputs, stop)
-            values: Sequence[HeldArray] = self._session.run_with_ort_values(outputs, held, stop)
+                return self._bound(held, outputs, handle)
+            values: Sequence[HeldArray] = self._session.run_with_ort_values(outputs, held, handle)
             return values
 
-        values = self._interruptibly(work, arrays, stop)
+        values = self._interruptibly(work, arrays, handle)
         self._weights.check()
         return dict(zip(outputs, values, strict=True))
 

@@ -47,6 +47,7 @@ class RankRequest:
         mask: (N, T) int64.
         steps: (N, T) int64, 1 where the aggregation may read, or (1, 1) for everywhere.
         joins: whether it may run together with others.
+        continues: whether the prompt was read ahead, so that only the candidates are computed.
         prompt_slot: equal for requests of the same prompt, which share its slot.
     """
 
@@ -58,6 +59,7 @@ class RankRequest:
     mask: Array
     steps: Array
     joins: bool = True
+    continues: bool = False
     prompt_slot: Hashable = field(init=False)
 
     def __post_init__(self) -> None:
@@ -71,8 +73,9 @@ class RankRequest:
 
     @property
     def key(self) -> Hashable:
-        # Without a prompt to share, another graph runs.
-        return (self.aggregation, self.ballot.vote) if self.joins and len(self.prompt) else None
+        # Without a prompt to share, or after one that was read ahead, another graph runs.
+        joins = self.joins and len(self.prompt) and not self.continues
+        return (self.aggregation, self.ballot.vote) if joins else None
 
     @property
     def shape(self) -> Shape:
@@ -114,7 +117,8 @@ def read_request(
     steps = readable_positions(engine, name, rows, values, step_masks)
     assert rows.prompt is not None
     joins = len(rows.prompt) + values.shape[1] <= engine.joint_limit
-    return RankRequest(candidates, name, ballot, rows, values, mask, steps, joins)
+    continues = joins and engine.prompts.covers(rows.prompt)
+    return RankRequest(candidates, name, ballot, rows, values, mask, steps, joins, continues)
 
 
 def pad_rows(engine: Engine, rows: EncodedRows, names: ArgumentNames) -> tuple[Array, Array]:

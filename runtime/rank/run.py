@@ -13,6 +13,7 @@ from ..artifact.limits import estimate_memory
 from ..batching import Shape, padded_tokens, plan
 from ..checks import check_number, check_whole, is_list, shown
 from ..engine.engine import Engine
+from ..engine.prompt_cache import RANK_CACHED
 from ..engine.session import Stop
 from ..selection.aggregate import aggregation_code, is_stepwise
 from .request import RankRequest
@@ -79,11 +80,7 @@ def run_together(
         filled[slot] += len(request.values)
     suffix = engine.input_suffix
     feeds = _feeds(requests, places, len(slots), max(filled), suffix, engine.manifest.scoring.pad_token)
-    graph = "rank"
-    if not len(requests[0].prompt):
-        # The prompt's last token is merged with each candidate's first one, so no tokens are shared.
-        graph, feeds = "score", _feeds_of_score(feeds, suffix)
-    scores, candidate_scores, best, groups = engine.session(graph).run(feeds, _OUTPUTS, stop)
+    scores, candidate_scores, best, groups = _run(engine, requests[0], feeds, stop)
     scores = scores.reshape(*candidate_scores.shape, -1)
     results: list[Ranking | NoWinnerError] = []
     for request, (slot, rows) in zip(requests, places, strict=True):
@@ -99,6 +96,19 @@ def run_together(
         except NoWinnerError as e:
             results.append(e)
     return results
+
+
+def _run(engine: Engine, first: RankRequest, feeds: dict[str, Array], stop: Stop | None) -> list[Array]:
+    """Run the graph for `feeds`, which are those of `rank`; the outputs in the order of `_OUTPUTS`."""
+    suffix = engine.input_suffix
+    if not len(first.prompt):
+        # The prompt's last token is merged with each candidate's first one, so no tokens are shared.
+        return engine.session("score").run(_feeds_of_score(feeds, suffix), _OUTPUTS, stop)
+    if not first.continues:
+        return engine.session("rank").run(feeds, _OUTPUTS, stop)
+    del feeds[f"prompt_{suffix}"]
+    outputs = engine.session(RANK_CACHED).values({**feeds, **engine.prompts.read(first.prompt, stop)}, stop=stop)
+    return [outputs[name].numpy() for name in _OUTPUTS]
 
 
 def _feeds(

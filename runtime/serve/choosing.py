@@ -13,10 +13,15 @@ from starlette.requests import Request
 
 from bonnx.errors import UpstreamError
 
+from ..arrays import Array
+from ..batching import Shape
 from ..best_of_n.run import Arrivals, Run
 from ..best_of_n.steps import UpstreamTree, check_for_completions, check_step, search_by_steps
 from ..checks import ArgumentNames
+from ..engine.prompt_cache import PREFILL
+from ..engine.session import Stop
 from ..generate.result import Candidate
+from ..rank.prepare import read_prompt
 from ..rank.request import RankOptions
 from ..rank.result import Ranking
 from ..search.beam import Beam
@@ -28,8 +33,9 @@ from ..upstream.completion import Completion, Failure
 from ..upstream.continuation import continued_body
 from ..upstream.cost import SamplingCost
 from ..upstream.events import CompletionChoice
+from .limits import check_texts
 from .ranking import ClientRequest
-from .request_state import note
+from .request_state import note, size
 from .service import Service
 
 if TYPE_CHECKING:
@@ -150,7 +156,16 @@ async def choose_from_upstream(
     def sample_steps(text: str, n: int, first: int, step: str | None, *, greedy: bool) -> Arrivals:
         return upstream.sample(continued_body(body, text, step, greedy=greedy), n, first=first, until=until, cost=cost)
 
-    run = Run(sample, score, rule.vote, rule.answers, scoring, cost, service.engine.reader.most_characters)
+    run = Run(
+        sample,
+        score,
+        rule.vote,
+        rule.answers,
+        scoring,
+        cost,
+        service.engine.reader.most_characters,
+        lambda: _prepare(service, request, prompt),
+    )
     if isinstance(rule.runner, Beam):
         step = check_step(rule.method, rule.step or service.engine.reader.step_text)
         tree = UpstreamTree(run, sample_steps, functools.partial(score, partial=True), step, until)
@@ -178,6 +193,24 @@ async def choose_from_upstream(
         result.failures,
         sampling_cost(len(result.completions), result.saved, cost.completion_tokens) | {"requests": cost.requests},
     )
+
+
+async def _prepare(service: Service, request: Request, prompt: Item) -> None:
+    """Compute a prompt before its completions are there, if it can be kept.
+
+    Raises:
+        InputError: it is invalid or too long.
+    """
+    check_texts([ClientRequest(prompt, (), _NAMES)], service.engine, service.settings, truncate=False)
+    values = await service.aside(lambda: read_prompt(service.engine, prompt), request, size(request))
+    if values is None:
+        return
+
+    def run(stop: Stop) -> Sequence[Array]:
+        service.engine.prompts.read(values, stop)
+        return ()
+
+    await service.call(request, PREFILL, run, Shape(1, len(values), 0))
 
 
 def sampling_cost(completions: int, saved: int, tokens: int | None) -> dict[str, object]:

@@ -66,9 +66,14 @@ def deploy(artifact: str, settings: Settings, scale: Scale, *, memory_limit: int
         # This runs in the replica: Ray adds its stderr to the replica's log.
         log_to_stderr()
         provider: Provider = "cuda" if scale.gpus else "cpu"
-        return create_app(
-            open_engine(artifact, provider=provider, threads=scale.cpus, memory_limit=memory_limit), settings
+        engine = open_engine(
+            artifact,
+            provider=provider,
+            threads=scale.cpus,
+            memory_limit=memory_limit,
+            prompt_cache=settings.prompt_cache,
         )
+        return create_app(engine, settings)
 
     deployment = serve.deployment(
         name="bonnx",

@@ -17,6 +17,7 @@ from bonnx.errors import ArtifactError, InputError, NoWinnerError
 from ..arrays import Array
 from ..batching import Batchable, Shape
 from ..engine.engine import Engine
+from ..engine.prompt_cache import PREFILL, RANK_CACHED
 from ..engine.session import Stop
 from ..generate import run as generation
 from ..generate.decoding import clock
@@ -64,7 +65,8 @@ class Service:
         self.upstream = None if settings.upstream is None else _open(settings.upstream)
         for name in engine.manifest.graphs:
             # Loaded now: a file that is replaced while the server runs changes nothing.
-            engine.session(name)
+            if self.upstream is not None or name not in (PREFILL, RANK_CACHED):
+                engine.session(name)
         self.generates = "generate" in engine.manifest.graphs
         self._ranking = self._batcher("rank", ranking.fits(engine, settings.batch_tokens))
         within = ranking.fits(engine, settings.max_tokens)

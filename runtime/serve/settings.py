@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from bonnx.errors import InputError
 
+from ..checks import check_whole
+from ..engine.engine import PROMPT_CACHE
 from ..upstream.settings import UpstreamSettings
 
 __all__ = ["Settings"]
@@ -50,6 +52,8 @@ class Settings:
     """How clients name the model; None for the artifact's name."""
     best_of: int = 16
     """Completions to sample for a chat or text completion that does not say."""
+    prompt_cache: int = PROMPT_CACHE
+    """Maximum size of the prompts' keys and values that are kept for the next request, with an upstream."""
     upstream: UpstreamSettings | None = None
     """The server that completions are sampled from; None to generate with the artifact."""
 
@@ -67,6 +71,7 @@ class Settings:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise InputError(f"{name}: expected a whole number of at least 1; got {value!r}")
+        check_whole("prompt_cache", self.prompt_cache, 0)
         for name, least in (("body_timeout", 0.001), ("timeout", 0.001), ("batch_wait", 0.0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < 1e6:

@@ -10,7 +10,7 @@ from bonnx.runtime.artifact.manifest import Scoring
 def generation_graphs(model, *, whole=False):
     """`generate`, `prefill` and `decode` of a language model, by their names."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("_trace_score", "_trace_rank"):
+        for name in ("_trace_score", "_trace_rank", "_trace_rank_prefill", "_trace_rank_cached"):
             patch.setattr(trace, name, lambda *_: ir.Graph([], [], nodes=[]))
         graphs = dict(trace.trace_graphs(model, Scoring(), whole=whole))
     return {name: graphs[name] for name in ("generate", "prefill", "decode")}

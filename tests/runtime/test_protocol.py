@@ -30,9 +30,9 @@ def test_model_and_stand_in_have_the_signatures_of_the_protocol(kind, verb):
     assert inspect.signature(getattr(kind, verb)) == inspect.signature(getattr(ModelLike, verb))
 
 
-def test_a_model_has_six_verbs_and_says_what_it_is():
+def test_a_model_has_seven_verbs_and_says_what_it_is():
     public = {name for name in dir(bonnx.Model) if not name.startswith("_")}
-    assert public == {"rank", "score", "generate", "stream", "search", "close", "manifest", "provider"}
+    assert public == {"prepare", "rank", "score", "generate", "stream", "search", "close", "manifest", "provider"}
 
 
 @pytest.mark.parametrize(

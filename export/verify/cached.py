@@ -1,0 +1,65 @@
+"""Verify `rank_prefill` and `rank_cached`: prompts in pieces of any size, cut and continued, then their candidates."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from bonnx.runtime.artifact.manifest import Parity
+from bonnx.runtime.engine.prompt_cache import PREFILL, RANK_CACHED
+
+from .parity import Array, Checker
+
+__all__ = ["CachedRankings"]
+
+# (prompt length, candidate length, candidates, batch, padding): every axis is 1 at least once.
+_SHAPES = [
+    (1, 1, 1, 1, "none"),
+    (9, 1, 3, 2, "right"),
+    (33, 5, 1, 3, "left"),
+    (5, 3, 7, 2, "left"),
+    (13, 11, 4, 1, "none"),
+    (24, 7, 2, 2, "right"),
+]
+
+
+class CachedRankings:
+    """Random prompts and candidates, with the exact scores once the checker has computed them."""
+
+    def __init__(self, checker: Checker) -> None:
+        self._checker, longest = checker, max(2, checker.limits.max_tokens // 2)
+        self._cases = [
+            checker.case(min(prompt, longest), min(length, longest), count, batch, padding)
+            for prompt, length, count, batch, padding in _SHAPES
+        ]
+
+    def check(self) -> Parity:
+        """Run the cases.
+
+        Raises:
+            ExportError: a score differs by more than the tolerance.
+        """
+        differences = []
+        for feeds, expected in self._cases:
+            outputs = self._rank(feeds)
+            differences.append(self._checker.near("scores", "rank after a cached prompt", outputs["scores"], expected))
+        for name in (PREFILL, RANK_CACHED):
+            self._checker.close(name)
+        return self._checker.parity("rank, after a cached prompt", differences, "scores")
+
+    def _rank(self, feeds: dict[str, Array]) -> dict[str, Array]:
+        rng, name = self._checker.rng, "prompt_ids" if self._checker.ids else "prompt_embeds"
+        prompt, mask = feeds.pop(name), feeds["prompt_mask"]
+        length, done, cache = prompt.shape[1], 0, self._nothing(len(prompt))
+        while done < length:
+            # The last tokens that were read are forgotten now and then, and read again.
+            done -= int(rng.integers(0, done + 1)) if rng.random() < 0.5 else 0
+            end = int(rng.integers(done + 1, length + 1))
+            past = {key.replace("prompt", "past"): value for key, value in cache.items()}
+            piece = {name: prompt[:, done:end], "prompt_mask": mask[:, :end], **past}
+            cache, done = self._checker.run_graph(PREFILL, piece), end
+        return self._checker.run_graph(RANK_CACHED, feeds | cache)
+
+    def _nothing(self, batch: int) -> dict[str, Array]:
+        outputs = self._checker.graphs[PREFILL].outputs
+        shapes = {value.name: [size if isinstance(size, int) else 1 for size in value.shape] for value in outputs}
+        return {name: np.zeros((batch, *shape[1:]), np.float32) for name, shape in shapes.items()}

@@ -1,0 +1,172 @@
+"""The keys and values of prompts that were read ahead, so that ranking computes only what comes after them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ..arrays import Array
+from ..artifact.manifest import Manifest
+from .session import HeldArray, Session, Stop
+
+__all__ = ["PREFILL", "RANK_CACHED", "PromptCache"]
+
+PREFILL, RANK_CACHED = "rank_prefill", "rank_cached"
+# A prompt is read in pieces of this many tokens: the memory of a piece is that of its attention to all before it.
+_PIECE = 512
+
+
+@dataclass(eq=False)
+class _Entry:
+    """A prompt and its keys and values, by the names of `rank_cached`'s inputs; they come when `ready` is set."""
+
+    prompt: Array
+    size: int
+    values: dict[str, HeldArray] = field(default_factory=dict)
+    ready: threading.Event = field(default_factory=threading.Event)
+
+    def shared(self, prompt: Array) -> int:
+        """How many tokens at the beginning are the same."""
+        count = min(len(self.prompt), len(prompt))
+        same = self.prompt[:count] == prompt[:count]
+        differs = np.flatnonzero(~(same if same.ndim == 1 else same.all(1)))
+        return int(differs[0]) if len(differs) else count
+
+
+class PromptCache:
+    """The prompts that were used last, within a number of bytes. Safe to share between threads.
+
+    A prompt that begins like one in the cache, as the next turn of a conversation does, continues from there.
+
+    Args:
+        manifest: of the artifact.
+        session: gives the session of a graph.
+        limit: bytes of all prompts together; with 0 nothing is kept.
+    """
+
+    def __init__(self, manifest: Manifest, session: Callable[[str], Session], limit: int) -> None:
+        self._manifest, self._session, self._limit = manifest, session, limit
+        self._lock = threading.Lock()
+        # The one used last is at the end.
+        self._entries: list[_Entry] = []
+
+    @property
+    def size(self) -> int:
+        """Bytes of what is kept."""
+        with self._lock:
+            return sum(entry.size for entry in self._entries)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        with self._lock:
+            self._entries.clear()
+
+    def keeps(self, length: int) -> bool:
+        """Whether a prompt of so many tokens can be kept."""
+        return {PREFILL, RANK_CACHED} <= {*self._manifest.graphs} and self._bytes(length) <= self._limit
+
+    def covers(self, prompt: Array) -> bool:
+        """Whether at least half of a prompt, (P,) int64 or (P, embed_dim) float32, is kept or is being read."""
+        _, shared = self._best(prompt)
+        return 0 < len(prompt) <= 2 * shared and self.keeps(len(prompt))
+
+    def read(self, prompt: Array, stop: Stop | None = None) -> dict[str, HeldArray]:
+        """The keys and values of a prompt, where the graphs run; they are kept if there is room.
+
+        A prompt that another thread reads is waited for.
+
+        Args:
+            prompt: (P,) int64 or (P, embed_dim) float32, with P > 0.
+            stop: ends the run.
+        """
+        begun, shared = self._best(prompt)
+        if begun is not None and shared == len(prompt) == len(begun.prompt):
+            begun.ready.wait()
+            if begun.values:
+                self._touch(begun)
+                return begun.values
+        entry = _Entry(prompt, self._bytes(len(prompt)))
+        self._make_room(entry)
+        try:
+            if begun is not None:
+                begun.ready.wait()
+            if begun is None or not begun.values:
+                shared, past = 0, self._nothing()
+            else:
+                shared, past = min(shared, len(prompt) - 1), begun.values
+            entry.values = self._continue(prompt, shared, past, stop)
+        finally:
+            entry.ready.set()
+            if not entry.values:
+                self._drop(entry)
+        self._supersede(entry)
+        return entry.values
+
+    def _best(self, prompt: Array) -> tuple[_Entry | None, int]:
+        """The entry that has most of a prompt's beginning, and how many tokens of it."""
+        with self._lock:
+            # Of several, one that ends where the prompt does, else the one used last.
+            shared = [
+                (entry.shared(prompt), len(entry.prompt) == len(prompt), i) for i, entry in enumerate(self._entries)
+            ]
+            count, _, i = max(shared, default=(0, False, 0))
+            return (self._entries[i], count) if count else (None, 0)
+
+    def _continue(
+        self, prompt: Array, shared: int, past: dict[str, HeldArray], stop: Stop | None
+    ) -> dict[str, HeldArray]:
+        """Read a prompt from number `shared` on, piece by piece."""
+        session, (ids, *_) = self._session(PREFILL), self._session(PREFILL).graph.inputs
+        for first in range(shared, len(prompt), _PIECE):
+            last = min(first + _PIECE, len(prompt))
+            feeds: dict[str, Array | HeldArray] = {
+                ids.name: prompt[None, first:last],
+                "prompt_mask": np.ones((1, last), np.int64),
+            }
+            feeds |= {name.replace("prompt", "past"): values for name, values in past.items()}
+            past = session.values(feeds, stop=stop)
+        return past
+
+    def _nothing(self) -> dict[str, HeldArray]:
+        """Keys and values of no tokens."""
+        return self._session(PREFILL).hold({name: np.zeros(shape, np.float32) for name, shape in self._shapes(0)})
+
+    def _shapes(self, length: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """The keys and values of a prompt."""
+        for value in self._manifest.graphs[PREFILL].outputs:
+            yield value.name, tuple(size if isinstance(size, int) else length + 1 for size in (1, *value.shape[1:]))
+
+    def _bytes(self, length: int) -> int:
+        return sum(4 * int(np.prod(shape)) for _, shape in self._shapes(length))
+
+    def _make_room(self, new: _Entry) -> None:
+        """Add an entry if it fits; those that were used least recently go."""
+        with self._lock:
+            if new.size > self._limit:
+                return
+            taken = new.size + sum(entry.size for entry in self._entries)
+            while taken > self._limit:
+                taken -= self._entries.pop(0).size
+            self._entries.append(new)
+
+    def _touch(self, entry: _Entry) -> None:
+        with self._lock:
+            if entry in self._entries:
+                self._entries.remove(entry)
+                self._entries.append(entry)
+
+    def _drop(self, entry: _Entry) -> None:
+        with self._lock:
+            if entry in self._entries:
+                self._entries.remove(entry)
+
+    def _supersede(self, new: _Entry) -> None:
+        """Drop the entries that a new one begins with: what is shared can be had from it."""
+        with self._lock:
+            if new in self._entries:
+                self._entries = [
+                    entry for entry in self._entries if entry is new or entry.shared(new.prompt) < len(entry.prompt)
+                ]

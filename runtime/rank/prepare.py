@@ -1,0 +1,31 @@
+"""Read a prompt before its candidates are there."""
+
+from __future__ import annotations
+
+from ..arrays import Array
+from ..artifact.limits import check_size
+from ..engine.engine import Engine
+from ..text.reader import Item
+
+__all__ = ["prepare", "read_prompt"]
+
+
+def prepare(engine: Engine, prompt: Item) -> bool:
+    """Compute a prompt for the rankings to come: see `Model.prepare`, whose errors these are."""
+    ids = read_prompt(engine, prompt)
+    if ids is None:
+        return False
+    engine.prompts.read(ids)
+    return True
+
+
+def read_prompt(engine: Engine, prompt: Item) -> Array | None:
+    """The prompt to compute, (P,) int64 or (P, embed_dim) float32; None if it cannot be kept.
+
+    Raises:
+        InputError: it is invalid or too long.
+    """
+    values = engine.reader.prompt(prompt)
+    check_size(engine.manifest, 1, len(values), 1, engine.memory_limit)
+    # With dynamic rope scaling, the keys of a longer row depend on its length.
+    return values if len(values) < engine.joint_limit and engine.prompts.keeps(len(values)) else None
