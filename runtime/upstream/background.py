@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import functools
 import os
 import threading
@@ -47,6 +48,9 @@ def wait_for(coroutine: Coroutine[Any, Any, T]) -> T:
         loop = _loop()
     future = asyncio.run_coroutine_threadsafe(coroutine, loop)
     try:
+        # Without a timeout, Ctrl-C would not end this wait on Windows.
+        while not concurrent.futures.wait([future], 0.2).done:
+            pass
         return future.result()
     except BaseException:
         future.cancel()

@@ -7,11 +7,12 @@ ends, and those that have ended survive a broken connection.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
-import weakref
+import math
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from datetime import datetime
+from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING
 
 from bonnx.errors import InputError
@@ -26,9 +27,12 @@ from .settings import UpstreamSettings
 
 try:
     import httpx
-    from httpx_sse import EventSource
 except ModuleNotFoundError as e:
     raise InputError(f"an upstream needs {e.name}, which is not installed; run `pip install bonnx[upstream]`") from e
+
+# After the packages that it needs are known to be there.
+from .connections import Connections
+from .reading import read_events, read_whole
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -37,6 +41,7 @@ __all__ = ["Upstream"]
 
 _RETRIED = {408, 409, 425, 429, 500, 502, 503, 504}
 _MOST_SHOWN = 200
+_CONNECT_TIMEOUT = 10.0
 
 
 class _UsageRefusedError(Exception):
@@ -72,12 +77,11 @@ class Upstream:
         timeout: float = 120.0,
     ) -> None:
         self.settings = UpstreamSettings(url, model, api_key, concurrency, retries, timeout)
-        # Whether the server makes `n` completions in one request; None until that is known.
-        self.makes_several: bool | None = None
+        # How many completions the server has made in one request, and how many it makes at most; None until known.
+        self.makes_at_once: int | None = None
+        self.at_most: int | None = None
         self._reports_usage = True
-        # Neither a connection nor a semaphore can be used by two event loops.
-        self._clients: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, tuple[httpx.AsyncClient, asyncio.Semaphore]]
-        self._clients = weakref.WeakKeyDictionary()
+        self._connections = Connections(self._make_client, concurrency)
 
     def __repr__(self) -> str:
         return f"<bonnx.Upstream {self.settings.url} {self.settings.model or ''}>"
@@ -88,9 +92,7 @@ class Upstream:
 
     async def aclose(self) -> None:
         """Close the connections of the running event loop."""
-        pair = self._clients.pop(asyncio.get_running_loop(), None)
-        if pair is not None:
-            await pair[0].aclose()
+        await self._connections.aclose()
 
     def __enter__(self) -> Self:
         return self
@@ -149,8 +151,8 @@ class Upstream:
         body: dict[str, object],
         cost: SamplingCost,
         on_piece: Callable[[CompletionChoice], object] | None = None,
-    ) -> AsyncIterator[Completion]:
-        """The completions of one request, each when it ends; `on_piece` is called with each piece before.
+    ) -> AsyncIterator[tuple[int, Completion]]:
+        """The completions of one request and their numbers, each when it ends; its pieces go to `on_piece` before.
 
         Raises:
             RequestError: the upstream refused the request, failed or did not answer with completions.
@@ -168,7 +170,7 @@ class Upstream:
         body: dict[str, object],
         cost: SamplingCost,
         on_piece: Callable[[CompletionChoice], object] | None,
-    ) -> AsyncIterator[Completion]:
+    ) -> AsyncIterator[tuple[int, Completion]]:
         """Send a request once."""
         chat, asks_usage = "messages" in body, self._reports_usage
         body = {**body, "stream": True}
@@ -179,14 +181,14 @@ class Upstream:
             body["stream_options"] = {"include_usage": True}
         url = self.settings.url + ("/chat/completions" if chat else "/completions")
         try:
-            client, open_requests = self._client()
+            client, open_requests = await self._connections.open()
             async with open_requests, client.stream("POST", url, json=body) as response:
                 cost.requests += 1
                 await self._check(response, asks_usage=asks_usage)
                 async for completion in self._read(response, cost, on_piece, chat=chat):
                     yield completion
         except (httpx.HTTPError, httpx.InvalidURL) as e:
-            detail = self._safe_line(str(e) or type(e).__name__)
+            detail = self._safe_line(_why(e, self.settings.timeout))
             raise RequestError(f"the connection to {self.settings.url} failed: {detail}") from e
 
     def _safe_line(self, text: str) -> str:
@@ -194,31 +196,27 @@ class Upstream:
         key = self.settings.api_key
         return _line(text.replace(key, "***") if key else text)
 
-    def _client(self) -> tuple[httpx.AsyncClient, asyncio.Semaphore]:
-        loop = asyncio.get_running_loop()
-        if loop not in self._clients:
-            key = self.settings.api_key
-            try:
-                client = httpx.AsyncClient(
-                    headers={"Authorization": f"Bearer {key}"} if key else {},
-                    timeout=httpx.Timeout(self.settings.timeout, connect=10.0, pool=None),
-                    limits=httpx.Limits(max_connections=None),
-                    # A redirect would carry the key to another address.
-                    follow_redirects=False,
-                    trust_env=True,
-                )
-            except (ValueError, ImportError) as e:
-                reason = f"the proxy that the environment names cannot be used: {self._safe_line(str(e))}"
-                raise RequestError(reason, final=True) from e
-            self._clients[loop] = client, asyncio.Semaphore(self.settings.concurrency)
-        return self._clients[loop]
+    def _make_client(self) -> httpx.AsyncClient:
+        key = self.settings.api_key
+        try:
+            return httpx.AsyncClient(
+                headers={"Authorization": f"Bearer {key}"} if key else {},
+                timeout=httpx.Timeout(self.settings.timeout, connect=_CONNECT_TIMEOUT, pool=None),
+                limits=httpx.Limits(max_connections=None),
+                # A redirect would carry the key to another address.
+                follow_redirects=False,
+                trust_env=True,
+            )
+        except (ValueError, ImportError) as e:
+            reason = f"the proxy that the environment names cannot be used: {self._safe_line(str(e))}"
+            raise RequestError(reason, final=True) from e
 
     async def _check(self, response: httpx.Response, *, asks_usage: bool) -> None:
         """Refuse an answer that is not completions."""
         if response.status_code == 200:
             return
         status = response.status_code
-        body = (await response.aread()).decode("utf-8", "replace")
+        body = (await read_whole(response, is_error=True)).decode("utf-8", "replace")
         if status in (400, 422) and asks_usage and "stream_options" in body:
             raise _UsageRefusedError
         try:
@@ -235,22 +233,22 @@ class Upstream:
         on_piece: Callable[[CompletionChoice], object] | None,
         *,
         chat: bool,
-    ) -> AsyncIterator[Completion]:
-        """The completions of an answer, each when it ends."""
+    ) -> AsyncIterator[tuple[int, Completion]]:
+        """The completions of an answer and their numbers, each when it ends."""
         kind = response.headers.get("content-type", "").partition(";")[0].strip().lower()
         assembly, request_cost = Assembly(chat=chat), RequestCost(cost)
         try:
             if kind == "text/event-stream":
-                async for event in EventSource(response).aiter_sse():
-                    is_last = event.data.strip() == "[DONE]"
-                    chunk = Answer() if is_last else self._take(event.data, cost, request_cost)
+                async for data in read_events(response):
+                    is_last = data.strip() == "[DONE]"
+                    chunk = Answer() if is_last else self._take(data, cost, request_cost)
                     if on_piece is not None:
                         for choice in chunk.choices or ():
                             on_piece(choice)
                     for completion in assembly.rest() if is_last else assembly.add(chunk):
                         yield completion
                 return
-            body = await response.aread()
+            body = await read_whole(response, is_error=kind != "application/json")
             if kind == "application/json":
                 # It does not stream.
                 for completion in assembly.whole(self._take(body, cost, request_cost)):
@@ -291,8 +289,28 @@ def _line(text: str) -> str:
 
 
 def _retry_after(response: httpx.Response) -> float | None:
-    """Seconds that the server asks to wait for; None if it does not say."""
+    """Seconds that the server asks to wait for, as a number or until a date; None if it does not say."""
+    value = response.headers.get("retry-after", "")
     try:
-        return max(0.0, float(response.headers.get("retry-after", "")))
+        seconds = float(value)
     except ValueError:
-        return None
+        try:
+            date = parsedate_to_datetime(value)
+        except (ValueError, TypeError):
+            return None
+        seconds = (date - datetime.now(date.tzinfo)).total_seconds()
+    return max(0.0, seconds) if math.isfinite(seconds) else None
+
+
+def _why(error: Exception, timeout: float) -> str:
+    """Why a connection failed, and what to do."""
+    text = str(error) or type(error).__name__
+    if isinstance(error, httpx.ConnectTimeout):
+        return f"it could not be made in {_CONNECT_TIMEOUT:g} s"
+    if isinstance(error, httpx.ReadTimeout):
+        return f"nothing came for {timeout:g} s"
+    if "CERTIFICATE_VERIFY_FAILED" in text:
+        return f"the variable SSL_CERT_FILE may name the certificates to trust: {text}"
+    if "SSL" in text or isinstance(error, httpx.RemoteProtocolError):
+        return f"check the address, also whether it begins with http or https: {text}"
+    return text

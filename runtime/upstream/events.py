@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,6 +12,10 @@ from .completion import Completion
 from .continuation import stopped_by
 
 __all__ = ["Answer", "Assembly", "CompletionChoice", "read_answer"]
+
+
+# Of one answer, a token each: 128 completions of 32,768 tokens.
+_MOST_PIECES = 2**22
 
 
 class CompletionChoice(msgspec.Struct):
@@ -56,7 +61,13 @@ def read_answer(text: str | bytes) -> Answer:
         ValueError: it is not one.
     """
     try:
-        return msgspec.json.decode(text, type=Answer)
+        try:
+            return msgspec.json.decode(text, type=Answer)
+        except msgspec.DecodeError:
+            # Half of a surrogate pair spoils one completion, not all: Python's reader takes it.
+            if b"\\ud" not in (text.encode() if isinstance(text, str) else text).lower():
+                raise
+            return msgspec.convert(json.loads(text), Answer)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 
@@ -73,9 +84,10 @@ class Assembly:
         self._texts: dict[int, list[str]] = {}
         self._messages: dict[int, dict[str, Any]] = {}
         self._ended: set[int] = set()
+        self._pieces = 0
 
-    def whole(self, answer: Answer) -> Iterator[Completion]:
-        """The completions of an answer that is not streamed.
+    def whole(self, answer: Answer) -> Iterator[tuple[int, Completion]]:
+        """The completions of an answer that is not streamed, each with its number.
 
         Raises:
             ValueError: a choice lacks its text or message.
@@ -87,10 +99,14 @@ class Assembly:
                 raise ValueError(f"choices[{place}] has no 'text'")
             # Some servers give every choice the index 0.
             self._grow(place, choice.text, choice.message or {})
-            yield self._complete(place, choice.finish_reason or None, choice.stopped_by)
+            yield place, self._complete(place, choice.finish_reason or None, choice.stopped_by)
 
-    def add(self, chunk: Answer) -> Iterator[Completion]:
-        """Take in a chunk; the completions that it ends."""
+    def add(self, chunk: Answer) -> Iterator[tuple[int, Completion]]:
+        """Take in a chunk; the completions that it ends, each with its number.
+
+        Raises:
+            ValueError: there are more pieces than any real answer has.
+        """
         for choice in chunk.choices or ():
             index = choice.index or 0
             if index in self._ended:
@@ -98,14 +114,17 @@ class Assembly:
             self._grow(index, choice.text, choice.delta or {})
             # Some servers send an empty reason until there is one.
             if choice.finish_reason:
-                yield self._complete(index, choice.finish_reason, choice.stopped_by)
+                yield index, self._complete(index, choice.finish_reason, choice.stopped_by)
 
-    def rest(self) -> Iterator[Completion]:
+    def rest(self) -> Iterator[tuple[int, Completion]]:
         """The completions of a stream that is over, but that did not say why they ended."""
         for index in sorted(set(self._texts) - self._ended):
-            yield self._complete(index, None, None)
+            yield index, self._complete(index, None, None)
 
     def _grow(self, index: int, text: str | None, delta: Mapping[str, Any]) -> None:
+        self._pieces += 1
+        if self._pieces > _MOST_PIECES:
+            raise ValueError(f"it has more than {_MOST_PIECES} pieces")
         self._texts.setdefault(index, []).append(_text(delta.get("content")) if text is None else text)
         message = self._messages.setdefault(index, {})
         _join(message, {key: value for key, value in delta.items() if key not in ("content", "tool_calls")})

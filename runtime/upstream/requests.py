@@ -79,57 +79,73 @@ class Requests:
             await asyncio.gather(work, return_exceptions=True)
 
     async def _request(self, numbers: Sequence[int]) -> bool:
-        """Ask for all in one request, if the server makes several, and again for those that are missing.
+        """Ask for all in one request, if the server makes as many at once, and again for those that are missing.
 
         Returns:
             whether any completion came.
         """
-        asked = len(numbers)
-        if asked > 1 and self._upstream.makes_several is False:
-            return await self._singly(numbers)
-        for attempt in range(self._upstream.settings.retries + 1):
-            ended, error = await self._attempt(numbers)
-            numbers = numbers[ended:]
+        upstream, asked = self._upstream, len(numbers)
+        if upstream.at_most is not None and asked > upstream.at_most:
+            return await self._in_pieces(numbers, upstream.at_most)
+        for attempt in range(upstream.settings.retries + 1):
+            came, error = await self._attempt(numbers)
+            numbers = [number for number in numbers if number not in came]
             if not numbers:
-                if asked > 1:
-                    self._upstream.makes_several = True
+                upstream.makes_at_once = max(len(came), upstream.makes_at_once or 0)
                 return True
             if error is None:
-                break
-            if error.status in (400, 422) and len(numbers) > 1 and self._upstream.makes_several is None:
-                # Perhaps `n` is what it refuses. One request tells; a bad one is not sent once for each completion.
-                if not await self._request(numbers[:1]):
-                    self._fail(numbers[1:], error.reason, error.status)
-                    return len(numbers) < asked
-                self._upstream.makes_several = False
-                await self._singly(numbers[1:])
-                return True
+                return await self._ask_for_missing(numbers, len(came), asked)
+            if error.status in (400, 422) and len(numbers) > max(1, upstream.makes_at_once or 0):
+                return await self._ask_for_fewer(numbers, error) or len(numbers) < asked
             pause = min(0.5 * 2**attempt, 8.0) * random.uniform(0.75, 1.25) if error.pause is None else error.pause
             is_late = self._until is not None and time.monotonic() + pause > self._until
-            if error.final or is_late or pause > _LONGEST_PAUSE or attempt == self._upstream.settings.retries:
+            if error.final or is_late or pause > _LONGEST_PAUSE or attempt == upstream.settings.retries:
                 self._fail(numbers, error.reason, error.status)
                 return len(numbers) < asked
             await asyncio.sleep(pause)
+            runs = _runs(numbers)
+            if len(runs) > 1 and self._has_seed:
+                # The seeds of one request follow each other, and those of the completions that came are used.
+                return any(await asyncio.gather(*map(self._request, runs))) or len(numbers) < asked
+        raise AssertionError("unreachable")
+
+    async def _ask_for_missing(self, numbers: Sequence[int], made: int, asked: int) -> bool:
+        """The server answered with fewer completions than it was asked for."""
         if asked == 1:
             self._fail(numbers, "the upstream answered without a completion")
             return False
-        return await self._singly(numbers)
+        upstream = self._upstream
+        if made and upstream.makes_at_once in (None, made):
+            # It ignores `n`, or makes no more at once.
+            upstream.makes_at_once = upstream.at_most = made
+        return await self._in_pieces(numbers, upstream.at_most or 1) or made > 0
 
-    async def _singly(self, numbers: Sequence[int]) -> bool:
-        """Ask for completions one by one; whether any came."""
-        came = any(await asyncio.gather(*(self._request([number]) for number in numbers)))
-        if came and self._upstream.makes_several is None:
-            self._upstream.makes_several = False
-        return came
+    async def _ask_for_fewer(self, numbers: Sequence[int], error: RequestError) -> bool:
+        """Perhaps `n` is what the server refused: one request with an `n` that it honours tells.
 
-    async def _attempt(self, numbers: Sequence[int]) -> tuple[int, RequestError | None]:
-        """Send one request: how many completions ended, and what went wrong."""
+        A bad request is not sent once for each completion.
+        """
+        few = self._upstream.makes_at_once or 1
+        if not await self._request(numbers[:few]):
+            self._fail(numbers[few:], error.reason, error.status)
+            return False
+        self._upstream.at_most = few
+        await self._in_pieces(numbers[few:], few)
+        return True
+
+    async def _in_pieces(self, numbers: Sequence[int], size: int) -> bool:
+        """Ask for a few completions at a time; whether any came."""
+        pieces = [numbers[first : first + size] for first in range(0, len(numbers), size)]
+        return any(await asyncio.gather(*map(self._request, pieces)))
+
+    async def _attempt(self, numbers: Sequence[int]) -> tuple[set[int], RequestError | None]:
+        """Send one request: the numbers of the completions that ended, and what went wrong."""
         body = self._body
         if len(numbers) > 1:
             body = {**body, "n": len(numbers)}
-        if isinstance(seed := body.get("seed"), int):
-            body = {**body, "seed": seed + numbers[0]}
-        ended, begun = 0, False
+        if self._has_seed:
+            body = {**body, "seed": body["seed"] + numbers[0]}  # type: ignore[operator]
+        missing, begun = [*numbers], False
 
         def take(piece: CompletionChoice) -> None:
             nonlocal begun
@@ -138,22 +154,39 @@ class Requests:
             self._on_piece(piece)
 
         async def read() -> None:
-            nonlocal ended
-            async for completion in self._upstream.send(body, self._cost, take if self._on_piece else None):
+            async for index, completion in self._upstream.send(body, self._cost, take if self._on_piece else None):
                 # Some servers make more than they are asked for.
-                if ended < len(numbers):
-                    ended += 1
+                if missing:
+                    number = numbers[index] if 0 <= index < len(numbers) else missing[0]
+                    missing.remove(number if number in missing else missing[0])
                     self._arrived.put_nowait(completion)
 
+        error = None
         try:
             await asyncio.wait_for(read(), None if self._until is None else max(0.0, self._until - time.monotonic()))
         except asyncio.TimeoutError:
-            return ended, RequestError("the deadline passed before the upstream was done", final=True)
+            error = RequestError("the deadline passed before the upstream was done", final=True)
         except RequestError as e:
-            e.final = e.final or begun
-            return ended, e
-        return ended, None
+            error = e
+            error.final = error.final or begun
+        return {*numbers} - {*missing}, error
+
+    @property
+    def _has_seed(self) -> bool:
+        seed = self._body.get("seed")
+        return isinstance(seed, int) and not isinstance(seed, bool)
 
     def _fail(self, numbers: Sequence[int], reason: str, status: int | None = None) -> None:
         for _ in numbers:
             self._arrived.put_nowait(Failure(reason, status))
+
+
+def _runs(numbers: Sequence[int]) -> list[list[int]]:
+    """Numbers in runs that follow each other without a gap."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return runs
