@@ -10,13 +10,9 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from bonnx.errors import InputError
+from .artifact.limits import TooLargeError
 
 __all__ = ["Batchable", "Shape", "TooLargeError", "batch_size", "padded_tokens", "plan"]
-
-
-class TooLargeError(InputError):
-    """A request with more than a server computes at once; its candidates may fit in several."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,11 @@ from bonnx.errors import InputError
 from ..checks import ARGUMENTS, ArgumentNames
 from .manifest import Manifest
 
-__all__ = ["check_size", "estimate_memory"]
+__all__ = ["TooLargeError", "check_size", "estimate_memory"]
+
+
+class TooLargeError(InputError):
+    """More than is computed at once; fewer or other candidates may fit."""
 
 
 def check_size(
@@ -29,22 +33,23 @@ def check_size(
         names: of the arguments, in errors.
 
     Raises:
-        InputError: says which limit, and the size.
+        TooLargeError: says which limit, and the size.
+        InputError: the same, where the prompt alone is too long.
     """
     limits, (prompt_noun, candidate_noun, candidates_noun) = manifest.limits, names.nouns
     if rows > limits.max_candidates:
-        raise InputError(
+        raise TooLargeError(
             f"{rows} {candidates_noun}: this artifact takes at most {limits.max_candidates} at once; split them"
         )
     if prompt + length > limits.max_tokens:
-        raise InputError(
+        raise (TooLargeError if prompt < limits.max_tokens else InputError)(
             f"a {prompt_noun} of {prompt} tokens and a {candidate_noun} of {length}: this artifact takes at most "
             f"{limits.max_tokens} together; shorten them, or export again with --max-tokens"
         )
     if memory_limit is not None:
         needed = estimate_memory(manifest, rows, prompt, length)
         if needed > memory_limit:
-            raise InputError(
+            raise TooLargeError(
                 f"{rows} {candidates_noun} of {length} tokens after a {prompt_noun} of {prompt} need about {needed} "
                 f"bytes, more than memory_limit={memory_limit}; rank fewer at once, or raise the limit"
             )

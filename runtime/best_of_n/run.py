@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 import numpy as np
@@ -22,6 +23,7 @@ from ..search.sampling import Adaptive
 from ..selection.tool_calls import reads_tools
 from ..selection.vote import Answers, Ballot, make_ballot
 from ..text.reader import Item, NoneReadableError
+from ..text.tokenizer import NO_TOKENS
 from ..upstream.completion import Completion, Failure
 from ..upstream.cost import SamplingCost
 from .result import BestOfNResult
@@ -31,6 +33,8 @@ __all__ = ["Arrivals", "Run", "Score", "score_some"]
 # Ranks some candidates of the prompt by their scores.
 Score: TypeAlias = Callable[[Sequence[Item]], Awaitable[Ranking]]
 Arrivals: TypeAlias = AsyncGenerator[Completion | Failure, None]
+# Errors of some completions that others need not share: too many tokens, or no time left to score them.
+_REFUSALS = (TooLargeError, asyncio.TimeoutError)
 
 
 @dataclass
@@ -60,6 +64,7 @@ class Run:
     saved: int = 0
     completions: list[Completion] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
+    _unscored: dict[int, Exception] = field(default_factory=dict)
     _parts: list[tuple[Sequence[int], Ranking]] = field(default_factory=list)
 
     async def all_at_once(self, n: int, method: str = "best_of_n") -> BestOfNResult:
@@ -155,7 +160,7 @@ class Run:
         return bool(item) and not (self.longest is not None and isinstance(item, str) and len(item) > self.longest)
 
     async def _score(self, numbers: Sequence[int]) -> None:
-        self._parts += await score_some(self.score, {i: self.completions[i].item for i in numbers})
+        self._parts += await score_some(self.score, {i: self.completions[i].item for i in numbers}, self._unscored)
 
     def _ballot(self) -> Ballot:
         # A completion that calls a tool has no answer in words.
@@ -169,6 +174,20 @@ class Run:
         for numbers, ranking in self._parts:
             scores[[*numbers]] = ranking.candidate_scores
         return scores
+
+    def _reasons(self, ranking: Ranking) -> dict[int, str]:
+        """Why some completions have no score."""
+        reasons = dict(ranking.unreadable)
+        for number, score in enumerate(ranking.candidate_scores):
+            if math.isnan(score) and number not in reasons:
+                error = self._unscored.get(number)
+                if error is not None:
+                    reasons[number] = str(error) or "there was no time left to score it"
+                elif not self._can_win(number):
+                    reasons[number] = "it is too long for the scorer" if self.completions[number].item else NO_TOKENS
+                else:
+                    reasons[number] = "its score is NaN"
+        return reasons
 
     def choose(self, method: str) -> BestOfNResult:
         """The choice from what has come; `method` is the name of what sampled it.
@@ -185,9 +204,13 @@ class Run:
                 statuses.pop() if len(statuses) == 1 else None,
             )
         if not self._parts:
+            for error in self._unscored.values():
+                if isinstance(error, _REFUSALS):
+                    raise error
             raise NoWinnerError(f"none of the {len(self.completions)} completions can win: none has a score")
         items = [completion.item for completion in self.completions]
         ranking = join_rankings(self._parts, items, self._ballot())
+        ranking = replace(ranking, unreadable=self._reasons(ranking))
         return BestOfNResult(
             ranking.best_index,
             self.completions,
@@ -202,21 +225,37 @@ class Run:
         )
 
 
-async def score_some(score: Score, items: Mapping[int, Item]) -> list[tuple[Sequence[int], Ranking]]:
+async def score_some(
+    score: Score, items: Mapping[int, Item], unscored: dict[int, Exception] | None = None
+) -> list[tuple[Sequence[int], Ranking]]:
     """Rank candidates by their numbers, in as many parts as their size takes; those without a score are in none.
+
+    Args:
+        score: ranks some of them.
+        items: the candidates.
+        unscored: gets the reason for each that is in no part. Without it an error that others need not share is
+            raised.
 
     Raises:
         InputError: the scorer cannot read the prompt or a candidate.
+        TimeoutError: there was no time left to score.
     """
+    unscored, is_strict = ({}, True) if unscored is None else (unscored, False)
     numbers = [*items]
     try:
         return [(numbers, await score([*items.values()]))]
-    except (NoneReadableError, NoWinnerError):
+    except NoneReadableError as e:
         # Others may have a score.
+        unscored.update({numbers[place]: InputError(reason) for place, reason in e.reasons.items()})
         return []
-    except TooLargeError:
-        if len(items) == 1:
+    except (NoWinnerError, *_REFUSALS) as e:
+        if isinstance(e, _REFUSALS) and is_strict and (len(items) == 1 or not isinstance(e, TooLargeError)):
             raise
+        if not isinstance(e, TooLargeError) or len(items) == 1:
+            unscored.update(dict.fromkeys(numbers, e))
+            return []
         half = len(numbers) // 2
-        halves = (numbers[:half], numbers[half:])
-        return [part for some in halves for part in await score_some(score, {i: items[i] for i in some})]
+        parts = []
+        for some in (numbers[:half], numbers[half:]):
+            parts += await score_some(score, {i: items[i] for i in some}, None if is_strict else unscored)
+        return parts

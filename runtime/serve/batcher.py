@@ -39,7 +39,7 @@ class QueueFullError(Exception):
         self.retry_after = retry_after
 
 
-class DeadlineError(Exception):
+class DeadlineError(asyncio.TimeoutError):
     """The request timed out before its answer was ready."""
 
 

@@ -99,6 +99,7 @@ class Chosen:
         failures: of completions that did not come.
         cost: what was spent and saved, for the answer.
         candidates: tokens and log-probabilities of the completions, if the artifact made them.
+        unscored: why some completions have no score.
     """
 
     completions: Sequence[Completion]
@@ -110,6 +111,7 @@ class Chosen:
     failures: Sequence[Failure] = ()
     cost: Mapping[str, object] = field(default_factory=dict)
     candidates: Sequence[Candidate] = field(default=(), repr=False)
+    unscored: Mapping[int, str] = field(default_factory=dict)
 
 
 async def choose_from_upstream(
@@ -192,6 +194,7 @@ async def choose_from_upstream(
         cost.completion_tokens,
         result.failures,
         sampling_cost(len(result.completions), result.saved, cost.completion_tokens) | {"requests": cost.requests},
+        unscored=ranking.unreadable,
     )
 
 

@@ -7,6 +7,7 @@ import time
 import uuid
 
 from ..results import to_json
+from .answer import warned
 from .choosing import Chosen, Rule
 from .log_probs import log_probs_of
 from .service import Service
@@ -50,7 +51,7 @@ def completions_answer(
         "candidates": [_candidate(chosen, i, order) for i in range(len(chosen.completions))],
         "failures": [to_json(failure) for failure in chosen.failures],
         "cost": chosen.cost,
-    }
+    } | warned([f"completions[{i}]: {reason}" for i, reason in sorted(chosen.unscored.items())])
     return answer
 
 

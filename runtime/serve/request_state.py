@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from starlette.requests import Request
 
-__all__ = ["disconnected", "note", "size"]
+__all__ = ["add_up", "disconnected", "note", "size"]
 
 
 def note(request: Request, **notes: object) -> None:
     """Add fields to the request's log line."""
     request.scope["state"]["notes"].update(notes)
+
+
+def add_up(request: Request, **numbers: int) -> None:
+    """Add numbers to those in the request's log line: a request may take several runs."""
+    notes = request.scope["state"]["notes"]
+    note(request, **{name: notes.get(name, 0) + number for name, number in numbers.items()})
 
 
 def size(request: Request) -> int:

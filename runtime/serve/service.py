@@ -36,7 +36,7 @@ from .errors import ApiError
 from .limits import check_size, check_texts
 from .metrics import Metrics
 from .ranking import ClientRequest, Outcome
-from .request_state import disconnected, note, size
+from .request_state import add_up, disconnected, note, size
 from .settings import Settings
 from .streaming import GenerationStream
 from .tensors import GraphRequest
@@ -155,7 +155,7 @@ class Service:
         readable = [each for each in read if isinstance(each, RankRequest)]
         if not readable:
             raise next(each for each in read if isinstance(each, InputError))
-        note(request, rankings=len(readable), tokens=sum(each.shape.prompt + each.tokens for each in readable))
+        add_up(request, rankings=len(readable), tokens=sum(each.shape.prompt + each.tokens for each in readable))
         for client_request, rank_request in zip(ranked, read, strict=True):
             if isinstance(rank_request, RankRequest):
                 check_size(rank_request.shape, self.settings, client_request.names)
@@ -188,7 +188,7 @@ class Service:
     async def generate(self, request: Request, prompt: Item, options: GenerateOptions) -> Generation:
         """One generation, in one run of one graph."""
         generate_request = await self.read_generation(request, prompt, options)
-        note(request, candidates=generate_request.options.n, tokens=len(generate_request.prompt))
+        add_up(request, candidates=generate_request.options.n, tokens=len(generate_request.prompt))
         (result,) = await self.unless_gone(request, self._generating.put([generate_request], self.until(request)))
         assert isinstance(result, Generation)
         winner(result.best_index, "candidates")
@@ -229,7 +229,7 @@ class Service:
     ) -> Sequence[Array]:
         """One run of a graph, by its name."""
         check_size(shape, self.settings)
-        note(request, tokens=shape.prompt + shape.candidates * shape.length)
+        add_up(request, tokens=shape.prompt + shape.candidates * shape.length)
         batcher = self._generating if graph == "generate" else self._ranking
         (outputs,) = await self.unless_gone(request, batcher.put([GraphRequest(run, shape)], self.until(request)))
         return cast("Sequence[Array]", outputs)

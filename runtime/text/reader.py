@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from bonnx.errors import InputError
 
 from ..arrays import Array
+from ..artifact.limits import TooLargeError
 from ..artifact.manifest import Manifest, Scoring
 from ..checks import ARGUMENTS, ArgumentNames, is_list, shown
 from .compose import Composer, Item, TextItem, is_text
@@ -271,7 +272,7 @@ class Reader:
         keep = 1 if begins else 0
         if excess > len(prompt) - keep - 1:
             prompt_noun, candidate_noun, _ = names.nouns
-            raise InputError(
+            raise TooLargeError(
                 f"a {candidate_noun} of {longest} tokens: this artifact takes at most {self._limit} together with the "
                 f"{prompt_noun}, and a {candidate_noun} is never cut; shorten it, or export again with --max-tokens"
             )
