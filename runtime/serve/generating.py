@@ -106,6 +106,8 @@ async def choose_from_artifact(
 
 async def _search(service: Service, request: Request, prompt: Item, options: GenerateOptions, rule: Rule) -> Chosen:
     """Search with the artifact's tree."""
+    if "top_log_probs" in options:
+        raise InputError(f"top_logprobs: not available with bonnx.method '{rule.method}'; leave it out")
     read = await service.read_generation(request, prompt, cast(GenerateOptions, {**options, "n": rule.best_of}))
     left = service.until(request) - time.monotonic()
     seconds = max(0.001, min(left * (1 - RESERVE), left if rule.deadline is None else rule.deadline))

@@ -146,8 +146,9 @@ class GeneratedBody(CompletionsBody):
             aggregation=aggregation,
             seed=seed,
             max_new_tokens=self.limit,
-            top_log_probs=self.top_log_probs,
         )
+        if self.top_log_probs:
+            options["top_log_probs"] = self.top_log_probs
         if self.stop is not None:
             options["stop"] = [*own_stops, *([self.stop] if isinstance(self.stop, str) else self.stop)]
         return options

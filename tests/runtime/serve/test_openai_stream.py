@@ -66,6 +66,9 @@ def test_the_most_likely_tokens(client):
     assert all(token in top for token, top in zip(probabilities.tokens, probabilities.top_logprobs, strict=True))
     with pytest.raises(openai.BadRequestError, match="logprobs"):
         client.chat.completions.create(model="countdown", messages=CHAT, top_logprobs=3)
+    chat["extra_body"] = {"best_of": 4, "bonnx": {"method": "beam"}}
+    with pytest.raises(openai.BadRequestError, match="top_logprobs: not available with"):
+        client.chat.completions.create(**chat)
 
 
 @pytest.mark.parametrize("stop", ["=4;", ";", None], ids=str)
