@@ -142,6 +142,8 @@ def _search_settings(arguments: argparse.Namespace, options: GenerateOptions) ->
     """The arguments of `Model.search`."""
     if arguments.prune_every:
         raise InputError("--prune-every: with a method, pruning is one of its own: --method pruned --set every=12")
+    if arguments.top_log_probs:
+        raise InputError("--top-log-probs: not available with a method; leave it out")
     settings: dict[str, object] = {
         name: value for name, value in options.items() if name in SEARCH_OPTIONS and value is not None
     }

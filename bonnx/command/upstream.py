@@ -80,7 +80,7 @@ def answerer(
     """
     from bonnx.runtime.upstream.client import Upstream
 
-    for name in ("policy", "save", "prune_every"):
+    for name in ("policy", "save", "prune_every", "top_log_probs"):
         if getattr(arguments, name):
             raise InputError(f"--{name.replace('_', '-')}: not available with --upstream")
     upstream = upstream_settings(arguments)
