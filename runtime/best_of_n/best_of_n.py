@@ -150,8 +150,8 @@ class BestOfN:
         def sample(count: int, first: int) -> Arrivals:
             return self._generate(prompt, count, first, fields, until, cost)
 
-        def sample_steps(text: str, n: int, first: int, step: str | None, *, greedy: bool) -> Arrivals:
-            begun, more = continued(prompt, fields, text, step, greedy=greedy)
+        def sample_steps(text: str, n: int, first: int, step: str | None, cost: SamplingCost, **how: Any) -> Arrivals:
+            begun, more = continued(prompt, fields, text, step, **how)
             return self._generate(begun, n, first, more, until, cost)
 
         run = Run(

@@ -10,6 +10,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import dataclasses
+import math
 import threading
 import time
 from collections.abc import Coroutine, Hashable, Sequence
@@ -28,6 +29,7 @@ from ..search.method import Method
 from ..search.methods import METHODS
 from ..search.tree import Branch, Tree
 from ..upstream.completion import Completion, Failure
+from ..upstream.cost import SamplingCost
 from .result import BestOfNResult
 from .run import Arrivals, Run, Score, score_some
 
@@ -41,7 +43,7 @@ _LATE = 0.05
 class SampleSteps(Protocol):
     """Samples the next steps of a completion."""
 
-    def __call__(self, text: str, n: int, first: int, step: str | None, *, greedy: bool) -> Arrivals:
+    def __call__(self, text: str, n: int, first: int, step: str | None, cost: SamplingCost, **how: Any) -> Arrivals:
         """Sample.
 
         Args:
@@ -49,7 +51,8 @@ class SampleSteps(Protocol):
             n: number of next steps, each of another completion.
             first: how many were sampled before, of any completion.
             step: the text at which to stop; None to go on to the end.
-            greedy: take the most likely tokens.
+            cost: what to add the cost to.
+            **how: `written` and `greedy` of `continued`.
         """
         ...
 
@@ -60,6 +63,7 @@ class UpstreamBranch(Branch):
 
     Attributes:
         text: so far, the ends of its steps included.
+        length: number of tokens so far; where several shared a request, by their mean.
         is_assumed: the server did not say why the last step ended; perhaps the completion did.
         completion: once it has ended.
         failure: why it was broken off.
@@ -67,6 +71,7 @@ class UpstreamBranch(Branch):
     """
 
     text: str = ""
+    length: int = 0
     is_assumed: bool = False
     completion: Completion | None = None
     failure: Failure | None = None
@@ -178,17 +183,22 @@ class UpstreamTree(Tree[UpstreamBranch]):
         count = 1 if greedy else len(members)
         first, self._asked = self._asked, self._asked + count
         left, has_ended = [*members], False
-        arrivals = self._sample(members[0].text, count, first, step, greedy=greedy)
-        async with contextlib.aclosing(arrivals):
-            async for arrival in arrivals:
-                for branch in [*left] if greedy else left[:1]:
-                    left.remove(branch)
-                    began = branch.text
-                    _extend_one(branch, arrival, step)
-                    if branch.completion is not None and began and not _text(arrival):
-                        branch.void, has_ended = has_ended, True
+        cost, text, written = SamplingCost(), members[0].text, max(branch.length for branch in members)
+        try:
+            arrivals = self._sample(text, count, first, step, cost, written=written, greedy=greedy)
+            async with contextlib.aclosing(arrivals):
+                async for arrival in arrivals:
+                    for branch in [*left] if greedy else left[:1]:
+                        left.remove(branch)
+                        _extend_one(branch, arrival, step)
+                        if branch.completion is not None and text and not _text(arrival):
+                            branch.void, has_ended = has_ended, True
+        finally:
+            self.run.cost.include(cost)
         for branch in left:
             _extend_one(branch, Failure("no completion came"), step)
+        for branch in members:
+            branch.length = written + math.ceil((cost.completion_tokens or 0) / count)
 
     async def _rate(self, branches: Sequence[UpstreamBranch]) -> Array:
         """Score what is new; a branch that failed keeps its last score."""

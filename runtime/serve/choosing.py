@@ -6,7 +6,7 @@ import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from starlette.requests import Request
@@ -155,8 +155,8 @@ async def choose_from_upstream(
     def sample(n: int, first: int) -> Arrivals:
         return upstream.sample(body, n, first=first, until=until, cost=cost, on_piece=on_piece)
 
-    def sample_steps(text: str, n: int, first: int, step: str | None, *, greedy: bool) -> Arrivals:
-        return upstream.sample(continued_body(body, text, step, greedy=greedy), n, first=first, until=until, cost=cost)
+    def sample_steps(text: str, n: int, first: int, step: str | None, cost: SamplingCost, **how: Any) -> Arrivals:
+        return upstream.sample(continued_body(body, text, step, **how), n, first=first, until=until, cost=cost)
 
     run = Run(
         sample,

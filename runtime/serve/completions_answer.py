@@ -61,6 +61,9 @@ def _choice(
     completion = chosen.completions[i]
     reason = _REASONS.get(completion.finish_reason or "", completion.finish_reason or "stop")
     choice: dict[str, object] = {"index": place, "finish_reason": reason, "logprobs": None}
+    if completion.stopped_by is not None:
+        # As vLLM says which stop text it was; null for another end.
+        choice["stop_reason"] = completion.stopped_by or None
     if is_chat:
         choice["message"] = completion.message or {"role": "assistant", "content": completion.text}
     else:

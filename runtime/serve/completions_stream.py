@@ -105,12 +105,12 @@ class LiveCompletion:
     def _end(self, answer: Callable[[Chosen], Mapping[str, Any]], *, with_usage: bool) -> list[dict[str, object]]:
         try:
             whole = answer(self._task.result())
-            reason, score, counted = whole["choices"][0]["finish_reason"], whole["bonnx"], whole.get("usage")
+            last, score, counted = _last_of(whole["choices"][0]), whole["bonnx"], whole.get("usage")
         except (NoWinnerError, InputError) as e:
             # The client has the text already.
-            reason, score, counted = self._reason, {"scores": [None], "warnings": [str(e)]}, None
+            last, score, counted = {"finish_reason": self._reason}, {"scores": [None], "warnings": [str(e)]}, None
         content: dict[str, object] = {"delta": {}} if self._is_chat else {"text": ""}
-        end = {"index": 0, "finish_reason": reason, "logprobs": None} | content
+        end = {"index": 0, **last, "logprobs": None} | content
         if not with_usage:
             return [{"choices": [end], "bonnx": score}]
         usage = {} if counted is None else {"usage": counted}
@@ -122,8 +122,8 @@ async def completions_events(answer: Mapping[str, Any], *, is_chat: bool, with_u
     kind = {"object": "chat.completion.chunk"} if is_chat else {}
     head = {key: answer[key] for key in ("id", "object", "created", "model")} | kind
     for place, choice in enumerate(answer["choices"], 1):
-        end = {"index": choice["index"], "finish_reason": choice["finish_reason"], "logprobs": None}
-        content = dict(choice)
+        end = {"index": choice["index"], **_last_of(choice), "logprobs": None}
+        content = {name: value for name, value in choice.items() if name != "stop_reason"}
         if is_chat:
             message = content.pop("message")
             calls = [call | {"index": place} for place, call in enumerate(message.get("tool_calls", ()))]
@@ -139,6 +139,11 @@ async def completions_events(answer: Mapping[str, Any], *, is_chat: bool, with_u
         counted = {"usage": answer["usage"]} if "usage" in answer else {}
         yield _event(head | {"choices": [], "bonnx": answer["bonnx"]} | counted)
     yield b"data: [DONE]\n\n"
+
+
+def _last_of(choice: Mapping[str, Any]) -> dict[str, object]:
+    """What the last chunk of a choice says: why it ended."""
+    return {name: choice[name] for name in ("finish_reason", "stop_reason") if name in choice}
 
 
 def _event(value: Mapping[str, object]) -> bytes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import numpy as np
@@ -90,7 +90,7 @@ async def choose_from_artifact(
     chosen, groups = ballot.choose(scores)
     winner(chosen, "completions")
     service.metrics.sampled(rule.method, len(candidates), saved, computed_tokens)
-    completions = [Completion(text, None, c.finish_reason) for text, c in zip(texts, candidates, strict=True)]
+    completions = _completions(service, candidates, options)
     return Chosen(
         completions,
         scores,
@@ -102,6 +102,20 @@ async def choose_from_artifact(
         sampling_cost(len(candidates), saved, computed_tokens),
         candidates,
     )
+
+
+def _completions(service: Service, candidates: Sequence[Candidate], options: GenerateOptions) -> list[Completion]:
+    """Candidates with the stop texts that ended them."""
+    stops = [stop for stop in options.get("stop") or () if isinstance(stop, str)]
+    completions = []
+    for candidate in candidates:
+        stopped_by = ""
+        if candidate.finish_reason == "stop" and stops:
+            written = "".join(service.engine.reader.pieces(candidate.tokens.tolist()))
+            places = {stop: written.find(stop) for stop in stops if stop in written}
+            stopped_by = min(places, key=lambda stop: places[stop], default="")
+        completions.append(Completion(candidate.text or "", None, candidate.finish_reason, stopped_by))
+    return completions
 
 
 async def _search(service: Service, request: Request, prompt: Item, options: GenerateOptions, rule: Rule) -> Chosen:
@@ -131,7 +145,7 @@ async def _search(service: Service, request: Request, prompt: Item, options: Gen
     standing = standing._replace(order=(best, *(i for i in standing.order if i != best)))
     service.metrics.sampled(rule.method, len(texts), 0, result.cost.sampled_tokens)
     return Chosen(
-        [Completion(text, None, c.finish_reason) for text, c in zip(texts, result.candidates, strict=True)],
+        _completions(service, result.candidates, options),
         scores,
         standing,
         options.get("aggregation") or service.engine.manifest.scoring.aggregation,

@@ -16,7 +16,7 @@ CONTINUES: Mapping[str, object] = {"add_generation_prompt": False, "continue_fin
 
 
 def continued(
-    prompt: Any, sampling: Mapping[str, object], text: str, step: str | None, *, greedy: bool = False
+    prompt: Any, sampling: Mapping[str, object], text: str, step: str | None, *, written: int = 0, greedy: bool = False
 ) -> tuple[Any, dict[str, object]]:
     """The prompt and the other fields of the request that continues a completion.
 
@@ -25,6 +25,7 @@ def continued(
         sampling: other fields of the request.
         text: of the completion so far; empty before its first step.
         step: the text that ends a step, and with it the answer; None to go on to the completion's end.
+        written: number of tokens in `text`, by which the maximum number is lowered; 0 if it is unknown.
         greedy: ask for the most likely tokens.
 
     Raises:
@@ -35,6 +36,9 @@ def continued(
         fields["stop"] = [step, *_stops(sampling.get("stop"))]
     if greedy:
         fields["temperature"] = 0
+    for name in ("max_tokens", "max_completion_tokens"):
+        if isinstance(most := fields.get(name), int):
+            fields[name] = max(1, most - written)
     if not text:
         return prompt, fields
     if isinstance(prompt, str):
@@ -43,12 +47,12 @@ def continued(
 
 
 def continued_body(
-    body: Mapping[str, object], text: str, step: str | None, *, greedy: bool = False
+    body: Mapping[str, object], text: str, step: str | None, *, written: int = 0, greedy: bool = False
 ) -> dict[str, object]:
     """As `continued`, for the body of a request."""
     key = "messages" if "messages" in body else "prompt"
     sampling = {name: value for name, value in body.items() if name != key}
-    prompt, fields = continued(body[key], sampling, text, step, greedy=greedy)
+    prompt, fields = continued(body[key], sampling, text, step, written=written, greedy=greedy)
     return {**fields, key: prompt}
 
 

@@ -26,6 +26,13 @@ class SamplingCost:
         self.prompt_tokens = (self.prompt_tokens or 0) + prompt_tokens
         self.completion_tokens = (self.completion_tokens or 0) + completion_tokens
 
+    def include(self, other: SamplingCost) -> None:
+        """Add what a part of the sampling cost."""
+        if other.prompt_tokens is not None:
+            self.add(other.prompt_tokens, other.completion_tokens or 0)
+        self.requests += other.requests
+        self.model = other.model or self.model
+
 
 class RequestCost:
     """The tokens of one request. Some servers count in every chunk, what came before included: the last count holds.
