@@ -17,6 +17,7 @@ from .generate.decoding import clock
 from .generate.options import SEARCH_OPTIONS, GenerateOptions, shows_options
 from .generate.request import read_request as read_generate_request
 from .generate.result import Generation
+from .generate.vote import check_vote, choose_by_vote
 from .rank.prepare import prepare
 from .rank.request import read_request
 from .rank.result import Ranking, Scored, winner
@@ -90,11 +91,6 @@ class Model:
     @property
     def provider(self) -> str:
         return self._engine.provider
-
-    @property
-    def step_text(self) -> str | None:
-        """The text at which a program that generates ends a step of a candidate; None if the artifact does not say."""
-        return self._engine.reader.step_text
 
     def __repr__(self) -> str:
         return f"<bonnx.Model {self.manifest.name!r} from {str(self._name)!r} on {self.provider}>"
@@ -225,6 +221,8 @@ class Model:
         self,
         prompt: Item,
         *,
+        vote: str = "score",
+        answers: Answers | None = None,
         deadline: float | None = None,
         on_progress: Callable[[Generation], object] | None = None,
         **options: Unpack[GenerateOptions],
@@ -235,6 +233,9 @@ class Model:
 
         Args:
             prompt: text, messages or token ids.
+            vote: as in `rank`.
+            answers: how to find what a candidate votes for: `boxed`, `number`, `regex:PATTERN`, or a function of its
+                text (of its token ids where there is no tokenizer). Needed to vote.
             deadline: in seconds; candidates unfinished by then are cut, with the finish reason `deadline`.
             on_progress: called with the candidates after every token.
             **options: how to generate.
@@ -244,6 +245,8 @@ class Model:
             ArtifactError: the artifact has no language model.
             NoWinnerError: every candidate's score is NaN.
         """
+        scoring = self.manifest.scoring
+        check_vote(vote, answers, scoring)
         request, until = read_generate_request(self._engine, prompt, options), clock(deadline)
         if on_progress is not None:
             check_function("on_progress", on_progress)
@@ -254,7 +257,7 @@ class Model:
                 if on_progress is not None:
                     on_progress(result)
         winner(result.best_index, "candidates")
-        return result
+        return choose_by_vote(result, vote, answers, scoring)
 
     @shows_options()
     def stream(

@@ -49,6 +49,8 @@ class ModelLike(Protocol):
         self,
         prompt: Item,
         *,
+        vote: str = "score",
+        answers: Answers | None = None,
         deadline: float | None = None,
         on_progress: Callable[[Generation], object] | None = None,
         **options: Unpack[GenerateOptions],
@@ -57,6 +59,8 @@ class ModelLike(Protocol):
 
         Args:
             prompt: text, messages or token ids.
+            vote: as in `rank`.
+            answers: how to find what a candidate votes for.
             deadline: in seconds.
             on_progress: called with the candidates after every token.
             **options: how to generate.

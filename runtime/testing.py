@@ -14,6 +14,7 @@ from .checks import ARGUMENTS, check_flag, check_function, check_some, is_list, 
 from .generate.decoding import clock
 from .generate.options import GenerateOptions, check_options, shows_options
 from .generate.result import Candidate, Generation
+from .generate.vote import check_vote
 from .protocol import ModelLike
 from .rank.result import Ranking, winner
 from .selection.aggregate import aggregate, aggregation_code, is_stepwise
@@ -137,6 +138,8 @@ class FakeModel:
         self,
         prompt: Item,
         *,
+        vote: str = "score",
+        answers: Answers | None = None,
         deadline: float | None = None,
         on_progress: Callable[[Generation], object] | None = None,
         **options: Unpack[GenerateOptions],
@@ -145,6 +148,8 @@ class FakeModel:
 
         Args:
             prompt: text, messages or token ids.
+            vote: as in `rank`.
+            answers: how to find what a candidate votes for, as in `Model.generate`.
             deadline: in seconds; it has no effect.
             on_progress: called once, with the result.
             **options: how to generate.
@@ -157,6 +162,7 @@ class FakeModel:
         if self._complete is None:
             raise InputError("this fake model was made to rank only; pass complete=... to FakeModel to generate")
         _check_item(prompt, "prompt")
+        check_vote(vote, answers, None)
         clock(deadline)
         if on_progress is not None:
             check_function("on_progress", on_progress)
@@ -167,7 +173,7 @@ class FakeModel:
         for i, text in enumerate(texts):
             if not isinstance(text, str):
                 raise InputError(f"complete: expected a text for candidate {i}; it gave {shown(text)}")
-        ranking = self._select(prompt, texts, request.aggregation, None, "score", None, {})
+        ranking = self._select(prompt, texts, request.aggregation, None, vote, answers, {})
         candidates = []
         for text, scores, score in zip(texts, ranking.scores, ranking.candidate_scores, strict=True):
             tokens = np.frombuffer(text.encode(), np.uint8).astype(np.int64)
@@ -175,7 +181,8 @@ class FakeModel:
             blank = np.zeros(len(tokens), np.float32)
             candidates.append(Candidate(text, tokens, each, blank, float(score), "stop"))
         computed = sum(len(candidate.tokens) for candidate in candidates)
-        result = Generation(ranking.best_index, candidates, len(prompt), computed, request.aggregation)
+        voted = (ranking.answers, ranking.group_scores)
+        result = Generation(ranking.best_index, candidates, len(prompt), computed, request.aggregation, *voted)
         if on_progress is not None:
             on_progress(result)
         return result

@@ -180,4 +180,5 @@ class BestOfN:
 
     def _step(self, method: str, step: str | None) -> str:
         """The text that ends a step."""
-        return check_step(method, getattr(self._scorer, "step_text", None) if step is None else step)
+        engine = getattr(self._scorer, "_engine", None)
+        return check_step(method, engine.reader.step_text if step is None and engine is not None else step)

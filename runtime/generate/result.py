@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -58,8 +58,11 @@ class Generation(Result):
         prompt_tokens: tokens of the prompt, computed once.
         computed_tokens: tokens that the network read for all candidates together, without the prompt.
         aggregation: how a candidate's scores became one.
+        answers: what each candidate votes for, None for no answer; None if no answers were asked for.
+        group_scores: (n,) float32, with a vote: as in `Ranking`.
     """
 
+    _optional: ClassVar[tuple[str, ...]] = ("answers", "group_scores")
     _summary: ClassVar[tuple[str, ...]] = ("best_index", "best", "candidates", "prompt_tokens", "computed_tokens")
 
     best_index: int
@@ -67,6 +70,8 @@ class Generation(Result):
     prompt_tokens: int
     computed_tokens: int
     aggregation: str
+    answers: tuple[Hashable | None, ...] | None = None
+    group_scores: NDArray[np.float32] | None = None
 
     @property
     def best(self) -> Candidate:
@@ -74,7 +79,12 @@ class Generation(Result):
         return self.candidates[self.best_index]
 
     def _columns(self) -> dict[str, Sequence[object]]:
-        return candidate_columns(self.candidates)
+        columns = candidate_columns(self.candidates)
+        if self.answers is not None:
+            columns["answer"] = self.answers
+        if self.group_scores is not None:
+            columns["answer's score"] = [*self.group_scores]
+        return columns
 
 
 def candidate_columns(candidates: Sequence[Candidate]) -> dict[str, Sequence[object]]:

@@ -13,19 +13,20 @@ from starlette.requests import Request
 from bonnx.errors import InputError
 
 from ..engine.session import Stop
-from ..generate.options import GenerateOptions
+from ..generate.options import SEARCH_OPTIONS, GenerateOptions
 from ..generate.result import Candidate, Generation
 from ..rank.result import winner
 from ..search.result import SearchResult
 from ..search.sampling import Adaptive
 from ..search.search import search
-from ..selection.vote import make_ballot
+from ..selection.vote import Standing, make_ballot
 from ..text.reader import Item
 from ..upstream.completion import Completion
 from .choosing import RESERVE, Chosen, Rule, sampling_cost
+from .request_state import note
 from .service import Service
 
-__all__ = ["choose_from_artifact"]
+__all__ = ["choose_from_artifact", "run_search", "search_cost", "standing_of"]
 
 
 async def choose_from_artifact(
@@ -122,6 +123,34 @@ async def _search(service: Service, request: Request, prompt: Item, options: Gen
     """Search with the artifact's tree."""
     if "top_log_probs" in options:
         raise InputError(f"top_logprobs: not available with bonnx.method '{rule.method}'; leave it out")
+    result = await run_search(service, request, prompt, options, rule)
+    standing = standing_of(result)
+    # The method may choose by more than scores and votes.
+    best = result.best_index
+    standing = standing._replace(order=(best, *(i for i in standing.order if i != best)))
+    return Chosen(
+        _completions(service, result.candidates, options),
+        np.array([candidate.score for candidate in result.candidates], np.float32),
+        standing,
+        options.get("aggregation") or service.engine.manifest.scoring.aggregation,
+        result.cost.prompt_tokens,
+        result.cost.sampled_tokens,
+        (),
+        search_cost(result, rule),
+        result.candidates,
+    )
+
+
+async def run_search(
+    service: Service, request: Request, prompt: Item, options: GenerateOptions, rule: Rule
+) -> SearchResult:
+    """A search in one of the threads for streams; it chooses from what there is at the deadline.
+
+    Raises:
+        QueueFullError: the maximum number of streams is open.
+        InputError: the prompt, an option or a setting is invalid.
+        NoWinnerError: no completion can win.
+    """
     read = await service.read_generation(request, prompt, cast(GenerateOptions, {**options, "n": rule.best_of}))
     left = service.until(request) - time.monotonic()
     seconds = max(0.001, min(left * (1 - RESERVE), left if rule.deadline is None else rule.deadline))
@@ -135,23 +164,33 @@ async def _search(service: Service, request: Request, prompt: Item, options: Gen
             service.engine, read.prompt, rule.method, budget, answers, vote, None, seconds, None, settings, stop
         )
 
+    note(request, candidates=rule.best_of, tokens=len(read.prompt))
     result = await service.stream(request, work)
-    texts = [candidate.text or "" for candidate in result.candidates]
+    count, tokens = len(result.candidates), result.cost.sampled_tokens
+    service.metrics.sampled(rule.method, count, _saved(result, rule), tokens)
+    return result
+
+
+def search_cost(result: SearchResult, rule: Rule) -> dict[str, object]:
+    """What a search was spent on, and what an early end has saved."""
+    saved, tokens = _saved(result, rule), result.cost.sampled_tokens
+    return sampling_cost(len(result.candidates), saved, tokens) | dataclasses.asdict(result.cost)
+
+
+def _saved(result: SearchResult, rule: Rule) -> int:
+    is_cut = any(candidate.finish_reason == "deadline" for candidate in result.candidates)
+    return rule.best_of - len(result.candidates) if rule.method == "adaptive" and not is_cut else 0
+
+
+def standing_of(result: SearchResult | Generation, vote: str = "score") -> Standing:
+    """The order, the margin and the votes of candidates.
+
+    Args:
+        result: a search, or a generation.
+        vote: how the generation was chosen; a search says it itself.
+    """
+    vote = result.vote if isinstance(result, SearchResult) else vote
     scores = np.array([candidate.score for candidate in result.candidates], np.float32)
-    ballot = make_ballot("score", rule.answers, texts, "completions")
-    standing = dataclasses.replace(ballot, vote=rule.vote).count(scores, result.group_scores)
-    # The method may choose by more than scores and votes.
-    best = result.best_index
-    standing = standing._replace(order=(best, *(i for i in standing.order if i != best)))
-    service.metrics.sampled(rule.method, len(texts), 0, result.cost.sampled_tokens)
-    return Chosen(
-        _completions(service, result.candidates, options),
-        scores,
-        standing,
-        options.get("aggregation") or service.engine.manifest.scoring.aggregation,
-        result.cost.prompt_tokens,
-        result.cost.sampled_tokens,
-        (),
-        {"completions": len(texts), **dataclasses.asdict(result.cost)},
-        result.candidates,
-    )
+    ballot = make_ballot("score", result.answers, [None] * len(scores), "candidates")
+    groups = scores if result.group_scores is None else result.group_scores
+    return dataclasses.replace(ballot, vote=vote).count(scores, groups)

@@ -68,6 +68,7 @@ class Service:
             if self.upstream is not None or name not in (PREFILL, RANK_CACHED):
                 engine.session(name)
         self.generates = "generate" in engine.manifest.graphs
+        self._make_stop = engine.session("rank" if engine.manifest.has_scorer else "generate").make_stop
         self._ranking = self._batcher("rank", ranking.fits(engine, settings.batch_tokens))
         within = ranking.fits(engine, settings.max_tokens)
 
@@ -87,7 +88,7 @@ class Service:
             name,
             self._run,
             fits,
-            self.engine.session("rank" if self.engine.manifest.has_scorer else "generate").make_stop,
+            self._make_stop,
             self.metrics,
             max_waiting=self.settings.max_queue,
             patience=self.settings.batch_wait,
@@ -260,7 +261,7 @@ class Service:
             QueueFullError: the maximum number of streams is open.
         """
         self._reserve()
-        stop, loop = self.engine.session("rank").make_stop(), asyncio.get_running_loop()
+        stop, loop = self._make_stop(), asyncio.get_running_loop()
         future = self._streamers.submit(self._noting_changes, lambda: work(stop))
         future.add_done_callback(lambda _: loop.call_soon_threadsafe(self._release))
         try:

@@ -6,7 +6,6 @@ from collections.abc import AsyncIterator
 from typing import Annotated, ClassVar, Literal, TypeAlias, cast
 
 import msgspec
-import numpy as np
 from fastapi import APIRouter
 from pydantic import Field
 from starlette.requests import Request
@@ -17,10 +16,17 @@ from bonnx.errors import InputError
 from ...artifact.manifest import Aggregation
 from ...generate.options import GenerateOptions
 from ...generate.result import Generation
+from ...generate.vote import check_vote, choose_by_vote
 from ...rank.result import Ranking, winner
 from ...results import to_json
+from ...search.methods import SETTINGS, vote_of
+from ...search.result import SearchResult
+from ...search.sampling import Sampling
 from ..answer import answer_head, check_model, event_stream, json_response, to_runtime, warned
+from ..choosing import Rule
 from ..errors import encode, to_api_error
+from ..generating import run_search, search_cost, standing_of
+from ..method_fields import method_of, with_method
 from ..ranking import ClientRequest, Outcome, TokenUsage
 from ..schemas import FAIL_FAST, MOST_ITEMS, TRUNCATE, Candidate, Prompt, RequestBody, Text, option_field, with_options
 from ..service import Service
@@ -34,6 +40,7 @@ _Answer: TypeAlias = str | Annotated[int, Field(ge=-(2**63), lt=2**63)] | None
 _SAMPLING = ("n", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop", "aggregation")
 
 
+@with_method()
 @with_options("max_new_tokens", "temperature", "top_k", "top_p", "seed")
 class BestOfNBody(RequestBody):
     """Candidates to choose from, or how many to generate."""
@@ -50,10 +57,14 @@ class BestOfNBody(RequestBody):
         None,
         description="expected a list of at least one: text, messages, a list of steps, token ids or embeddings each",
     )
-    n: int | None = option_field("n", default=None, description="completions to generate, if there are no candidates")
+    n: int | None = option_field(
+        "n", default=None, description="completions to generate, if there are no candidates: the budget of the method"
+    )
     model: str | None = None
     aggregation: Aggregation | None = None
-    vote: Literal["score", "weighted", "majority"] = "score"
+    vote: Literal["score", "weighted", "majority"] | None = Field(
+        None, description="how to choose; by default by score, or as the method does"
+    )
     answers: Literal["boxed", "number"] | Annotated[list[_Answer], FAIL_FAST] | None = Field(
         None, description="expected what each candidate votes for, or 'boxed' or 'number' to find it in their texts"
     )
@@ -87,43 +98,63 @@ async def _answer(service: Service, request: Request, body: BestOfNBody) -> dict
         raise InputError(f"expected candidates to choose from, or n of them to generate; got {got}")
     if body.candidates is not None:
         return await _ranked(service, request, body)
-    _check_generation(body)
+    rule = _rule(body)
     options = cast(GenerateOptions, {name: getattr(body, name) for name in _SAMPLING if name in body.model_fields_set})
     if isinstance(body.stop, str):
         options["stop"] = [body.stop]
     prompt = to_runtime(body.prompt, "prompt")
+    check_vote("score" if rule.vote == "borda" else rule.vote, rule.answers, service.engine.manifest.scoring)
+    if type(rule.runner) is not Sampling:
+        if body.stream:
+            raise InputError(f"stream: not available with method '{rule.method}'; leave one of them out")
+        del options["n"]
+        result = await run_search(service, request, prompt, options, rule)
+        aggregation = body.aggregation or service.engine.manifest.scoring.aggregation
+        return _generated(service, body, rule, result, aggregation) | {"cost": search_cost(result, rule)}
     if body.stream:
-        return _events(await service.watch(request, prompt, options, body.deadline), service, body)
+        return _events(await service.watch(request, prompt, options, body.deadline), service, body, rule)
     if body.deadline is not None:
         generation = await service.cut(request, prompt, options, body.deadline)
     else:
         generation = await service.generate(request, prompt, options)
-    return _generated(service, body, generation)
+    service.metrics.sampled(rule.method, len(generation.candidates), 0, None)
+    return _voted(service, body, rule, generation)
 
 
-def _check_generation(body: BestOfNBody) -> None:
-    """Refuse what belongs to given candidates only."""
-    for field in ("answers", "partial", "truncate"):
+def _rule(body: BestOfNBody) -> Rule:
+    """How to generate candidates and to choose among them.
+
+    Raises:
+        InputError: a field that belongs to given candidates only, or fields that do not go together.
+    """
+    for field in ("partial", "truncate"):
         if getattr(body, field):
             raise InputError(f"{field}: belongs to given candidates; leave it out to generate")
-    if body.vote != "score":
-        raise InputError("vote: generated candidates are chosen by score; generate first, then send them with answers")
+    if isinstance(body.answers, list):
+        raise InputError("answers: a list belongs to given candidates; expected 'boxed' or 'number' to generate")
+    method, runner = method_of(body)
+    vote = vote_of(method, body.vote, has_answers=body.answers is not None)
+    if vote in ("weighted", "majority") and body.answers is None:
+        raise InputError(f"vote: '{vote}' needs answers: 'boxed' or 'number'")
+    assert body.n is not None
+    return Rule(body.n, method, runner, vote, body.answers, body.aggregation, deadline=body.deadline)
 
 
 async def _ranked(service: Service, request: Request, body: BestOfNBody) -> dict[str, object]:
-    for field in (*_SAMPLING[1:-1], "deadline"):
+    for field in (*_SAMPLING[1:-1], "deadline", "method", *SETTINGS):
         if field in body.model_fields_set:
             raise InputError(f"{field}: belongs to generation; leave it out with candidates")
     if body.stream:
         raise InputError("stream: given candidates are ranked at once; leave it out")
-    if body.vote != "score" and body.answers is None:
-        raise InputError(f"vote: '{body.vote}' needs answers: a list with one for each candidate, 'boxed' or 'number'")
+    vote = body.vote or "score"
+    if vote != "score" and body.answers is None:
+        raise InputError(f"vote: '{vote}' needs answers: a list with one for each candidate, 'boxed' or 'number'")
     assert body.candidates is not None
     items = [to_runtime(candidate, f"candidates[{i}]") for i, candidate in enumerate(body.candidates)]
     outcome, ranking = await service.rank(
         request, ClientRequest(to_runtime(body.prompt, "prompt"), items),
         aggregation=body.aggregation, partial=body.partial, truncate=body.truncate,
-        vote=body.vote, answers=body.answers,
+        vote=vote, answers=body.answers,
     )  # fmt: skip
     best = items[ranking.best_index]
     answer = {
@@ -132,7 +163,7 @@ async def _ranked(service: Service, request: Request, body: BestOfNBody) -> dict
         "margin": ranking.margin,
         "order": ranking.order,
         "aggregation": ranking.aggregation,
-        "vote": body.vote,
+        "vote": vote,
         "candidates": [_candidate(outcome, ranking, body, i) for i in range(len(items))],
         "usage": outcome.usage.to_dict(),
     }
@@ -152,40 +183,57 @@ def _candidate(outcome: Outcome, ranking: Ranking, body: BestOfNBody, i: int) ->
     return entry
 
 
-def _generated(service: Service, body: BestOfNBody, generation: Generation) -> dict[str, object]:
-    """A generation, finished or not."""
-    scores = sorted((c.score for c in generation.candidates if not np.isnan(c.score)), reverse=True)
-    best = generation.candidates[generation.best_index] if generation.best_index >= 0 else None
+def _voted(service: Service, body: BestOfNBody, rule: Rule, generation: Generation) -> dict[str, object]:
+    """A finished generation, chosen by its vote."""
+    chosen = choose_by_vote(generation, rule.vote, rule.answers, service.engine.manifest.scoring)
+    return _generated(service, body, rule, chosen, generation.aggregation)
+
+
+def _generated(
+    service: Service, body: BestOfNBody, rule: Rule, result: Generation | SearchResult, aggregation: str
+) -> dict[str, object]:
+    """Generated candidates, finished or not."""
+    best = result.candidates[result.best_index] if result.best_index >= 0 else None
     candidates = []
-    for i, c in enumerate(generation.candidates):
+    for i, c in enumerate(result.candidates):
         entry: dict[str, object] = {"index": i, "text": c.text, "score": c.score, "tokens": len(c.tokens)}
         entry["finish_reason"] = c.finish_reason
+        if result.answers is not None:
+            entry["answer"] = result.answers[i]
+        if result.group_scores is not None and rule.vote != "score":
+            entry["group_score"] = to_json(result.group_scores[i])
         if c.text is None:
             entry["token_ids"] = c.tokens.tolist()
         if body.token_scores:
             entry["token_scores"] = to_json(c.scores)
         candidates.append(entry)
+    if isinstance(result, SearchResult):
+        usage = TokenUsage(result.cost.prompt_tokens, result.cost.sampled_tokens)
+    else:
+        usage = TokenUsage(result.prompt_tokens, result.computed_tokens)
     return answer_head(service) | {
-        "best_index": generation.best_index,
+        "best_index": result.best_index,
         "best": None if best is None else best.tokens.tolist() if best.text is None else best.text,
-        "margin": scores[0] - scores[1] if len(scores) > 1 else None,
-        "aggregation": generation.aggregation,
+        "margin": standing_of(result, rule.vote).margin,
+        "aggregation": aggregation,
+        "method": rule.method,
+        "vote": rule.vote,
         "candidates": candidates,
-        "usage": TokenUsage(generation.prompt_tokens, generation.computed_tokens).to_dict(),
+        "usage": usage.to_dict(),
     }
 
 
-async def _events(states: GenerationStream, service: Service, body: BestOfNBody) -> AsyncIterator[bytes]:
+async def _events(states: GenerationStream, service: Service, body: BestOfNBody, rule: Rule) -> AsyncIterator[bytes]:
     """Events of one answer, under its id: `progress` while candidates grow, then `result`, or `error`."""
     last, head = None, answer_head(service)
     try:
         async for state in states:
             if last is not None:
-                yield _event("progress", _generated(service, body, last) | head)
+                yield _event("progress", _generated(service, body, rule, last, last.aggregation) | head)
             last = state
         assert last is not None
         winner(last.best_index, "candidates")
-        yield _event("result", _generated(service, body, last) | head)
+        yield _event("result", _voted(service, body, rule, last) | head)
     except Exception as e:
         error = to_api_error(e)
         if error is None:

@@ -158,7 +158,7 @@ def test_a_key_opens_everything_but_health_needs_none(locked):
         ({"prompt": PUZZLE}, "got neither"),
         ({"prompt": PUZZLE, "n": 1, "candidates": ["1"]}, "got both"),
         ({"prompt": PUZZLE, "n": 1, "tempratur": 1}, "did you mean 'temperature'"),
-        ({"prompt": PUZZLE, "n": 1, "answers": "boxed"}, "belongs to given candidates"),
+        ({"prompt": PUZZLE, "n": 1, "answers": ["3"]}, "a list belongs to given candidates"),
         ({"prompt": PUZZLE, "candidates": ["1+1=2;"], "seed": 1}, "seed: belongs to generation"),
         ({"prompt": PUZZLE, "candidates": []}, "candidates"),
         ({"prompt": PUZZLE, "candidates": ["1+1=2;"], "vote": "weighted"}, "each candidate, 'boxed' or 'number'"),

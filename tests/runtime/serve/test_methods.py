@@ -1,5 +1,7 @@
 """Search methods over HTTP: with completions of an upstream, and with those of the artifact."""
 
+import json
+
 import httpx
 import openai
 import pytest
@@ -130,6 +132,57 @@ def test_what_adaptive_saves_is_counted(complete, url):
     metrics = httpx.get(f"{url}/metrics").text
     assert 'bonnx_saved_completions_total{method="adaptive"} 6.0' in metrics
     assert f'bonnx_estimated_saved_tokens_total{{method="adaptive"}} {cost["estimated_saved_tokens"]:.1f}' in metrics
+
+
+@pytest.fixture
+def best_of_n(url):
+    """Generates the best of some candidates; gives the response."""
+    body = {"prompt": PUZZLE, "n": 8, "seed": 3}
+    return lambda **fields: httpx.post(f"{url}/v1/best-of-n", json={**body, **fields}, timeout=60)
+
+
+@pytest.mark.parametrize("method", ["self_certainty", "beam", "adaptive"])
+def test_best_of_n_searches(best_of_n, model, method):
+    answer = best_of_n(method=method, token_scores=True).json()
+    expected = model.search(PUZZLE, method, 8, seed=3)
+    assert (answer["best"], answer["best_index"]) == (expected.best.text, expected.best_index)
+    assert (answer["method"], answer["vote"]) == (method, expected.vote)
+    assert [line["score"] for line in answer["candidates"]] == pytest.approx([c.score for c in expected.candidates])
+    assert answer["cost"]["sampled_tokens"] == expected.cost.sampled_tokens == answer["usage"]["completion_tokens"]
+    assert answer["cost"]["saved_completions"] == (8 - len(expected.candidates) if method == "adaptive" else 0)
+
+
+@pytest.mark.parametrize("fields", [{"vote": "weighted"}, {"method": "majority"}, {"stream": True, "vote": "majority"}])
+def test_generated_candidates_vote(best_of_n, model, fields):
+    response = best_of_n(answers="number", **fields)
+    vote = fields.get("vote", fields.get("method"))
+    expected = model.generate(PUZZLE, n=8, seed=3, answers="number", vote=vote)
+    answer = json.loads(response.text.rpartition("data: ")[2]) if "stream" in fields else response.json()
+    assert (answer["best"], answer["best_index"]) == (expected.best.text, expected.best_index)
+    assert [line["answer"] for line in answer["candidates"]] == [*expected.answers]
+    assert [line["group_score"] for line in answer["candidates"]] == pytest.approx(
+        [*map(float, expected.group_scores)], nan_ok=True
+    )
+    texts = [candidate.text for candidate in expected.candidates]
+    ranking = model.rank(PUZZLE, texts, vote=vote, answers="number")
+    assert answer["margin"] == pytest.approx(ranking.margin, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"vote": "majority"}, "vote: 'majority' needs answers"),
+        ({"method": "beam", "stream": True}, "stream: not available with method 'beam'"),
+        ({"batch": 2}, "batch: belongs to the method 'adaptive'; got 'best_of_n'"),
+        ({"method": "beam", "width": 0}, "width"),
+        ({"n": None, "candidates": ["3"], "seed": None, "method": "beam"}, "method: belongs to generation"),
+    ],
+    ids=str,
+)
+def test_what_best_of_n_refuses(best_of_n, fields, message):
+    response = best_of_n(**fields)
+    assert response.status_code == 400
+    assert message in response.json()["message"]
 
 
 @pytest.mark.parametrize(
