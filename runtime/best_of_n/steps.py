@@ -208,7 +208,11 @@ class UpstreamTree(Tree[UpstreamBranch]):
         going = dict.fromkeys(text for text in texts if longest is None or len(text) <= longest)
         if new := dict(enumerate(text for text in going if text not in self._known)):
             self._known |= dict.fromkeys(new.values(), np.nan)
-            for numbers, ranking in await score_some(self._score, new):
+            unscored: dict[int, Exception] = {}
+            parts = await score_some(self._score, new, unscored)
+            if not parts and (refusal := next((e for e in unscored.values() if isinstance(e, InputError)), None)):
+                raise refusal
+            for numbers, ranking in parts:
                 scores = ranking.candidate_scores.tolist()
                 self._known |= {new[i]: score for i, score in zip(numbers, scores, strict=True)}
         for branch in branches:
@@ -295,12 +299,22 @@ async def search_by_steps(tree: UpstreamTree, method: Method, name: str, n: int)
     """
     # A thread of its own: the pool that others share could fill up with searches that wait for it.
     executor = ThreadPoolExecutor(1, "bonnx-search")
+    preparing = asyncio.ensure_future(_prepare(tree.run))
     try:
         await asyncio.get_running_loop().run_in_executor(executor, method.run, tree, n)
     finally:
         tree.stop()
         executor.shutdown(wait=False)
+        preparing.cancel()
+        await asyncio.gather(preparing, return_exceptions=True)
     if not tree.run.completions:
         texts = dict.fromkeys(branch.text for branch in tree.unfinished)
         await tree.run.take([Completion(text, None, "deadline") for text in texts])
     return tree.run.choose(name)
+
+
+async def _prepare(run: Run) -> None:
+    """Read the prompt while the first steps are under way; what is wrong with it, the first ranking says."""
+    if run.prepare is not None:
+        with contextlib.suppress(InputError):
+            await run.prepare()

@@ -13,7 +13,7 @@ from starlette.requests import Request
 from bonnx.errors import InputError
 
 from ..engine.session import Stop
-from ..generate.options import SEARCH_OPTIONS, GenerateOptions
+from ..generate.options import GenerateOptions
 from ..generate.result import Candidate, Generation
 from ..rank.result import winner
 from ..search.result import SearchResult

@@ -12,6 +12,7 @@ import pytest
 
 import bonnx
 from bonnx.errors import InputError, UpstreamError
+from bonnx.runtime.artifact.limits import TooLargeError
 from tests.runtime.upstream import fake
 from tests.runtime.upstream.fake import FakeUpstream
 
@@ -190,6 +191,20 @@ def test_steps_without_a_score_come_last(dice):
     with FakeUpstream(fake.continues(write)) as server, bonnx.Upstream(server.url) as upstream:
         bonnx.BestOfN(scorer, upstream).run(PROMPT, 4, method="beam", width=2, rounds=1, step=";")
     assert {body["prompt"] for body in server.bodies[1:]} == {f"{PROMPT}1;", f"{PROMPT}3;"}
+
+
+def test_what_is_too_long_for_the_scorer_does_not_cost_the_others(dice):
+    """Texts with a 9 are too long: they have no score, as steps and as completions."""
+
+    def score(prompt, text):
+        if "9" in text:
+            raise TooLargeError("too long")
+        return by_sum(prompt, text)
+
+    write = lambda begun, number: "9;9;" if number % 2 else digits(0)(begun, number).replace("9", "8")  # noqa: E731
+    with FakeUpstream(fake.continues(write)) as server, bonnx.Upstream(server.url) as upstream:
+        result = bonnx.BestOfN(bonnx.FakeModel(score), upstream).run(PROMPT, 8, method="beam", width=2, step=";")
+    assert "9" not in result.best.text
 
 
 def test_votes_by_name(search):
