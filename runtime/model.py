@@ -229,7 +229,8 @@ class Model:
     ) -> Generation:
         """Sample N completions, score every token, choose the best: one run of one graph.
 
-        With a deadline or a callback the host decodes token by token instead; the tokens are the same.
+        With a deadline, a callback, `top_log_probs`, or a stop text of several tokens the host decodes token by token
+        instead; the tokens are the same.
 
         Args:
             prompt: text, messages or token ids.

@@ -63,14 +63,15 @@ class Detokenizer:
                 context, start, written = [*context, *ids[start:end]][-_CONTEXT:], end, 0
         return result
 
-    def longer_tokens(self, token: int) -> list[int]:
+    def tokens_with(self, token: int, text: str) -> list[int]:
         """The other tokens whose text holds the text of a token; none for a special token."""
-        own = self._tokenizer.id_to_token(token)
-        if own is None or token in self._special or token in self._bytes:
+        if token in self._special:
             return []
-        vocabulary = self._tokenizer.get_vocab().items()
+        own = text if token in self._bytes else self._tokenizer.id_to_token(token) or text
         apart = self._special | self._bytes.keys() | {token}
-        return sorted(i for text, i in vocabulary if own in text and i not in apart)
+        holding = [i for name, i in self._tokenizer.get_vocab().items() if own in name and i not in apart]
+        as_bytes = [i for i, byte in self._bytes.items() if text.encode() == bytes([byte]) and i != token]
+        return sorted([*holding, *as_bytes])
 
     def _context(self, before: Sequence[int]) -> list[int]:
         """The tokens before a completion that decide how it is decoded; none where it begins a text."""

@@ -167,7 +167,7 @@ class Tokenizer:
         # Some tokenizers write a space before a text that stands alone.
         if len(ids) != 1 or self.pieces(ids) != [text]:
             return []
-        return [*ids, *self._detokenizer.longer_tokens(ids[0])]
+        return [*ids, *self._detokenizer.tokens_with(ids[0], text)]
 
     def decode(
         self, ids: Sequence[int], before: Sequence[int], finish_reason: str | None, stop_texts: Sequence[str] = ()
