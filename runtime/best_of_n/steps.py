@@ -208,11 +208,8 @@ class UpstreamTree(Tree[UpstreamBranch]):
         going = dict.fromkeys(text for text in texts if longest is None or len(text) <= longest)
         if new := dict(enumerate(text for text in going if text not in self._known)):
             self._known |= dict.fromkeys(new.values(), np.nan)
-            unscored: dict[int, Exception] = {}
-            parts = await score_some(self._score, new, unscored)
-            if not parts and (refusal := next((e for e in unscored.values() if isinstance(e, InputError)), None)):
-                raise refusal
-            for numbers, ranking in parts:
+            # Why a text has no score is not reported: only completions are.
+            for numbers, ranking in await score_some(self._score, new, {}):
                 scores = ranking.candidate_scores.tolist()
                 self._known |= {new[i]: score for i, score in zip(numbers, scores, strict=True)}
         for branch in branches:
