@@ -110,6 +110,14 @@ class Run:
             await self._score(present)
         return self._scores()[first:]
 
+    async def read_prompt(self) -> None:
+        """Let the scorer compute the prompt, once."""
+        if self.prepare is not None:
+            prepare, self.prepare = self.prepare, None
+            # What is wrong with the prompt, the first ranking says in its own words.
+            with contextlib.suppress(InputError):
+                await prepare()
+
     async def _sample(self, n: int) -> None:
         """Sample, and score while other completions are still under way; the first error ends both."""
         waiting: asyncio.Queue[int | None] = asyncio.Queue()
@@ -140,11 +148,7 @@ class Run:
 
     async def _score_as_they_come(self, waiting: asyncio.Queue[int | None]) -> None:
         """Score what has come, then what came meanwhile, until None comes."""
-        if self.prepare is not None:
-            prepare, self.prepare = self.prepare, None
-            # What is wrong with the prompt, the first ranking says in its own words.
-            with contextlib.suppress(InputError):
-                await prepare()
+        await self.read_prompt()
         more = True
         while more:
             numbers = [await waiting.get()]

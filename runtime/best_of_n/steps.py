@@ -296,22 +296,16 @@ async def search_by_steps(tree: UpstreamTree, method: Method, name: str, n: int)
     """
     # A thread of its own: the pool that others share could fill up with searches that wait for it.
     executor = ThreadPoolExecutor(1, "bonnx-search")
-    preparing = asyncio.ensure_future(_prepare(tree.run))
+    # A ranking that comes first waits for the prompt by itself.
+    reading = asyncio.ensure_future(tree.run.read_prompt())
     try:
         await asyncio.get_running_loop().run_in_executor(executor, method.run, tree, n)
     finally:
         tree.stop()
         executor.shutdown(wait=False)
-        preparing.cancel()
-        await asyncio.gather(preparing, return_exceptions=True)
+        reading.cancel()
+        await asyncio.gather(reading, return_exceptions=True)
     if not tree.run.completions:
         texts = dict.fromkeys(branch.text for branch in tree.unfinished)
         await tree.run.take([Completion(text, None, "deadline") for text in texts])
     return tree.run.choose(name)
-
-
-async def _prepare(run: Run) -> None:
-    """Read the prompt while the first steps are under way; what is wrong with it, the first ranking says."""
-    if run.prepare is not None:
-        with contextlib.suppress(InputError):
-            await run.prepare()

@@ -290,3 +290,21 @@ def test_countdown_generates_and_ranks(countdown):
     expected = model.rank(prompt, [completion.text for completion in result.completions])
     assert result.best_index == expected.best_index
     assert np.allclose(result.ranking.candidate_scores, expected.candidate_scores, atol=1e-5)
+
+
+def test_the_prompt_is_read_while_the_generator_works_and_kept(countdown, monkeypatch):
+    model, prompt, begun = bonnx.load(countdown, provider="cpu"), "3,5,7=22:", threading.Event()
+    prompts, session, graphs = model._engine.prompts, model._engine.session, []
+    read = prompts.read
+    monkeypatch.setattr(prompts, "read", lambda *arguments: (read(*arguments), begun.set())[0])
+    monkeypatch.setattr(model._engine, "session", lambda name: graphs.append(name) or session(name))
+
+    def generate(prompt, n):
+        # The prompt is read before there are completions.
+        assert begun.wait(60)
+        return ["3*5=15;15+7=22;", "5*7=35;35-3=32;"]
+
+    for _ in range(2):
+        assert bonnx.BestOfN(model, generate).run(prompt, 2).best_index == 0
+    assert graphs == ["rank_cached"] * 2
+    assert prompts.covers(model._engine.reader.prompt(prompt))

@@ -329,3 +329,17 @@ def test_a_name_of_its_own_and_web_pages_of_others(engine):
             answer = client.completions.create(model="puzzler", prompt=PUZZLE, extra_body={"best_of": 2})
             assert answer.model == "puzzler"
             assert not math.isnan(answer.bonnx["scores"][0])
+
+
+def test_a_prompt_is_kept_for_the_next_request(behind, chat_engine, monkeypatch):
+    client, _ = behind(fake.stream(*TEXTS))
+    chat_engine.prompts.clear()
+    session, runs = chat_engine.session, []
+    for owner, name in ((chat_engine, "session"), (chat_engine.prompts, "_session")):
+        monkeypatch.setattr(owner, name, lambda graph: runs.append(graph) or session(graph))
+    for _ in range(2):
+        client.chat.completions.create(model="countdown", messages=CHAT)
+    assert {run for run in runs if run.startswith("rank")} == {"rank_prefill", "rank_cached"}
+    runs.clear()
+    client.chat.completions.create(model="countdown", messages=CHAT)
+    assert {run for run in runs if run.startswith("rank")} == {"rank_cached"}
