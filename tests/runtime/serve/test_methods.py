@@ -6,6 +6,7 @@ import httpx
 import openai
 import pytest
 
+import bonnx
 from bonnx.runtime.search.methods import METHODS, SETTINGS
 from bonnx.runtime.search.search import search
 from bonnx.runtime.serve import Settings
@@ -69,6 +70,27 @@ def test_steps_of_an_upstream(behind, model, method, is_chat):
     assert all(body["stop"] == [";"] and body["model"] == "llm" for body in upstream.bodies)
     assert {body["temperature"] for body in upstream.bodies} == ({0, 0.7} if method == "lookahead" else {0.7})
     assert all("bonnx" not in body for body in upstream.bodies)
+
+
+@pytest.mark.parametrize("is_chat", [False, True], ids=["text", "chat"])
+def test_bonnx_serves_steps_to_bonnx(engine, model, is_chat):
+    """Countdown as upstream and as scorer: steps end at its step token, and the server says which stop text it was."""
+    prompt = CHAT if is_chat else PUZZLE
+    with served(engine, Settings(best_of=1)) as url, bonnx.Upstream(f"{url}/v1") as upstream:
+        if is_chat:
+            with pytest.raises(bonnx.UpstreamError, match="unknown field 'add_generation_prompt'"):
+                bonnx.BestOfN(model, upstream).run(prompt, 8, method="beam", sampling={"seed": 1})
+            return
+        result = bonnx.BestOfN(model, upstream).run(prompt, 8, method="beam", width=2, sampling={"seed": 1})
+        steps = httpx.post(
+            f"{url}/v1/completions", json={"prompt": prompt, "n": 8, "stop": ";", "seed": 1}, timeout=60
+        ).json()["choices"]
+    assert all((choice["stop_reason"] == ";") == (not choice["text"].endswith(";")) for choice in steps)
+    assert result.best.text.endswith(";")
+    assert {completion.finish_reason for completion in result.completions} == {"stop"}
+    expected = model.rank(prompt, [completion.text for completion in result.completions])
+    assert result.ranking.candidate_scores == pytest.approx(expected.candidate_scores, abs=1e-5)
+    assert len({completion.text for completion in result.completions}) == len(result.completions)
 
 
 def test_a_client_that_leaves_cancels_the_steps(behind):
