@@ -70,6 +70,8 @@ def _choice(
         choice["text"] = completion.text
     if chosen.candidates and log_probs:
         choice["logprobs"] = log_probs_of(service, chosen.candidates[i], is_chat=is_chat)
+    elif completion.log_probs is not None:
+        choice["logprobs"] = completion.log_probs
     return choice
 
 

@@ -13,6 +13,7 @@ from bonnx.errors import InputError, NoWinnerError
 
 from ..generate.result import Generation
 from ..upstream.events import CompletionChoice
+from .batcher import DeadlineError
 from .choosing import Chosen
 from .completions_answer import completions_head
 from .errors import encode, to_api_error
@@ -65,9 +66,9 @@ class LiveCompletion:
             return
         if self._is_chat and piece.delta:
             # A copy: the pieces are put together in place.
-            self._pieces.put_nowait({"delta": copy.deepcopy(piece.delta), "logprobs": None})
+            self._pieces.put_nowait({"delta": copy.deepcopy(piece.delta), "logprobs": piece.logprobs})
         elif not self._is_chat and piece.text:
-            self._pieces.put_nowait({"text": piece.text, "logprobs": None})
+            self._pieces.put_nowait({"text": piece.text, "logprobs": piece.logprobs})
 
     async def start(self, choosing: Coroutine[Any, Any, Chosen]) -> Chosen | None:
         """Start; return when the first piece is there: None, or the completion if it came whole.
@@ -106,9 +107,10 @@ class LiveCompletion:
         try:
             whole = answer(self._task.result())
             last, score, counted = _last_of(whole["choices"][0]), whole["bonnx"], whole.get("usage")
-        except (NoWinnerError, InputError) as e:
+        except (NoWinnerError, InputError, DeadlineError) as e:
             # The client has the text already.
-            last, score, counted = {"finish_reason": self._reason}, {"scores": [None], "warnings": [str(e)]}, None
+            warning = str(e) or "there was no time left to score it"
+            last, score, counted = {"finish_reason": self._reason}, {"scores": [None], "warnings": [warning]}, None
         content: dict[str, object] = {"delta": {}} if self._is_chat else {"text": ""}
         end = {"index": 0, **last, "logprobs": None} | content
         if not with_usage:

@@ -22,9 +22,10 @@ class Completion(Result):
         message: the assistant's message as the server wrote it; None for a completion of plain text.
         finish_reason: why it ended, in the server's words, such as `stop`, `length` or `tool_calls`.
         stopped_by: the stop text that ended it, empty if none did; None if the server does not say.
+        log_probs: the field `logprobs` as the server wrote it; None if it was not asked for.
     """
 
-    _optional: ClassVar[tuple[str, ...]] = ("stopped_by",)
+    _optional: ClassVar[tuple[str, ...]] = ("stopped_by", "log_probs")
 
     _summary: ClassVar[tuple[str, ...]] = ("text", "finish_reason")
 
@@ -32,6 +33,7 @@ class Completion(Result):
     message: Message | None = None
     finish_reason: str | None = None
     stopped_by: str | None = None
+    log_probs: Mapping[str, Any] | None = None
 
     @property
     def item(self) -> str | list[Message]:

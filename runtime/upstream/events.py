@@ -26,6 +26,7 @@ class CompletionChoice(msgspec.Struct):
     message: dict[str, Any] | None = None
     delta: dict[str, Any] | None = None
     finish_reason: str | None = None
+    logprobs: Any = None
     stop_reason: Any = msgspec.UNSET
     matched_stop: Any = msgspec.UNSET
 
@@ -83,6 +84,7 @@ class Assembly:
         self._chat = chat
         self._texts: dict[int, list[str]] = {}
         self._messages: dict[int, dict[str, Any]] = {}
+        self._log_probs: dict[int, dict[str, Any]] = {}
         self._ended: set[int] = set()
         self._pieces = 0
 
@@ -98,7 +100,7 @@ class Assembly:
             if not self._chat and choice.text is None:
                 raise ValueError(f"choices[{place}] has no 'text'")
             # Some servers give every choice the index 0.
-            self._grow(place, choice.text, choice.message or {})
+            self._grow(place, choice, choice.message or {})
             yield place, self._complete(place, choice.finish_reason or None, choice.stopped_by)
 
     def add(self, chunk: Answer) -> Iterator[tuple[int, Completion]]:
@@ -111,7 +113,7 @@ class Assembly:
             index = choice.index or 0
             if index in self._ended:
                 continue
-            self._grow(index, choice.text, choice.delta or {})
+            self._grow(index, choice, choice.delta or {})
             # Some servers send an empty reason until there is one.
             if choice.finish_reason:
                 yield index, self._complete(index, choice.finish_reason, choice.stopped_by)
@@ -121,11 +123,13 @@ class Assembly:
         for index in sorted(set(self._texts) - self._ended):
             yield index, self._complete(index, None, None)
 
-    def _grow(self, index: int, text: str | None, delta: Mapping[str, Any]) -> None:
+    def _grow(self, index: int, choice: CompletionChoice, delta: Mapping[str, Any]) -> None:
         self._pieces += 1
         if self._pieces > _MOST_PIECES:
             raise ValueError(f"it has more than {_MOST_PIECES} pieces")
-        self._texts.setdefault(index, []).append(_text(delta.get("content")) if text is None else text)
+        self._texts.setdefault(index, []).append(_text(delta.get("content")) if choice.text is None else choice.text)
+        if isinstance(choice.logprobs, dict):
+            _extend(self._log_probs.setdefault(index, {}), choice.logprobs)
         message = self._messages.setdefault(index, {})
         _join(message, {key: value for key, value in delta.items() if key not in ("content", "tool_calls")})
         if pieces := delta.get("tool_calls"):
@@ -138,15 +142,15 @@ class Assembly:
     def _complete(self, index: int, reason: str | None, stopped_by: str | None) -> Completion:
         self._ended.add(index)
         text = "".join(self._texts.pop(index))
-        message = self._messages.pop(index)
+        message, log_probs = self._messages.pop(index), self._log_probs.pop(index, None)
         if not self._chat:
-            return Completion(text, None, reason, stopped_by)
+            return Completion(text, None, reason, stopped_by, log_probs)
         calls = message.pop("tool_calls", [])
         for call in calls:
             del call["index"]
         content: dict[str, Any] = {"content": text} if text or not calls else {}
         whole = {"role": "assistant", **message, **content, **({"tool_calls": calls} if calls else {})}
-        return Completion(text, whole, reason, stopped_by)
+        return Completion(text, whole, reason, stopped_by, log_probs)
 
 
 def _text(content: object) -> str:
@@ -155,6 +159,17 @@ def _text(content: object) -> str:
         return content if isinstance(content, str) else ""
     texts = [part.get("text") if isinstance(part, dict) else part for part in content]
     return "".join(text for text in texts if isinstance(text, str))
+
+
+def _extend(target: dict[str, Any], piece: Mapping[str, Any]) -> None:
+    """Add the log-probabilities of further tokens: lists with one entry for each."""
+    for key, value in piece.items():
+        known = target.get(key)
+        if isinstance(value, list) and isinstance(known, list):
+            known.extend(value)
+        elif value is not None or key not in target:
+            # A copy, since it grows.
+            target[key] = [*value] if isinstance(value, list) else value
 
 
 def _call_of(calls: list[dict[str, Any]], piece: Mapping[str, Any], place: int) -> dict[str, Any]:

@@ -272,8 +272,8 @@ async def _choose(
             service, request, body.item, options, rule, None if live is None else live.take_state
         )
     assert service.upstream is not None
-    if (log_probs := (body.model_extra or {}).get("logprobs")) is not None and log_probs is not False:
-        raise InputError("logprobs: not available for completions of an upstream; leave it out")
+    if not rule.samples and (body.model_extra or {}).get("logprobs") not in (None, False):
+        raise InputError(f"logprobs: not available with bonnx.method '{rule.method}'; leave it out")
     forwarded = body.model_dump(exclude_unset=True, exclude={*_OURS})
     return await choose_from_upstream(
         service, service.upstream, request, body.item, forwarded, rule, None if live is None else live.take_piece

@@ -269,7 +269,7 @@ def test_fields_go_to_the_upstream_as_they_are(behind):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"logprobs": 1}, "logprobs: not available"),
+        ({"logprobs": 1, "bonnx": {"method": "beam"}}, "logprobs: not available with bonnx.method 'beam'"),
         ({"bonnx": {"answers": "tool-except:,"}}, "tool-except:FIELD,FIELD"),
         ({"user": "\ud800"}, "cannot be written as JSON"),
     ],

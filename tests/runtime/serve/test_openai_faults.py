@@ -58,6 +58,18 @@ def test_if_nothing_was_scored_in_time_the_request_timed_out(behind, monkeypatch
     assert raised.value.status_code == 504
 
 
+def test_a_text_that_was_sent_is_not_taken_back(behind, monkeypatch):
+    """It was streamed, and its score comes too late."""
+    run = ranking.run_together
+    monkeypatch.setattr(ranking, "run_together", lambda *args: (time.sleep(2), run(*args))[1])
+    client, _ = behind(fake.stream(TEXTS[0]), timeout=1.0)
+    stream = client.completions.create(model="countdown", prompt=PUZZLE, stream=True, extra_body={"best_of": 1})
+    chunks = [*stream]
+    assert "".join(chunk.choices[0].text for chunk in chunks) == TEXTS[0]
+    assert chunks[-1].choices[0].finish_reason == "stop"
+    assert chunks[-1].bonnx == {"scores": [None], "warnings": ["there was no time left to score it"]}
+
+
 def test_a_completion_above_the_servers_limit_is_a_warning(behind, model):
     """40 tokens at once are enough for two of the three."""
     long = "24-20=4;7-4=3;3/3=1;" * 2

@@ -110,6 +110,26 @@ def test_its_score_follows(behind, model):
     assert (chunks[-1].usage.prompt_tokens, chunks[-1].usage.completion_tokens) == (5, 2)
 
 
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "live"])
+def test_log_probabilities_of_the_upstream(behind, stream):
+    """They come in pieces, as the text does."""
+
+    def piece(token, reason=None):
+        entry = {"token": token, "logprob": -0.5, "bytes": None, "top_logprobs": []}
+        choice = {"index": 0, "delta": {"content": token}, "logprobs": {"content": [entry]}, "finish_reason": reason}
+        return {"choices": [choice]}
+
+    client, upstream = behind(fake.events(piece("24-3"), piece("=21;", "stop")))
+    request = {"model": "countdown", "messages": CHAT, "logprobs": True, "top_logprobs": 0, "extra_body": ONE}
+    if stream:
+        choices = [chunk.choices[0] for chunk in client.chat.completions.create(**request, stream=True)]
+    else:
+        choices = client.chat.completions.create(**request).choices
+    entries = [entry for choice in choices if choice.logprobs for entry in choice.logprobs.content]
+    assert [(entry.token, entry.logprob) for entry in entries] == [("24-3", -0.5), ("=21;", -0.5)]
+    assert upstream.bodies[0]["logprobs"] is True
+
+
 def test_tool_calls_go_on_as_they_are(behind):
     call = {"index": 0, "id": "c1", "type": "function", "function": {"name": "add", "arguments": ""}}
     pieces = [
