@@ -26,7 +26,11 @@ class CachedRankings:
     """Random prompts and candidates, with the exact scores once the checker has computed them."""
 
     def __init__(self, checker: Checker) -> None:
-        self._checker, longest = checker, max(2, checker.limits.max_tokens // 2)
+        self._checker, scaling, most = checker, checker.network.config.rope_scaling, checker.limits.max_tokens
+        if scaling is not None and scaling.kind == "dynamic":
+            # The runtime does not cache longer rows, whose frequencies depend on their length.
+            most = min(most, scaling.original_max_positions)
+        longest = max(1, most // 2)
         self._cases = [
             checker.case(min(prompt, longest), min(length, longest), count, batch, padding)
             for prompt, length, count, batch, padding in _SHAPES
@@ -39,16 +43,20 @@ class CachedRankings:
             ExportError: a score differs by more than the tolerance.
         """
         differences = []
-        for feeds, expected in self._cases:
-            outputs = self._rank(feeds)
+        for number, (feeds, expected) in enumerate(self._cases):
+            feeds = self._read_prompts(feeds)
+            outputs = self._checker.run_graph(RANK_CACHED, feeds)
             differences.append(self._checker.near("scores", "rank after a cached prompt", outputs["scores"], expected))
+            if number == 1:
+                self._checker.record(f"{RANK_CACHED}/1", feeds, outputs, scores=expected)
         for name in (PREFILL, RANK_CACHED):
             self._checker.close(name)
         return self._checker.parity("rank, after a cached prompt", differences, "scores")
 
-    def _rank(self, feeds: dict[str, Array]) -> dict[str, Array]:
+    def _read_prompts(self, feeds: dict[str, Array]) -> dict[str, Array]:
+        """The feeds of `rank_cached`, from those of `rank`."""
         rng, name = self._checker.rng, "prompt_ids" if self._checker.ids else "prompt_embeds"
-        prompt, mask = feeds.pop(name), feeds["prompt_mask"]
+        prompt, mask = feeds[name], feeds["prompt_mask"]
         length, done, cache = prompt.shape[1], 0, self._nothing(len(prompt))
         while done < length:
             # The last tokens that were read are forgotten now and then, and read again.
@@ -57,7 +65,7 @@ class CachedRankings:
             past = {key.replace("prompt", "past"): value for key, value in cache.items()}
             piece = {name: prompt[:, done:end], "prompt_mask": mask[:, :end], **past}
             cache, done = self._checker.run_graph(PREFILL, piece), end
-        return self._checker.run_graph(RANK_CACHED, feeds | cache)
+        return {key: value for key, value in feeds.items() if key != name} | cache
 
     def _nothing(self, batch: int) -> dict[str, Array]:
         outputs = self._checker.graphs[PREFILL].outputs
