@@ -246,7 +246,7 @@ def test_connections_close_with_their_event_loop():
     with FakeUpstream(fake.answer("a")) as server:
         upstream = Upstream(server.url)
         before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
-        for _ in range(20):
+        for _ in range(6):
             assert texts(asyncio.run(run(upstream))) == ["a"]
         gc.collect()
         assert not upstream._connections._loops
