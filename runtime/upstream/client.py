@@ -11,7 +11,7 @@ import contextlib
 import json
 import math
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
-from datetime import datetime
+from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING
 
@@ -298,7 +298,9 @@ def _retry_after(response: httpx.Response) -> float | None:
             date = parsedate_to_datetime(value)
         except (ValueError, TypeError):
             return None
-        seconds = (date - datetime.now(date.tzinfo)).total_seconds()
+        # Without a zone, it is in UTC.
+        zone = date.tzinfo or timezone.utc
+        seconds = (date.replace(tzinfo=zone) - datetime.now(zone)).total_seconds()
     return max(0.0, seconds) if math.isfinite(seconds) else None
 
 

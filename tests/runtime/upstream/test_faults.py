@@ -116,6 +116,15 @@ def test_a_time_to_try_again_at_that_says_nothing(value):
     assert client._retry_after(response) is None
 
 
+@pytest.mark.parametrize("zone", ["GMT", "-0000", "+0200"])
+def test_zones_of_dates(zone, monkeypatch):
+    hours = 2 if zone == "+0200" else 0
+    date = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(hours=hours, seconds=20)
+    value = f"{email.utils.format_datetime(date.replace(tzinfo=None)).removesuffix(' -0000')} {zone}"
+    response = client.httpx.Response(429, headers={"Retry-After": value})
+    assert 10 < client._retry_after(response) <= 20
+
+
 def test_half_of_a_surrogate_pair_spoils_one_completion():
     choices = [
         {"index": i, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
