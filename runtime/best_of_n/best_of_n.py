@@ -25,7 +25,7 @@ from ..upstream.cost import SamplingCost
 from .generators import as_generator, is_server
 from .result import BestOfNResult
 from .run import Arrivals, Run
-from .steps import UpstreamTree, check_for_completions, check_step, search_by_steps
+from .steps import UpstreamTree, check_for_completions, check_step, search_by_steps, step_of
 
 __all__ = ["BestOfN"]
 
@@ -181,4 +181,4 @@ class BestOfN:
     def _step(self, method: str, step: str | None) -> str:
         """The text that ends a step."""
         engine = getattr(self._scorer, "_engine", None)
-        return check_step(method, engine.reader.step_text if step is None and engine is not None else step)
+        return check_step(method, step_of(engine) if step is None and engine is not None else step)

@@ -24,6 +24,7 @@ from bonnx.errors import InputError
 
 from ..arrays import Array
 from ..checks import shown
+from ..engine.engine import Engine
 from ..generate.decoding import DEADLINE, LENGTH, STOP
 from ..search.method import Method
 from ..search.methods import METHODS
@@ -33,7 +34,7 @@ from ..upstream.cost import SamplingCost
 from .result import BestOfNResult
 from .run import Arrivals, Run, Score, score_some
 
-__all__ = ["SampleSteps", "UpstreamTree", "check_for_completions", "check_step", "search_by_steps"]
+__all__ = ["SampleSteps", "UpstreamTree", "check_for_completions", "check_step", "search_by_steps", "step_of"]
 
 T = TypeVar("T")
 # Seconds before the deadline in which a failure counts as the deadline's.
@@ -267,6 +268,12 @@ def check_for_completions(name: str, method: Method) -> None:
             f"method: '{name}' works only with an artifact that generates, because {method.needs_artifact}; expected "
             f"one of {', '.join(name for name, (kind, _) in METHODS.items() if not kind.needs_artifact)}"
         )
+
+
+def step_of(engine: Engine) -> str | None:
+    """The text that ends a step for an artifact's scorer; None if it does not say."""
+    tokenizer = engine.reader.tokenizer
+    return None if tokenizer is None else tokenizer.step_text
 
 
 def check_step(method: str, step: object) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +15,9 @@ from bonnx.errors import UpstreamError
 
 from ..arrays import Array
 from ..batching import Shape
+from ..best_of_n.result import BestOfNResult
 from ..best_of_n.run import Arrivals, Run
-from ..best_of_n.steps import UpstreamTree, check_for_completions, check_step, search_by_steps
+from ..best_of_n.steps import UpstreamTree, check_for_completions, check_step, search_by_steps, step_of
 from ..checks import ArgumentNames
 from ..engine.prompt_cache import PREFILL
 from ..engine.session import Stop
@@ -139,10 +140,43 @@ async def choose_from_upstream(
         NoWinnerError: no completion can win.
         InputError: the scorer cannot read the prompt or a completion.
     """
-    scoring = service.engine.manifest.scoring
     check_for_completions(rule.method, rule.runner)
     # An invalid argument is refused before anything is sampled.
-    make_ballot(rule.vote, rule.answers, [], "completions", (), scoring)
+    make_ballot(rule.vote, rule.answers, [], "completions", (), service.engine.manifest.scoring)
+    run, choice = _start(service, upstream, request, prompt, body, rule, on_piece)
+    try:
+        result = await service.unless_gone(request, choice)
+    except UpstreamError as e:
+        note(request, upstream_error=str(e))
+        raise
+    finally:
+        note(request, completions=len(run.completions), failures=len(run.failures), upstream_requests=run.cost.requests)
+    ranking = result.ranking
+    service.metrics.sampled(rule.method, len(result.completions), result.saved, run.cost.completion_tokens)
+    return Chosen(
+        result.completions,
+        ranking.candidate_scores,
+        Standing(ranking.order, ranking.margin, ranking.answers, ranking.group_scores),
+        ranking.aggregation,
+        run.cost.prompt_tokens,
+        run.cost.completion_tokens,
+        result.failures,
+        sampling_cost(len(result.completions), result.saved, run.cost.completion_tokens)
+        | {"requests": run.cost.requests},
+        unscored=ranking.unreadable,
+    )
+
+
+def _start(
+    service: Service,
+    upstream: Upstream,
+    request: Request,
+    prompt: Item,
+    body: Mapping[str, object],
+    rule: Rule,
+    on_piece: Callable[[CompletionChoice], object] | None,
+) -> tuple[Run, Coroutine[Any, Any, BestOfNResult]]:
+    """A run of best-of-N, and its result."""
     left = service.until(request) - time.monotonic()
     seconds = min(left * (1 - RESERVE), left if rule.deadline is None else rule.deadline)
     until, cost = time.monotonic() + seconds, SamplingCost()
@@ -163,39 +197,18 @@ async def choose_from_upstream(
         score,
         rule.vote,
         rule.answers,
-        scoring,
+        service.engine.manifest.scoring,
         cost,
         service.engine.reader.most_characters,
         lambda: _prepare(service, request, prompt),
     )
     if isinstance(rule.runner, Beam):
-        step = check_step(rule.method, rule.step or service.engine.reader.step_text)
+        step = check_step(rule.method, rule.step or step_of(service.engine))
         tree = UpstreamTree(run, sample_steps, functools.partial(score, partial=True), step, until)
-        choice = search_by_steps(tree, rule.runner, rule.method, rule.best_of)
-    elif isinstance(rule.runner, Adaptive):
-        choice = run.adaptively(rule.best_of, rule.runner)
-    else:
-        choice = run.all_at_once(rule.best_of, rule.method)
-    try:
-        result = await service.unless_gone(request, choice)
-    except UpstreamError as e:
-        note(request, upstream_error=str(e))
-        raise
-    finally:
-        note(request, completions=len(run.completions), failures=len(run.failures), upstream_requests=cost.requests)
-    ranking = result.ranking
-    service.metrics.sampled(rule.method, len(result.completions), result.saved, cost.completion_tokens)
-    return Chosen(
-        result.completions,
-        ranking.candidate_scores,
-        Standing(ranking.order, ranking.margin, ranking.answers, ranking.group_scores),
-        ranking.aggregation,
-        cost.prompt_tokens,
-        cost.completion_tokens,
-        result.failures,
-        sampling_cost(len(result.completions), result.saved, cost.completion_tokens) | {"requests": cost.requests},
-        unscored=ranking.unreadable,
-    )
+        return run, search_by_steps(tree, rule.runner, rule.method, rule.best_of)
+    if isinstance(rule.runner, Adaptive):
+        return run, run.adaptively(rule.best_of, rule.runner)
+    return run, run.all_at_once(rule.best_of, rule.method)
 
 
 async def _prepare(service: Service, request: Request, prompt: Item) -> None:

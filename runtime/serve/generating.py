@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Sequence
 from typing import cast
@@ -12,6 +13,7 @@ from starlette.requests import Request
 
 from bonnx.errors import InputError
 
+from ..arrays import Array
 from ..engine.session import Stop
 from ..generate.options import GenerateOptions
 from ..generate.result import Candidate, Generation
@@ -19,7 +21,7 @@ from ..rank.result import winner
 from ..search.result import SearchResult
 from ..search.sampling import Adaptive
 from ..search.search import search
-from ..selection.vote import Standing, make_ballot
+from ..selection.vote import Ballot, Standing, make_ballot
 from ..text.reader import Item
 from ..upstream.completion import Completion
 from .choosing import RESERVE, Chosen, Rule, sampling_cost
@@ -55,54 +57,74 @@ async def choose_from_artifact(
         raise InputError("truncate: a prompt that is generated from is never cut; leave it out")
     if not rule.samples:
         return await _search(service, request, prompt, options, rule)
-    adaptive = rule.runner if isinstance(rule.runner, Adaptive) else None
-    if adaptive is not None and rule.vote == "score":
+    if isinstance(rule.runner, Adaptive) and rule.vote == "score":
         service.engine.check_scorer("bonnx.method 'adaptive'", "send a vote")
+    _ballot(service, rule, [])
+    sampled, saved = await _sample(service, request, prompt, options, rule, on_state)
+    scores, ballot = _scores(sampled.candidates), _ballot(service, rule, sampled.candidates)
+    chosen, groups = ballot.choose(scores)
+    winner(chosen, "completions")
+    count, tokens = len(sampled.candidates), sampled.computed_tokens
+    service.metrics.sampled(rule.method, count, saved, tokens)
+    return Chosen(
+        _completions(service, sampled.candidates, options),
+        scores,
+        ballot.count(scores, groups),
+        sampled.aggregation,
+        sampled.prompt_tokens,
+        tokens,
+        (),
+        sampling_cost(count, saved, tokens),
+        sampled.candidates,
+    )
+
+
+async def _sample(
+    service: Service,
+    request: Request,
+    prompt: Item,
+    options: GenerateOptions,
+    rule: Rule,
+    on_state: Callable[[Generation], object] | None,
+) -> tuple[Generation, int]:
+    """All completions as one generation, and the number that `adaptive` has saved."""
+    adaptive = rule.runner if isinstance(rule.runner, Adaptive) else None
     until = None if rule.deadline is None else time.monotonic() + rule.deadline
-    candidates: list[Candidate] = []
-    saved = 0
-    prompt_tokens = computed_tokens = 0
-    ballot = make_ballot(rule.vote, rule.answers, [], "completions", (), service.engine.manifest.scoring)
-    scores, texts = np.zeros(0, np.float32), list[str]()
-    aggregation = ""
-    while len(candidates) < rule.best_of:
-        count = rule.best_of - len(candidates)
+    total = Generation(-1, [], 0, 0, "")
+    while (done := len(total.candidates)) < rule.best_of:
+        count = rule.best_of - done
         if adaptive is not None:
             count = min(count, adaptive.batch)
-        wave = cast(GenerateOptions, {**options, "n": count, "seed": options["seed"] + len(candidates)})
+        wave = cast(GenerateOptions, {**options, "n": count, "seed": options["seed"] + done})
         if until is None and on_state is None:
             generation = await service.generate(request, prompt, wave)
         else:
             left = None if until is None else max(0.001, until - time.monotonic())
             generation = await service.cut(request, prompt, wave, left, on_state)
-        candidates += generation.candidates
-        aggregation = generation.aggregation
-        prompt_tokens += generation.prompt_tokens
-        computed_tokens += sum(len(candidate.tokens) for candidate in generation.candidates)
-        scores = np.array([candidate.score for candidate in candidates], np.float32)
-        texts = [candidate.text or "" for candidate in candidates]
-        ballot = make_ballot(rule.vote, rule.answers, texts, "completions", (), service.engine.manifest.scoring)
-        voted = None if rule.vote == "score" else ballot.answers
-        if adaptive is not None and adaptive.is_enough(lambda scores=scores: scores, voted):  # type: ignore[misc]
-            saved = rule.best_of - len(candidates)
-            break
+        total = Generation(
+            -1,
+            total.candidates + generation.candidates,
+            total.prompt_tokens + generation.prompt_tokens,
+            total.computed_tokens + sum(len(candidate.tokens) for candidate in generation.candidates),
+            generation.aggregation,
+        )
+        candidates = total.candidates
+        if adaptive is not None:
+            voted = None if rule.vote == "score" else _ballot(service, rule, candidates).answers
+            if adaptive.is_enough(functools.partial(_scores, candidates), voted):
+                return total, rule.best_of - len(candidates)
         if until is not None and time.monotonic() > until:
             break
-    chosen, groups = ballot.choose(scores)
-    winner(chosen, "completions")
-    service.metrics.sampled(rule.method, len(candidates), saved, computed_tokens)
-    completions = _completions(service, candidates, options)
-    return Chosen(
-        completions,
-        scores,
-        ballot.count(scores, groups),
-        aggregation,
-        prompt_tokens,
-        computed_tokens,
-        (),
-        sampling_cost(len(candidates), saved, computed_tokens),
-        candidates,
-    )
+    return total, 0
+
+
+def _scores(candidates: Sequence[Candidate]) -> Array:
+    return np.array([candidate.score for candidate in candidates], np.float32)
+
+
+def _ballot(service: Service, rule: Rule, candidates: Sequence[Candidate]) -> Ballot:
+    texts = [candidate.text or "" for candidate in candidates]
+    return make_ballot(rule.vote, rule.answers, texts, "completions", (), service.engine.manifest.scoring)
 
 
 def _completions(service: Service, candidates: Sequence[Candidate], options: GenerateOptions) -> list[Completion]:
@@ -130,7 +152,7 @@ async def _search(service: Service, request: Request, prompt: Item, options: Gen
     standing = standing._replace(order=(best, *(i for i in standing.order if i != best)))
     return Chosen(
         _completions(service, result.candidates, options),
-        np.array([candidate.score for candidate in result.candidates], np.float32),
+        _scores(result.candidates),
         standing,
         options.get("aggregation") or service.engine.manifest.scoring.aggregation,
         result.cost.prompt_tokens,
@@ -190,7 +212,7 @@ def standing_of(result: SearchResult | Generation, vote: str = "score") -> Stand
         vote: how the generation was chosen; a search says it itself.
     """
     vote = result.vote if isinstance(result, SearchResult) else vote
-    scores = np.array([candidate.score for candidate in result.candidates], np.float32)
+    scores = _scores(result.candidates)
     ballot = make_ballot("score", result.answers, [None] * len(scores), "candidates")
     groups = scores if result.group_scores is None else result.group_scores
     return dataclasses.replace(ballot, vote=vote).count(scores, groups)

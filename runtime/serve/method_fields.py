@@ -43,9 +43,7 @@ def _field(name: str) -> tuple[Any, Any]:
         return Annotated[int, Field(strict=True, **bounds(meta))] | Literal["sqrt"] | None, Field(
             None, description=description
         )
-    return kind | None if isinstance(kind, type) else kind.__or__(None), Field(
-        None, description=description, strict=True if kind is int else None, **bounds(meta)
-    )
+    return kind | None, Field(None, description=description, strict=True if kind is int else None, **bounds(meta))
 
 
 def method_of(body: BaseModel, prefix: str = "") -> tuple[str, Method]:

@@ -153,9 +153,6 @@ class Reader:
     def __init__(self, manifest: Manifest, tokenizer: Tokenizer | None, composer: Composer) -> None:
         self.tokenizer, self._composer = tokenizer, composer
         self._limit = manifest.limits.max_tokens
-        rules, self._step_token = manifest.text, manifest.scoring.step_token
-        # Candidates come with what the scorer splits them at, and it puts its own ending in the place.
-        self._step_text = None if rules is None else rules.step_split or rules.step_text
         self.vocabulary = manifest.size("vocab_size") if manifest.kind == "language_model" else None
         self.width = None if manifest.kind == "language_model" else manifest.size("embed_dim")
         self._blank: Array = np.zeros(0, np.int64) if self.width is None else np.zeros((0, self.width), np.float32)
@@ -179,13 +176,6 @@ class Reader:
     def most_characters(self) -> int | None:
         """The maximum length of a text that can fit into the limit of tokens; None without a tokenizer."""
         return None if self.tokenizer is None else self._limit * self.tokenizer.longest_token
-
-    @property
-    def step_text(self) -> str | None:
-        """The text at which a program that generates ends a step; None if the artifact does not say."""
-        if self._step_text is not None or self._step_token is None or self.tokenizer is None:
-            return self._step_text
-        return self.tokenizer.pieces([self._step_token])[0]
 
     def rows(self, items: Sequence[Item], names: ArgumentNames, *, partial: bool) -> EncodedRows:
         """Independent rows; `names` are their names in errors.

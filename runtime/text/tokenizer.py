@@ -87,6 +87,13 @@ class Tokenizer:
         self._special = {i for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
         self._detokenizer = Detokenizer(self._tokenizer, self._special)
 
+    @property
+    def step_text(self) -> str | None:
+        """The text at which a program that generates ends a step; None if the artifact does not say."""
+        # Candidates come with what they are split at; the scorer's own ending takes its place.
+        text, token = self._rules.step_split or self._rules.step_text, self._scoring.step_token
+        return text if text is not None or token is None else self.pieces([token])[0]
+
     def encode(self, text: str, name: str, *, special: bool = False) -> list[int]:
         """Token ids, with the tokenizer's own special tokens if `special`; `name` is the text's name in errors.
 
