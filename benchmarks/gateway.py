@@ -106,7 +106,8 @@ def draw_puzzle(rng: random.Random, n: int) -> tuple[str, list[str]]:
 
 def draw_words(rng: random.Random, n: int, prompt: int, completion: int) -> tuple[str, list[str]]:
     """Words, each of which is one token of the random model."""
-    words = lambda length: " ".join(f"w{rng.randrange(VOCABULARY)}" for _ in range(length))  # noqa: E731
+    # w0 stands for unknown words.
+    words = lambda length: " ".join(f"w{rng.randrange(1, VOCABULARY)}" for _ in range(length))  # noqa: E731
     return words(prompt) + " ", [words(completion) for _ in range(n)]
 
 
@@ -156,7 +157,9 @@ async def measure(ports: dict[str, int], upstream: Upstream, port: int, n: int) 
                 body = {"model": "timed", "prompt": case.prompt, "best_of": n, "user": user}
                 response = await client.post(f"http://127.0.0.1:{ports[name]}/v1/completions", json=body)
                 took = time.perf_counter() - upstream.sent[user]
-                best[name] = response.raise_for_status().json()["choices"][0]["text"]
+                if response.status_code != 200:
+                    raise SystemExit(f"{name}: {response.status_code} {response.text[:500]}")
+                best[name] = response.json()["choices"][0]["text"]
                 if number:
                     seconds[name].append(took)
             if len(set(best.values())) > 1:
