@@ -36,7 +36,7 @@ class Table:
         self.computed = 0
         self.manifest = SimpleNamespace(
             scoring=Scoring(step_token=STEP, end_token=END, activation="sigmoid"),
-            limits=Limits(max_tokens=len(PROMPT) + longest), seal="0" * 64, name="table",
+            limits=Limits(max_tokens=len(PROMPT) + longest), seal="0" * 64, name="table", has_scorer=True,
         )  # fmt: skip
         reader = SimpleNamespace(tokenizer=None, prompt=np.array, stops=lambda given, scoring: Stops(tokens=self.stops))
         self.engine = Engine(self.manifest, reader, self.session)
