@@ -102,6 +102,8 @@ def main() -> None:
     arguments = parser.parse_args()
     ports = free_port(), free_port()
     command = ["-m", "bonnx", "serve", arguments.artifact, "--port", str(ports[0]), "--timeout", "120"]
+    # Every prompt is another one: a cache of prompts that is full after the first tenth shows whether the rest grows.
+    command += ["--prompt-cache", str(8 * 2**20)]
     command += ["--upstream", f"http://127.0.0.1:{ports[1]}/v1", "--upstream-model", "faulty"]
     with server(command, ports[0], "/health") as process:
         print("| requests | seconds | resident memory, MB | threads | open files |\n|---|---|---|---|---|")
