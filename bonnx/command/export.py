@@ -120,9 +120,7 @@ def run(arguments: argparse.Namespace) -> int:
     shipped = arguments.checkpoint is None
     if arguments.output is None and not shipped:
         raise InputError("--checkpoint needs -o/--output: the folder to write")
-    suffix = ("" if arguments.precision == "fp32" else f"_{arguments.precision}") + "_no_scorer" * arguments.no_scorer
-    default = Path(f"{DEFAULT_OUTPUT}{suffix}")
-    output: Path = arguments.output or default
+    output = _output(arguments)
     # The demonstration may be run again and again; any other folder is replaced only when asked.
     overwrite = arguments.overwrite or arguments.output is None
     check_output(output, overwrite=overwrite)
@@ -178,6 +176,13 @@ def run(arguments: argparse.Namespace) -> int:
     if demonstration:
         show(demonstration)
     return 0
+
+
+def _output(arguments: argparse.Namespace) -> Path:
+    """The folder to write."""
+    suffix = ("" if arguments.precision == "fp32" else f"_{arguments.precision}") + "_no_scorer" * arguments.no_scorer
+    output: Path = arguments.output or Path(f"{DEFAULT_OUTPUT}{suffix}")
+    return output
 
 
 def _fetch(checkpoint: str) -> tuple[Path, str, str | None]:
