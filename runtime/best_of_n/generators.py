@@ -14,6 +14,7 @@ from bonnx.errors import InputError
 from ..checks import check_function, is_list, shown
 from ..generate.options import GenerateOptions
 from ..protocol import ModelLike
+from ..seeds import seed_after
 from ..text.reader import Item
 from ..upstream.completion import Completion, Failure
 from ..upstream.continuation import CONTINUES, stopped_by
@@ -136,7 +137,9 @@ def _call_model(model: ModelLike) -> _Ask:
     async def call(prompt: Item, n: int, first: int, sampling: Sampling, cost: SamplingCost) -> Sequence[Completion]:
         # With the seed of an earlier call the completions would be the same.
         options = cast(GenerateOptions, {**sampling, "n": n})
-        options["seed"] = options.get("seed", 0) + first
+        seed = options.get("seed")
+        if seed is None or isinstance(seed, int):
+            options["seed"] = seed_after(seed or 0, first)
         generation = await asyncio.to_thread(model.generate, prompt, **options)
         cost.add(generation.prompt_tokens, sum(len(candidate.tokens) for candidate in generation.candidates))
         completions = [
@@ -163,7 +166,7 @@ def _call_client(client: Any, model: str) -> _Ask:
         if continues := {name: body.pop(name) for name in CONTINUES if name in body}:
             body["extra_body"] = {**cast(Mapping[str, object], body.get("extra_body") or {}), **continues}
         if isinstance(seed := body.get("seed"), int):
-            body["seed"] = seed + first
+            body["seed"] = seed_after(seed, first)
         answer = await create(**body) if is_async else await asyncio.to_thread(create, **body)
         # The client passes on whatever a server sends, null too.
         counted = [getattr(answer.usage, name, None) for name in ("prompt_tokens", "completion_tokens")]

@@ -184,14 +184,17 @@ class Run:
         reasons = dict(ranking.unreadable)
         for number, score in enumerate(ranking.candidate_scores):
             if math.isnan(score) and number not in reasons:
-                error = self._unscored.get(number)
-                if error is not None:
-                    reasons[number] = str(error) or "there was no time left to score it"
-                elif not self._can_win(number):
-                    reasons[number] = "it is too long for the scorer" if self.completions[number].item else NO_TOKENS
-                else:
-                    reasons[number] = "its score is NaN"
+                reasons[number] = self._reason(number)
         return reasons
+
+    def _reason(self, number: int) -> str:
+        """Why a completion has no score, if its ranking does not say."""
+        error = self._unscored.get(number)
+        if error is not None:
+            return str(error) or "there was no time left to score it"
+        if not self._can_win(number):
+            return "it is too long for the scorer" if self.completions[number].item else NO_TOKENS
+        return "its score is NaN"
 
     def choose(self, method: str) -> BestOfNResult:
         """The choice from what has come; `method` is the name of what sampled it.
@@ -211,7 +214,11 @@ class Run:
             for error in self._unscored.values():
                 if isinstance(error, _REFUSALS):
                     raise error
-            raise NoWinnerError(f"none of the {len(self.completions)} completions can win: none has a score")
+            unscored = [*dict.fromkeys(map(self._reason, range(len(self.completions))))]
+            raise NoWinnerError(
+                f"none of the {len(self.completions)} completions can win, because none has a score: "
+                + "; ".join(unscored[:3])
+            )
         items = [completion.item for completion in self.completions]
         ranking = join_rankings(self._parts, items, self._ballot())
         ranking = replace(ranking, unreadable=self._reasons(ranking))

@@ -88,6 +88,8 @@ class PromptCache:
             if begun.values:
                 self._touch(begun)
                 return begun.values
+        # A copy: the caller may fill the same array with another prompt.
+        prompt = prompt.copy()
         entry = _Entry(prompt, self._bytes(len(prompt)))
         self._make_room(entry)
         try:

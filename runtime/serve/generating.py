@@ -21,6 +21,7 @@ from ..rank.result import winner
 from ..search.result import SearchResult
 from ..search.sampling import Adaptive
 from ..search.search import search
+from ..seeds import seed_after
 from ..selection.vote import Ballot, Standing, make_ballot
 from ..text.reader import Item
 from ..upstream.completion import Completion
@@ -95,7 +96,7 @@ async def _sample(
         count = rule.best_of - done
         if adaptive is not None:
             count = min(count, adaptive.batch)
-        wave = cast(GenerateOptions, {**options, "n": count, "seed": options["seed"] + done})
+        wave = cast(GenerateOptions, {**options, "n": count, "seed": seed_after(options["seed"], done)})
         if until is None and on_state is None:
             generation = await service.generate(request, prompt, wave)
         else:
@@ -104,7 +105,7 @@ async def _sample(
         total = Generation(
             -1,
             total.candidates + generation.candidates,
-            total.prompt_tokens + generation.prompt_tokens,
+            generation.prompt_tokens,
             total.computed_tokens + sum(len(candidate.tokens) for candidate in generation.candidates),
             generation.aggregation,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from types import NoneType
-from typing import Annotated, Any, ClassVar, TypeAlias, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, FailFast, Field, PlainValidator, create_model, model_validator
 from pydantic.fields import FieldInfo
@@ -122,34 +122,60 @@ def explain(errors: Sequence[ErrorDetails], body: type[BaseModel] | None) -> str
         body: what the body should have been.
     """
     fields = body.model_fields if body else {}
-    return "; ".join([*dict.fromkeys(_explain_one(error, fields) for error in errors)][:3])
+    places = [[part for part in error["loc"] if part != "body"] for error in errors]
+    said = [_explain_one(error, place, fields) for error, place in zip(errors, places, strict=True)]
+    return "; ".join([*dict.fromkeys(said)][:3])
 
 
-def _explain_one(error: ErrorDetails, fields: Mapping[str, FieldInfo]) -> str:
-    place = [part for part in error["loc"] if part != "body"]
+def _explain_one(
+    error: ErrorDetails, place: Sequence[int | str], fields: Mapping[str, FieldInfo], prefix: str = ""
+) -> str:
+    inner = _body_of(fields[str(place[0])]) if len(place) > 1 and place[0] in fields else None
+    if inner is not None:
+        # A field of an object within the body.
+        return _explain_one(error, place[1:], inner.model_fields, f"{prefix}{place[0]}.")
     if error["type"] == "elsewhere":
         return error["msg"]
     if not place:
         unicode = error["type"] == "string_unicode"
         return "a name in the body is no Unicode text" if unicode else "expected a JSON object as the body"
     name = str(place[0])
+    called = prefix + name
     if error["type"] == "extra_forbidden" and len(place) == 1:
-        return f"unknown field '{name:.60}'; {near_miss(name, fields, 'known fields')}"
+        return f"unknown field '{called:.60}'; {near_miss(name, fields, 'known fields')}"
     if name in fields and (error["type"] != "missing" or place[1:]):
         described, expected = fields[name].description, _expected_number(fields[name]) or _expected_word(error)
         if expected is not None and len(place) == 1:
-            return f"{name}: expected {expected}; got {shown(error['input'])}"
+            return f"{called}: expected {expected}; got {shown(error['input'])}"
         if described is not None and described.startswith("expected "):
             # A field of several kinds has an error for each of them.
             item = place[1] if len(place) > 1 else None
-            return f"{name}: {described}" + (f"; {name}[{item}] is not one of these" if isinstance(item, int) else "")
-    return f"{'.'.join(map(str, place))[:120]}: {error['msg'][:1].lower()}{error['msg'][1:200]}"
+            return f"{called}: {described}" + (
+                f"; {called}[{item}] is not one of these" if isinstance(item, int) else ""
+            )
+        if _takes_sqrt(fields[name]):
+            return f"{called}: expected a whole number of at least 1, or 'sqrt'; got {shown(error['input'])}"
+    whole = prefix + ".".join(map(str, place))
+    return f"{whole[:120]}: {error['msg'][:1].lower()}{error['msg'][1:200]}"
+
+
+def _body_of(field: FieldInfo) -> type[RequestBody] | None:
+    """The class of a field that is an object with fields of its own."""
+    kinds = get_args(field.annotation) or (field.annotation,)
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, RequestBody)), None)
+
+
+def _takes_sqrt(field: FieldInfo) -> bool:
+    """Whether a field is a `Count`."""
+    return Literal["sqrt"] in get_args(field.annotation)
 
 
 def _expected_word(error: ErrorDetails) -> str | None:
-    """What a field that has a few values, or is true or false, takes; None for another field."""
+    """What a field takes that has a few values, is true or false, or is an object; None for another field."""
     if error["type"] == "literal_error":
         return str(error["ctx"]["expected"])
+    if error["type"] in ("model_type", "model_attributes_type"):
+        return "a JSON object"
     return "true or false" if error["type"] in ("bool_type", "bool_parsing") else None
 
 

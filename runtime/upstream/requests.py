@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import TYPE_CHECKING
 
+from ..seeds import seed_after
 from .completion import Completion, Failure
 from .cost import SamplingCost
 from .events import CompletionChoice
@@ -144,7 +145,7 @@ class Requests:
         if len(numbers) > 1:
             body = {**body, "n": len(numbers)}
         if self._has_seed:
-            body = {**body, "seed": body["seed"] + numbers[0]}  # type: ignore[operator]
+            body = {**body, "seed": seed_after(body["seed"], numbers[0])}  # type: ignore[arg-type]
         missing, begun = [*numbers], False
 
         def take(piece: CompletionChoice) -> None:

@@ -225,7 +225,7 @@ def raises(prompt, n):
         (lambda prompt, n: [], UpstreamError, "generate gave no completion"),
         (lambda prompt, n: "42", InputError, "expected a list of 3 texts or messages; got '42'"),
         (lambda prompt, n: [42] * n, InputError, "generate, completion 0: expected a text or a message; got 42"),
-        (lambda prompt, n: [""] * n, NoWinnerError, "none of the 3 completions can win"),
+        (lambda prompt, n: [""] * n, NoWinnerError, "none of the 3 completions can win, .*: it has no tokens"),
     ],
     ids=["raises", "nothing", "a text", "numbers", "empty"],
 )

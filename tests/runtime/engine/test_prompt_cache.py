@@ -208,3 +208,12 @@ def test_embeddings_too(small, rng):
     plain = model.rank(prompt, candidates)
     assert model.prepare(prompt)
     assert within(model.rank(prompt, candidates).candidate_scores, plain.candidate_scores, RUNTIME)
+
+
+def test_an_array_that_the_caller_fills_anew_is_another_prompt(small, rng):
+    model = bonnx.load(small)
+    buffer, candidates = rng.standard_normal((9, 12), np.float32), [rng.standard_normal((4, 12), np.float32)] * 2
+    model.prepare(buffer)
+    buffer[:] = rng.standard_normal((9, 12), np.float32)
+    plain = bonnx.load(small, prompt_cache=0).rank(buffer, candidates)
+    assert within(model.rank(buffer, candidates).candidate_scores, plain.candidate_scores, RUNTIME)

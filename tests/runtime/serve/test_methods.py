@@ -248,3 +248,17 @@ def test_the_schema_has_every_method_and_setting(url):
     for name, (_, meta, methods) in SETTINGS.items():
         assert schema[name]["description"] == f"{', '.join(methods)}: {meta.description}"
     assert schema["confidence"]["anyOf"][0] == {"minimum": 0.5, "exclusiveMaximum": 1, "type": "number"}
+
+
+def test_seeds_after_the_largest_one(url):
+    """`adaptive` samples in batches, each with a seed of its own; the prompt is counted once."""
+    body = {
+        "prompt": PUZZLE,
+        "seed": 2**63 - 1,
+        "best_of": 4,
+        "bonnx": {"method": "adaptive", "price": 1e-9, "batch": 2},
+    }
+    answer = httpx.post(f"{url}/v1/completions", json=body)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["bonnx"]["cost"]["completions"] == 4
+    assert answer.json()["usage"]["prompt_tokens"] == 10

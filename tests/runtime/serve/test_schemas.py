@@ -61,3 +61,24 @@ def test_an_option_may_be_left_out_or_null_but_not_sent_with_candidates(client):
     assert generated.status_code == 200, generated.text
     refused = client.post("/v1/best-of-n", json={"prompt": [1, 2], "candidates": [[3]], "temperature": 1.0})
     assert refused.json()["message"] == "temperature: belongs to generation; leave it out with candidates"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"foo": 1}, "unknown field 'bonnx.foo'; known fields: "),
+        ({"vot": "majority"}, "unknown field 'bonnx.vot'; did you mean 'vote'?"),
+        ({"vote": "x"}, "bonnx.vote: expected 'score', 'weighted' or 'majority'; got 'x'"),
+        ({"deadline": -1}, "bonnx.deadline: expected a number above 0; got -1"),
+        ({"method": "beam", "rounds": 0}, "bonnx.rounds: expected a whole number of at least 1; got 0"),
+        ({"method": "beam", "width": 0}, "bonnx.width: expected a whole number of at least 1, or 'sqrt'; got 0"),
+        ({"method": "beam", "width": "x"}, "bonnx.width: expected a whole number of at least 1, or 'sqrt'; got 'x'"),
+        ({"answers": "regex:a"}, "bonnx.answers: expected 'boxed' or 'number'"),
+        ([], "bonnx: expected a JSON object; got []"),
+    ],
+    ids=repr,
+)
+def test_a_field_of_an_object_is_refused_in_the_same_words(client, fields, message):
+    answer = client.post("/v1/completions", json={"prompt": "a", "bonnx": fields})
+    assert answer.status_code == 400
+    assert answer.json()["message"].startswith(message)
