@@ -43,10 +43,14 @@ class Beam(Method):
         """The finished branches."""
         return self._search(tree, [budget], self._width(budget))
 
-    def _width(self, budget: int) -> int:
-        width = as_count(self.width, budget)
-        if budget < width:
-            raise InputError(f"{budget} beams are fewer than the width, {width}; expected at least as many")
+    def _width(self, beams: int, price: int = 1) -> int:
+        """The width for so many beams, each of which costs `price` completions."""
+        width = as_count(self.width, beams)
+        if beams < width:
+            raise InputError(
+                f"a width of {width} needs at least {width} beams, a budget of {width * price} completions; "
+                f"got {beams * price}"
+            )
         return width
 
     def _search(self, tree: Tree[B], sizes: Sequence[int], width: int, steps: int = 0) -> list[B]:
@@ -99,7 +103,7 @@ class Lookahead(Beam):
         beams = budget // (self.steps + 1)
         if beams < 1:
             raise InputError(f"a budget of {budget} is less than one beam that looks {self.steps} steps ahead")
-        return self._search(tree, [beams], self._width(beams), self.steps)
+        return self._search(tree, [beams], self._width(beams, self.steps + 1), self.steps)
 
 
 @dataclass(frozen=True)

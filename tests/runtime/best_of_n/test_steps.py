@@ -222,7 +222,7 @@ def test_votes_by_name(search):
         ({"method": "revisions"}, "the tokens of earlier attempts"),
         ({"method": "beam", "step": None}, "does not say what ends a step"),
         ({"method": "beam", "step": ""}, "step: expected the text that ends a step; got ''"),
-        ({"method": "beam", "width": 9}, "8 beams are fewer than the width, 9"),
+        ({"method": "beam", "width": 9}, "a width of 9 needs at least 9 beams, a budget of 9 completions; got 8"),
         ({"method": "beam", "sampling": {"stop": 3}}, "stop: expected a text or a list of texts; got 3"),
         ({"method": "weighted"}, "needs answers"),
     ],

@@ -14,7 +14,7 @@ from tests.runtime.search.obvious import run
         ("bean", {}, "did you mean 'beam'"),
         ("beam", {"widht": 3}, "did you mean 'width'"),
         ("beam", {"width": 0}, "width: expected a whole number"),
-        ("beam", {"width": 9}, "8 beams are fewer than the width, 9"),
+        ("beam", {"width": 9}, "a width of 9 needs at least 9 beams, a budget of 9 completions; got 8"),
         ("beam", {"rounds": 0}, "rounds: expected"),
         ("lookahead", {"steps": 8}, "8 is less than one beam that looks 8 steps ahead"),
         ("dvts", {"width": 9}, "fewer than the width"),

@@ -213,7 +213,7 @@ def test_what_best_of_n_refuses(best_of_n, fields, message):
         ({"method": "beam", "width": 0}, "bonnx.width"),
         ({"method": "beam", "batch": 2}, "bonnx.batch: belongs to the method 'adaptive'; got 'beam'"),
         ({"width": 2}, "bonnx.width: belongs to the methods 'beam', 'lookahead', 'dvts'; got 'best_of_n'"),
-        ({"method": "beam", "width": 9}, "8 beams are fewer than the width, 9"),
+        ({"method": "beam", "width": 9}, "a width of 9 needs at least 9 beams, a budget of 9 completions; got 8"),
         ({"method": "majority"}, "bonnx.vote: 'majority' needs bonnx.answers"),
         ({"method": "self_certainty", "vote": "score"}, "votes by its own rule"),
         ({"method": "beam", "step": ";"}, "bonnx.step: belongs to"),

@@ -208,6 +208,10 @@ def test_a_server_that_speaks_something_else():
             connection, _ = server.accept()
             connection.recv(1000)
             connection.sendall(b"220 smtp ready\r\n")
+            connection.shutdown(socket.SHUT_WR)
+            # What is not read would reset the connection, and the answer with it.
+            while connection.recv(65536):
+                pass
             connection.close()
 
         threading.Thread(target=answer, daemon=True).start()
