@@ -17,7 +17,7 @@ from tests.runtime.search.obvious import run
         ("beam", {"width": 9}, "a width of 9 needs at least 9 beams, a budget of 9 completions; got 8"),
         ("beam", {"rounds": 0}, "rounds: expected"),
         ("lookahead", {"steps": 8}, "8 is less than one beam that looks 8 steps ahead"),
-        ("dvts", {"width": 9}, "fewer than the width"),
+        ("dvts", {"width": 9}, "needs at least 9 beams"),
         ("majority", {}, "needs answers"),
         ("self_certainty", {"vote": "score"}, "votes by its own rule"),
         ("self_certainty", {"power": -1}, "power: expected"),
