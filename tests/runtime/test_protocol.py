@@ -33,7 +33,7 @@ def test_model_and_stand_in_have_the_signatures_of_the_protocol(kind, verb):
 def test_a_model_has_seven_verbs_and_says_what_it_is():
     public = {name for name in dir(bonnx.Model) if not name.startswith("_")}
     verbs = {"prepare", "rank", "score", "generate", "stream", "search", "close"}
-    assert public == verbs | {"manifest", "provider", "step_text"}
+    assert public == verbs | {"manifest", "provider"}
 
 
 @pytest.mark.parametrize(

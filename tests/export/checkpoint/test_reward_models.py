@@ -146,7 +146,7 @@ def test_the_commands(tmp_path, rng):
     manifest = read_verified(tmp_path / "out")
     assert manifest.text.checked_against is not None
     assert manifest.scoring.steps_from == "config.json, 'architectures': MistralForTokenClassification"
-    assert set(manifest.graphs) == {"score", "rank"}
+    assert set(manifest.graphs) == {"score", "rank", "rank_prefill", "rank_cached"}
 
 
 def test_what_is_refused_before_anything_is_written(tmp_path, rng):

@@ -135,7 +135,7 @@ def test_every_8_bit_product_has_its_weights_in_its_own_graph(int8):
 
     counts = {path.name: check(onnx.load(str(path)).graph) for path in (int8 / "onnx").glob("*.onnx")}
     assert counts["generate_int8.onnx"] == counts["prefill_int8.onnx"] + counts["decode_int8.onnx"]
-    assert min(counts.values()) > 10
+    assert min(counts.values()) >= 10
     assert check(ir.to_proto(generate).graph) > 10
 
 
