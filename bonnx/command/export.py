@@ -11,7 +11,7 @@ from typing import get_args
 import msgspec
 
 from bonnx.export.artifact import export_model
-from bonnx.export.checkpoint.source import Overrides, read_checkpoint
+from bonnx.export.checkpoint.source import Checkpoint, Overrides, read_checkpoint
 from bonnx.export.demo import demonstrate, draw_prompts, show
 from bonnx.export.graphs.trace import DEFAULT_OPSET, OPSETS
 from bonnx.export.staging import check_output
@@ -133,10 +133,7 @@ def run(arguments: argparse.Namespace) -> int:
         no_scorer=arguments.no_scorer,
     )
     held_out = _held_out(arguments, shipped)
-    parameters = sum(p.numel() for p in checkpoint.model.parameters())
-    print(f"{revision or folder}: {parameters:,} parameters", file=sys.stderr)
-    for remark in checkpoint.remarks:
-        print(f"note: {remark}", file=sys.stderr)
+    _describe(checkpoint, revision or folder)
     if arguments.dry_run:
         print(f"would write {output}{f' and {arguments.triton}' if arguments.triton else ''}", file=sys.stderr)
         return 0
@@ -176,6 +173,14 @@ def run(arguments: argparse.Namespace) -> int:
     if demonstration:
         show(demonstration)
     return 0
+
+
+def _describe(checkpoint: Checkpoint, source: str | Path) -> None:
+    """Print the size of a checkpoint, and what was remarkable in it."""
+    parameters = sum(p.numel() for p in checkpoint.model.parameters())
+    print(f"{source}: {parameters:,} parameters", file=sys.stderr)
+    for remark in checkpoint.remarks:
+        print(f"note: {remark}", file=sys.stderr)
 
 
 def _output(arguments: argparse.Namespace) -> Path:

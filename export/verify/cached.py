@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from bonnx.runtime.artifact.manifest import Parity
-from bonnx.runtime.engine.prompt_cache import PREFILL, RANK_CACHED
+from bonnx.runtime.engine.prompt_cache import PREFILL, RANK_CACHED, as_past, nothing_read
 
 from .parity import Array, Checker
 
@@ -57,17 +55,11 @@ class CachedRankings:
         """The feeds of `rank_cached`, from those of `rank`."""
         rng, name = self._checker.rng, "prompt_ids" if self._checker.ids else "prompt_embeds"
         prompt, mask = feeds[name], feeds["prompt_mask"]
-        length, done, cache = prompt.shape[1], 0, self._nothing(len(prompt))
+        length, done, cache = prompt.shape[1], 0, nothing_read(self._checker.graphs[PREFILL], len(prompt))
         while done < length:
             # The last tokens that were read are forgotten now and then, and read again.
             done -= int(rng.integers(0, done + 1)) if rng.random() < 0.5 else 0
             end = int(rng.integers(done + 1, length + 1))
-            past = {key.replace("prompt", "past"): value for key, value in cache.items()}
-            piece = {name: prompt[:, done:end], "prompt_mask": mask[:, :end], **past}
+            piece = {name: prompt[:, done:end], "prompt_mask": mask[:, :end], **as_past(cache)}
             cache, done = self._checker.run_graph(PREFILL, piece), end
         return {key: value for key, value in feeds.items() if key != name} | cache
-
-    def _nothing(self, batch: int) -> dict[str, Array]:
-        outputs = self._checker.graphs[PREFILL].outputs
-        shapes = {value.name: [size if isinstance(size, int) else 1 for size in value.shape] for value in outputs}
-        return {name: np.zeros((batch, *shape[1:]), np.float32) for name, shape in shapes.items()}

@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
+import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 
 from ..arrays import Array
-from ..artifact.manifest import Manifest
+from ..artifact.manifest import Graph, Manifest
 from .session import HeldArray, Session, Stop
 
-__all__ = ["PREFILL", "RANK_CACHED", "PromptCache"]
+__all__ = ["PREFILL", "RANK_CACHED", "PromptCache", "as_past", "nothing_read"]
 
+T = TypeVar("T")
 PREFILL, RANK_CACHED = "rank_prefill", "rank_cached"
 # A prompt is read in pieces of this many tokens: the memory of a piece is that of its attention to all before it.
 _PIECE = 512
+
+
+def nothing_read(prefill: Graph, batch: int) -> dict[str, Array]:
+    """The keys and values of `batch` prompts without tokens, by the names of `rank_prefill`'s outputs."""
+    shapes = {
+        value.name: [size if isinstance(size, int) else 1 for size in value.shape[1:]] for value in prefill.outputs
+    }
+    return {name: np.zeros((batch, *shape), np.float32) for name, shape in shapes.items()}
+
+
+def as_past(values: Mapping[str, T]) -> dict[str, T]:
+    """Keys and values that `rank_prefill` gave, as its inputs."""
+    return {name.replace("prompt", "past"): value for name, value in values.items()}
 
 
 @dataclass(eq=False)
@@ -128,21 +144,20 @@ class PromptCache:
                 ids.name: prompt[None, first:last],
                 "prompt_mask": np.ones((1, last), np.int64),
             }
-            feeds |= {name.replace("prompt", "past"): values for name, values in past.items()}
-            past = session.values(feeds, stop=stop)
+            past = session.values({**feeds, **as_past(past)}, stop=stop)
         return past
 
     def _nothing(self) -> dict[str, HeldArray]:
         """Keys and values of no tokens."""
-        return self._session(PREFILL).hold({name: np.zeros(shape, np.float32) for name, shape in self._shapes(0)})
-
-    def _shapes(self, length: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """The keys and values of a prompt."""
-        for value in self._manifest.graphs[PREFILL].outputs:
-            yield value.name, tuple(size if isinstance(size, int) else length + 1 for size in (1, *value.shape[1:]))
+        return self._session(PREFILL).hold(nothing_read(self._manifest.graphs[PREFILL], 1))
 
     def _bytes(self, length: int) -> int:
-        return sum(4 * int(np.prod(shape)) for _, shape in self._shapes(length))
+        return (length + 1) * self._bytes_of_token
+
+    @functools.cached_property
+    def _bytes_of_token(self) -> int:
+        # A cache holds one place more than tokens; without tokens it is that place.
+        return sum(array.nbytes for array in nothing_read(self._manifest.graphs[PREFILL], 1).values())
 
     def _make_room(self, new: _Entry) -> None:
         """Add an entry if it fits; those that were used least recently go."""

@@ -24,16 +24,6 @@ from tests.tolerance import RUNTIME, within
 PUZZLE = "3,7,12,25>98:"
 
 
-@pytest.fixture(scope="module")
-def puzzler(countdown):
-    return bonnx.load(countdown)
-
-
-@pytest.fixture(scope="module")
-def babbler(tiny):
-    return bonnx.load(tiny)
-
-
 def sequences(result):
     return [candidate.tokens.tolist() for candidate in result.candidates]
 

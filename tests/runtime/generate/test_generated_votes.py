@@ -9,16 +9,6 @@ from tests.tolerance import RUNTIME, within
 PUZZLE = "3,7,12,25>98:"
 
 
-@pytest.fixture(scope="module")
-def puzzler(countdown):
-    return bonnx.load(countdown)
-
-
-@pytest.fixture(scope="module")
-def babbler(tiny):
-    return bonnx.load(tiny)
-
-
 @pytest.mark.parametrize("vote", ["majority", "weighted", "score"])
 def test_generated_candidates_vote(puzzler, vote):
     """The choice is that of `rank` on the same texts; the candidates are those of a choice by score."""

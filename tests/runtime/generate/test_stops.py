@@ -5,7 +5,6 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-import bonnx
 from bonnx.models.countdown.vocabulary import decode
 from bonnx.runtime.artifact.manifest import Scoring, TextRules
 from bonnx.runtime.text.stops import before_stop, held_back
@@ -14,11 +13,6 @@ from tests.tolerance import RUNTIME, within
 
 PUZZLE = "3,7,20,24>1:"
 OPTIONS = {"n": 4, "seed": 3, "max_new_tokens": 40}
-
-
-@pytest.fixture(scope="module")
-def puzzler(countdown):
-    return bonnx.load(countdown)
 
 
 @pytest.fixture(scope="module")

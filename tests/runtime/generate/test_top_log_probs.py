@@ -3,17 +3,11 @@
 import numpy as np
 import pytest
 
-import bonnx
 from bonnx import InputError
 from bonnx.runtime.generate.decoding import most_likely
 from tests.tolerance import RUNTIME, within
 
 OPTIONS = {"n": 5, "max_new_tokens": 9, "seed": 4}
-
-
-@pytest.fixture(scope="module")
-def babbler(tiny):
-    return bonnx.load(tiny)
 
 
 def test_the_drawn_token_has_its_log_probability_among_them(babbler, rng):
