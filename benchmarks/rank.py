@@ -32,7 +32,8 @@ from bonnx.export.artifact import export_model
 from bonnx.export.graphs.selection import plain_selection
 from bonnx.export.graphs.trace import trace_graphs
 from bonnx.models import build
-from bonnx.models.network import TwoHeadedNetwork, rotate
+from bonnx.models.network import TwoHeadedNetwork
+from bonnx.models.rotary import rotate
 from bonnx.runtime.artifact.manifest import Scoring
 
 PROMPT, LENGTH, WIDTH = 512, 64, 768
@@ -54,7 +55,9 @@ class SharedByHand(nn.Module):
     def forward(self, prompt: Tensor, candidates: Tensor) -> Tensor:
         """Prompt (1, P, E), candidates (N, C, E) -> scores (N, C)."""
         net, count, length, size = self.net, *candidates.shape[:2], prompt.shape[1]
-        cos, sin = (t.to(prompt.dtype) for t in net.rotation(torch.arange(size + length)[None]))
+        (rotation, *_) = net.rotations(torch.arange(size + length)[None])
+        assert rotation is not None
+        cos, sin = (t.to(prompt.dtype) for t in rotation)
         mask = torch.arange(size + length)[None] <= torch.arange(length)[:, None] + size
         x, y = net.input_projection(prompt), net.input_projection(candidates)
         for block in net.layers():

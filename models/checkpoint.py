@@ -16,7 +16,8 @@ from .config import ConfigError, LanguageModelConfig, NetworkConfig
 from .fields import check_fields
 from .files import check_folder, read_json
 from .huggingface import is_huggingface, translate
-from .network import LanguageModel, TwoHeadedNetwork, initialize, inverse_frequencies, without_scorer
+from .network import LanguageModel, TwoHeadedNetwork, initialize, without_scorer
+from .rotary import Rotary
 from .scorer_kinds import make_scorer
 from .tokenizer_files import class_fields, copy_tokenizer
 from .weights import WEIGHTS_FILE, Weights
@@ -179,7 +180,9 @@ def _fill(model: LanguageModel | TwoHeadedNetwork, state: dict[str, Tensor]) -> 
     """Set the parameters of a model that was built on the meta device."""
     model.load_state_dict(state, assign=True)
     network = model.network if isinstance(model, LanguageModel) else model
-    network.inverse_frequencies = inverse_frequencies(network.config)
+    for rotary in network.rotaries.values():
+        assert isinstance(rotary, Rotary)
+        rotary.reset()
     model.eval()
 
 

@@ -55,10 +55,12 @@ class RopeScaling(_ValidatedConfig, frozen=True, kw_only=True, forbid_unknown_fi
     length once that exceeds the original context (NTK-aware scaling as in transformers). `llama3` divides the low
     frequencies by `factor`, keeps the high ones and interpolates between them (Llama 3.1 reference code). `yarn`
     interpolates similarly, by the number of turns that a frequency makes within the original context, and multiplies
-    cosines and sines by `attention_factor` (Peng et al., 2023).
+    cosines and sines by `attention_factor` (Peng et al., 2023). `longrope` divides each frequency by its own factor,
+    from `short_factors` in rows of up to the original context, else from `long_factors`, and multiplies by
+    `attention_factor` too (Ding et al., 2024).
     """
 
-    kind: Literal["linear", "dynamic", "llama3", "yarn"]
+    kind: Literal["linear", "dynamic", "llama3", "yarn", "longrope"]
     factor: float
     original_max_positions: int = 8192
     low_freq_factor: float = 1.0
@@ -68,6 +70,8 @@ class RopeScaling(_ValidatedConfig, frozen=True, kw_only=True, forbid_unknown_fi
     truncate: bool = True
     """Whether yarn rounds the bounds of its interpolation to whole frequencies."""
     attention_factor: float = 1.0
+    short_factors: list[float] = []
+    long_factors: list[float] = []
 
     def __post_init__(self) -> None:
         if not self.factor >= 1.0:
@@ -81,12 +85,16 @@ class RopeScaling(_ValidatedConfig, frozen=True, kw_only=True, forbid_unknown_fi
             )
         if self.kind == "yarn" and not 0 < self.beta_slow < self.beta_fast:
             raise ConfigError(f"yarn needs 0 < beta_slow < beta_fast; got {self.beta_slow} and {self.beta_fast}")
+        if self.kind == "longrope" and not (self.short_factors and self.long_factors):
+            raise ConfigError("longrope needs short_factors and long_factors")
+        if not all(0 < factor < math.inf for factor in self.short_factors + self.long_factors):
+            raise ConfigError("short_factors and long_factors must be above 0 and finite")
         if not self.attention_factor > 0:
             raise ConfigError(f"attention_factor must be above 0; got {self.attention_factor}")
 
 
 class NetworkConfig(_ValidatedConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A causal backbone (grouped-query attention, rotary positions, SwiGLU) and a scorer for every position.
+    """A causal backbone (grouped-query attention, rotary positions, gated FFN) and a scorer for every position.
 
     The defaults are the original's. The options after `dropout` exist for the backbones of common reward models; with
     their defaults the network is the original one.
@@ -111,10 +119,28 @@ class NetworkConfig(_ValidatedConfig, frozen=True, kw_only=True, forbid_unknown_
     norm_epsilon: float = 1e-6
     final_norm: Literal["layer", "rms"] = "layer"
     final_norm_epsilon: float = 1e-5
+    ffn_activation: Literal["silu", "gelu_tanh"] = "silu"
+    """Of the gate; with `gelu_tanh`, the approximation of GELU by tanh, the network is a GeGLU (Gemma)."""
+    norm: Literal["rms", "layer"] = "rms"
+    """The norms of the blocks."""
+    norm_place: Literal["before", "after", "both"] = "before"
+    """Whether attention and feed-forward network have a norm before them, behind them (OLMo 2) or both (Gemma 2)."""
     qk_norm: bool = False
-    """RMSNorm over each head's queries and keys before the rotation (Qwen3)."""
+    """RMSNorm of queries and keys before the rotation."""
+    qk_norm_over: Literal["head", "all"] = "head"
+    """Whether each head is normalized (Qwen3), or all heads of a position together (OLMo 2)."""
+    attention_cap: float | None = None
+    """Attention logits become `cap * tanh(logit / cap)` (Gemma 2)."""
+    embedding_scale: float = 1.0
+    """The embeddings are multiplied by it."""
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
+    rotary_size: int | None = None
+    """Number of features of each head that are rotated, the first ones; all if None."""
+    unrotated_layers: list[int] | None = None
+    """Layers without rotation, counted from 0; none if None."""
+    sliding_rope_theta: float | None = None
+    """Theta of the layers with a sliding window, which is not scaled; if None, they rotate like the other layers."""
     sliding_window: int | None = None
     """Number of positions that each position attends to, itself included; all preceding ones if None."""
     sliding_layers: list[int] | None = None
@@ -127,13 +153,14 @@ class NetworkConfig(_ValidatedConfig, frozen=True, kw_only=True, forbid_unknown_
 
     def __post_init__(self) -> None:
         positive = ["embed_dim", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "scorer_hidden"]
-        positive += [
-            n for n in ("num_labels", "head_dim", "ffn_inner", "sliding_window") if getattr(self, n) is not None
-        ]
+        optional = ("num_labels", "head_dim", "ffn_inner", "sliding_window", "rotary_size")
+        positive += [name for name in optional if getattr(self, name) is not None]
         for name in positive:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1; got {getattr(self, name)}")
-        for name in ("norm_epsilon", "final_norm_epsilon", "rope_theta"):
+        finite = ["norm_epsilon", "final_norm_epsilon", "rope_theta", "embedding_scale"]
+        finite += [name for name in ("sliding_rope_theta", "attention_cap") if getattr(self, name) is not None]
+        for name in finite:
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} must be above 0 and finite; got {getattr(self, name)}")
         if self.num_heads % self.num_kv_heads:
@@ -149,11 +176,24 @@ class NetworkConfig(_ValidatedConfig, frozen=True, kw_only=True, forbid_unknown_
             )
         if not 0.0 <= self.dropout < 1.0:
             raise ConfigError(f"dropout must be in [0, 1); got {self.dropout}")
-        for layer in self.sliding_layers or []:
-            if not 0 <= layer < self.num_layers:
-                raise ConfigError(f"sliding_layers must be from 0 to {self.num_layers - 1}; got {layer}")
-        if self.rope_scaling is not None and self.rope_scaling.kind == "dynamic" and self.size_of_head < 4:
-            raise ConfigError(f"dynamic rope scaling needs a head size of at least 4; got {self.size_of_head}")
+        for name in ("sliding_layers", "unrotated_layers"):
+            for layer in getattr(self, name) or []:
+                if not 0 <= layer < self.num_layers:
+                    raise ConfigError(f"{name} must be from 0 to {self.num_layers - 1}; got {layer}")
+        self._check_rotation()
+
+    def _check_rotation(self) -> None:
+        size, scaling = self.size_of_rotation, self.rope_scaling
+        if size % 2 or size > self.size_of_head:
+            raise ConfigError(f"rotary_size must be even and at most the head size {self.size_of_head}; got {size}")
+        if scaling is not None and scaling.kind == "dynamic" and size < 4:
+            raise ConfigError(f"dynamic rope scaling needs a head size of at least 4; got {size}")
+        for factors in ("short_factors", "long_factors"):
+            if scaling is not None and scaling.kind == "longrope" and len(getattr(scaling, factors)) != size // 2:
+                raise ConfigError(
+                    f"{factors} must have one number for each of the {size // 2} frequencies; "
+                    f"got {len(getattr(scaling, factors))}"
+                )
 
     @property
     def has_scorer(self) -> bool:
@@ -167,6 +207,20 @@ class NetworkConfig(_ValidatedConfig, frozen=True, kw_only=True, forbid_unknown_
             self.sliding_window if self.sliding_layers is None or i in self.sliding_layers else None
             for i in range(self.num_layers)
         ]
+
+    @property
+    def rotations(self) -> list[Literal["full", "sliding"] | None]:
+        """The rotation of each layer: that of all layers, that of layers with a sliding window, or none."""
+        own = self.sliding_rope_theta is not None
+        return [
+            None if i in (self.unrotated_layers or []) else "sliding" if own and window is not None else "full"
+            for i, window in enumerate(self.windows)
+        ]
+
+    @property
+    def size_of_rotation(self) -> int:
+        """Number of features of each head that are rotated."""
+        return self.rotary_size if self.rotary_size is not None else self.size_of_head
 
     @property
     def size_of_head(self) -> int:
@@ -187,10 +241,17 @@ class LanguageModelConfig(_ValidatedConfig, frozen=True, kw_only=True, forbid_un
     tie_embeddings: bool = True
     vocabulary_head: bool = True
     """Whether the model generates; reward models only score tokens."""
+    logit_scale: float = 1.0
+    """The logits of the vocabulary head are multiplied by it."""
+    logit_cap: float | None = None
+    """Then they become `cap * tanh(logit / cap)` (Gemma 2)."""
 
     def __post_init__(self) -> None:
         if self.vocab_size < 2:
             raise ConfigError(f"vocab_size must be at least 2; got {self.vocab_size}")
+        for name in ("logit_scale", "logit_cap"):
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} must be above 0 and finite; got {getattr(self, name)}")
         if not self.vocabulary_head and not self.network.has_scorer:
             raise ConfigError("a model needs a scorer or a vocabulary head; got neither")
         if self.tie_embeddings and self.network.embed_dim != self.network.hidden_size:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from .block import attend
 from .network import LanguageModel
 
 __all__ = ["Cache", "forward_cached", "sample"]
@@ -26,18 +26,17 @@ class Cache:
 def forward_cached(model: LanguageModel, ids: Tensor, cache: Cache) -> Tensor:
     """Run ids (B, T), without padding, after the cached ones -> backbone (B, T, D); the cache grows by T."""
     network, start, end = model.network, cache.length, cache.length + ids.shape[1]
-    cos, sin = network.rotation(torch.arange(start, end)[None])
+    rotations = network.rotations(torch.arange(start, end)[None])
     back = torch.arange(start, end)[:, None] - torch.arange(end)[None]
-    x = network.input_projection(model.embedding(ids))
+    x = network.enter(model.embedding(ids))
     for i, block in enumerate(network.layers()):
         window = network.config.windows[i]
         mask = (back >= 0) if window is None else (back >= 0) & (back < window)
-        q, k, v = block.attention.project(block.attention_norm(x), cos, sin)
+        q, k, v = block.attention.project(block.attention_norm(x), rotations[i])
         cache.keys[i, :, :, start:end], cache.values[i, :, :, start:end] = k, v
         keys, values = cache.keys[i, :, :, :end].to(q.dtype), cache.values[i, :, :, :end].to(q.dtype)
-        out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, enable_gqa=True)
-        x = x + block.attention.out_proj(out.transpose(1, 2).flatten(2))
-        x = x + block.ffn(block.ffn_norm(x))
+        out = attend(q, keys, values, mask, network.config.attention_cap)
+        x = block.finish(x, block.attention.out_proj(out.transpose(1, 2).flatten(2)))
     cache.length = end
     normed: Tensor = network.final_norm(x)
     return normed

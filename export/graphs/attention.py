@@ -14,6 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bonnx.models.block import capped
+
 from .layers import MASKED, additive
 
 __all__ = [
@@ -39,8 +41,10 @@ def allowed(real: Tensor, positions: Tensor, window: int | None) -> Tensor:
     return readable | (index[:, None] == index[None])
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, cap: float | None) -> Tensor:
     """Attention of rows: q (B, Q, H, K), k and v (B, T, G, K), additive mask (B, Q, T) -> (B, Q, H * K).
+
+    `cap` limits the logits, as in `NetworkConfig.attention_cap`, here and below.
 
     The query heads that share a kv head are rows of one matrix, so keys are never repeated.
     """
@@ -48,7 +52,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     kv_heads, total = k.shape[2], k.shape[1]
     group = heads // kv_heads
     q = q.reshape(rows, length, kv_heads, group * size).transpose(1, 2).reshape(rows, kv_heads, length * group, size)
-    logits = (q @ k.permute(0, 2, 3, 1)).reshape(rows, kv_heads, length, group, total)
+    logits = _limited(q @ k.permute(0, 2, 3, 1), cap).reshape(rows, kv_heads, length, group, total)
     weights = (logits + mask[:, None, :, None]).softmax(-1).reshape(rows, kv_heads, length * group, total)
     out = (weights @ v.transpose(1, 2)).reshape(rows, kv_heads, length, group * size)
     return out.transpose(1, 2).reshape(rows, length, heads * size)
@@ -66,7 +70,7 @@ def readable(positions: Tensor, before: int, length: int, window: int | None) ->
     return causal & (positions.narrow(1, before, length)[:, :, None] - positions[:, None] < window)
 
 
-def attend_prefix(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+def attend_prefix(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, cap: float | None) -> Tensor:
     """Attention of the last P tokens of rows to all T tokens.
 
     Args:
@@ -74,6 +78,7 @@ def attend_prefix(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tens
         keys: from `shared_keys`, which holds the padding mask.
         values: from `shared_values`.
         mask: additive, (1 or B, P, T + 1).
+        cap: as in `attend`.
 
     Returns:
         (B, P, H * K).
@@ -84,7 +89,7 @@ def attend_prefix(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tens
     q = q.reshape(rows, length, kv_heads, group * size).transpose(1, 2).reshape(rows, kv_heads, length * group, size)
     # The last key is for a candidate's own attention: nothing of it is read here.
     padding_and_own = torch.tensor([1.0, MASKED]).expand(rows, kv_heads, length * group, 2)
-    logits = (torch.cat([q, padding_and_own], 3) @ keys).reshape(rows, kv_heads, length, group, total)
+    logits = _with_extra(q, padding_and_own, keys, cap).reshape(rows, kv_heads, length, group, total)
     weights = (logits + mask[:, None, :, None]).softmax(-1).reshape(rows, kv_heads, length * group, total)
     out = (weights @ values).reshape(rows, kv_heads, length, group * size)
     return out.transpose(1, 2).reshape(rows, length, heads * size)
@@ -108,7 +113,7 @@ def shared_values(v: Tensor) -> Tensor:
     return torch.cat([v, torch.zeros_like(v[:, :, :1])], 2)
 
 
-def attend_self(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+def attend_self(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cap: float | None) -> tuple[Tensor, Tensor]:
     """Self-attention of candidates.
 
     Args:
@@ -116,11 +121,12 @@ def attend_self(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[T
         k: (..., K, T).
         v: (..., T, K).
         mask: additive, (..., C, 1, T) where the S queries are C positions of R heads; None if nothing is masked.
+        cap: as in `attend`.
 
     Returns:
         The output (..., S, K) and the log-sum-exp of the logits (..., S, 1).
     """
-    logits = q @ k
+    logits = _limited(q @ k, cap)
     if mask is not None:
         shape = logits.shape
         logits = (logits.reshape(*shape[:-2], mask.shape[-3], -1, shape[-1]) + mask).reshape(shape)
@@ -133,7 +139,13 @@ def attend_self(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[T
 
 
 def attend_prompt(
-    q: Tensor, self_out: Tensor, self_logit: Tensor, keys: Tensor, values: Tensor, reach: Tensor | None = None
+    q: Tensor,
+    self_out: Tensor,
+    self_logit: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    reach: Tensor | None,
+    cap: float | None,
 ) -> Tensor:
     """Merge the attention to the prompt with the results of `attend_self`.
 
@@ -144,17 +156,34 @@ def attend_prompt(
         keys: from `shared_keys`.
         values: from `shared_values`.
         reach: additive sliding-window mask, (B, 1, L, 1, P) where the M queries are L positions of R heads.
+        cap: as in `attend`.
 
     Returns:
         (B, G, M, K).
     """
-    logits = torch.cat([q, torch.ones_like(self_logit), self_logit], 3) @ keys
+    logits = _with_extra(q, torch.cat([torch.ones_like(self_logit), self_logit], 3), keys, cap)
     if reach is not None:
         near = logits[..., :-1].reshape(*logits.shape[:2], reach.shape[2], -1, reach.shape[-1]) + reach
         logits = torch.cat([near.reshape(logits[..., :-1].shape), logits[..., -1:]], 3)
     weights = logits.softmax(-1)
     out: Tensor = weights @ values + weights[..., -1:] * self_out
     return out
+
+
+def _limited(logits: Tensor, cap: float | None) -> Tensor:
+    return logits if cap is None else capped(logits, cap)
+
+
+def _with_extra(q: Tensor, extra: Tensor, keys: Tensor, cap: float | None) -> Tensor:
+    """Logits of queries (..., M, K) and their extra features (..., M, 2) with keys from `shared_keys`.
+
+    Without a cap, one product computes all. The mask and the candidate's own logit must not be limited, so with a cap
+    they are added behind it.
+    """
+    if cap is None:
+        return torch.cat([q, extra], 3) @ keys
+    size = q.shape[-1]
+    return capped(q @ keys.narrow(2, 0, size), cap) + extra @ keys.narrow(2, size, 2)
 
 
 class CandidateAttention:
@@ -165,9 +194,13 @@ class CandidateAttention:
         prompt_positions: (B, P).
         real: the candidates' mask, (B, N, C) bool.
         positions: the candidates' positions, (B, N * C).
+        cap: as in `attend`.
     """
 
-    def __init__(self, window: int | None, prompt_positions: Tensor, real: Tensor, positions: Tensor) -> None:
+    def __init__(
+        self, window: int | None, prompt_positions: Tensor, real: Tensor, positions: Tensor, cap: float | None
+    ) -> None:
+        self.cap = cap
         self.batch, self.count, self.length = real.shape
         rows = self.batch * self.count
         own = additive(allowed(real.reshape(rows, -1), positions.reshape(rows, -1), window))
@@ -197,9 +230,15 @@ class CandidateAttention:
         k = k.reshape(batch, count, length, kv_heads, size).permute(0, 3, 1, 4, 2)
         v = v.reshape(batch, count, length, kv_heads, size).permute(0, 3, 1, 2, 4)
         own_q = q.reshape(batch, kv_heads, count, length * group, size)
-        self_out, self_logit = attend_self(own_q, k, v, self.own)
+        self_out, self_logit = attend_self(own_q, k, v, self.own, self.cap)
         out = attend_prompt(
-            q.reshape(flat), self_out.reshape(flat), self_logit.reshape(*flat[:3], 1), keys, values, self.reach
+            q.reshape(flat),
+            self_out.reshape(flat),
+            self_logit.reshape(*flat[:3], 1),
+            keys,
+            values,
+            self.reach,
+            self.cap,
         )
         out = out.reshape(batch, kv_heads, count * length, group * size)
         return out.transpose(1, 2).reshape(batch, count * length, kv_heads * group * size)

@@ -39,31 +39,36 @@ class PromptPass(nn.Module):
         batch, length = attention_mask.shape
         real = attention_mask > 0
         positions = (real.to(torch.int64).cumsum(1) - 1).clamp(min=0)
-        cos, sin = trunk.rotation(positions)
+        rotations = trunk.rotations(positions)
         masks = trunk.for_each_window(lambda window: additive(allowed(real, positions, window)))
         x = trunk.embed(input_ids)
         x = trunk.project(x.reshape(batch * length, x.shape[-1]))
         cache: list[Tensor] = []
-        for layer, mask in zip(trunk.layers[:-1], masks[:-1], strict=True):
+        *before_last, last_layer = zip(trunk.layers, rotations, masks, strict=True)
+        for layer, rotation, mask in before_last:
             assert isinstance(layer, Layer)
             x = trunk.enter(x)
             y = layer.attention_norm(x)
-            q, k, v = layer.queries(y, cos, sin), layer.keys(y, cos, sin), layer.values(y, batch)
+            q, k, v = layer.queries(y, batch, rotation), layer.keys(y, batch, rotation), layer.values(y, batch)
             cache += [shared_keys(k, real), shared_values(v)]
-            x = layer.finish(x, attend(q, k, v, mask).reshape(batch * length, layer.heads * layer.size))
+            x = layer.finish(x, attend(q, k, v, mask, layer.cap).reshape(batch * length, layer.heads * layer.size))
         # Only each prompt's last token is needed from the last layer.
-        layer = trunk.layers[-1]
+        layer, rotation, mask = last_layer
         assert isinstance(layer, Layer)
         x = trunk.enter(x)
         y = layer.attention_norm(x)
-        k, v = layer.keys(y, cos, sin), layer.values(y, batch)
+        k, v = layer.keys(y, batch, rotation), layer.values(y, batch)
         cache += [shared_keys(k, real), shared_values(v)]
         last = (real.to(torch.int64) * (torch.arange(length) + 1)).amax(1).clamp(min=1) - 1
         rows = torch.arange(batch) * length + last
         x, y = x.index_select(0, rows), y.index_select(0, rows)
-        cos, sin, mask = (t.flatten(0, 1).index_select(0, rows)[:, None] for t in (cos, sin, masks[-1]))
-        q = layer.queries(y, cos, sin)
-        x = layer.finish(x, attend(q, k, v, mask).reshape(batch, layer.heads * layer.size))
+
+        def at_last(of_positions: Tensor) -> Tensor:
+            return of_positions.flatten(0, 1).index_select(0, rows)[:, None]
+
+        q = layer.queries(y, batch, rotation and (at_last(rotation[0]), at_last(rotation[1])))
+        attended = attend(q, k, v, at_last(mask), layer.cap)
+        x = layer.finish(x, attended.reshape(batch, layer.heads * layer.size))
         logits = self.head(trunk.final_norm(x))
         return (logits, *cache) if trunk.config.has_scorer else (logits, _certainty(logits), *cache)
 
@@ -93,27 +98,27 @@ class TokenPass(nn.Module):
         done = cache[2].shape[3]
         lengths = (attention_mask > 0).to(torch.int64).sum(1)
         positions = (lengths + done)[None].expand(count, batch)
-        cos, sin = trunk.rotation(positions.reshape(rows, 1))
+        rotations = trunk.rotations(positions.reshape(rows, 1))
         windows = trunk.for_each_window(lambda window: _window(window, attention_mask, lengths + done, done))
         x = trunk.project(trunk.embed(tokens.reshape(rows)))
         grown: list[Tensor] = []
-        for i, layer in enumerate(trunk.layers):
+        for i, (layer, rotation) in enumerate(zip(trunk.layers, rotations, strict=True)):
             assert isinstance(layer, Layer)
             kv_heads, size, group = layer.kv_heads, layer.size, layer.heads // layer.kv_heads
             keys, values, candidate_k, candidate_v = cache[4 * i : 4 * i + 4]
             near, reach = windows[i]
             x = trunk.enter(x)
             y = layer.attention_norm(x)
-            q, k = layer.queries(y, cos, sin), layer.keys(y, cos, sin)
+            q, k = layer.queries(y, rows, rotation), layer.keys(y, rows, rotation)
             candidate_k = torch.cat([candidate_k, k.reshape(count, batch, kv_heads, 1, size)], 3)
             candidate_v = torch.cat([candidate_v, layer.values(y, rows).reshape(count, batch, kv_heads, 1, size)], 3)
             grown += [candidate_k, candidate_v]
             q = q.reshape(count, batch, kv_heads, group, size)
-            self_out, self_logit = attend_self(q, candidate_k.transpose(3, 4), candidate_v, near)
+            self_out, self_logit = attend_self(q, candidate_k.transpose(3, 4), candidate_v, near, layer.cap)
             q, self_out, self_logit = (
                 t.permute(1, 2, 0, 3, 4).reshape(batch, kv_heads, count * group, -1) for t in (q, self_out, self_logit)
             )
-            out = attend_prompt(q, self_out, self_logit, keys, values, reach)
+            out = attend_prompt(q, self_out, self_logit, keys, values, reach, layer.cap)
             out = out.reshape(batch, kv_heads, count, group, size).permute(2, 0, 1, 3, 4)
             x = layer.finish(x, out.reshape(rows, layer.heads * size))
         normed = trunk.final_norm(x)

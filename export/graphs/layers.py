@@ -4,7 +4,7 @@ They compute the same as `bonnx.models.network`, arranged for ONNX Runtime: acti
 products, so that each product and its bias become one kernel; weights are stored as (in, out); the attention scale is
 folded into the query weights.
 
-Shapes: B rows, T positions, D hidden_size, H heads, G kv heads, R = H / G, K head size.
+Shapes: B rows, T positions, D hidden_size, H heads, G kv heads, K head size, R rotated features of a head.
 """
 
 from __future__ import annotations
@@ -14,17 +14,18 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bonnx.models.block import ACTIVATIONS, Block
 from bonnx.models.config import NetworkConfig
-from bonnx.models.network import Block, LanguageModel, TwoHeadedNetwork, rotation
+from bonnx.models.network import LanguageModel, TwoHeadedNetwork
+from bonnx.models.rotary import Rotation, rotate
 
 from ..precision.products import QuantizedNorm, product
 from ..precision.quantize import Linear8
 from .builder import DOMAIN
 
-__all__ = ["MARK", "MASKED", "Layer", "Trunk", "additive"]
+__all__ = ["MARK", "MASKED", "Layer", "Trunk", "additive", "part"]
 
 T = TypeVar("T")
 
@@ -39,6 +40,11 @@ def additive(allowed: Tensor) -> Tensor:
     return torch.where(allowed, 0.0, MASKED)
 
 
+def part(rotation: Rotation | None, start: int, length: int) -> Rotation | None:
+    """The rotation of `length` positions from `start` on."""
+    return rotation and (rotation[0].narrow(1, start, length), rotation[1].narrow(1, start, length))
+
+
 class Layer(nn.Module):
     """One transformer block without the attention itself, which each graph computes in its own way."""
 
@@ -46,54 +52,63 @@ class Layer(nn.Module):
         super().__init__()
         attention, config = block.attention, block.attention.config
         self.heads, self.kv_heads, self.size = config.num_heads, config.num_kv_heads, config.size_of_head
-        self.fused = fused
+        self.fused, self.cap, self.activation = fused, config.attention_cap, config.ffn_activation
         scale = self.size**-0.5
         self.attention_norm, self.ffn_norm = (
-            QuantizedNorm(norm) if isinstance(reader, Linear8) else norm
+            QuantizedNorm(norm) if isinstance(reader, Linear8) and reader.normed else norm
             for norm, reader in ((block.attention_norm, attention.q_proj), (block.ffn_norm, block.ffn.gate))
         )
+        self.attention_out_norm, self.ffn_out_norm = block.attention_out_norm, block.ffn_out_norm
         self.q = product(attention.q_proj, 1.0 if config.qk_norm else scale)
         self.k, self.v, self.out = map(product, (attention.k_proj, attention.v_proj, attention.out_proj))
         self.gate, self.up, self.down = map(product, (block.ffn.gate, block.ffn.up, block.ffn.down))
         self.q_norm = self.k_norm = None
+        self.norm_all = config.qk_norm_over == "all"
         if config.qk_norm:
-            self.q_norm = nn.RMSNorm(self.size, eps=config.norm_epsilon)
+            self.q_norm = copy.deepcopy(attention.q_norm)
             self.q_norm.weight.data = attention.q_norm.weight.detach() * scale
             self.k_norm = attention.k_norm
 
-    def queries(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Normed x (B * T, D), cos and sin (B, T, K/2) -> rotated and scaled queries (B, T, H, K)."""
-        return self._rotated(self.q(x), self.heads, self.q_norm, cos, sin)
+    def queries(self, x: Tensor, rows: int, rotation: Rotation | None) -> Tensor:
+        """Normed x (B * T, D), B, cos and sin (B, T, R/2) -> rotated and scaled queries (B, T, H, K)."""
+        return self._rotated(self.q(x), rows, self.heads, self.q_norm, rotation)
 
-    def keys(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Normed x (B * T, D), cos and sin (B, T, K/2) -> rotated keys (B, T, G, K)."""
-        return self._rotated(self.k(x), self.kv_heads, self.k_norm, cos, sin)
+    def keys(self, x: Tensor, rows: int, rotation: Rotation | None) -> Tensor:
+        """Normed x (B * T, D), B, cos and sin (B, T, R/2) -> rotated keys (B, T, G, K)."""
+        return self._rotated(self.k(x), rows, self.kv_heads, self.k_norm, rotation)
 
     def values(self, x: Tensor, rows: int) -> Tensor:
         """Normed x (B * T, D) and B -> values (B, T, G, K)."""
         v: Tensor = self.v(x)
         return v.reshape(rows, -1, self.kv_heads, self.size)
 
-    def _rotated(self, x: Tensor, heads: int, norm: nn.Module | None, cos: Tensor, sin: Tensor) -> Tensor:
-        rows, length = cos.shape[0], cos.shape[1]
-        x = x.reshape(rows, length, heads, self.size)
-        if norm is not None:
+    def _rotated(self, x: Tensor, rows: int, heads: int, norm: nn.Module | None, rotation: Rotation | None) -> Tensor:
+        if norm is not None and self.norm_all:
             x = norm(x)
+        # The rotation knows the length, which keeps the shape free of a division.
+        x = x.reshape(rows, -1 if rotation is None else rotation[0].shape[1], heads, self.size)
+        if norm is not None and not self.norm_all:
+            x = norm(x)
+        if rotation is None:
+            return x
+        cos, sin = rotation
         if self.fused:
+            length, size = cos.shape[1], 2 * cos.shape[2]
             flat: Tensor = torch.onnx.ops.rotary_embedding(
-                x.reshape(rows, length, heads * self.size), cos, sin, num_heads=heads
+                x.reshape(rows, length, heads * self.size),
+                cos,
+                sin,
+                num_heads=heads,
+                rotary_embedding_dim=0 if size == self.size else size,
             )
             return flat.reshape(rows, length, heads, self.size)
-        cos, sin = cos[:, :, None], sin[:, :, None]
-        half = self.size // 2
-        first, second = x[..., :half], x[..., half:]
-        return torch.cat([first * cos - second * sin, first * sin + second * cos], -1)
+        return rotate(x, cos[:, :, None], sin[:, :, None])
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
         """Residual stream x (M, D), attention output (M, H * K) -> (M, D) after the feed-forward network."""
-        x = x + self.out(attended)
+        x = x + self.attention_out_norm(self.out(attended))
         y = self.ffn_norm(x)
-        out: Tensor = x + self.down(F.silu(self.gate(y)) * self.up(y))
+        out: Tensor = x + self.ffn_out_norm(self.down(ACTIVATIONS[self.activation](self.gate(y)) * self.up(y)))
         return out
 
 
@@ -108,14 +123,14 @@ class Trunk(nn.Module):
         projection = network.input_projection
         self.projection = None if isinstance(projection, nn.Identity) else product(projection)
         self.layers = nn.ModuleList(Layer(block, fused=fused) for block in network.layers())
-        self.windows = self.config.windows
+        self.windows, self.kinds_of_rotation = self.config.windows, self.config.rotations
         self.marked = False
         final = network.final_norm
         # `rotate.py` inserts a product before the norm.
         self.final_norm = nn.Sequential(product(final[0]), final[1]) if isinstance(final, nn.Sequential) else final
         self.scorer = _with_products(network.scorer)
         self.activation, self.label = activation, label
-        self.inverse_frequencies = nn.Parameter(network.inverse_frequencies.clone(), requires_grad=False)
+        self.rotaries = network.rotaries
 
     def embed(self, inputs: Tensor) -> Tensor:
         """Ids (...) or embeddings (..., E) -> (..., D or E)."""
@@ -123,11 +138,14 @@ class Trunk(nn.Module):
 
     def project(self, x: Tensor) -> Tensor:
         """(M, E) -> (M, D)."""
+        x = x if self.config.embedding_scale == 1 else x * self.config.embedding_scale
         return x if self.projection is None else self.projection(x)
 
-    def rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Positions (B, T) int64 -> cos and sin (B, T, K/2)."""
-        return rotation(positions, self.inverse_frequencies, self.config.rope_scaling)
+    def rotations(self, positions: Tensor) -> list[Rotation | None]:
+        """Positions (B, T) int64 -> cos and sin (B, T, R/2) for each layer; None for one without rotation."""
+        pairs: dict[str | None, Rotation | None] = {None: None}
+        pairs |= {kind: rotary(positions) for kind, rotary in self.rotaries.items()}
+        return [pairs[kind] for kind in self.kinds_of_rotation]
 
     def for_each_window(self, make: Callable[[int | None], T]) -> list[T]:
         """Call `make` once for each distinct sliding window; return one result for each layer."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention import CandidateAttention, allowed, attend, shared_keys, shared_values
-from .layers import Layer, Trunk, additive
+from .layers import Layer, Trunk, additive, part
 
 __all__ = ["RankGraph"]
 
@@ -37,40 +37,43 @@ class RankGraph(nn.Module):
         steps = candidate_real.to(torch.int64).cumsum(2) - 1 + real.to(torch.int64).sum(1)[:, None, None]
         candidate_positions = steps.clamp(min=0).reshape(batch, count * length)
         prompt_positions = (real.to(torch.int64).cumsum(1) - 1).clamp(min=0)
-        cos, sin = trunk.rotation(torch.cat([prompt_positions, candidate_positions], 1))
+        rotations = trunk.rotations(torch.cat([prompt_positions, candidate_positions], 1))
         masks = trunk.for_each_window(lambda window: additive(allowed(real, prompt_positions, window)))
         attention = trunk.for_each_window(
-            lambda window: CandidateAttention(window, prompt_positions, candidate_real, candidate_positions)
+            lambda window: CandidateAttention(
+                window, prompt_positions, candidate_real, candidate_positions, trunk.config.attention_cap
+            )
         )
 
         embedded = trunk.embed(candidate).transpose(0, 1)
         x = torch.cat([trunk.embed(prompt), embedded.reshape(batch, count * length, embedded.shape[-1])], 1)
         x = trunk.project(x.reshape(batch * total, x.shape[-1]))
-        for layer, mask, attend_candidates in zip(trunk.layers[:-1], masks[:-1], attention[:-1], strict=True):
+        *before_last, last = zip(trunk.layers, rotations, masks, attention, strict=True)
+        for layer, rotation, mask, attend_candidates in before_last:
             assert isinstance(layer, Layer)
             x = trunk.enter(x)
             y = layer.attention_norm(x)
-            q, k, v = layer.queries(y, cos, sin), layer.keys(y, cos, sin), layer.values(y, batch)
+            q, k, v = layer.queries(y, batch, rotation), layer.keys(y, batch, rotation), layer.values(y, batch)
             first_k, first_v, k, v = (
                 k[:, :prompt_length],
                 v[:, :prompt_length],
                 k[:, prompt_length:],
                 v[:, prompt_length:],
             )
-            first = attend(q[:, :prompt_length], first_k, first_v, mask)
+            first = attend(q[:, :prompt_length], first_k, first_v, mask, layer.cap)
             keys, values = shared_keys(first_k, real), shared_values(first_v)
             rest = attend_candidates(q[:, prompt_length:], k, v, keys, values)
             x = layer.finish(x, torch.cat([first, rest], 1).reshape(batch * total, layer.heads * layer.size))
         # Nothing reads the prompt's output of the last layer, so only its keys and values are computed.
-        layer = trunk.layers[-1]
+        layer, rotation, _, attend_candidates = last
         assert isinstance(layer, Layer)
         x = trunk.enter(x)
         y = layer.attention_norm(x)
-        k, v = layer.keys(y, cos, sin), layer.values(y, batch)
+        k, v = layer.keys(y, batch, rotation), layer.values(y, batch)
         x, y = (t.reshape(batch, total, -1)[:, prompt_length:].reshape(batch * count * length, -1) for t in (x, y))
-        q = layer.queries(y, cos[:, prompt_length:], sin[:, prompt_length:])
+        q = layer.queries(y, batch, part(rotation, prompt_length, count * length))
         keys, values = shared_keys(k[:, :prompt_length], real), shared_values(v[:, :prompt_length])
-        out = attention[-1](q, k[:, prompt_length:], v[:, prompt_length:], keys, values)
+        out = attend_candidates(q, k[:, prompt_length:], v[:, prompt_length:], keys, values)
         x = layer.finish(x, out.reshape(batch * count * length, layer.heads * layer.size))
         scores = trunk.score(trunk.final_norm(x)).reshape(batch, count, length)
         return torch.where(candidate_real, scores, 0.0).transpose(0, 1)

@@ -44,7 +44,7 @@ class RankPrefillGraph(nn.Module):
         before = prompt_mask.shape[1] - length
         real = prompt_mask > 0
         positions = (real.to(torch.int64).cumsum(1) - 1).clamp(min=0)
-        cos, sin = trunk.rotation(positions.narrow(1, before, length))
+        rotations = trunk.rotations(positions.narrow(1, before, length))
         # The last key is no token; `attend_prefix` masks it.
         masks = trunk.for_each_window(
             lambda window: F.pad(additive(readable(positions, before, length, window)), (0, 1))
@@ -52,17 +52,17 @@ class RankPrefillGraph(nn.Module):
         x = trunk.embed(inputs)
         x = trunk.project(x.reshape(batch * length, x.shape[-1]))
         cache: list[Tensor] = []
-        for i, (layer, mask) in enumerate(zip(trunk.layers, masks, strict=True)):
+        for i, (layer, rotation, mask) in enumerate(zip(trunk.layers, rotations, masks, strict=True)):
             assert isinstance(layer, Layer)
             x = trunk.enter(x)
             y = layer.attention_norm(x)
-            k, v = layer.keys(y, cos, sin), layer.values(y, batch)
+            k, v = layer.keys(y, batch, rotation), layer.values(y, batch)
             keys = torch.cat([past[2 * i].narrow(3, 0, before), shared_keys(k, real.narrow(1, before, length))], 3)
             values = torch.cat([past[2 * i + 1].narrow(2, 0, before), shared_values(v)], 2)
             cache += [keys, values]
             # Nothing reads the last layer's output.
             if i < len(masks) - 1:
-                out = attend_prefix(layer.queries(y, cos, sin), keys, values, mask)
+                out = attend_prefix(layer.queries(y, batch, rotation), keys, values, mask, layer.cap)
                 x = layer.finish(x, out.reshape(batch * length, layer.heads * layer.size))
         return tuple(cache)
 
@@ -93,17 +93,19 @@ class RankCachedGraph(nn.Module):
         steps = candidate_real.to(torch.int64).cumsum(2) - 1 + real.to(torch.int64).sum(1)[:, None, None]
         positions = steps.clamp(min=0).reshape(batch, count * length)
         prompt_positions = (real.to(torch.int64).cumsum(1) - 1).clamp(min=0)
-        cos, sin = trunk.rotation(positions)
+        rotations = trunk.rotations(positions)
         attention = trunk.for_each_window(
-            lambda window: CandidateAttention(window, prompt_positions, candidate_real, positions)
+            lambda window: CandidateAttention(
+                window, prompt_positions, candidate_real, positions, trunk.config.attention_cap
+            )
         )
         x = trunk.embed(candidate).transpose(0, 1)
         x = trunk.project(x.reshape(rows, x.shape[-1]))
-        for i, (layer, attend) in enumerate(zip(trunk.layers, attention, strict=True)):
+        for i, (layer, rotation, attend) in enumerate(zip(trunk.layers, rotations, attention, strict=True)):
             assert isinstance(layer, Layer)
             x = trunk.enter(x)
             y = layer.attention_norm(x)
-            q, k, v = layer.queries(y, cos, sin), layer.keys(y, cos, sin), layer.values(y, batch)
+            q, k, v = layer.queries(y, batch, rotation), layer.keys(y, batch, rotation), layer.values(y, batch)
             out = attend(q, k, v, cache[2 * i], cache[2 * i + 1])
             x = layer.finish(x, out.reshape(rows, layer.heads * layer.size))
         scores = trunk.score(trunk.final_norm(x)).reshape(batch, count, length)

@@ -60,7 +60,7 @@ class Repetition:
 
     def __init__(self, trunk: Trunk) -> None:
         self._layers = [layer for layer in trunk.layers if isinstance(layer, Layer)]
-        *kinds, _ = map(_kind, self._layers, trunk.windows)
+        *kinds, _ = map(_kind, self._layers, trunk.windows, trunk.kinds_of_rotation)
         first: dict[Hashable, int] = {}
         for i, kind in enumerate(kinds):
             first.setdefault(kind, i)
@@ -69,6 +69,7 @@ class Repetition:
         self.traced = [*first.values(), len(kinds)]
         trunk.layers = nn.ModuleList(self._layers[i] for i in self.traced)
         trunk.windows = [trunk.windows[i] for i in self.traced]
+        trunk.kinds_of_rotation = [trunk.kinds_of_rotation[i] for i in self.traced]
         trunk.marked = True
 
     def weights(self) -> dict[str, Tensor]:
@@ -126,14 +127,14 @@ class Repetition:
         return templates
 
 
-def _kind(layer: Layer, window: int | None) -> Hashable:
+def _kind(layer: Layer, window: int | None, rotation: str | None) -> Hashable:
     """Return everything about a layer that determines its trace, which is all but the values of its weights."""
     modules = (
         (name, type(module), frozenset((k, v) for k, v in vars(module).items() if not k.startswith("_")))
         for name, module in layer.named_modules()
     )
     weights = ((name, weight.shape, weight.stride(), weight.dtype) for name, weight in _weights(layer))
-    return window, tuple(modules), tuple(weights)
+    return window, rotation, tuple(modules), tuple(weights)
 
 
 def _weights(layer: nn.Module) -> Iterator[tuple[str, Tensor]]:

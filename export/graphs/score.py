@@ -27,16 +27,16 @@ class ScoreGraph(nn.Module):
         rows, length = attention_mask.shape
         real = attention_mask > 0
         positions = (real.to(torch.int64).cumsum(1) - 1).clamp(min=0)
-        cos, sin = trunk.rotation(positions)
+        rotations = trunk.rotations(positions)
         masks = trunk.for_each_window(lambda window: additive(allowed(real, positions, window)))
         x = trunk.embed(inputs)
         x = trunk.project(x.reshape(rows * length, x.shape[-1]))
-        for layer, mask in zip(trunk.layers, masks, strict=True):
+        for layer, rotation, mask in zip(trunk.layers, rotations, masks, strict=True):
             assert isinstance(layer, Layer)
             x = trunk.enter(x)
             y = layer.attention_norm(x)
-            q, k, v = layer.queries(y, cos, sin), layer.keys(y, cos, sin), layer.values(y, rows)
-            x = layer.finish(x, attend(q, k, v, mask).reshape(rows * length, layer.heads * layer.size))
+            q, k, v = layer.queries(y, rows, rotation), layer.keys(y, rows, rotation), layer.values(y, rows)
+            x = layer.finish(x, attend(q, k, v, mask, layer.cap).reshape(rows * length, layer.heads * layer.size))
         normed = trunk.final_norm(x)
         scores = torch.where(real, trunk.score(normed).reshape(rows, length), 0.0)
         return normed.reshape(rows, length, trunk.config.hidden_size), scores[:, :, None]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bonnx.models.network import LanguageModel
+from bonnx.models.network import LanguageModel, final_logits
 
 from .outliers import SplitLinear
 from .quantize import BLOCK, MIN_SCALE, NORMED_STEP, Linear4, Linear8, Linear16
@@ -173,6 +173,7 @@ class VocabularyHead(nn.Module):
 
     def __init__(self, model: LanguageModel) -> None:
         super().__init__()
+        self.config = model.config
         if not model.config.tie_embeddings and isinstance(model.head, Linear8):
             shared = model.head.weight is model.embedding.weight
             self.product: nn.Module | None = Product8(model.head, shared=shared)
@@ -184,10 +185,8 @@ class VocabularyHead(nn.Module):
 
     def forward(self, backbone: Tensor) -> Tensor:
         """(M, D) -> (M, V)."""
-        if self.product is not None:
-            logits: Tensor = self.product(backbone)
-            return logits
-        return _transposed(backbone, self.weight)
+        logits = _transposed(backbone, self.weight) if self.product is None else self.product(backbone)
+        return final_logits(logits, self.config)
 
 
 def _transposed(x: Tensor, weight: Tensor) -> Tensor:

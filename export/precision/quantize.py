@@ -3,7 +3,8 @@
 fp16 and bf16: only the weights of matrix products are rounded.
 
 int8: weights have one scale per output. The inputs of products after a norm have one fixed range, because `rotate.py`
-gives their features the same distribution; the inputs of other products have one scale per row. No row's result
+gives their features the same distribution; the inputs of other products have one scale per row. So have those of all
+products of a network that cannot be rotated (LayerNorm, or norms behind the layers). No row's result
 depends on other rows, so a candidate's score is the same in any batch.
 
 int4: weights have one scale per output and block of 32 inputs; inputs have one scale per row and block of 32. The
@@ -241,7 +242,9 @@ def _network(
 ) -> TwoHeadedNetwork:
     network = original if consume else copy.deepcopy(original)
     nothing = stream = torch.empty(0, dtype=torch.int64)
-    if precision == "int8":
+    # Only norms of root mean square that stand before the layers commute with a rotation.
+    rotated = precision == "int8" and original.config.norm == "rms" and original.config.norm_place == "before"
+    if rotated:
         norms = [norm for block in original.layers() for norm in (block.attention_norm, block.ffn_norm)]
         stream = torch.unique(torch.cat([outliers[norm] for norm in norms]))
         rotate(network, stream)
@@ -259,14 +262,12 @@ def _network(
             parent = getattr(block, part)
             for name in names:
                 layer_outliers = outliers.get(getattr(getattr(before, part), name), nothing)
-                if precision == "int8" and norm is not None:
+                if rotated and norm is not None:
                     layer_outliers = stream
                 bits: Precision = "int8" if precision == "int4" and name in _EIGHT_OF_FOUR else precision
-                _replace(
-                    parent,
-                    name,
-                    _layer(getattr(parent, name), bits, norm if bits == precision else None, layer_outliers),
-                )
+                bounded = precision in _HALVES or (rotated and bits == precision)
+                known = norm if bounded and not isinstance(norm, nn.Identity) else None
+                _replace(parent, name, _layer(getattr(parent, name), bits, known, layer_outliers))
     return network.eval()
 
 

@@ -36,6 +36,7 @@ def rotate(network: TwoHeadedNetwork, outliers: Tensor | None = None, seed: int 
             (block.attention_norm, (attention.q_proj, attention.k_proj, attention.v_proj)),
             (block.ffn_norm, (ffn.gate, ffn.up)),
         ):
+            assert isinstance(norm, nn.RMSNorm)
             for reader in readers:
                 reader.weight.data = _product(reader.weight * norm.weight, rotation)
             norm.weight.data = torch.ones_like(norm.weight)

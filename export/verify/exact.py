@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from bonnx.models.network import LanguageModel, TwoHeadedNetwork
+from bonnx.models.network import LanguageModel, TwoHeadedNetwork, final_logits
 from bonnx.runtime.artifact.manifest import Scoring
 
 from ..precision.quantize import Linear4, Linear8, Linear16, table
@@ -91,15 +91,20 @@ class Exact:
     def logits(self, exact: Tensor, rounded: Tensor) -> tuple[Array, Array]:
         """A pair of backbones (T, D) from `rows` -> their logits (T, V)."""
         with torch.no_grad():
-            wide, narrow = (head(x).numpy() for head, x in zip(self._vocabulary(), (exact, rounded), strict=True))
+            wide, narrow = self._logits(exact, 0).numpy(), self._logits(rounded, 1).numpy()
         return wide, narrow
 
     def rounded_logits(self, row: Array) -> Array:
         """Token ids (T,) -> logits (T, V) in the graphs' arithmetic only, which is much faster."""
         (outputs,) = self._run([row[None]], _as_graphs)
         with torch.no_grad():
-            logits: Array = self._vocabulary()[1](outputs.backbone[0]).numpy()
+            logits: Array = self._logits(outputs.backbone[0], 1).numpy()
         return logits
+
+    def _logits(self, backbone: Tensor, form: int) -> Tensor:
+        """(..., D) -> (..., V), in float64 (form 0) or in the graphs' arithmetic (1)."""
+        assert isinstance(self._model, LanguageModel)
+        return final_logits(self._vocabulary()[form](backbone), self._model.config)
 
     def _vocabulary(self) -> tuple[nn.Module, nn.Module]:
         """Return the vocabulary head in float64 and in the graphs' arithmetic."""
@@ -118,17 +123,17 @@ class Exact:
         for rows in batches:
             values = torch.from_numpy(rows)
             x = (self._model.embedding(values) if isinstance(self._model, LanguageModel) else values).to(dtype)
-            states.append((entry(x), *network.surroundings(x)))
+            states.append((entry(x * network.config.embedding_scale), *network.surroundings(x)))
         for i, layer in enumerate(network.layers()):
             block = form(layer)
-            states = [(block(x, cos, sin, masks[i]), cos, sin, masks) for x, cos, sin, masks in states]
+            states = [(block(x, rotations[i], masks[i]), rotations, masks) for x, rotations, masks in states]
         norm, scorer = form(network.final_norm), form(network.scorer)
         for x, *_ in states:
             backbone = norm(x)
             if network.config.has_scorer:
                 yield Outputs(backbone, activated(scorer(backbone), self._scoring))
             else:
-                yield Outputs(backbone, certainty(self._vocabulary()[form is not _widened](backbone)))
+                yield Outputs(backbone, certainty(self._logits(backbone, int(form is not _widened))))
 
 
 def _widened(module: nn.Module) -> nn.Module:

@@ -18,8 +18,9 @@ from bonnx.models import (
     recommended_defaults,
     select_best_of_n,
 )
+from bonnx.models.block import Block
 from bonnx.models.edifice import edifice_names
-from bonnx.models.network import Block, inverse_frequencies, rotate
+from bonnx.models.rotary import inverse_frequencies, rotate
 from tests.tolerance import GOLDEN, within
 
 DATA = Path(__file__).parent.parent / "data"

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bonnx.models import LanguageModel, LanguageModelConfig, NetworkConfig, RopeScaling, build, select_best_of_n
-from bonnx.models.network import inverse_frequencies
+from bonnx.models.rotary import inverse_frequencies
 from tests.tolerance import RUNTIME, within
 
 SMALL = {"embed_dim": 10, "hidden_size": 16, "num_layers": 2, "scorer_hidden": 8}

@@ -19,7 +19,7 @@ def test_layer_by_layer_is_the_whole_model_in_double_precision(language_model, r
     exact = Exact(language_model, Scoring(activation="sigmoid"))
     wide = copy.deepcopy(language_model).double()
     # Angles are rounded to float32 by definition, in transformers too.
-    wide.network.inverse_frequencies = language_model.network.inverse_frequencies
+    wide.network.rotaries = language_model.network.rotaries
     for rows, (outputs, own) in zip(batches, exact.rows(batches, Tolerances()), strict=True):
         with torch.no_grad():
             backbone, scores, logits = wide(torch.from_numpy(rows))
