@@ -15,11 +15,12 @@ from torch import Tensor
 from .config import ConfigError, LanguageModelConfig, NetworkConfig
 from .fields import check_fields
 from .files import check_folder, read_json
+from .head_file import HeadFile
 from .huggingface import is_huggingface, translate
 from .network import LanguageModel, TwoHeadedNetwork, initialize, without_scorer
 from .rotary import Rotary
 from .scorer_kinds import make_scorer
-from .tokenizer_files import class_fields, copy_tokenizer
+from .tokenizer_files import class_fields, copy_tokenizer, token_id
 from .weights import WEIGHTS_FILE, Weights
 
 __all__ = ["load_checkpoint", "save_checkpoint"]
@@ -66,6 +67,7 @@ def load_checkpoint(
     label_tokens: tuple[int, ...] | None = None,
     new_scorer: bool = False,
     no_scorer: bool = False,
+    head: HeadFile | None = None,
 ) -> tuple[LanguageModel | TwoHeadedNetwork, dict[str, Any]]:
     """Load a model in float32 and inference mode, with the further keys of its config.json.
 
@@ -77,6 +79,7 @@ def load_checkpoint(
         label_tokens: for a language model that answers at a step tag, the tokens whose logits are the scorer's labels.
         new_scorer: add a new scorer, to be trained, to a language model without one.
         no_scorer: leave the scorer out, if there is one; the model must have a vocabulary head.
+        head: what the caller says of a head that is not recognized by its tensors.
 
     Returns:
         The model, and the keys.
@@ -88,8 +91,12 @@ def load_checkpoint(
     folder = Path(folder)
     config = read_config(folder)
     if is_huggingface(config):
-        loaded, metadata = _load_huggingface(folder, config, label_tokens, new_scorer, no_scorer)
+        loaded, metadata = _load_huggingface(folder, config, label_tokens, new_scorer, no_scorer, head)
         return without_scorer(loaded) if no_scorer else loaded, metadata
+    if head is not None:
+        raise ConfigError(
+            f"{folder}: --head declares the head of a checkpoint of transformers; this one is bonnx's own"
+        )
     with torch.device("meta"):
         model = _own_model(folder, config)
     weights = Weights(folder)
@@ -118,7 +125,12 @@ def _own_model(folder: Path, config: dict[str, Any]) -> LanguageModel | TwoHeade
 
 
 def _load_huggingface(
-    folder: Path, config: dict[str, Any], label_tokens: tuple[int, ...] | None, new_scorer: bool, no_scorer: bool
+    folder: Path,
+    config: dict[str, Any],
+    label_tokens: tuple[int, ...] | None,
+    new_scorer: bool,
+    no_scorer: bool,
+    head: HeadFile | None,
 ) -> tuple[LanguageModel, dict[str, Any]]:
     weights = _supported_weights(folder, config)
     if (folder / GENERATION_FILE).is_file():
@@ -126,7 +138,12 @@ def _load_huggingface(
         config = {**config, **{k: v for k, v in read_json(folder / GENERATION_FILE).items() if k == "eos_token_id"}}
     try:
         translation = translate(
-            config, weights.shapes, label_tokens=label_tokens, new_scorer=new_scorer, no_scorer=no_scorer
+            config,
+            weights.shapes,
+            label_tokens=label_tokens,
+            new_scorer=new_scorer,
+            no_scorer=no_scorer,
+            declared=head,
         )
         with torch.device("meta"):
             model = LanguageModel(translation.config)
@@ -141,6 +158,9 @@ def _load_huggingface(
         _check_shapes(expected, {name: shape for name, shape in weights.shapes.items() if name in expected})
     except ConfigError as e:
         raise ConfigError(f"{folder}: {e}") from e
+    scoring = translation.scoring
+    if translation.appended is not None:
+        scoring = {**scoring, "reward_token": token_id(folder, translation.appended)}
     state = weights.read(translation.names)
     if rows is not None:
         state["network.scorer.dense2.weight"] = state["network.scorer.dense2.weight"][list(rows)].clone()
@@ -148,12 +168,16 @@ def _load_huggingface(
         model.network.scorer = make_scorer(translation.config.network)
         model.network.scorer.apply(initialize)
         state |= {f"network.scorer.{name}": value for name, value in model.network.scorer.state_dict().items()}
+    # The layers of a scorer have biases or not; in the checkpoint some may and others not.
+    for name, value in model.network.scorer.named_parameters(prefix="network.scorer"):
+        if name.endswith(".bias"):
+            state.setdefault(name, torch.zeros(value.shape))
     if translation.normal is not None:
-        _normalize(state, *translation.normal)
+        _normalize(state, model.network.scorer.last, *translation.normal)
     _fill(model, state)
     text = {"unknown": "replace", **translation.steps}
     return model, {
-        "scoring": translation.scoring,
+        "scoring": scoring,
         "text": text,
         "limits": translation.limits,
         "remarks": translation.remarks,
@@ -169,10 +193,10 @@ def _supported_weights(folder: Path, config: Mapping[str, Any]) -> Weights:
     return Weights(folder)
 
 
-def _normalize(state: dict[str, Tensor], mean: float, std: float) -> None:
+def _normalize(state: dict[str, Tensor], layer: str, mean: float, std: float) -> None:
     """Fold (score - mean) / std into the scorer's last layer."""
-    weight, bias = (f"network.scorer.dense2.{part}" for part in ("weight", "bias"))
-    state[bias] = (state.get(bias, torch.zeros(len(state[weight]))) - mean) / std
+    weight, bias = (f"network.scorer.{layer}.{part}" for part in ("weight", "bias"))
+    state[bias] = (state[bias] - mean) / std
     state[weight] = state[weight] / std
 
 

@@ -105,7 +105,8 @@ class NetworkConfig(_ValidatedConfig, frozen=True, kw_only=True, forbid_unknown_
     num_layers: int = 4
     num_heads: int = 4
     num_kv_heads: int = 2
-    scorer_hidden: int = 128
+    scorer_hidden: int | list[int] = 128
+    """Inner size of an `mlp` scorer, or the sizes of its inner layers if there are several."""
     dropout: float = 0.1
 
     head_dim: int | None = None
@@ -147,17 +148,20 @@ class NetworkConfig(_ValidatedConfig, frozen=True, kw_only=True, forbid_unknown_
     """Layers with the sliding window, counted from 0; all layers if None."""
     scorer_kind: Literal["mlp", "linear", "none"] = "mlp"
     """`none` only in a language model, which then generates but does not score."""
-    scorer_activation: Literal["silu", "relu"] = "silu"
+    scorer_activation: Literal["silu", "relu", "gelu", "tanh"] = "silu"
+    """Between the layers of an `mlp` scorer."""
     scorer_bias: bool = True
     num_labels: int = 1
 
     def __post_init__(self) -> None:
-        positive = ["embed_dim", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "scorer_hidden"]
+        positive = ["embed_dim", "hidden_size", "num_layers", "num_heads", "num_kv_heads"]
         optional = ("num_labels", "head_dim", "ffn_inner", "sliding_window", "rotary_size")
         positive += [name for name in optional if getattr(self, name) is not None]
         for name in positive:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1; got {getattr(self, name)}")
+        if not self.scorer_sizes or min(self.scorer_sizes) < 1:
+            raise ConfigError(f"scorer_hidden must be at least 1; got {self.scorer_hidden}")
         finite = ["norm_epsilon", "final_norm_epsilon", "rope_theta", "embedding_scale"]
         finite += [name for name in ("sliding_rope_theta", "attention_cap") if getattr(self, name) is not None]
         for name in finite:
@@ -199,6 +203,11 @@ class NetworkConfig(_ValidatedConfig, frozen=True, kw_only=True, forbid_unknown_
     def has_scorer(self) -> bool:
         """Whether the positions get scores."""
         return self.scorer_kind != "none"
+
+    @property
+    def scorer_sizes(self) -> list[int]:
+        """The inner sizes of an `mlp` scorer."""
+        return [self.scorer_hidden] if isinstance(self.scorer_hidden, int) else self.scorer_hidden
 
     @property
     def windows(self) -> list[int | None]:

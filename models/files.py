@@ -15,11 +15,12 @@ __all__ = ["check_folder", "check_present", "read_json", "unpickling"]
 # The start of a Git LFS pointer, the small text in place of a file that was not downloaded.
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _READ = ("*.json", "*.jinja", "*.safetensors", "additional_chat_templates/*.jinja")
-# Weights that are ignored: other formats of the model's own, and files that inference does not need.
+# Weights that are read elsewhere or ignored: other formats of the model's own, and what inference does not need.
 _UNREAD = (
     "model.safetensors",
     "model.*.safetensors",
     "model-*-of-*.safetensors",
+    "value_head.safetensors",  # read with the weights, see weights.py
     "consolidated*",
     "adapter_model*",
     "optimizer*",

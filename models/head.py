@@ -3,33 +3,41 @@
 =================================  ========================================  =====================  =================
 tensors                            written by                                scorer                 read at
 =================================  ========================================  =====================  =================
-score.weight [score.bias]          *ForSequenceClassification                linear                 last token
+score.weight [score.bias]          *ForSequenceClassification, OpenRLHF      linear                 last token
 the same                           *ForTokenClassification                   linear                 ends of steps
 score.0.*, score.2.*               *ForRewardModel                           Linear, ReLU, Linear   last token
 the same                           *ForProcessRewardModel                    Linear, ReLU, Linear   ends of steps
 v_head.summary.* or v_head.*       a model with a value head                 linear                 last token
 the same                           *ForPrmModel                              linear, sigmoid        ends of steps
+v_head.*                           Athene, InternLM2-Reward                  linear                 an appended token
+v_head.summary.0.*, .2.*, ...      GRM                                       Linear, ReLU, ...      last token
+value_head, regression_head,       OpenRLHF, Eurus and UltraRM,              linear                 last token
+score_head, reward_head            Beaver, others
 none                               *ForCausalLM that answers with a token    rows of lm_head        chosen by caller
 =================================  ========================================  =====================  =================
 
-The tensors do not show whether steps are scored; the architecture or the caller determines that.
+The tensors do not show whether steps are scored; the architecture or the caller determines that. `head_file.py` reads
+a declaration of any other head.
 """
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 from .config import ConfigError
 from .fields import normalizes
 
-__all__ = ["PARTS", "Head", "architecture", "read_head"]
+__all__ = ["PARTS", "Head", "Shapes", "architecture", "further_text", "layers_of", "linear_layers", "read_head"]
 
 PARTS = ("weight", "bias")
 _STEPWISE = ("ForTokenClassification", "ForProcessRewardModel", "ForPrmModel")
-_LINEAR = ("score", "v_head.summary", "v_head")
+_BASES = ("score", "v_head.summary", "v_head", "value_head", "regression_head", "score_head", "reward_head")
+# Their texts end with the tokenizer's cls token, which is in no config.
+_APPENDS_CLS = ("AtheneForSequenceClassification", "CustomAutoModelForSequenceClassification")
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -43,6 +51,9 @@ class Head:
         scoring: fields of the artifact's scoring rule; without `aggregation` if it is unknown whether steps are scored.
         steps: how a step ends in text: `step_text` and `step_split`.
         normal: mean and standard deviation of rewards, which standardize the head's output; or None.
+        appended: the token that ends every text, at which the score is read: its id, its text, or the name of a
+            special token; None for a head that reads the text's own last token.
+        unused: tensors of the head from which the score is not computed, by name or the part of it before a dot.
     """
 
     options: dict[str, Any]
@@ -50,6 +61,8 @@ class Head:
     scoring: dict[str, Any] = field(default_factory=dict)
     steps: dict[str, str] = field(default_factory=dict)
     normal: tuple[float, float] | None = None
+    appended: int | str | None = None
+    unused: tuple[str, ...] = ()
 
 
 def architecture(config: Mapping[str, Any]) -> str:
@@ -84,11 +97,9 @@ def read_head(
     if label_tokens is not None:
         options = {"scorer_kind": "linear", "scorer_bias": False, "num_labels": len(label_tokens)}
         return Head(options, scoring={"activation": "softmax"})
-    if "score.0.weight" in shapes and "score.2.weight" in shapes:
-        return _mlp(config, shapes)
-    for name in _LINEAR:
-        if f"{name}.weight" in shapes:
-            return _linear(config, shapes, name)
+    for base in _bases(config):
+        if layers := layers_of(shapes, base):
+            return _known(config, shapes, base, layers)
     if new_scorer:
         return Head({}, scoring={"activation": "sigmoid"})
     if no_scorer and not further:
@@ -96,31 +107,73 @@ def read_head(
     raise ConfigError(_no_head(config, shapes, further))
 
 
-def _mlp(config: Mapping[str, Any], shapes: Shapes) -> Head:
-    labels = _labels(config.get("id2label"), shapes["score.2.weight"][0])
-    options = {"scorer_kind": "mlp", "scorer_activation": "relu", "scorer_hidden": shapes["score.0.weight"][0]}
-    names = {f"network.scorer.dense{i}.{p}": f"score.{n}.{p}" for i, n in ((1, 0), (2, 2)) for p in PARTS}
-    # As its authors use it: steps are separated by blank lines, and each ends with a special token.
-    known = architecture(config).endswith("ForProcessRewardModel")
-    steps = {"step_text": "<extra_0>", "step_split": "\n\n"} if known else {}
-    scoring = _rule(labels) | _reading(config)
-    return Head({**options, "num_labels": len(labels)}, names, scoring, steps, _normal(config, len(labels)))
+def _bases(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the names that a head's tensors begin with; OpenRLHF writes its own into the config."""
+    named = config.get("value_head_prefix")
+    return (*_BASES, named) if isinstance(named, str) and named not in _BASES else _BASES
 
 
-def _linear(config: Mapping[str, Any], shapes: Shapes, name: str) -> Head:
-    value = name != "score"
-    labels = _labels(None if value else config.get("id2label"), shapes[f"{name}.weight"][0])
-    bias, normal = f"{name}.bias" in shapes, _normal(config, len(labels))
-    options = {"scorer_kind": "linear", "scorer_bias": bias or normal is not None, "num_labels": len(labels)}
-    names = {f"network.scorer.dense2.{p}": f"{name}.{p}" for p in (PARTS if bias else PARTS[:1])}
+def layers_of(shapes: Shapes, base: str) -> list[str]:
+    """Return the names of the linear layers `base`, or `base.0`, `base.2` and so on, in order."""
+    if f"{base}.weight" in shapes:
+        return [base]
+    places = [name.removeprefix(f"{base}.").removesuffix(".weight") for name in shapes if name.startswith(f"{base}.")]
+    return [f"{base}.{place}" for place in sorted({int(place) for place in places if place.isdecimal()})]
+
+
+def linear_layers(
+    shapes: Shapes, layers: Sequence[str], activation: str = "relu"
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the options and names of a scorer of linear layers, with an activation between them.
+
+    Args:
+        shapes: the shape of every tensor, by name.
+        layers: names of the layers, without `.weight` and `.bias`, from the backbone to the score.
+        activation: as in `NetworkConfig.scorer_activation`.
+
+    Raises:
+        ConfigError: if a weight is not a matrix, or does not read what the layer before it gives.
+    """
+    sizes = [shapes[f"{layer}.weight"] for layer in layers]
+    for i, (layer, size) in enumerate(zip(layers, sizes, strict=True)):
+        if len(size) != 2 or (i and size[1] != sizes[i - 1][0]):
+            expected = f"(outputs, {sizes[i - 1][0]})" if i else "(outputs, inputs)"
+            raise ConfigError(f"tensor '{layer}.weight': expected a matrix {expected}; got {size}")
+    parts = [(layer, part) for layer in layers for part in PARTS if f"{layer}.{part}" in shapes]
+    options: dict[str, Any] = {"scorer_kind": "linear", "num_labels": sizes[-1][0]}
+    options["scorer_bias"] = any(part == "bias" for _, part in parts)
+    if len(layers) > 1:
+        inner = [size[0] for size in sizes[:-1]]
+        options |= {"scorer_kind": "mlp", "scorer_activation": activation}
+        options["scorer_hidden"] = inner[0] if len(inner) == 1 else inner
+    # A single layer has the name of the second one of the original's scorer.
+    number = {layer: i for i, layer in enumerate(layers, 1 if len(layers) > 1 else 2)}
+    return options, {f"network.scorer.dense{number[layer]}.{part}": f"{layer}.{part}" for layer, part in parts}
+
+
+def _known(config: Mapping[str, Any], shapes: Shapes, base: str, layers: list[str]) -> Head:
+    options, names = linear_layers(shapes, layers)
+    value, name = base != "score", architecture(config)
+    labels = _labels(None if value else config.get("id2label"), options["num_labels"])
+    normal = _normal(config, base, len(labels))
+    options["scorer_bias"] |= normal is not None
     scoring = _rule(labels) | _reading(config)
-    if value and architecture(config).endswith("ForPrmModel"):
+    steps = {}
+    if len(layers) > 1 and name.endswith("ForProcessRewardModel"):
+        # As its authors use it: steps are separated by blank lines, and each ends with a special token.
+        steps = {"step_text": "<extra_0>", "step_split": "\n\n"}
+    elif len(layers) == 1 and name.endswith("ForPrmModel" if value else "ForTokenClassification"):
+        steps = {"step_text": "\n"}
+    appended = config.get("reward_token_id")
+    if base == "v_head" and name in _APPENDS_CLS:
+        appended = "cls_token"
+    if value and name.endswith("ForPrmModel"):
         scoring["activation"] = "sigmoid"
-    elif value and scoring["aggregation"] == "last":
+    elif value and scoring["aggregation"] == "last" and appended is None:
         # A value head may score steps as well, so the caller decides.
         del scoring["aggregation"]
-    known = architecture(config).endswith("ForPrmModel" if value else "ForTokenClassification")
-    return Head(options, names, scoring, {"step_text": "\n"} if known else {}, normal)
+    unused = ("normalizer",) if base == "score_head" else ()
+    return Head(options, names, scoring, steps, normal, appended, unused)
 
 
 def _reading(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -155,18 +208,70 @@ def _rule(labels: list[str]) -> dict[str, Any]:
     return rule
 
 
-def _normal(config: Mapping[str, Any], labels: int) -> tuple[float, float] | None:
-    """Return the mean and standard deviation of rewards if scores are normalized by them (OpenRLHF)."""
+def _normal(config: Mapping[str, Any], base: str, labels: int) -> tuple[float, float] | None:
+    """Return the mean and standard deviation of rewards if scores are normalized by them (OpenRLHF, Beaver)."""
+    if base == "score_head" and config.get("do_normalize") is True:
+        return _beaver(config, labels)
     if not normalizes(config):
         return None
     mean, std = config["mean"], config.get("std")
-    numbers = [x for x in (mean, std) if isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)]
-    if len(numbers) != 2 or numbers[1] <= 0 or labels != 1:
+    if not (_finite(mean) and _finite(std) and std > 0 and labels == 1):
         raise ConfigError(
             f"config.json, 'normalize_reward': expected numbers 'mean' and 'std' above 0, and a head of one label; "
             f"found {mean!r:.40}, {std!r:.40} and {labels} labels; set 'normalize_reward' to false for raw scores"
         )
-    return float(numbers[0]), float(numbers[1])
+    return float(mean), float(std)
+
+
+def _beaver(config: Mapping[str, Any], labels: int) -> tuple[float, float] | None:
+    """Return what safe-rlhf normalizes by: a reward by mean and variance, a cost by the variance alone."""
+    kind = config.get("score_type", "reward")
+    if kind == "critic":
+        return None
+    mean, var = (
+        value[0] if isinstance(value, list) and value else value for value in (config.get("mean"), config.get("var"))
+    )
+    if kind not in ("reward", "cost") or not (_finite(mean) and _finite(var) and var > 0 and labels == 1):
+        raise ConfigError(
+            "config.json, 'do_normalize': expected 'score_type' reward, cost or critic, numbers 'mean' and 'var' above "
+            f"0, and a head of one label; found {kind!r:.40}, {mean!r:.40}, {var!r:.40} and {labels} labels; set "
+            "'do_normalize' to false for raw scores"
+        )
+    return (float(mean) if kind == "reward" else 0.0), math.sqrt(var)
+
+
+def _finite(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def further_text(shapes: Shapes, names: Sequence[str]) -> str:
+    """Return tensors with their shapes, the first six of them."""
+    more = f" and {len(names) - 6} more" if len(names) > 6 else ""
+    return f"{', '.join(f'{name} {shapes[name]}' for name in names[:6])}{more}"
+
+
+def suggestion(config: Mapping[str, Any], shapes: Shapes, further: Sequence[str]) -> str:
+    """Return what to do with tensors of an unknown head, with the declaration that fits their shapes, if one does."""
+    matrices = {n.removesuffix(".weight"): shapes[n] for n in further if n.endswith(".weight") and len(shapes[n]) == 2}
+    layers: list[str] = []
+    width = config.get("hidden_size")
+    # The layer that gives one value is the last, so of several that fit the widest comes first.
+    while fitting := [name for name, size in matrices.items() if name not in layers and size[1] == width]:
+        layers.append(max(fitting, key=lambda name: matrices[name][0]))
+        width = matrices[layers[-1]][0]
+    if not layers:
+        return (
+            "None of them is a linear layer that reads the backbone, so bonnx cannot compute this head "
+            "(docs/reward_models.md lists the supported ones)"
+        )
+    declared: dict[str, Any] = {"layers": layers, "read_at": "last"}
+    declared |= {"activation": "relu"} if len(layers) > 1 else {}
+    unused = [name for name in further if name.rpartition(".")[0] not in layers]
+    declared |= {"unused": unused} if unused else {}
+    return (
+        "docs/reward_models.md lists the supported heads. If these tensors are linear layers, declare them: pass "
+        f"--head with a JSON file such as {json.dumps(declared)}"
+    )
 
 
 def _no_head(config: Mapping[str, Any], shapes: Shapes, further: list[str]) -> str:
@@ -174,15 +279,11 @@ def _no_head(config: Mapping[str, Any], shapes: Shapes, further: list[str]) -> s
     declared = f"'architectures' is {name}" if name else "'architectures' is missing"
     start = f"the checkpoint has no scorer that is supported (config.json, {declared}): "
     if further:
-        shown = ", ".join(f"{tensor} {shapes[tensor]}" for tensor in further[:6])
-        more = f" and {len(further) - 6} more" if len(further) > 6 else ""
         return (
-            f"{start}besides the backbone it has {shown}{more}; expected score.weight, score.0.weight with "
-            "score.2.weight, v_head.weight or v_head.summary.weight (docs/reward_models.md lists the supported heads). "
-            "A single linear layer that is read at the last token can be renamed to score.weight"
+            f"{start}besides the backbone it has {further_text(shapes, further)}. {suggestion(config, shapes, further)}"
         )
     return (
-        f"{start}besides the backbone it has no tensors; expected score.weight, score.0.weight with score.2.weight, "
-        "v_head.weight or v_head.summary.weight. For a language model that answers with a token, pass --label-tokens; "
+        f"{start}besides the backbone it has no tensors; expected score.weight, v_head.weight or another head that "
+        "docs/reward_models.md lists. For a language model that answers with a token, pass --label-tokens; "
         "for any other, train a scorer first, see docs/scorer.md, or pass --no-scorer for one that only generates"
     )

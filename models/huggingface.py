@@ -15,6 +15,7 @@ from .backbone import FARTHEST, ConfigReader, backbone_options, block_names
 from .config import ConfigError, LanguageModelConfig, NetworkConfig
 from .fields import check_fields, remarks
 from .head import Head, Shapes, architecture, read_head
+from .head_file import HeadFile, declared_head
 
 __all__ = ["Translation", "is_huggingface", "translate"]
 
@@ -35,6 +36,7 @@ class Translation:
         steps: how a step ends in text: `step_text` and `step_split`.
         limits: fields of the artifact's limits.
         normal: mean and standard deviation of rewards by which scores are normalized, or None.
+        appended: the token that ends every text, at which the score is read, as in `Head`; or None.
         remarks: sentences for the user, one for each setting that is ignored.
     """
 
@@ -46,6 +48,7 @@ class Translation:
     steps: dict[str, str]
     limits: dict[str, Any]
     normal: tuple[float, float] | None
+    appended: int | str | None
     remarks: list[str]
 
 
@@ -61,6 +64,7 @@ def translate(
     label_tokens: tuple[int, ...] | None = None,
     new_scorer: bool = False,
     no_scorer: bool = False,
+    declared: HeadFile | None = None,
 ) -> Translation:
     """Translate a config.json, given the shapes of the checkpoint's tensors.
 
@@ -70,6 +74,7 @@ def translate(
         label_tokens: for a language model that answers at a step tag, the tokens whose logits are the labels.
         new_scorer: add a new scorer, to be trained, to a language model without one.
         no_scorer: accept a language model without one.
+        declared: what the caller says of a head that is not recognized by its tensors.
 
     Raises:
         ConfigError: if a field or tensor is not supported, or a field contradicts the weights.
@@ -80,11 +85,22 @@ def translate(
     fields = ConfigReader(config)
     prefix = _prefix(shapes)
     network = backbone_options(fields, len(shapes))
-    head = read_head(config, shapes, _further(shapes, prefix), label_tokens, new_scorer, no_scorer)
+    further = _further(shapes, prefix)
+    if declared is None:
+        head = read_head(config, shapes, further, label_tokens, new_scorer, no_scorer)
+    else:
+        head = declared_head(declared, shapes, further, network["hidden_size"])
     network |= head.options
     tied, vocabulary = fields.flag("tie_word_embeddings", False), fields.whole("vocab_size", most=2**24)
     causal = tied and architecture(config).endswith("ForCausalLM")
     generates = label_tokens is None and (new_scorer or causal or "lm_head.weight" in shapes)
+    notes = remarks(config)
+    if generates and head.appended is not None:
+        notes.append(
+            "the score is read at a token that is appended to each text, which the graphs that generate cannot do; the "
+            "vocabulary head is left out, so the artifact scores and does not generate"
+        )
+        generates = False
     model = LanguageModelConfig(
         network=NetworkConfig.from_dict(network),
         vocab_size=vocabulary,
@@ -94,11 +110,12 @@ def translate(
     if label_tokens is not None and (outside := [t for t in label_tokens if not 0 <= t < vocabulary]):
         raise ConfigError(f"label tokens: {outside[0]} is outside the vocabulary (0 to {vocabulary - 1})")
     names = _names(model, head, prefix, label_tokens is not None, tied)
-    _check_extra(shapes, set(names.values()), _further(shapes, prefix), label_tokens is not None)
+    _check_extra(shapes, {*names.values()}, head.unused, further, label_tokens is not None)
     pad = _token(config, "pad_token_id", vocabulary)
     scoring = head.scoring | {"pad_token": pad or 0, "stop_tokens": _stops(config, vocabulary)}
     # If a text may end with its pad token (pad = eos), these classes read the token before it, as they were trained to.
     scoring["passes_pad"] = pad is not None and architecture(config).endswith("ForSequenceClassification")
+    scoring["passes_pad"] &= head.appended is None
     return Translation(
         config=model,
         names={ours: stored.get(theirs, theirs) for ours, theirs in names.items()},
@@ -108,7 +125,8 @@ def translate(
         steps=head.steps,
         limits={"max_tokens": fields.whole("max_position_embeddings", 8192, FARTHEST)},
         normal=head.normal,
-        remarks=remarks(config),
+        appended=head.appended,
+        remarks=notes,
     )
 
 
@@ -153,11 +171,18 @@ def _prefix(shapes: Shapes) -> str:
     return prefixes[0]
 
 
-def _check_extra(shapes: Shapes, used: set[str], further: list[str], label_tokens: bool) -> None:
-    """Refuse unused tensors, because they show that the config describes another model."""
+def _check_extra(
+    shapes: Shapes,
+    used: set[str],
+    unused: tuple[str, ...],
+    further: list[str],
+    label_tokens: bool,
+) -> None:
+    """Refuse unused tensors, because they show that the config describes another model; `unused` are known ones."""
     # Unused but harmless: old buffers, and a vocabulary head that is tied or was replaced by a classifier.
     harmless = ("rotary_emb.inv_freq",)
     extra = {n for n in shapes if n not in used and not n.endswith(harmless) and n != "lm_head.weight"}
+    extra = {n for n in extra if not any(n == name or n.startswith(f"{name}.") for name in unused)}
     if extra:
         # A head's tensors are more informative than the backbone's.
         named = [name for name in further if name in extra] or sorted(extra)

@@ -86,8 +86,10 @@ class Rotary(nn.Module):
     def reset(self) -> None:
         """Compute the frequencies again, for a network that was built on the meta device."""
         self.frequencies = inverse_frequencies(self.config, sliding=self.sliding)
-        if self.scaling is not None and self.scaling.kind == "longrope":
-            self.long_frequencies = _longrope(self.config, self.scaling.long_factors)
+        scaling = self.scaling
+        factors = scaling.long_factors if scaling is not None and scaling.kind == "longrope" else None
+        # Also an empty tensor must leave the meta device.
+        self.long_frequencies = torch.empty(0) if factors is None else _longrope(self.config, factors)
 
     def forward(self, positions: Tensor) -> Rotation:
         """Positions (B or 1, T) int64 -> cos and sin (B or 1, T, R/2) float32 of angles in float32."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -16,17 +17,16 @@ from .config import NetworkConfig
 
 __all__ = ["KINDS", "LinearScorer", "MlpScorer", "NoScorer", "Scorer", "make_scorer"]
 
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "relu": F.relu}
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "tanh": torch.tanh,
+}
 
 
 class Scorer(nn.Module):
-    """Base class of all kinds: (..., D) -> (..., num_labels), for any number of leading axes.
-
-    Attributes:
-        dense2: the last layer, which outputs the labels; reward normalization is folded into it.
-    """
-
-    dense2: nn.Linear
+    """Base class of all kinds: (..., D) -> (..., num_labels), for any number of leading axes."""
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
@@ -36,6 +36,11 @@ class Scorer(nn.Module):
     def readers(self) -> list[nn.Linear]:
         """The layers that read the backbone; changes of its scale or mean are folded into their weights."""
         raise NotImplementedError
+
+    @property
+    def last(self) -> str:
+        """Name of the layer that outputs the labels; reward normalization is folded into it."""
+        return "dense2"
 
 
 class LinearScorer(Scorer):
@@ -56,22 +61,32 @@ class LinearScorer(Scorer):
 
 
 class MlpScorer(Scorer):
-    """Two linear layers with an activation between them (the original's scorer)."""
+    """Linear layers `dense1`, `dense2` and so on, with an activation between them (the original's scorer has two)."""
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__(config)
-        self.dense1 = nn.Linear(config.hidden_size, config.scorer_hidden, bias=config.scorer_bias)
         self.dropout = nn.Dropout(config.dropout)
-        self.dense2 = nn.Linear(config.scorer_hidden, config.num_labels, bias=config.scorer_bias)
+        sizes = [config.hidden_size, *config.scorer_sizes, config.num_labels]
+        self.count = len(sizes) - 1
+        for i in range(self.count):
+            self.add_module(f"dense{i + 1}", nn.Linear(sizes[i], sizes[i + 1], bias=config.scorer_bias))
 
     @property
     def readers(self) -> list[nn.Linear]:
-        return [self.dense1]
+        first = self.get_submodule("dense1")
+        assert isinstance(first, nn.Linear)
+        return [first]
+
+    @property
+    def last(self) -> str:
+        return f"dense{self.count}"
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., num_labels)."""
-        hidden = _ACTIVATIONS[self.config.scorer_activation](self.dense1(x))
-        out: Tensor = self.dense2(self.dropout(hidden))
+        activation = _ACTIVATIONS[self.config.scorer_activation]
+        for i in range(1, self.count):
+            x = self.dropout(activation(self.get_submodule(f"dense{i}")(x)))
+        out: Tensor = self.get_submodule(self.last)(x)
         return out
 
 

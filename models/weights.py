@@ -19,6 +19,10 @@ __all__ = ["WEIGHTS_FILE", "Weights"]
 
 WEIGHTS_FILE = "model.safetensors"
 _INDEX_FILE = f"{WEIGHTS_FILE}.index.json"
+# The head of a model that LLaMA-Factory trained, beside the weights of the others.
+_VALUE_HEAD_FILE = "value_head.safetensors"
+# Counters of batch norms and of running means, which inference does not read.
+_COUNTERS = (".num_batches_tracked", "normalizer.count")
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 # Values that are read at a time, so that no tensor is in memory twice.
 _PART = 2**22
@@ -39,10 +43,14 @@ class Weights:
         self._folder = folder
         self._files: dict[str, Path] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
-        for path, promised in _shards(folder).items():
+        for path, promised in (_shards(folder) | _value_head(folder)).items():
             with _reading(path), safe_open(path, framework="pt") as file:
                 present = set(file.keys())
                 for name in file.keys():  # noqa: SIM118 - not a mapping
+                    if name.endswith(_COUNTERS):
+                        continue
+                    if name in self._files:
+                        raise ConfigError(f"{path}: tensor '{name}' is in {self._files[name].name} too")
                     part = file.get_slice(name)
                     if part.get_dtype() not in _FLOATS:
                         raise ConfigError(
@@ -83,6 +91,12 @@ class Weights:
                         "training diverged; pass another checkpoint"
                     )
         return tensors
+
+
+def _value_head(folder: Path) -> dict[Path, set[str]]:
+    """Return the file of a value head beside the weights, if there is one."""
+    path = folder / _VALUE_HEAD_FILE
+    return {path: set()} if path.is_file() else {}
 
 
 def _shards(folder: Path) -> dict[Path, set[str]]:

@@ -104,6 +104,12 @@ def _configure_scoring(parser: argparse.ArgumentParser) -> None:
         help="for a language model that answers with a token: the text of the token that means good, then the others; "
         "read at the last token, or at the ends of steps with --step-text",
     )
+    parser.add_argument(
+        "--head",
+        type=Path,
+        metavar="FILE",
+        help="a JSON file that declares a head which is not recognized: its layers, and where its score is read",
+    )
     parser.add_argument("--label-token-ids", nargs="+", type=int, metavar="ID", help="the same tokens by their ids")
     parser.add_argument(
         "--no-scorer",

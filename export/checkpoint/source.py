@@ -14,6 +14,7 @@ from bonnx.errors import ExportError, InputError
 from bonnx.models.checkpoint import load_checkpoint, read_config
 from bonnx.models.config import ConfigError, NetworkConfig
 from bonnx.models.fields import check_fields
+from bonnx.models.head_file import HeadFile, read_head_file
 from bonnx.models.huggingface import is_huggingface
 from bonnx.models.network import LanguageModel, TwoHeadedNetwork
 from bonnx.runtime.artifact.manifest import Limits, Scoring, TextRules
@@ -37,6 +38,7 @@ class Overrides(NamedTuple):
     step_split: str | None = None
     max_tokens: int | None = None
     max_candidates: int | None = None
+    head: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -85,11 +87,12 @@ def read_checkpoint(folder: Path, overrides: Overrides, *, no_scorer: bool = Fal
         _check_no_scorer(overrides)
     tokenizer = read_tokenizer(folder)
     label_tokens = _label_tokens(overrides, tokenizer, foreign)
+    head = _head(overrides)
 
     def reload() -> LanguageModel | TwoHeadedNetwork:
-        return load_checkpoint(folder, label_tokens=label_tokens, no_scorer=no_scorer)[0]
+        return load_checkpoint(folder, label_tokens=label_tokens, no_scorer=no_scorer, head=head)[0]
 
-    model, metadata = load_checkpoint(folder, label_tokens=label_tokens, no_scorer=no_scorer)
+    model, metadata = load_checkpoint(folder, label_tokens=label_tokens, no_scorer=no_scorer, head=head)
     if tokenizer is not None and isinstance(model, LanguageModel):
         check_vocabulary(tokenizer, model.config.vocab_size)
     text = _text(metadata.get("text", {}), overrides, tokenizer)
@@ -129,7 +132,7 @@ def check_scoring(model: LanguageModel | TwoHeadedNetwork, scoring: Scoring) -> 
     if not isinstance(model, LanguageModel):
         return
     last = model.config.vocab_size - 1
-    tokens = {name: getattr(scoring, name) for name in ("step_token", "end_token", "pad_token")}
+    tokens = {name: getattr(scoring, name) for name in ("step_token", "end_token", "reward_token", "pad_token")}
     tokens |= {f"stop_tokens[{i}]": token for i, token in enumerate(scoring.stop_tokens)}
     for name, token in tokens.items():
         if token is not None and not 0 <= token <= last:
@@ -153,7 +156,7 @@ def _self_certainty(scoring: Scoring) -> Scoring:
 
 
 def _check_no_scorer(overrides: Overrides) -> None:
-    for name in ("activation", "label", "label_tokens", "label_token_ids"):
+    for name in ("activation", "label", "label_tokens", "label_token_ids", "head"):
         if getattr(overrides, name) is not None:
             raise InputError(f"--no-scorer: --{name.replace('_', '-')} belongs to a scorer; leave one of them out")
 
@@ -179,6 +182,14 @@ def _text(settings: dict[str, Any], overrides: Overrides, tokenizer: TextFiles |
     if rules.step_split is not None and rules.step_text is None:
         raise InputError("--step-split: expected --step-text too, the text that ends each step")
     return TextRules() if tokenizer is None else rules
+
+
+def _head(overrides: Overrides) -> HeadFile | None:
+    if overrides.head is None:
+        return None
+    if overrides.label_tokens is not None or overrides.label_token_ids is not None:
+        raise InputError("--head: --label-tokens and --label-token-ids are a head themselves; leave one of them out")
+    return read_head_file(overrides.head)
 
 
 def _label_tokens(overrides: Overrides, tokenizer: TextFiles | None, foreign: bool) -> tuple[int, ...] | None:
@@ -230,7 +241,9 @@ def _scoring(scoring: Scoring, overrides: Overrides, text: TextRules, tokenizer:
                 "--label: the score is that of the first label token; omit --label, and put the desired token first"
             )
         changes["label"] = _label(overrides.label, scoring.labels)
-    elif overrides.label_tokens is None and overrides.label_token_ids is None and len(scoring.labels) > 2:
+    elif len(scoring.labels) > 2 and all(
+        getattr(overrides, n) is None for n in ("label_tokens", "label_token_ids", "head")
+    ):
         raise InputError(
             f"the model has {len(scoring.labels)} labels ({', '.join(scoring.labels)}); choose the one that is the "
             "score with --label"

@@ -31,6 +31,7 @@ def describe_scoring(scoring: Scoring) -> str:
     tokens = {
         "step token": scoring.step_token,
         "end token": scoring.end_token,
+        "reward token": scoring.reward_token,
         "pad token": scoring.pad_token,
         "stop tokens": scoring.stop_tokens or None,
     }

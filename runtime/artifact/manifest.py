@@ -100,6 +100,8 @@ class Scoring(_Frozen, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The source of where steps end: an option of the export, the checkpoint's config, or its architecture."""
     end_token: int | None = None
     """Appended to a text candidate that does not end with it, unless the caller says that it is partial."""
+    reward_token: int | None = None
+    """Appended to every text candidate, finished or not: the scorer was trained to be read there."""
     stop_tokens: list[int] = []
     """End a completion while generating, as the end token does, but are not appended to a candidate."""
     pad_token: int = 0

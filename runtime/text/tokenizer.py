@@ -141,6 +141,9 @@ class Tokenizer:
         end_token = self._scoring.end_token
         if not partial and end_token is not None and ids[-1:] != [end_token]:
             ids.append(end_token)
+        reward_token = self._scoring.reward_token
+        if reward_token is not None and ids[-1] != reward_token:
+            ids.append(reward_token)
         if self._rules.step_text is None:
             return TokenizedRow(ids, first, None)
         # Tokens that a tokenizer adds cover no character; their span would be out of order.

@@ -208,23 +208,21 @@ def test_label_tokens_are_refused_beside_a_scorer(copy):
 
 
 def test_a_head_in_a_file_of_its_own_is_named(copy):
-    safetensors.torch.save_file({"v_head.summary.weight": torch.ones(1, 8)}, copy / "value_head.safetensors")
-    with pytest.raises(ConfigError, match=r"value_head\.safetensors would not be read; expected all weights in model"):
+    safetensors.torch.save_file({"v_head.summary.weight": torch.ones(1, 8)}, copy / "reward_head.safetensors")
+    with pytest.raises(ConfigError, match=r"reward_head\.safetensors would not be read; expected all weights in model"):
         load_checkpoint(copy)
-    (copy / "value_head.safetensors").rename(copy / "consolidated.safetensors")
+    (copy / "reward_head.safetensors").rename(copy / "consolidated.safetensors")
     load_checkpoint(copy)
 
 
 def test_a_head_that_is_not_supported_is_named_by_its_tensors(copy):
-    rename(copy, lambda name: name.replace("score.", "regression_head."))
-    with pytest.raises(
-        ConfigError, match=r"besides the backbone it has regression_head\.weight \(1, \d+\); expected score"
-    ):
+    rename(copy, lambda name: name.replace("score.", "judge."))
+    with pytest.raises(ConfigError, match=r"besides the backbone it has judge\.weight \(1, \d+\)\. .*pass --head"):
         load_checkpoint(copy)
     state = safetensors.torch.load_file(copy / "model.safetensors")
-    state["score.weight"] = state["regression_head.weight"].clone()
+    state["score.weight"] = state["judge.weight"].clone()
     safetensors.torch.save_file(state, copy / "model.safetensors")
-    with pytest.raises(ConfigError, match=r"does not use: regression_head\.weight \(1, \d+\)"):
+    with pytest.raises(ConfigError, match=r"does not use: judge\.weight \(1, \d+\)"):
         load_checkpoint(copy)
 
 

@@ -117,7 +117,7 @@ def test_a_value_head_is_an_outcome_score_unless_something_says_steps(name, caus
     with torch.no_grad():
         raw = case.model.model(IDS).last_hidden_state[0] @ weight.T
     # Tied embeddings are a vocabulary head for a causal model, and for no other.
-    for architectures, generates in ((["AtheneForSequenceClassification"], False), (["Qwen2ForCausalLM"], True)):
+    for architectures, generates in ((["Qwen2ForValueModel"], False), (["Qwen2ForCausalLM"], True)):
         edit(copy, architectures=architectures)
         source = read_checkpoint(copy, Overrides())
         assert (source.scoring.aggregation, source.scoring.activation) == ("last", "none")
