@@ -115,14 +115,16 @@ def _write_tokenizer(tokenizer: TextFiles | None, text: TextRules, folder: Path)
     if tokenizer is None:
         return text
     (folder / TOKENIZER).write_bytes(tokenizer.json)
-    template = tokenizer.chat_template
+    template, pair = tokenizer.chat_template, tokenizer.pair_template
     if template is not None:
         (folder / TEMPLATE).write_bytes(template.encode())
+    if pair is not None and text.pair is not None:
+        (folder / text.pair.template).write_bytes(pair.encode())
     return msgspec.structs.replace(
         text,
         special_tokens=tokenizer.adds_special_tokens,
         chat_template=None if template is None else TEMPLATE,
-        template_tokens={} if template is None else tokenizer.special_tokens,
+        template_tokens={} if template is None and pair is None else tokenizer.special_tokens,
     )
 
 

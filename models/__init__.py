@@ -9,6 +9,7 @@ import importlib
 from typing import Any
 
 from .config import ConfigError, LanguageModelConfig, NetworkConfig, RopeScaling, ffn_inner_size
+from .head import LabelTokens
 
 _TORCH = {
     "LanguageModel": ".network",
@@ -24,7 +25,15 @@ _TORCH = {
     "train_scorer": ".scorer",
 }
 
-__all__ = ["ConfigError", "LanguageModelConfig", "NetworkConfig", "RopeScaling", "ffn_inner_size", *sorted(_TORCH)]
+__all__ = [
+    "ConfigError",
+    "LabelTokens",
+    "LanguageModelConfig",
+    "NetworkConfig",
+    "RopeScaling",
+    "ffn_inner_size",
+    *sorted(_TORCH),
+]
 
 
 def __getattr__(name: str) -> Any:

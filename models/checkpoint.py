@@ -15,6 +15,7 @@ from torch import Tensor
 from .config import ConfigError, LanguageModelConfig, NetworkConfig
 from .fields import check_fields
 from .files import check_folder, read_json
+from .head import LabelTokens
 from .head_file import HeadFile
 from .huggingface import is_huggingface, translate
 from .network import LanguageModel, TwoHeadedNetwork, initialize, without_scorer
@@ -26,6 +27,7 @@ from .weights import WEIGHTS_FILE, Weights
 __all__ = ["load_checkpoint", "save_checkpoint"]
 
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
+_SCORER = "network.scorer.dense2.weight"
 
 
 def save_checkpoint(
@@ -64,7 +66,7 @@ def save_checkpoint(
 def load_checkpoint(
     folder: str | os.PathLike[str],
     *,
-    label_tokens: tuple[int, ...] | None = None,
+    label_tokens: LabelTokens | None = None,
     new_scorer: bool = False,
     no_scorer: bool = False,
     head: HeadFile | None = None,
@@ -127,7 +129,7 @@ def _own_model(folder: Path, config: dict[str, Any]) -> LanguageModel | TwoHeade
 def _load_huggingface(
     folder: Path,
     config: dict[str, Any],
-    label_tokens: tuple[int, ...] | None,
+    label_tokens: LabelTokens | None,
     new_scorer: bool,
     no_scorer: bool,
     head: HeadFile | None,
@@ -147,10 +149,10 @@ def _load_huggingface(
         )
         with torch.device("meta"):
             model = LanguageModel(translation.config)
-        rows = translation.label_rows
+        tokens = translation.label_tokens
         expected = {
             translation.names[ours]: (translation.config.vocab_size, *tensor.shape[1:])
-            if rows is not None and ours == "network.scorer.dense2.weight"
+            if tokens is not None and ours == _SCORER
             else tuple(tensor.shape)
             for ours, tensor in model.state_dict().items()
             if ours in translation.names
@@ -161,9 +163,11 @@ def _load_huggingface(
     scoring = translation.scoring
     if translation.appended is not None:
         scoring = {**scoring, "reward_token": token_id(folder, translation.appended)}
-    state = weights.read(translation.names)
-    if rows is not None:
-        state["network.scorer.dense2.weight"] = state["network.scorer.dense2.weight"][list(rows)].clone()
+    state = weights.read(
+        {ours: theirs for ours, theirs in translation.names.items() if tokens is None or ours != _SCORER}
+    )
+    if tokens is not None:
+        state[_SCORER] = _answer_weights(weights, translation.names[_SCORER], tokens)
     if translation.new_scorer:
         model.network.scorer = make_scorer(translation.config.network)
         model.network.scorer.apply(initialize)
@@ -182,6 +186,14 @@ def _load_huggingface(
         "limits": translation.limits,
         "remarks": translation.remarks,
     }
+
+
+def _answer_weights(weights: Weights, name: str, tokens: LabelTokens) -> Tensor:
+    """Return the weights (labels, D) of the scorer whose labels are the logits of tokens, from the vocabulary head."""
+    rows = weights.read_rows(name, tokens.ids)
+    if not tokens.contrast:
+        return rows
+    return (rows[:1] - rows[1:2] if len(rows) > 1 else rows) / tokens.divisor
 
 
 def _supported_weights(folder: Path, config: Mapping[str, Any]) -> Weights:

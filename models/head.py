@@ -31,7 +31,17 @@ from typing import Any, TypeGuard
 from .config import ConfigError
 from .fields import normalizes
 
-__all__ = ["PARTS", "Head", "Shapes", "architecture", "further_text", "layers_of", "linear_layers", "read_head"]
+__all__ = [
+    "PARTS",
+    "Head",
+    "LabelTokens",
+    "Shapes",
+    "architecture",
+    "further_text",
+    "layers_of",
+    "linear_layers",
+    "read_head",
+]
 
 PARTS = ("weight", "bias")
 _STEPWISE = ("ForTokenClassification", "ForProcessRewardModel", "ForPrmModel")
@@ -65,6 +75,27 @@ class Head:
     unused: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class LabelTokens:
+    """The tokens with which a language model answers; their rows of the vocabulary head become the scorer.
+
+    Attributes:
+        ids: the token that means good, then the others.
+        contrast: there is one label, as rerankers define it: the logit of the first token, minus that of the second if
+            there is one. Otherwise each token is a label, and the score is the probability of the first.
+        divisor: what a contrasted logit is divided by.
+    """
+
+    ids: tuple[int, ...]
+    contrast: bool = False
+    divisor: float = 1.0
+
+    @property
+    def count(self) -> int:
+        """The number of labels."""
+        return 1 if self.contrast else len(self.ids)
+
+
 def architecture(config: Mapping[str, Any]) -> str:
     """Return the first class that config.json lists, or an empty string."""
     names = config.get("architectures") or [""]
@@ -77,7 +108,7 @@ def read_head(
     config: Mapping[str, Any],
     shapes: Shapes,
     further: list[str],
-    label_tokens: tuple[int, ...] | None,
+    label_tokens: LabelTokens | None,
     new_scorer: bool,
     no_scorer: bool = False,
 ) -> Head:
@@ -95,8 +126,8 @@ def read_head(
         ConfigError: if there is no supported head; the message lists the unrecognized tensors.
     """
     if label_tokens is not None:
-        options = {"scorer_kind": "linear", "scorer_bias": False, "num_labels": len(label_tokens)}
-        return Head(options, scoring={"activation": "softmax"})
+        options = {"scorer_kind": "linear", "scorer_bias": False, "num_labels": label_tokens.count}
+        return Head(options, scoring={} if label_tokens.contrast else {"activation": "softmax"})
     for base in _bases(config):
         if layers := layers_of(shapes, base):
             return _known(config, shapes, base, layers)
@@ -284,6 +315,7 @@ def _no_head(config: Mapping[str, Any], shapes: Shapes, further: list[str]) -> s
         )
     return (
         f"{start}besides the backbone it has no tensors; expected score.weight, v_head.weight or another head that "
-        "docs/reward_models.md lists. For a language model that answers with a token, pass --label-tokens; "
-        "for any other, train a scorer first, see docs/scorer.md, or pass --no-scorer for one that only generates"
+        "docs/reward_models.md lists. For a reranker as its makers published it, pass --reranker; for another language "
+        "model that answers with a token, --label-tokens; for any other, train a scorer first, see docs/scorer.md, or "
+        "pass --no-scorer for one that only generates"
     )

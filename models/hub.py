@@ -29,6 +29,11 @@ _WANTED = [
     "added_tokens.json",
     "chat_template.jinja",
     "additional_chat_templates/*.jinja",
+    "modules.json",
+    "sentence_bert_config.json",
+    "config_sentence_transformers.json",
+    # A module's own settings, such as 1_LogitScore/config.json.
+    "[0-9]_*/config.json",
 ]
 # A star in these patterns also matches slashes. Subfolders contain other models; consolidated* repeats the weights.
 _UNWANTED = ["*/*.safetensors", "*/*.safetensors.index.json", "additional_chat_templates/*/*", "consolidated*"]

@@ -14,7 +14,7 @@ from .adapters import check_adapter_names
 from .backbone import FARTHEST, ConfigReader, backbone_options, block_names
 from .config import ConfigError, LanguageModelConfig, NetworkConfig
 from .fields import check_fields, remarks
-from .head import Head, Shapes, architecture, read_head
+from .head import Head, LabelTokens, Shapes, architecture, read_head
 from .head_file import HeadFile, declared_head
 
 __all__ = ["Translation", "is_huggingface", "translate"]
@@ -30,7 +30,7 @@ class Translation:
     Attributes:
         config: the model's config.
         names: our parameter name -> the checkpoint's.
-        label_rows: tokens whose rows of the vocabulary head are the scorer's weights, or None.
+        label_tokens: tokens whose rows of the vocabulary head become the scorer's weights, or None.
         new_scorer: whether the checkpoint has no scorer and the model starts with a new one.
         scoring: fields of the artifact's scoring rule.
         steps: how a step ends in text: `step_text` and `step_split`.
@@ -42,7 +42,7 @@ class Translation:
 
     config: LanguageModelConfig
     names: dict[str, str]
-    label_rows: tuple[int, ...] | None
+    label_tokens: LabelTokens | None
     new_scorer: bool
     scoring: dict[str, Any]
     steps: dict[str, str]
@@ -61,7 +61,7 @@ def translate(
     config: Mapping[str, Any],
     shapes: Shapes,
     *,
-    label_tokens: tuple[int, ...] | None = None,
+    label_tokens: LabelTokens | None = None,
     new_scorer: bool = False,
     no_scorer: bool = False,
     declared: HeadFile | None = None,
@@ -107,7 +107,7 @@ def translate(
         tie_embeddings=tied or not generates,
         vocabulary_head=generates,
     )
-    if label_tokens is not None and (outside := [t for t in label_tokens if not 0 <= t < vocabulary]):
+    if label_tokens is not None and (outside := [t for t in label_tokens.ids if not 0 <= t < vocabulary]):
         raise ConfigError(f"label tokens: {outside[0]} is outside the vocabulary (0 to {vocabulary - 1})")
     names = _names(model, head, prefix, label_tokens is not None, tied)
     _check_extra(shapes, {*names.values()}, head.unused, further, label_tokens is not None)
@@ -119,7 +119,7 @@ def translate(
     return Translation(
         config=model,
         names={ours: stored.get(theirs, theirs) for ours, theirs in names.items()},
-        label_rows=label_tokens,
+        label_tokens=label_tokens,
         new_scorer=new_scorer and not head.names and label_tokens is None,
         scoring=scoring,
         steps=head.steps,

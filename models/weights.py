@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import safetensors
@@ -79,18 +79,32 @@ class Weights:
         tensors: dict[str, Tensor] = {}
         for ours, theirs in names.items():
             tensors[ours] = tensor = torch.empty(self.shapes[theirs])
-            # Reopened for each part, because the pages of an open file stay in memory.
             step = max(1, _PART * len(tensor) // max(1, tensor.numel()))
             for start in range(0, len(tensor), step):
                 place = slice(start, start + step)
-                with _reading(self._files[theirs]), safe_open(self._files[theirs], framework="pt") as file:
-                    part = tensor[place].copy_(file.get_slice(theirs)[place])
-                if not part.isfinite().all():
-                    raise ConfigError(
-                        f"{self._files[theirs]}: tensor '{theirs}' contains NaN or infinity, probably because the "
-                        "training diverged; pass another checkpoint"
-                    )
+                tensor[place] = self._part(theirs, place)
         return tensors
+
+    def read_rows(self, name: str, rows: Sequence[int]) -> Tensor:
+        """Read some rows of a tensor as float32, without reading the others.
+
+        Raises:
+            ConfigError: if they contain NaN or infinity.
+        """
+        return torch.cat([self._part(name, slice(row, row + 1)) for row in rows])
+
+    def _part(self, name: str, place: slice) -> Tensor:
+        """Read rows that follow each other as float32, and refuse NaN and infinity."""
+        path = self._files[name]
+        # Opened for each part, because the pages of an open file stay in memory.
+        with _reading(path), safe_open(path, framework="pt") as file:
+            part: Tensor = file.get_slice(name)[place].to(torch.float32)
+        if not part.isfinite().all():
+            raise ConfigError(
+                f"{path}: tensor '{name}' contains NaN or infinity, probably because the training diverged; pass "
+                "another checkpoint"
+            )
+        return part
 
 
 def _value_head(folder: Path) -> dict[Path, set[str]]:

@@ -99,7 +99,7 @@ class Model:
         """Free the memory of the loaded graphs and of prompts; a graph is loaded again when it is next used."""
         self._engine.close()
 
-    def prepare(self, prompt: Item) -> bool:
+    def prepare(self, prompt: Item, *, instruction: str | None = None) -> bool:
         """Compute a prompt before its candidates are there: `rank` then computes the candidates only.
 
         The prompt's keys and values are kept until the prompts that were used later fill `prompt_cache`. A prompt that
@@ -108,15 +108,16 @@ class Model:
 
         Args:
             prompt: as in `rank`.
+            instruction: as in `rank`.
 
         Returns:
-            whether it is kept: it does not exceed `prompt_cache`, its rope scaling does not depend on the length, and
-            the artifact has the graphs for it.
+            whether it is kept: it does not exceed `prompt_cache`, its rope scaling does not depend on the length, the
+            artifact has the graphs for it, and a reranker's template begins with the query.
 
         Raises:
             InputError: the prompt is invalid.
         """
-        return prepare(self._engine, prompt)
+        return prepare(self._engine, prompt, instruction)
 
     def rank(
         self,
@@ -127,6 +128,7 @@ class Model:
         step_masks: Sequence[Sequence[int]] | None = None,
         partial: bool = False,
         truncate: bool = False,
+        instruction: str | None = None,
         vote: str = "score",
         answers: Answers | None = None,
     ) -> Ranking:
@@ -149,6 +151,8 @@ class Model:
             partial: text candidates are not finished yet: no end token is appended, and no template closes the answer.
             truncate: drop the beginning of a prompt that is too long instead of raising an error; `Ranking.cut` says
                 how much. Candidates are never cut.
+            instruction: of a reranker, what makes a document relevant; by default the model's own. Its prompt is a
+                query and its candidates are documents, each as text, which the artifact's template puts together.
             vote: `score` (the best candidate), or the best candidate of one answer: `weighted` (the answer whose
                 candidates' weights have the largest sum: their probabilities, or the softmax of raw scores) or
                 `majority` (the answer of most candidates). If no candidate has an answer, the best candidate wins.
@@ -168,6 +172,7 @@ class Model:
             step_masks=step_masks,
             partial=partial,
             truncate=truncate,
+            instruction=instruction,
             vote=vote,
             answers=answers,
         )

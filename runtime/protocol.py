@@ -25,7 +25,7 @@ class ModelLike(Protocol):
         """Where it runs."""
         ...
 
-    def prepare(self, prompt: Item) -> bool:
+    def prepare(self, prompt: Item, *, instruction: str | None = None) -> bool:
         """See `Model.prepare`."""
         ...
 
@@ -38,6 +38,7 @@ class ModelLike(Protocol):
         step_masks: Sequence[Sequence[int]] | None = None,
         partial: bool = False,
         truncate: bool = False,
+        instruction: str | None = None,
         vote: str = "score",
         answers: Answers | None = None,
     ) -> Ranking:

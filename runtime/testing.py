@@ -61,7 +61,7 @@ class FakeModel:
         aggregation_code(aggregation)
         self._score, self._complete, self._aggregation = score, complete, aggregation
 
-    def prepare(self, prompt: Item) -> bool:
+    def prepare(self, prompt: Item, *, instruction: str | None = None) -> bool:
         """As `Model.prepare`; there is nothing to compute.
 
         Raises:
@@ -79,10 +79,13 @@ class FakeModel:
         step_masks: Sequence[Sequence[int]] | None = None,
         partial: bool = False,
         truncate: bool = False,
+        instruction: str | None = None,
         vote: str = "score",
         answers: Answers | None = None,
     ) -> Ranking:
-        """As `Model.rank`; `partial` and `truncate` have no effect, and only empty candidates are unreadable.
+        """As `Model.rank`; `partial`, `truncate` and `instruction` do nothing.
+
+        Only empty candidates are unreadable.
 
         Raises:
             InputError: nothing to rank, an unknown aggregation or vote, a step aggregation without step_masks, a vote

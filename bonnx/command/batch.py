@@ -42,6 +42,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--partial", action="store_true", help="candidates are unfinished: append no end token")
     parser.add_argument("--truncate", action="store_true", help="drop the beginning of a prompt that is too long")
+    parser.add_argument(
+        "--instruction", help="of a reranker: what makes a document relevant (default: the model's own)"
+    )
     parser.add_argument("--token-scores", action="store_true", help="also write the score of every token")
     parser.add_argument("--strict", action="store_true", help="stop at the first bad row")
     parser.add_argument(
@@ -83,6 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
         vote=arguments.vote,
         partial=arguments.partial,
         truncate=arguments.truncate,
+        instruction=arguments.instruction,
     )
     if arguments.answers is not None:
         options["answers"] = arguments.answers

@@ -11,6 +11,7 @@ from typing import get_args
 import msgspec
 
 from bonnx.export.artifact import export_model
+from bonnx.export.checkpoint.published_rerankers import PUBLISHED
 from bonnx.export.checkpoint.source import Checkpoint, Overrides, read_checkpoint
 from bonnx.export.demo import demonstrate, draw_prompts, show
 from bonnx.export.graphs.trace import DEFAULT_OPSET, OPSETS
@@ -112,6 +113,15 @@ def _configure_scoring(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--label-token-ids", nargs="+", type=int, metavar="ID", help="the same tokens by their ids")
     parser.add_argument(
+        "--reranker",
+        choices=[*PUBLISHED],
+        help="how a reranker's makers compute its score and write its text, where neither the hub's id nor the "
+        "checkpoint says which it is: Qwen3-Reranker, mxbai-rerank-v2, zerank, ctxl-rerank-v2 or bge-reranker-v2-gemma",
+    )
+    parser.add_argument(
+        "--instruction", help="of a reranker: what makes a document relevant, by default (default: the model's own)"
+    )
+    parser.add_argument(
         "--no-scorer",
         action="store_true",
         help="export a language model without a scorer: it only generates, and chooses by its own certainty or by "
@@ -137,6 +147,7 @@ def run(arguments: argparse.Namespace) -> int:
         folder,
         Overrides(**{name: getattr(arguments, name) for name in Overrides.__annotations__}),
         no_scorer=arguments.no_scorer,
+        repository=None if revision is None else revision.partition("@")[0],
     )
     held_out = _held_out(arguments, shipped)
     _describe(checkpoint, revision or folder)

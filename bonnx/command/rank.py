@@ -49,6 +49,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--answers", help="what candidates vote for: boxed, number or regex:PATTERN")
     parser.add_argument("--partial", action="store_true", help="candidates are unfinished: append no end token")
     parser.add_argument("--truncate", action="store_true", help="drop the beginning of a prompt that is too long")
+    parser.add_argument(
+        "--instruction", help="of a reranker: what makes a document relevant (default: the model's own)"
+    )
     parser.add_argument("--provider", choices=["auto", "cpu", "cuda"], default="auto", help="where the model runs")
     parser.add_argument("--threads", type=int, help="CPU threads of one run; by default one for each physical core")
 
@@ -63,6 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
         aggregation=arguments.aggregation,
         partial=arguments.partial,
         truncate=arguments.truncate,
+        instruction=arguments.instruction,
         vote=arguments.vote,
         answers=arguments.answers,
     )

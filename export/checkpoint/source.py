@@ -14,13 +14,16 @@ from bonnx.errors import ExportError, InputError
 from bonnx.models.checkpoint import load_checkpoint, read_config
 from bonnx.models.config import ConfigError, NetworkConfig
 from bonnx.models.fields import check_fields
+from bonnx.models.head import LabelTokens
 from bonnx.models.head_file import HeadFile, read_head_file
 from bonnx.models.huggingface import is_huggingface
 from bonnx.models.network import LanguageModel, TwoHeadedNetwork
-from bonnx.runtime.artifact.manifest import Limits, Scoring, TextRules
+from bonnx.runtime.artifact.manifest import Limits, PairRules, Scoring, TextRules
 from bonnx.runtime.selection.aggregate import is_stepwise
 
-from .tokenizer import TextFiles, check_vocabulary, read_tokenizer
+from .published_rerankers import resembling
+from .reranker import Reranker, find_reranker
+from .tokenizer import TextFiles, check_vocabulary, read_tokenizer, with_pair_template
 from .tokenizer_check import check_against_transformers
 
 __all__ = ["Checkpoint", "Overrides", "check_scoring", "default_scoring", "read_checkpoint"]
@@ -34,6 +37,8 @@ class Overrides(NamedTuple):
     label: str | None = None
     label_tokens: list[str] | None = None
     label_token_ids: list[int] | None = None
+    reranker: str | None = None
+    instruction: str | None = None
     step_text: str | None = None
     step_split: str | None = None
     max_tokens: int | None = None
@@ -64,13 +69,16 @@ class Checkpoint:
     remarks: list[str]
 
 
-def read_checkpoint(folder: Path, overrides: Overrides, *, no_scorer: bool = False) -> Checkpoint:
+def read_checkpoint(
+    folder: Path, overrides: Overrides, *, no_scorer: bool = False, repository: str | None = None
+) -> Checkpoint:
     """Read a checkpoint's folder.
 
     Args:
         folder: the checkpoint.
         overrides: the caller's own settings.
         no_scorer: leave the scorer out, if there is one, so that the artifact only generates.
+        repository: `org/name`, if the folder was downloaded from a hub; a published reranker is recognized by it.
 
     Raises:
         ConfigError: if the folder is not a checkpoint, or not a supported one.
@@ -86,19 +94,33 @@ def read_checkpoint(folder: Path, overrides: Overrides, *, no_scorer: bool = Fal
     if no_scorer:
         _check_no_scorer(overrides)
     tokenizer = read_tokenizer(folder)
-    label_tokens = _label_tokens(overrides, tokenizer, foreign)
+    label_tokens, reranker = _label_tokens(overrides, tokenizer, foreign), None
     head = _head(overrides)
+    if foreign and label_tokens is None and head is None and not no_scorer:
+        reranker = find_reranker(folder, config, tokenizer, _token, name=overrides.reranker, repository=repository)
+    _check_reranker(overrides, reranker)
+    if reranker is not None and tokenizer is not None:
+        label_tokens, tokenizer = reranker.labels, with_pair_template(tokenizer, reranker.template)
 
-    def reload() -> LanguageModel | TwoHeadedNetwork:
-        return load_checkpoint(folder, label_tokens=label_tokens, no_scorer=no_scorer, head=head)[0]
+    def load() -> tuple[LanguageModel | TwoHeadedNetwork, dict[str, Any]]:
+        return load_checkpoint(folder, label_tokens=label_tokens, no_scorer=no_scorer, head=head)
 
-    model, metadata = load_checkpoint(folder, label_tokens=label_tokens, no_scorer=no_scorer, head=head)
+    try:
+        model, metadata = load()
+    except ConfigError as e:
+        known = None if reranker is not None else resembling(folder, config)
+        raise ConfigError(f"{e}. By its name it may be a reranker: pass --reranker {known}") if known else e from e
     if tokenizer is not None and isinstance(model, LanguageModel):
         check_vocabulary(tokenizer, model.config.vocab_size)
     text = _text(metadata.get("text", {}), overrides, tokenizer)
+    scoring, remarks = _convert(metadata.get("scoring", {}), "scoring", Scoring), metadata.get("remarks", [])
+    if reranker is not None:
+        scoring = msgspec.structs.replace(scoring, activation=reranker.activation)
+        text = msgspec.structs.replace(text, pair=_pair(reranker.rules, overrides))
+        # Here the activation is applied.
+        remarks = [remark for remark in remarks if "'sentence_transformers': the activation" not in remark]
     if tokenizer is not None and foreign:
-        text = msgspec.structs.replace(text, checked_against=check_against_transformers(tokenizer))
-    scoring = _convert(metadata.get("scoring", {}), "scoring", Scoring)
+        text = msgspec.structs.replace(text, checked_against=check_against_transformers(tokenizer, text.pair))
     if not _network(model).has_scorer:
         scoring = _self_certainty(scoring)
     elif foreign and "aggregation" not in metadata["scoring"] and overrides.step_text is not None:
@@ -108,7 +130,7 @@ def read_checkpoint(folder: Path, overrides: Overrides, *, no_scorer: bool = Fal
     if isinstance(model, LanguageModel) and is_stepwise(scoring.aggregation):
         _check_steps(scoring, text)
     limits = _limits(_convert(metadata.get("limits", {}), "limits", Limits), overrides)
-    return Checkpoint(model, reload, scoring, text, limits, tokenizer, metadata.get("remarks", []))
+    return Checkpoint(model, lambda: load()[0], scoring, text, limits, tokenizer, remarks)
 
 
 def check_scoring(model: LanguageModel | TwoHeadedNetwork, scoring: Scoring) -> None:
@@ -156,9 +178,30 @@ def _self_certainty(scoring: Scoring) -> Scoring:
 
 
 def _check_no_scorer(overrides: Overrides) -> None:
-    for name in ("activation", "label", "label_tokens", "label_token_ids", "head"):
+    for name in ("activation", "label", "label_tokens", "label_token_ids", "reranker", "instruction", "head"):
         if getattr(overrides, name) is not None:
             raise InputError(f"--no-scorer: --{name.replace('_', '-')} belongs to a scorer; leave one of them out")
+
+
+def _check_reranker(overrides: Overrides, reranker: Reranker | None) -> None:
+    """Refuse options that do not go together.
+
+    Raises:
+        InputError: names them.
+    """
+    if overrides.reranker is not None and reranker is None:
+        raise InputError(
+            "--reranker: expected a language model in the format of transformers, and neither --label-tokens nor "
+            "--label-token-ids, which the reranker defines"
+        )
+    if overrides.instruction is not None and reranker is None:
+        raise InputError("--instruction: it goes into the template of a reranker, and the checkpoint is none")
+    if overrides.step_text is not None and reranker is not None:
+        raise InputError("--step-text: a reranker scores whole documents; leave it out")
+
+
+def _pair(rules: PairRules, overrides: Overrides) -> PairRules:
+    return rules if overrides.instruction is None else msgspec.structs.replace(rules, instruction=overrides.instruction)
 
 
 def _check_steps(scoring: Scoring, text: TextRules) -> None:
@@ -192,7 +235,7 @@ def _head(overrides: Overrides) -> HeadFile | None:
     return read_head_file(overrides.head)
 
 
-def _label_tokens(overrides: Overrides, tokenizer: TextFiles | None, foreign: bool) -> tuple[int, ...] | None:
+def _label_tokens(overrides: Overrides, tokenizer: TextFiles | None, foreign: bool) -> LabelTokens | None:
     texts, ids = overrides.label_tokens, overrides.label_token_ids
     if texts is None and ids is None:
         return None
@@ -206,21 +249,22 @@ def _label_tokens(overrides: Overrides, tokenizer: TextFiles | None, foreign: bo
         )
     if ids is None and tokenizer is None:
         raise InputError("--label-tokens: the checkpoint has no tokenizer; pass --label-token-ids")
-    tokens = tuple(ids) if ids is not None else tuple(_token(text, tokenizer) for text in texts or ())
+    tokens = tuple(ids) if ids is not None else tuple(_token(text, tokenizer, option) for text in texts or ())
     if len(set(tokens)) < len(tokens):
         raise InputError(f"{option}: expected distinct tokens; got {tokens_or_ids}, with the ids {list(tokens)}")
-    return tokens
+    return LabelTokens(tokens)
 
 
-def _token(text: str, tokenizer: TextFiles | None) -> int:
+def _token(text: str, tokenizer: TextFiles | None, option: str = "--reranker") -> int:
     """Return the id of a text that is exactly one token."""
     assert tokenizer is not None
     ids = _ids(text, tokenizer)
     if len(ids) != 1:
-        hint = f"; if it is an id, pass --label-token-ids {text}" if text.isdecimal() else ""
-        raise InputError(
-            f"--label-tokens: expected the text of exactly one token; got {text!r}, {len(ids)} tokens{hint}"
-        )
+        hint = f"; if it is an id, pass --label-token-ids {text}" if text.isdecimal() and option != "--reranker" else ""
+        what = f"{option}: expected the text of exactly one token"
+        if option == "--reranker":
+            what = "the reranker answers with a token, and this tokenizer splits it"
+        raise InputError(f"{what}; got {text!r}, {len(ids)} tokens{hint}")
     return ids[0]
 
 

@@ -16,7 +16,7 @@ from bonnx.models.tokenizer_files import class_fields
 
 from .tokenizer_class import build_tokenizer
 
-__all__ = ["TextFiles", "check_vocabulary", "read_tokenizer"]
+__all__ = ["TextFiles", "check_vocabulary", "read_tokenizer", "with_pair_template"]
 
 TOKENIZER, SETTINGS, CONFIG = "tokenizer.json", "tokenizer_config.json", "config.json"
 TEMPLATE, TEMPLATES = "chat_template.jinja", "additional_chat_templates"
@@ -38,6 +38,7 @@ class TextFiles(msgspec.Struct, frozen=True, kw_only=True):
     folder: Path
     json: bytes  # a tokenizer.json that neither truncates nor pads
     chat_template: str | None
+    pair_template: str | None = None  # a reranker's, which replaces the chat template
     special_tokens: dict[str, str]  # texts by the names that chat templates use, such as bos_token
     adds_special_tokens: bool  # special tokens are added to plain text; never to the text of a chat template
 
@@ -80,6 +81,11 @@ def read_tokenizer(folder: str | os.PathLike[str], *, template: str | None = Non
         special_tokens=special_tokens,
         adds_special_tokens=tokenizer.num_special_tokens_to_add(False) > 0,
     )
+
+
+def with_pair_template(files: TextFiles, template: str) -> TextFiles:
+    """Return the files of a reranker: a template of a query and a document, and none for conversations."""
+    return msgspec.structs.replace(files, chat_template=None, pair_template=template)
 
 
 def check_vocabulary(files: TextFiles, vocab_size: int) -> None:

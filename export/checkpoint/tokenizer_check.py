@@ -10,7 +10,9 @@ from typing import Any
 import tokenizers
 
 from bonnx.errors import BonnxError, ExportError
+from bonnx.runtime.artifact.manifest import PairRules
 from bonnx.runtime.text.chat import ChatTemplate
+from bonnx.runtime.text.pair import PairTemplate
 
 from .tokenizer import TextFiles
 
@@ -44,10 +46,18 @@ CONVERSATIONS: tuple[list[dict[str, Any]], ...] = (
     [ASSISTANT, USER, USER],
     [{"role": "user", "content": [{"type": "text", "text": "What is 6 * 7?"}]}],
 )
+PAIRS = (
+    ("What is 6 * 7?", "It is 42.\n", None),
+    (" Who & where <b>?\n", " {{ document }} 数学\n\n", "Find  what\nanswers. "),
+)
 
 
-def check_against_transformers(files: TextFiles) -> str | None:
+def check_against_transformers(files: TextFiles, pair: PairRules | None = None) -> str | None:
     """Compare token ids and rendered conversations with those of `AutoTokenizer` for the same folder.
+
+    Args:
+        files: the tokenizer.
+        pair: how a reranker's template is used, if the checkpoint is one.
 
     Returns:
         transformers' version, or None if it is not installed or older than 5, whose tokenizers differ.
@@ -70,6 +80,8 @@ def check_against_transformers(files: TextFiles) -> str | None:
         _check_ids(files, theirs, version)
         if files.chat_template is not None:
             _check_chats(files, files.chat_template, theirs, version)
+        if files.pair_template is not None and pair is not None:
+            _check_pairs(files, files.pair_template, pair, theirs, version)
     return version
 
 
@@ -116,6 +128,22 @@ def _check_chats(files: TextFiles, source: str, theirs: Any, version: str) -> No
                         f"(add_generation_prompt={prompted}); expected {expected!r}, as transformers {version} renders "
                         "(None: refused)"
                     )
+
+
+def _check_pairs(files: TextFiles, source: str, rules: PairRules, theirs: Any, version: str) -> None:
+    template = PairTemplate(source, files.special_tokens, rules)
+    for query, document, instruction in PAIRS:
+        for attempt in range(3):  # the rendered text may contain the time of day
+            rendered = template.render(query, document, instruction)
+            messages, options = template.messages(query, document, instruction), {**rules.options, "border": ""}
+            expected = theirs.apply_chat_template(messages, chat_template=source, tokenize=False, **options)
+            if rendered == expected:
+                break
+            if attempt == 2:
+                raise ExportError(
+                    f"{files.folder}: the template renders {rendered!r} for the query {query!r} and the document "
+                    f"{document!r}; expected {expected!r}, as transformers {version} renders"
+                )
 
 
 def _ours(template: ChatTemplate, conversation: list[dict[str, Any]], prompted: bool) -> str | None:

@@ -44,7 +44,11 @@ def describe_text(manifest: Manifest) -> str | None:
         return None
     rules, parts = manifest.text, ["tokenizer"]
     parts.append("special tokens added" if rules.special_tokens else "no special tokens added")
-    parts.append("chat template" if rules.chat_template is not None else "no chat template")
+    if rules.pair is None:
+        parts.append("chat template" if rules.chat_template is not None else "no chat template")
+    else:
+        stated = "" if rules.pair.instruction is None else f", with the instruction {rules.pair.instruction!r}"
+        parts.append(f"template of a query and a document{stated}")
     if rules.step_text is not None:
         split = "" if rules.step_split is None else f", put where {rules.step_split!r} divides them"
         parts.append(f"steps end with {rules.step_text!r}{split}")

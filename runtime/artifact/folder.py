@@ -88,7 +88,9 @@ def read_manifest(folder: Path) -> Manifest:
     except msgspec.MsgspecError as e:
         raise ArtifactError(f"{path}: {e}; export the artifact again") from e
     referred = [graph.file for graph in manifest.graphs.values()]
-    referred += [name for name in (manifest.tokenizer, manifest.text.chat_template) if name is not None]
+    pair = manifest.text.pair
+    texts = (manifest.tokenizer, manifest.text.chat_template, None if pair is None else pair.template)
+    referred += [name for name in texts if name is not None]
     weights = {str(PurePosixPath(graph.file).with_name(WEIGHTS)) for graph in manifest.graphs.values()}
     referred += sorted(name for name in weights if (folder / name).exists())
     for name in referred:

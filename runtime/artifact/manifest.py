@@ -22,6 +22,7 @@ __all__ = [
     "Graph",
     "Limits",
     "Manifest",
+    "PairRules",
     "Parity",
     "Precision",
     "Scoring",
@@ -109,6 +110,20 @@ class Scoring(_Frozen, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Whether `last` passes over pad tokens that end a candidate, as transformers' sequence classifiers do."""
 
 
+class PairRules(_Frozen, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How a reranker's query and document become one text."""
+
+    template: str
+    """File of the Jinja template. It gets the messages `query` and `document`, before them the instruction as `system`,
+    and a text `border`, which no token reaches across."""
+    content: Literal["flat", "structured"] = "flat"
+    """Whether the content of a message is a text, or a list of parts `{"type": "text", "text": ...}`."""
+    options: dict[str, object] = {}
+    """Further variables of the template."""
+    instruction: str | None = None
+    """Used when a program gives none; without it, the template's own default."""
+
+
 class TextRules(_Frozen, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How text becomes tokens."""
 
@@ -120,6 +135,8 @@ class TextRules(_Frozen, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """File of the Jinja template that makes one text of messages."""
     template_tokens: dict[str, str] = {}
     """Special tokens by the names that the template uses, such as `bos_token`."""
+    pair: PairRules | None = None
+    """Of a reranker; the prompt is then a query, and each candidate a document."""
     checked_against: str | None = None
     """The transformers with whose tokens and rendered messages these were compared at export."""
     step_text: str | None = None

@@ -33,7 +33,7 @@ class Ranker:
         candidates: of the column with the candidates.
         provider: see `bonnx.load`.
         threads: of one run; give the actor as many cores.
-        **options: of `Model.rank`: `aggregation`, `partial`, `truncate`.
+        **options: of `Model.rank`: `aggregation`, `partial`, `truncate`, `instruction`.
 
     Examples:
         >>> dataset.map_batches(Ranker, fn_constructor_args=("artifacts/countdown",), concurrency=4)  # doctest: +SKIP

@@ -41,7 +41,7 @@ class Task:
         candidates: name of the field with the candidates.
         answers: name of the field with the answer of each candidate; None for no such field.
         token_scores: whether to add the score of every token.
-        options: options of `Model.rank`: `aggregation`, `vote`, `answers`, `partial`, `truncate`.
+        options: options of `Model.rank`: `aggregation`, `vote`, `answers`, `partial`, `truncate`, `instruction`.
         max_line: maximum length of a line in bytes.
         provider: see `bonnx.load`.
         threads: threads of one run.

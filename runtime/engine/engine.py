@@ -14,6 +14,7 @@ from ..artifact.manifest import Manifest
 from ..checks import check_path, check_whole
 from ..text.chat import ChatTemplate
 from ..text.compose import Composer
+from ..text.pair import PairTemplate
 from ..text.reader import Reader
 from ..text.tokenizer import Tokenizer
 from .prompt_cache import PromptCache
@@ -163,4 +164,8 @@ def _reader(folder: Path, manifest: Manifest) -> Reader:
     if rules.chat_template is not None:
         source = locate(folder, rules.chat_template).read_bytes().decode()
         chat = ChatTemplate(source, rules.template_tokens)
-    return Reader(manifest, tokenizer, Composer(rules, chat))
+    pair = None
+    if rules.pair is not None:
+        source = locate(folder, rules.pair.template).read_bytes().decode()
+        pair = PairTemplate(source, rules.template_tokens, rules.pair)
+    return Reader(manifest, tokenizer, Composer(rules, chat, pair))

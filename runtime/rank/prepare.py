@@ -10,22 +10,24 @@ from ..text.reader import Item
 __all__ = ["prepare", "read_prompt"]
 
 
-def prepare(engine: Engine, prompt: Item) -> bool:
+def prepare(engine: Engine, prompt: Item, instruction: str | None = None) -> bool:
     """Compute a prompt for the rankings to come: see `Model.prepare`, whose errors these are."""
-    ids = read_prompt(engine, prompt)
+    ids = read_prompt(engine, prompt, instruction)
     if ids is None:
         return False
     engine.prompts.read(ids)
     return True
 
 
-def read_prompt(engine: Engine, prompt: Item) -> Array | None:
+def read_prompt(engine: Engine, prompt: Item, instruction: str | None = None) -> Array | None:
     """The prompt to compute, (P,) int64 or (P, embed_dim) float32; None if it cannot be kept.
 
     Raises:
         InputError: it is invalid or too long.
     """
-    values = engine.reader.prompt(prompt)
+    values = engine.reader.prompt(prompt, instruction=instruction)
+    if not len(values):
+        return None
     check_size(engine.manifest, 1, len(values), 1, engine.memory_limit)
     # With dynamic rope scaling, the keys of a longer row depend on its length.
     return values if len(values) < engine.joint_limit and engine.prompts.keeps(len(values)) else None

@@ -30,6 +30,7 @@ class RankOptions(TypedDict, total=False):
     step_masks: Sequence[Sequence[int]] | None
     partial: bool
     truncate: bool
+    instruction: str | None
     vote: str
     answers: Answers | None
 
@@ -95,6 +96,7 @@ def read_request(
     step_masks: Sequence[Sequence[int]] | None = None,
     partial: bool = False,
     truncate: bool = False,
+    instruction: str | None = None,
     vote: str = "score",
     answers: Answers | None = None,
     names: ArgumentNames = ARGUMENTS,
@@ -111,7 +113,7 @@ def read_request(
     check_flag("partial", partial)
     check_flag("truncate", truncate)
     check_some(candidates, names.candidates)
-    rows = engine.reader.pairs(prompt, candidates, names, partial=partial, truncate=truncate)
+    rows = engine.reader.pairs(prompt, candidates, names, partial=partial, truncate=truncate, instruction=instruction)
     ballot = make_ballot(vote, answers, candidates, names.candidates, rows.unreadable, scoring)
     values, mask = pad_rows(engine, rows, names)
     steps = readable_positions(engine, name, rows, values, step_masks)

@@ -21,16 +21,19 @@ class ClientRequest:
         prompt: as the runtime takes it.
         candidates: as the runtime takes them.
         names: the fields of the client's request that hold them.
+        instruction: of a reranker; None for the model's own.
     """
 
     prompt: Item
     candidates: Sequence[Item]
     names: ArgumentNames = ARGUMENTS
+    instruction: str | None = None
 
     @property
     def characters(self) -> int:
         """Characters of all texts that are tokenized for it: the prompt is tokenized once with each candidate."""
-        return _characters(self.prompt) * len(self.candidates) + sum(map(_characters, self.candidates))
+        each = _characters(self.prompt) + len(self.instruction or "")
+        return each * len(self.candidates) + sum(map(_characters, self.candidates))
 
 
 @dataclass(frozen=True)

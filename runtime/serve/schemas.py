@@ -17,6 +17,7 @@ from ..generate.options import DEFAULTS, option_bounds, option_definition, optio
 
 __all__ = [
     "FAIL_FAST",
+    "INSTRUCTION",
     "MOST_ITEMS",
     "RAW_SCORES",
     "TRUNCATE",
@@ -36,6 +37,7 @@ __all__ = [
 # No request has more of anything: what is longer is refused before it is looked through.
 MOST_ITEMS = 2**16
 # What to do instead of fields that several endpoints of other servers have.
+INSTRUCTION = "what makes a document relevant, for a reranker; by default the model's own"
 TRUNCATE = 'send "truncate": true to leave out the beginning of {} that is too long'
 RAW_SCORES = "scores are always as the model gives them; leave it out"
 _Model = TypeVar("_Model", bound=BaseModel)

@@ -182,6 +182,7 @@ class Service:
     def _read_ranking(self, ranked: ClientRequest, options: RankOptions) -> RankRequest | NoneReadableError:
         """Read what is to be ranked; an error is returned if no candidate can be read."""
         try:
+            options = {"instruction": ranked.instruction, **options}
             return read_rank_request(self.engine, ranked.prompt, ranked.candidates, **options, names=ranked.names)
         except NoneReadableError as e:
             return e

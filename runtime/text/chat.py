@@ -12,7 +12,7 @@ from bonnx.errors import ArtifactError, BonnxError, InputError
 from ..checks import shown
 from .parts import ContentParts, TakesTextError, joined, lost_words, was_read
 
-__all__ = ["ChatTemplate", "Messages", "is_messages"]
+__all__ = ["ChatTemplate", "Messages", "common_length", "is_messages"]
 
 # A role and content each, as text or in parts.
 Messages: TypeAlias = Sequence[Mapping[str, object]]
@@ -92,7 +92,7 @@ class ChatTemplate:
             answer = [{"role": "assistant", "content": candidate}] if isinstance(candidate, str) else candidate
             conversation = [*first, *_plain_messages(answer, name)]
             whole = self._render(conversation, False, now)
-            start = _common(head, whole)
+            start = common_length(head, whole)
             if closing is None or not isinstance(candidate, str):
                 closing = self._closing(conversation, now)
             stop = len(whole) - len(closing) if whole.endswith(closing) else len(whole)
@@ -187,7 +187,7 @@ def is_messages(value: object) -> TypeGuard[Messages]:
     return isinstance(value, (list, tuple)) and bool(value) and isinstance(value[0], Mapping)
 
 
-def _common(a: str, b: str) -> int:
+def common_length(a: str, b: str) -> int:
     """Length of the common beginning of two texts."""
     if b.startswith(a):
         return len(a)

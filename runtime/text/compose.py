@@ -12,6 +12,7 @@ from bonnx.errors import InputError
 
 from ..artifact.manifest import TextRules
 from .chat import ChatTemplate, Messages, is_messages
+from .pair import PairTemplate
 from .tokenizer import NO_TOKENS, Passage
 
 __all__ = ["Composer", "Item", "TextItem", "is_text"]
@@ -30,10 +31,15 @@ def is_text(item: object) -> TypeGuard[TextItem]:
 
 
 class Composer:
-    """Composes texts by the rules of one artifact."""
+    """Composes texts by the rules of one artifact; a reranker's have a template of a query and a document, `pair`."""
 
-    def __init__(self, rules: TextRules, chat: ChatTemplate | None) -> None:
-        self._rules, self._chat = rules, chat
+    def __init__(self, rules: TextRules, chat: ChatTemplate | None, pair: PairTemplate | None = None) -> None:
+        self._rules, self._chat, self._pair = rules, chat, pair
+
+    @property
+    def ranks_pairs(self) -> bool:
+        """Whether texts are a query and documents."""
+        return self._pair is not None
 
     def prompt(self, item: object, name: str) -> tuple[str, bool]:
         """A prompt that the model is to continue, and whether the tokenizer puts its special tokens around it.
@@ -75,13 +81,22 @@ class Composer:
         """A candidate whose prompt is not text.
 
         Raises:
-            InputError: it is not text.
+            InputError: it is not text, or a document without a query.
         """
+        if self._pair is not None:
+            raise InputError(f"{name}: expected token ids, as its prompt; text is a document of a query that is text")
         text = self._steps(candidate, name)
         return Passage(text, 0, len(text))
 
     def pairs(
-        self, prompt: object, candidates: Sequence[TextItem], prompt_name: str, names: Sequence[str], *, partial: bool
+        self,
+        prompt: object,
+        candidates: Sequence[TextItem],
+        prompt_name: str,
+        names: Sequence[str],
+        *,
+        partial: bool,
+        instruction: str | None = None,
     ) -> tuple[list[Passage], bool]:
         """Each candidate after the prompt, and whether the tokenizer puts its special tokens around them.
 
@@ -91,16 +106,36 @@ class Composer:
             prompt_name: what errors call the prompt.
             names: what errors call each candidate.
             partial: the candidates are not finished.
+            instruction: what a reranker's template gets instead of its own.
 
         Raises:
             InputError: something is not text, or there is no chat template for messages.
         """
+        if self._pair is not None:
+            if partial:
+                raise InputError("partial: this model's template ends every document; leave it out")
+            query = self._part(prompt, prompt_name)
+            documents = [self._part(item, name) for item, name in zip(candidates, names, strict=True)]
+            return self._pair.passages(query, documents, instruction), False
         if is_messages(prompt):
             return self._chats(prompt, candidates, prompt_name, names, partial), False
         before = self._plain(prompt, prompt_name)
         texts = [self._steps(c, name) for c, name in zip(candidates, names, strict=True)]
         passages = [Passage(before + text, len(before), len(before) + len(text)) for text in texts]
         return passages, self._rules.special_tokens
+
+    def _part(self, item: object, name: str) -> str:
+        """A query or a document.
+
+        Raises:
+            InputError: it is not text.
+        """
+        if not isinstance(item, str):
+            raise InputError(
+                f"{name}: this model's template makes one text of a query and a document; expected each as text; "
+                f"got {item!r:.60}"
+            )
+        return self._plain(item, name)
 
     def _chats(
         self, prompt: Messages, candidates: Sequence[TextItem], prompt_name: str, names: Sequence[str], partial: bool

@@ -28,6 +28,8 @@ __all__ = [
     "none_readable",
 ]
 
+# What they have in common with each other, a query has in common with all documents.
+_DOCUMENTS = ("a", "1")
 # A growing text is compared with each of them after every token.
 _LONGEST_STOP = 1000
 
@@ -157,12 +159,19 @@ class Reader:
         self.width = None if manifest.kind == "language_model" else manifest.size("embed_dim")
         self._blank: Array = np.zeros(0, np.int64) if self.width is None else np.zeros((0, self.width), np.float32)
 
-    def prompt(self, item: Item, name: str = "prompt") -> Array:
-        """The prompt that the model continues; `name` is its name in errors.
+    def prompt(self, item: Item, name: str = "prompt", *, instruction: str | None = None) -> Array:
+        """The prompt that the model continues, or what all documents of a query share; `name` is its name in errors.
 
         Raises:
             InputError: it cannot be read; the message says why.
         """
+        self._check_instruction(instruction, item)
+        if is_text(item) and self._composer.ranks_pairs:
+            rows = self.pairs(
+                item, _DOCUMENTS, ArgumentNames(name), partial=False, truncate=False, instruction=instruction
+            )
+            assert rows.prompt is not None
+            return rows.prompt
         if not is_text(item):
             array = self._array(item, name)
             if not len(array):
@@ -199,6 +208,7 @@ class Reader:
         *,
         partial: bool,
         truncate: bool,
+        instruction: str | None = None,
     ) -> EncodedRows:
         """A prompt and its candidates.
 
@@ -208,15 +218,19 @@ class Reader:
             names: their names in errors.
             partial: text candidates are not finished.
             truncate: drop the beginning of a prompt that is too long.
+            instruction: of a reranker, for this query.
 
         Raises:
             InputError: the prompt cannot be read, a candidate is not of a kind that this artifact takes (it is named),
                 or none can be read.
         """
+        self._check_instruction(instruction, prompt)
         unread = self._sorted(candidates, names)
         texts, text_names = [*unread.texts.values()], unread.names()
         if is_text(prompt) and not unread.arrays:
-            passages, special = self._composer.pairs(prompt, texts, names.prompt, text_names, partial=partial)
+            passages, special = self._composer.pairs(
+                prompt, texts, names.prompt, text_names, partial=partial, instruction=instruction
+            )
             tokenizer = self._require_tokenizer(names.prompt)
             unread.take(tokenizer.rows(passages, names, special=special, partial=partial))
             encoded = unread.rows_behind_prompt()
@@ -228,7 +242,18 @@ class Reader:
                 tokenizer = self._require_tokenizer(text_names[0])
                 unread.take(tokenizer.rows(passages, names, special=False, partial=partial))
             encoded = unread.rows(prompt_row)
-        return self._truncated(encoded, names) if truncate else encoded
+        # The beginning of a query's text is the template's own.
+        return self._truncated(encoded, names) if truncate and not self._composer.ranks_pairs else encoded
+
+    def _check_instruction(self, instruction: str | None, prompt: Item) -> None:
+        if instruction is None:
+            return
+        if not isinstance(instruction, str):
+            raise InputError(f"instruction: expected a text; got {shown(instruction)}")
+        if not self._composer.ranks_pairs or not is_text(prompt):
+            raise InputError(
+                "instruction: it goes into the template of a reranker, with a query that is text; leave it out"
+            )
 
     def _sorted(self, items: Sequence[Item], names: ArgumentNames) -> _UnreadItems:
         unread = _UnreadItems(names, len(items), self._blank)

@@ -34,11 +34,13 @@ class Passage:
         text: prompt and candidate.
         start: character at which the candidate's own part begins.
         stop: character at which it ends; a template may write something after it.
+        cuts: characters at which a token begins: what is before them is tokenized by itself.
     """
 
     text: str
     start: int
     stop: int
+    cuts: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,13 @@ class TokenizedRow:
     ids: list[int]
     first: int
     ends: list[int] | None
+
+
+class _Encoding(NamedTuple):
+    """Token ids of a text, and the characters that each covers."""
+
+    ids: list[int]
+    offsets: list[tuple[int, int]]
 
 
 class _Fault(NamedTuple):
@@ -103,7 +112,7 @@ class Tokenizer:
         fault = _no_unicode(text)
         if fault is None:
             encoding = self._tokenizer.encode(text, add_special_tokens=special)
-            fault = self._no_token(encoding, text)
+            fault = self._no_token(_Encoding(encoding.ids, encoding.offsets), text)
         if fault is not None:
             raise InputError(f"{name}: {fault.describe(0)}")
         ids: list[int] = encoding.ids
@@ -122,13 +131,28 @@ class Tokenizer:
         """
         reasons: list[str | None] = [_blame(p, _no_unicode(p.text), names) for p in passages]
         encodable = [p for p, reason in zip(passages, reasons, strict=True) if reason is None]
-        encodings = self._tokenizer.encode_batch([p.text for p in encodable], add_special_tokens=special)
+        encodings = self._encode(encodable, special)
         rows = (self._row(p, encoding, partial, names) for p, encoding in zip(encodable, encodings, strict=True))
         return [next(rows) if reason is None else reason for reason in reasons]
 
-    def _row(
-        self, passage: Passage, encoding: tokenizers.Encoding, partial: bool, names: ArgumentNames
-    ) -> TokenizedRow | str:
+    def _encode(self, passages: Sequence[Passage], special: bool) -> list[_Encoding]:
+        """Tokens of whole texts, and the characters that each covers."""
+        pieces = [
+            (place, p.text[place:end])
+            for p in passages
+            for place, end in zip((0, *p.cuts), (*p.cuts, len(p.text)), strict=True)
+        ]
+        encoded = self._tokenizer.encode_batch([text for _, text in pieces], add_special_tokens=special)
+        joined: list[_Encoding] = []
+        for (place, _), piece in zip(pieces, encoded, strict=True):
+            if not place:
+                joined.append(_Encoding(list(piece.ids), list(piece.offsets)))
+                continue
+            joined[-1].ids.extend(piece.ids)
+            joined[-1].offsets.extend((start + place, end + place) for start, end in piece.offsets)
+        return joined
+
+    def _row(self, passage: Passage, encoding: _Encoding, partial: bool, names: ArgumentNames) -> TokenizedRow | str:
         reason = _blame(passage, self._no_token(encoding, passage.text), names)
         if reason is not None:
             return reason
@@ -155,7 +179,7 @@ class Tokenizer:
                 ends.add(order[place])
         return TokenizedRow(ids, first, sorted(ends))
 
-    def _no_token(self, encoding: tokenizers.Encoding, text: str) -> _Fault | None:
+    def _no_token(self, encoding: _Encoding, text: str) -> _Fault | None:
         if self._unknown is None or self._unknown not in encoding.ids:
             return None
         start, end = encoding.offsets[encoding.ids.index(self._unknown)]

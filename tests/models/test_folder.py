@@ -18,6 +18,7 @@ from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from bonnx.export.checkpoint.source import Overrides, read_checkpoint
 from bonnx.models import ConfigError, load_checkpoint
 from bonnx.models.adapters import check_adapter_names
+from bonnx.models.head import LabelTokens
 from tests.checkpoints import make
 from tests.tolerance import RUNTIME, within
 
@@ -204,7 +205,7 @@ def test_label_tokens_are_refused_beside_a_scorer(copy):
     with pytest.raises(
         ConfigError, match=r"label tokens were given, but the weights have a scorer too.*: score\.weight"
     ):
-        load_checkpoint(copy, label_tokens=(1, 2))
+        load_checkpoint(copy, label_tokens=LabelTokens((1, 2)))
 
 
 def test_a_head_in_a_file_of_its_own_is_named(copy):

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bonnx.models import ConfigError, families, load_checkpoint
+from bonnx.models.head import LabelTokens
 from tests.checkpoints import HEADS, make
 from tests.tolerance import RUNTIME, within
 
@@ -56,7 +57,7 @@ def test_any_config_gives_what_transformers_gives(chosen, head, dtype, seed, tmp
     case = make(folder, family, head, rng, dtype, **options)
     tokens = None
     if head == "step tag":
-        tokens = tuple(case.tokenizer.convert_tokens_to_ids(t) for t in case.overrides.label_tokens)
+        tokens = LabelTokens(tuple(case.tokenizer.convert_tokens_to_ids(t) for t in case.overrides.label_tokens))
     model, metadata = load_checkpoint(folder, label_tokens=tokens)
     rope = options["rope_parameters"]["rope_type"]
     # Lengths within the window, beyond it, and beyond the original context.

@@ -20,7 +20,7 @@ from ...artifact.manifest import Aggregation
 from ...checks import ArgumentNames
 from ..answer import answer_head, check_model, json_response, to_runtime
 from ..ranking import ClientRequest
-from ..schemas import FAIL_FAST, MOST_ITEMS, RAW_SCORES, TRUNCATE, Messages, RequestBody, Text, Texts
+from ..schemas import FAIL_FAST, INSTRUCTION, MOST_ITEMS, RAW_SCORES, TRUNCATE, Messages, RequestBody, Text, Texts
 from ..service import Service
 from ..text_embeddings import tei_score
 
@@ -80,6 +80,7 @@ class RerankBody(RequestBody):
         None, description="with texts: expected 'Left', because only the beginning of a query is cut"
     )
     model: str | None = Field(None, description="name of this server's model; may be left out")
+    instruction: Text | None = Field(None, description=INSTRUCTION)
     aggregation: Aggregation | None = None
     truncate: bool = Field(False, description="leave out the beginning of a query that is too long")
 
@@ -106,7 +107,7 @@ async def _answer(service: Service, request: Request, body: RerankBody) -> dict[
         if getattr(body, name):
             raise InputError(f"{name}: {_WITH_TEXTS[name]}")
     texts = [document if isinstance(document, str) else document.text for document in body.documents]
-    ranked = ClientRequest(to_runtime(body.query, "query"), texts, _NAMES)
+    ranked = ClientRequest(to_runtime(body.query, "query"), texts, _NAMES, body.instruction)
     outcome, ranking = await service.rank(request, ranked, aggregation=body.aggregation, truncate=body.truncate)
     results: list[dict[str, object]] = []
     for i in [i for i in ranking.order if not math.isnan(outcome.scores[i])][: body.top_n]:
@@ -128,7 +129,7 @@ async def _tei_answer(service: Service, request: Request, body: RerankBody) -> l
     for name in ("return_documents", "top_n"):
         if getattr(body, name):
             raise InputError(f"{name}: belongs to documents; leave it out with texts")
-    asked = ClientRequest(to_runtime(body.query, "query"), body.texts, _TEI_NAMES)
+    asked = ClientRequest(to_runtime(body.query, "query"), body.texts, _TEI_NAMES, body.instruction)
     outcome, ranking = await service.rank(request, asked, aggregation=body.aggregation, truncate=body.truncate)
     return [
         {"index": i, "score": tei_score(service, outcome.scores[i], raw=body.raw_scores)}

@@ -16,7 +16,7 @@ from ...artifact.manifest import Aggregation
 from ...checks import ArgumentNames
 from ..answer import answer_head, check_model, json_response, warned
 from ..ranking import ClientRequest, TokenUsage
-from ..schemas import MOST_ITEMS, RAW_SCORES, TRUNCATE, RequestBody, Text, Texts
+from ..schemas import INSTRUCTION, MOST_ITEMS, RAW_SCORES, TRUNCATE, RequestBody, Text, Texts
 from ..service import Service
 
 __all__ = ["add"]
@@ -41,6 +41,7 @@ class ScoreBody(RequestBody):
     text_1: Text | Annotated[Texts, Field(min_length=1, max_length=MOST_ITEMS)] = Field(description=_TEXTS)
     text_2: Text | Annotated[Texts, Field(min_length=1, max_length=MOST_ITEMS)] = Field(description=_TEXTS)
     model: str | None = None
+    instruction: Text | None = Field(None, description=INSTRUCTION)
     aggregation: Aggregation | None = None
     truncate: bool = Field(False, description="leave out the beginning of a text_1 that is too long")
 
@@ -77,10 +78,12 @@ def _pairs(body: ScoreBody) -> list[ClientRequest]:
     names = ["text_2"] if isinstance(body.text_2, str) else [f"text_2[{i}]" for i in range(len(second))]
     if len(first) == 1:
         prompt = "text_1" if isinstance(body.text_1, str) else "text_1[0]"
-        return [ClientRequest(first[0], second, ArgumentNames(prompt, "text_2", _NOUNS, names))]
+        return [ClientRequest(first[0], second, ArgumentNames(prompt, "text_2", _NOUNS, names), body.instruction)]
     if len(first) != len(second):
         raise InputError(f"text_1 has {len(first)} texts and text_2 {len(second)}; expected one, or as many")
     return [
-        ClientRequest(prompt, [text], ArgumentNames(f"text_1[{i}]", "text_2", _NOUNS, [f"text_2[{i}]"]))
+        ClientRequest(
+            prompt, [text], ArgumentNames(f"text_1[{i}]", "text_2", _NOUNS, [f"text_2[{i}]"]), body.instruction
+        )
         for i, (prompt, text) in enumerate(zip(first, second, strict=True))
     ]

@@ -1,0 +1,107 @@
+"""Find out how a reranker scores a pair: from its description, or from the published reranker that it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from bonnx.errors import ArtifactError, InputError
+from bonnx.models.config import ConfigError
+from bonnx.models.head import LabelTokens
+from bonnx.runtime.artifact.manifest import PairRules
+from bonnx.runtime.text.pair import PairTemplate
+
+from .published_rerankers import PUBLISHED, published_as
+from .sentence_transformers import content_of, read_description
+from .tokenizer import TextFiles
+
+__all__ = ["PAIR_TEMPLATE", "Reranker", "find_reranker"]
+
+PAIR_TEMPLATE = "pair_template.jinja"
+
+
+@dataclass(frozen=True)
+class Reranker:
+    """How a reranker scores a query and a document.
+
+    Attributes:
+        labels: the tokens whose logits are the score; None if the checkpoint has a scorer.
+        activation: applied to the score.
+        template: source of the template that makes one text of a query and a document.
+        rules: how the template is used.
+    """
+
+    labels: LabelTokens | None
+    activation: Literal["none", "sigmoid"]
+    template: str
+    rules: PairRules
+
+
+def find_reranker(
+    folder: Path,
+    config: Mapping[str, Any],
+    tokenizer: TextFiles | None,
+    token: Callable[[str, TextFiles | None], int],
+    *,
+    name: str | None,
+    repository: str | None,
+) -> Reranker | None:
+    """Find out whether a checkpoint is a reranker, and how it scores.
+
+    Args:
+        folder: the checkpoint.
+        config: the parsed config.json.
+        tokenizer: the checkpoint's.
+        token: returns the id of a text that is exactly one token.
+        name: the caller's own word for it, one of `PUBLISHED`; it overrides what the checkpoint says.
+        repository: `org/name` on the hub, if it came from there.
+
+    Raises:
+        ConfigError: if its description is not supported, it has no tokenizer, or its template ignores a query or a
+            document.
+        InputError: if `name` is unknown, or a label is several tokens.
+    """
+    if name is not None and name not in PUBLISHED:
+        raise InputError(f"--reranker: expected one of {', '.join(PUBLISHED)}; got {name!r}")
+    described = None if name is not None else read_description(folder, config)
+    name = name or (None if described is not None else published_as(folder, config, repository))
+    if described is None and name is None:
+        return None
+    if tokenizer is None:
+        raise ConfigError(
+            f"{folder}: a reranker reads text, and the checkpoint has no tokenizer (tokenizer.json); add the tokenizer "
+            "files of the model that it was made from"
+        )
+    if described is not None:
+        if tokenizer.chat_template is None:
+            raise ConfigError(
+                f"{folder}: its query and document go through the chat template, and the checkpoint has none; add its "
+                "chat_template.jinja"
+            )
+        template, content = tokenizer.chat_template, described.content or content_of(tokenizer.chat_template)
+        rules = PairRules(
+            template=PAIR_TEMPLATE, content=content, options=described.options, instruction=described.instruction
+        )
+        found = Reranker(described.labels, described.activation, template, rules)
+    else:
+        published = PUBLISHED[str(name)]
+        ids = tuple(label if isinstance(label, int) else token(label, tokenizer) for label in published.labels)
+        labels = LabelTokens(ids, contrast=True, divisor=published.divisor)
+        found = Reranker(labels, published.activation, published.template, PairRules(template=PAIR_TEMPLATE))
+    _check_template(folder, found, tokenizer)
+    return found
+
+
+def _check_template(folder: Path, reranker: Reranker, tokenizer: TextFiles) -> None:
+    """Refuse a template that does not show a query or a document to the model."""
+    try:
+        ignored = PairTemplate(reranker.template, tokenizer.special_tokens, reranker.rules).ignored()
+    except (ArtifactError, InputError) as e:
+        raise ConfigError(f"{folder}: its template cannot make a text of a query and a document: {e}") from e
+    if ignored:
+        raise ConfigError(
+            f"{folder}: its chat template ignores the {' and the '.join(ignored)}, so the score would not depend on "
+            "it; expected a template that writes the messages of the roles 'query' and 'document'"
+        )
