@@ -3,53 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
-from .config import ConfigError, NetworkConfig, RopeScaling
-from .families import FAMILIES
+from .config import ConfigError, NetworkConfig
+from .config_reader import FARTHEST, ConfigReader
+from .fields import activation
 from .head import PARTS
+from .parts import Part, groups, halves, plus, rows, times
+from .rope_fields import rope_options
 
-__all__ = ["FARTHEST", "ConfigReader", "backbone_options", "block_names"]
-
-# Far above any size and any position of a real model; larger numbers would overflow before they could be refused.
-_LARGEST, FARTHEST = 2**20, 2**31 - 1
-_ROPE_NUMBERS = (
-    *("rope_theta", "factor", "partial_rotary_factor", "original_max_position_embeddings", "low_freq_factor"),
-    *("high_freq_factor", "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim"),
-)
-
-
-class ConfigReader:
-    """Reads fields of a config.json whose family is in `FAMILIES`; errors name the field."""
-
-    def __init__(self, config: Mapping[str, Any]) -> None:
-        self.config = config
-        self.family = FAMILIES[config["model_type"]]
-
-    def whole(self, name: str, default: int | None = None, most: int = _LARGEST) -> int:
-        """Return a whole number from 1 to `most`.
-
-        Raises:
-            ConfigError: if the field has another value.
-        """
-        value = self.config.get(name)
-        value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-            raise ConfigError(f"config.json, '{name}': expected a whole number from 1 to {most}; found {value!r:.40}")
-        return value
-
-    def flag(self, name: str, default: bool) -> bool:
-        """Return a boolean.
-
-        Raises:
-            ConfigError: if the field has another value.
-        """
-        value = self.config.get(name)
-        value = default if value is None else value
-        if not isinstance(value, bool):
-            raise ConfigError(f"config.json, '{name}': expected true or false; found {value!r}")
-        return value
+__all__ = ["backbone_options", "block_tensors", "logit_options"]
 
 
 def backbone_options(fields: ConfigReader, tensors: int) -> dict[str, Any]:
@@ -68,11 +31,11 @@ def backbone_options(fields: ConfigReader, tensors: int) -> dict[str, Any]:
     layers = fields.whole("num_hidden_layers", most=max(1, tensors))
     if config.get("head_dim") is None and hidden % heads:
         raise ConfigError(f"config.json: 'hidden_size' {hidden} is not a multiple of 'num_attention_heads' {heads}")
-    bias = family.reads_attention_bias and fields.flag("attention_bias", False)
+    bias = family.bias_field is not None and fields.flag(family.bias_field, family.bias_default)
     window, sliding = _sliding(fields, layers)
     # If the field is missing, the family's default applies; null means as many as there are heads.
     kv_heads = heads if "num_key_value_heads" in config else family.num_key_value_heads or heads
-    theta, scaling = _rope(fields)
+    scale = math.sqrt(hidden) if family.scaled_embeddings else 1.0
     return {
         "embed_dim": hidden,
         "hidden_size": hidden,
@@ -83,34 +46,87 @@ def backbone_options(fields: ConfigReader, tensors: int) -> dict[str, Any]:
         "ffn_inner": fields.whole("intermediate_size"),
         "dropout": 0.0,
         "attention_bias": bias or family.qkv_bias,
-        "attention_output_bias": bias,
+        "attention_output_bias": bias and family.output_bias,
         "ffn_bias": family.reads_mlp_bias and fields.flag("mlp_bias", False),
-        "norm_epsilon": config.get("rms_norm_eps", 1e-6),
-        "final_norm": "rms",
-        "final_norm_epsilon": config.get("rms_norm_eps", 1e-6),
-        "qk_norm": family.qk_norm,
-        "rope_theta": theta,
-        "rope_scaling": scaling,
+        "ffn_activation": activation(config),
+        "norm": family.norm,
+        "norm_place": family.norm_place,
+        "norm_epsilon": config.get(family.epsilon_field, family.epsilon),
+        "final_norm": family.norm,
+        "final_norm_epsilon": config.get(family.epsilon_field, family.epsilon),
+        "qk_norm": family.qk_norm is not None,
+        "qk_norm_over": family.qk_norm or "head",
+        "attention_cap": _cap(fields, "attn_logit_softcapping"),
+        "embedding_scale": scale * _multiplier(fields, "embedding_multiplier"),
         "sliding_window": window,
         "sliding_layers": sliding,
+        "unrotated_layers": _unrotated(fields, layers),
+        **rope_options(fields),
     }
+
+
+def logit_options(fields: ConfigReader) -> dict[str, Any]:
+    """Return the options of `LanguageModelConfig` for the logits of the vocabulary head.
+
+    Raises:
+        ConfigError: if a field has an invalid value.
+    """
+    return {
+        "logit_scale": 1 / _multiplier(fields, "logits_scaling"),
+        "logit_cap": _cap(fields, "final_logit_softcapping"),
+    }
+
+
+def _multiplier(fields: ConfigReader, name: str) -> float:
+    """Return one of Granite's multipliers; 1 for other families."""
+    return fields.number(name, 1.0) if fields.family.multipliers else 1.0
+
+
+def _cap(fields: ConfigReader, name: str) -> float | None:
+    """Return the limit of logits; None if the family has none, or the field is null."""
+    caps = fields.family.caps
+    value = fields.config.get(name, caps.get(name)) if name in caps else None
+    return None if value is None else fields.number(name, value)
+
+
+def _unrotated(fields: ConfigReader, layers: int) -> list[int] | None:
+    """Return the layers without rotation: those whose entry in `no_rope_layers` is 0."""
+    every = fields.family.unrotated_every
+    if not every:
+        return None
+    listed = fields.config.get("no_rope_layers")
+    if listed is None:
+        interval = fields.whole("no_rope_layer_interval", every)
+        return [i for i in range(layers) if (i + 1) % interval == 0]
+    if not isinstance(listed, list) or len(listed) < layers or not all(entry in (0, 1) for entry in listed):
+        raise ConfigError(
+            f"config.json, 'no_rope_layers': expected 0 or 1 for each of {layers} layers; found {listed!r:.80}"
+        )
+    return [i for i in range(layers) if listed[i] == 0]
 
 
 def _sliding(fields: ConfigReader, layers: int) -> tuple[int | None, list[int] | None]:
     """Return the sliding window, and the layers that have it (None: all)."""
-    config, kind = fields.config, fields.family.sliding_window
-    # The classes default to 4096; a config written by them has null if there is no window.
-    has_window = kind == "always" or (kind == "optional" and fields.flag("use_sliding_window", False))
-    window = config.get("sliding_window", 4096) if has_window else None
-    window = None if window is None else fields.whole("sliding_window", 4096, FARTHEST)
-    layer_types = config.get("layer_types")
+    config, family = fields.config, fields.family
+    kind = family.sliding_window
+    # The classes have a default; a config written by them has null if there is no window.
+    has_window = kind in ("always", "layers") or (kind != "never" and fields.flag("use_sliding_window", False))
+    window = config.get("sliding_window", family.window) if has_window else None
+    window = None if window is None else fields.whole("sliding_window", window, FARTHEST)
+    layer_types = config.get("layer_types") if family.reads_layer_types else None
     if layer_types is None:
-        if window is None or kind == "always":
+        if kind == "layers":
+            every = fields.whole("sliding_window_pattern", 6) if family.full_every == 6 else family.full_every
+            layer_types = ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(layers)]
+        elif window is None or kind != "optional":
             return window, None
-        first = config.get("max_window_layers", 28)
-        if isinstance(first, bool) or not isinstance(first, int):
-            raise ConfigError(f"config.json, 'max_window_layers': expected a whole number; found {first!r:.40}")
-        layer_types = ["full_attention" if i < first else "sliding_attention" for i in range(layers)]
+        elif family.unrotated_every:
+            return window, _unrotated(fields, layers)
+        else:
+            first = config.get("max_window_layers", 28)
+            if isinstance(first, bool) or not isinstance(first, int):
+                raise ConfigError(f"config.json, 'max_window_layers': expected a whole number; found {first!r:.40}")
+            layer_types = ["full_attention" if i < first else "sliding_attention" for i in range(layers)]
     known = ("full_attention", "sliding_attention")
     if (
         not isinstance(layer_types, list)
@@ -123,94 +139,86 @@ def _sliding(fields: ConfigReader, layers: int) -> tuple[int | None, list[int] |
         )
     sliding = [i for i, name in enumerate(layer_types) if name == "sliding_attention"]
     if sliding and window is None:
+        expected = "'use_sliding_window' true and" if kind == "optional" else "a number as"
         raise ConfigError(
             f"config.json, 'layer_types': layer {sliding[0]} is 'sliding_attention', but there is no window: expected "
-            + ("a number as 'sliding_window'" if kind == "always" else "'use_sliding_window' true and 'sliding_window'")
+            f"{expected} 'sliding_window'"
         )
     return (window, sliding) if sliding else (None, None)
 
 
-def _numbers(rope: Any, name: str) -> dict[str, Any]:
-    """Check that the rotary parameters are an object whose numeric fields are numbers; return a copy."""
-    if not isinstance(rope, Mapping):
-        raise ConfigError(f"config.json, '{name}': expected an object; found {rope!r:.80}")
-    for key in _ROPE_NUMBERS:
-        value = rope.get(key)
-        number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < FARTHEST
-        if value is not None and not number:
-            raise ConfigError(f"config.json, '{name}', '{key}': expected a number; found {value!r:.40}")
-    return dict(rope)
+def block_tensors(fields: ConfigReader, config: NetworkConfig, prefix: str) -> tuple[dict[str, str], dict[str, Part]]:
+    """Map our parameter names of every block to the checkpoint's; `prefix` precedes `layers` in the latter.
 
-
-def _rope(fields: ConfigReader) -> tuple[float, dict[str, Any] | None]:
-    """Read theta and scaling from `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (before 5)."""
-    config = fields.config
-    # As in transformers, the older field takes precedence.
-    name = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
-    rope: dict[str, Any] = {"rope_theta": config.get("rope_theta")} | _numbers(config.get(name) or {}, name)
-    _numbers(rope, "rope_theta")
-    if nested := [kind for kind, value in rope.items() if isinstance(value, Mapping)]:
-        raise ConfigError(
-            "config.json, 'rope_parameters': expected one set of parameters for all layers; found one for each kind of "
-            f"layer ({', '.join(nested)})"
-        )
-    theta = 10000.0 if rope["rope_theta"] is None else float(rope["rope_theta"])
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if rope.get("partial_rotary_factor") not in (None, 1.0):
-        raise ConfigError(
-            "config.json, 'partial_rotary_factor': expected 1.0; only rotation of whole heads is supported"
-        )
-    if kind == "default":
-        return theta, None
-    longest = fields.whole("max_position_embeddings", 8192, FARTHEST)
-    original = rope.get("original_max_position_embeddings") or longest
-    if kind not in ("linear", "dynamic", "llama3", "yarn"):
-        raise ConfigError(
-            f"config.json, rope scaling: {kind!r} is not supported; supported are linear, dynamic, llama3 and yarn"
-        )
-    factor = rope.get("factor")
-    if factor is None and kind == "yarn":
-        factor = longest / original
-    if factor is None:
-        raise ConfigError(f"config.json, '{name}', 'factor': expected a number; found none")
-    options: dict[str, Any] = {"kind": kind, "factor": float(factor)}
-    # For dynamic scaling, transformers ignores the original context and scales beyond this length.
-    options["original_max_positions"] = longest if kind == "dynamic" else original
-    if kind == "llama3":
-        options |= {n: float(rope[n]) for n in ("low_freq_factor", "high_freq_factor") if rope.get(n) is not None}
-    if kind == "yarn":
-        options |= {n: float(rope[n]) for n in ("beta_fast", "beta_slow") if rope.get(n)}
-        options |= {"truncate": rope.get("truncate", True), "attention_factor": _attention_factor(rope, factor)}
-    return theta, RopeScaling.from_dict(options).to_dict()
-
-
-def _attention_factor(rope: Mapping[str, Any], factor: float) -> float:
-    """Return yarn's attention factor (Peng et al., 2023, equation 22), with DeepSeek's two multipliers if given."""
-    if rope.get("attention_factor") is not None:
-        return float(rope["attention_factor"])
-
-    def scale(multiplier: float) -> float:
-        return 1.0 if factor <= 1 else 0.1 * multiplier * math.log(factor) + 1.0
-
-    above, below = rope.get("mscale"), rope.get("mscale_all_dim")
-    return scale(above) / scale(below) if above and below else scale(1.0)
-
-
-def block_names(config: NetworkConfig, prefix: str) -> dict[str, str]:
-    """Map our parameter names to the checkpoint's for every block; `prefix` precedes `layers` in the latter."""
-    names = {}
+    Returns:
+        The names, and for parameters that are not stored as they are, how they are made.
+    """
+    names, parts, family = {}, {}, fields.family
+    modules = _modules(config)
+    made = {module: _part(module, fields, config) for module in modules}
     for i in range(config.num_layers):
-        ours, theirs = f"network.blocks.{i}", f"{prefix}layers.{i}"
-        names[f"{ours}.attention_norm.weight"] = f"{theirs}.input_layernorm.weight"
-        names[f"{ours}.ffn_norm.weight"] = f"{theirs}.post_attention_layernorm.weight"
-        for part in ("q_proj", "k_proj", "v_proj"):
-            for kind in PARTS if config.attention_bias else PARTS[:1]:
-                names[f"{ours}.attention.{part}.{kind}"] = f"{theirs}.self_attn.{part}.{kind}"
-        for kind in PARTS if config.attention_output_bias else PARTS[:1]:
-            names[f"{ours}.attention.out_proj.{kind}"] = f"{theirs}.self_attn.o_proj.{kind}"
-        for part in ("q_norm", "k_norm") if config.qk_norm else ():
-            names[f"{ours}.attention.{part}.weight"] = f"{theirs}.self_attn.{part}.weight"
-        for part in ("gate", "up", "down"):
-            for kind in PARTS if config.ffn_bias else PARTS[:1]:
-                names[f"{ours}.ffn.{part}.{kind}"] = f"{theirs}.mlp.{part}_proj.{kind}"
-    return names
+        for module, kinds in modules.items():
+            for kind in kinds:
+                ours = f"network.blocks.{i}.{module}.{kind}"
+                names[ours] = f"{prefix}layers.{i}.{family.names[module]}.{kind}"
+                part = made[module]
+                if part.changes:
+                    shape = part.shape if kind == "weight" or part.shape is None else part.shape[:1]
+                    parts[ours] = Part(shape, part.changes)
+    return names, parts
+
+
+def _modules(config: NetworkConfig) -> dict[str, tuple[str, ...]]:
+    """Return the modules of a block with parameters, and which parameters each has."""
+    norm = PARTS if config.norm == "layer" else PARTS[:1]
+    modules: dict[str, tuple[str, ...]] = {}
+    if config.norm_place != "after":
+        modules |= {"attention_norm": norm, "ffn_norm": norm}
+    if config.norm_place != "before":
+        modules |= {"attention_out_norm": norm, "ffn_out_norm": norm}
+    for part in ("q_proj", "k_proj", "v_proj"):
+        modules[f"attention.{part}"] = PARTS if config.attention_bias else PARTS[:1]
+    modules["attention.out_proj"] = PARTS if config.attention_output_bias else PARTS[:1]
+    for part in ("q_norm", "k_norm") if config.qk_norm else ():
+        modules[f"attention.{part}"] = PARTS[:1]
+    for part in ("gate", "up", "down"):
+        modules[f"ffn.{part}"] = PARTS if config.ffn_bias else PARTS[:1]
+    return modules
+
+
+def _part(module: str, fields: ConfigReader, config: NetworkConfig) -> Part:
+    """Return how a module's parameters are made of the stored tensors."""
+    family, part = fields.family, Part()
+    size, heads, kv_heads = config.size_of_head, config.num_heads, config.num_kv_heads
+    name, group = family.names[module], heads // kv_heads
+    if name.endswith("wqkv"):
+        part.shape = ((heads + 2 * kv_heads) * size, config.hidden_size)
+        start, count = {"q": (0, group), "k": (group, 1), "v": (group + 1, 1)}[module.split(".")[1][0]]
+        part.changes.append(groups(kv_heads, group + 2, start, count, size))
+    elif name.endswith("qkv_proj"):
+        part.shape = ((heads + 2 * kv_heads) * size, config.hidden_size)
+        start, count = {"q": (0, heads), "k": (heads, kv_heads), "v": (heads + kv_heads, kv_heads)}[module[10]]
+        part.changes.append(rows(start * size, count * size))
+    elif name.endswith("gate_up_proj"):
+        part.shape = (2 * config.inner_size, config.hidden_size)
+        part.changes.append(rows(0 if module == "ffn.gate" else config.inner_size, config.inner_size))
+    if family.interleaved and module in ("attention.q_proj", "attention.k_proj"):
+        part.changes.append(halves(size, config.size_of_rotation))
+    if "norm" in module and family.norm_offset:
+        part.changes.append(plus(family.norm_offset))
+    scale = _attention_scale(fields, config)
+    if scale != 1 and module == ("attention.q_norm" if config.qk_norm else "attention.q_proj"):
+        part.changes.append(times(scale))
+    residual = _multiplier(fields, "residual_multiplier")
+    if residual != 1 and module in ("attention.out_proj", "ffn.down"):
+        part.changes.append(times(residual))
+    return part
+
+
+def _attention_scale(fields: ConfigReader, config: NetworkConfig) -> float:
+    """Return by what the attention's scale differs from 1 / sqrt(head size); the queries' weights absorb it."""
+    if fields.family.multipliers:
+        return _multiplier(fields, "attention_multiplier") * math.sqrt(config.size_of_head)
+    if fields.family.reads_attention_scale:
+        return math.sqrt(config.size_of_head / fields.number("query_pre_attn_scalar", 256))
+    return 1.0

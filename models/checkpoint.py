@@ -17,7 +17,7 @@ from .fields import check_fields
 from .files import check_folder, read_json
 from .head import LabelTokens
 from .head_file import HeadFile
-from .huggingface import is_huggingface, translate
+from .huggingface import Translation, is_huggingface, translate
 from .network import LanguageModel, TwoHeadedNetwork, initialize, without_scorer
 from .rotary import Rotary
 from .scorer_kinds import make_scorer
@@ -150,24 +150,21 @@ def _load_huggingface(
         with torch.device("meta"):
             model = LanguageModel(translation.config)
         tokens = translation.label_tokens
-        expected = {
-            translation.names[ours]: (translation.config.vocab_size, *tensor.shape[1:])
-            if tokens is not None and ours == _SCORER
-            else tuple(tensor.shape)
-            for ours, tensor in model.state_dict().items()
-            if ours in translation.names
-        }
+        expected = _stored_shapes(translation, {name: tuple(t.shape) for name, t in model.state_dict().items()})
         _check_shapes(expected, {name: shape for name, shape in weights.shapes.items() if name in expected})
     except ConfigError as e:
         raise ConfigError(f"{folder}: {e}") from e
     scoring = translation.scoring
     if translation.appended is not None:
         scoring = {**scoring, "reward_token": token_id(folder, translation.appended)}
-    state = weights.read(
-        {ours: theirs for ours, theirs in translation.names.items() if tokens is None or ours != _SCORER}
-    )
-    if tokens is not None:
-        state[_SCORER] = _answer_weights(weights, translation.names[_SCORER], tokens)
+    state: dict[str, Tensor] = {}
+    for ours, theirs in translation.names.items():
+        if tokens is not None and ours == _SCORER:
+            state[ours] = _answer_weights(weights, theirs, tokens)
+        else:
+            state |= weights.read({ours: theirs})
+        if ours in translation.parts:
+            state[ours] = translation.parts[ours](state[ours])
     if translation.new_scorer:
         model.network.scorer = make_scorer(translation.config.network)
         model.network.scorer.apply(initialize)
@@ -194,6 +191,19 @@ def _answer_weights(weights: Weights, name: str, tokens: LabelTokens) -> Tensor:
     if not tokens.contrast:
         return rows
     return (rows[:1] - rows[1:2] if len(rows) > 1 else rows) / tokens.divisor
+
+
+def _stored_shapes(translation: Translation, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Return the shape that each tensor of the checkpoint must have, given the shapes of our parameters."""
+    expected = {}
+    for ours, shape in shapes.items():
+        if ours not in translation.names:
+            continue
+        part = translation.parts.get(ours)
+        if translation.label_tokens is not None and ours == _SCORER:
+            shape = (translation.config.vocab_size, *shape[1:])
+        expected[translation.names[ours]] = shape if part is None or part.shape is None else part.shape
+    return expected
 
 
 def _supported_weights(folder: Path, config: Mapping[str, Any]) -> Weights:

@@ -14,16 +14,17 @@ from typing import Any
 from .config import ConfigError
 from .families import FAMILIES
 
-__all__ = ["check_fields", "remarks"]
+__all__ = ["activation", "check_fields", "normalizes", "remarks"]
 
 _QUANTIZED = "the weights are quantized already; pass the checkpoint as it was before quantization, with --precision"
 _NOT_CAUSAL = (
     "tokens would attend to later ones; only causal attention is supported, so that a prompt is computed once for all "
     "candidates"
 )
-_UNUSED = "no supported family uses it"
+_UNUSED = "this family does not use it"
 # Matches the last part of a class's path, as named by LLM2Vec and others.
 _BIDIRECTIONAL = re.compile(r"([Bb]idirec|Bi(Model|For)|(?<!Cross)Encoder(Model|For))[^.]*$")
+_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 # Field -> the values that have no effect (None never has any), and why other values are refused.
 _NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
     "quantization_config": ((), _QUANTIZED),
@@ -35,7 +36,7 @@ _NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
     "is_encoder_decoder": ((False,), "only decoders are supported"),
     "per_layer_config": (({},), "layers with different configurations are not supported"),
     "transformers_weights": (("model.safetensors",), "the weights are read from model.safetensors or its shards"),
-    "partial_rotary_factor": ((1.0,), "only rotation of whole heads is supported"),
+    "partial_rotary_factor": ((1.0,), "this family rotates whole heads"),
     "rope_interleaved": ((False,), "only rotation of the two halves of a head is supported, not of adjacent pairs"),
     "attn_logit_softcapping": ((), _UNUSED),
     "final_logit_softcapping": ((), _UNUSED),
@@ -49,6 +50,7 @@ _NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
     "logits_scaling": ((1.0,), _UNUSED),
     "logit_scale": ((1.0,), _UNUSED),
     "use_parallel_residual": ((False,), _UNUSED),
+    "qk_layernorm": ((False,), "a norm of its own for each head is not supported"),
 }
 
 
@@ -64,19 +66,35 @@ def check_fields(config: Mapping[str, Any]) -> None:
             f"config.json, 'model_type': {family!r} is not supported; supported are {', '.join(FAMILIES)}, and models "
             "that declare one of these types"
         )
-    if config.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise ConfigError(f"config.json, 'hidden_act': expected 'silu'; found {config['hidden_act']!r}")
+    activation(config)
     for name, (neutral, why) in _NEUTRAL.items():
-        value = config.get(name)
-        if value is not None and value not in neutral:
+        value = None if name in FAMILIES[family].reads else config.get(name)
+        if (value is not None or (name == "is_causal" and name in config)) and value not in neutral:
             expected = " or ".join([*map(_shown, neutral), "no value"])
             raise ConfigError(f"config.json, '{name}': expected {expected}; found {_shown(value):.80}: {why}")
     _check_classes(config)
 
 
+def activation(config: Mapping[str, Any]) -> str:
+    """Return the activation of the feed-forward network, by the name in `NetworkConfig`.
+
+    Raises:
+        ConfigError: if it is another one.
+    """
+    family = FAMILIES[config["model_type"]]
+    name = config.get(family.activation_field)
+    name = family.activation if name is None else name
+    known = _ACTIVATIONS | ({"gelu": "gelu_tanh"} if family.name == "Gemma" else {})
+    if not isinstance(name, str) or name not in known:
+        raise ConfigError(
+            f"config.json, '{family.activation_field}': expected {' or '.join(map(repr, known))}; found {name!r:.40}"
+        )
+    return known[name]
+
+
 def _shown(value: object) -> str:
     """Format a value as in JSON: true instead of True."""
-    return str(value).lower() if isinstance(value, bool) else repr(value)
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
 
 
 def _check_classes(config: Mapping[str, Any]) -> None:

@@ -11,16 +11,23 @@ from dataclasses import dataclass
 from typing import Any
 
 from .adapters import check_adapter_names
-from .backbone import FARTHEST, ConfigReader, backbone_options, block_names
+from .backbone import backbone_options, block_tensors, logit_options
 from .config import ConfigError, LanguageModelConfig, NetworkConfig
+from .config_reader import FARTHEST, ConfigReader
+from .families import FAMILIES, Family
 from .fields import check_fields, remarks
 from .head import Head, LabelTokens, Shapes, architecture, read_head
 from .head_file import HeadFile, declared_head
+from .parts import Part, plus, times
 
 __all__ = ["Translation", "is_huggingface", "translate"]
 
 # Parts that torch.compile, DDP, FSDP and DeepSpeed add to tensor names if a wrapped module is saved.
 _WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
+_NOT_GENERATING = (
+    "the score is read at a token that is appended to each text, which the graphs that generate cannot do; the "
+    "vocabulary head is left out, so the artifact scores and does not generate"
+)
 
 
 @dataclass(frozen=True)
@@ -30,6 +37,7 @@ class Translation:
     Attributes:
         config: the model's config.
         names: our parameter name -> the checkpoint's.
+        parts: our parameter name -> how it is made of that tensor, where the two are not the same.
         label_tokens: tokens whose rows of the vocabulary head become the scorer's weights, or None.
         new_scorer: whether the checkpoint has no scorer and the model starts with a new one.
         scoring: fields of the artifact's scoring rule.
@@ -42,6 +50,7 @@ class Translation:
 
     config: LanguageModelConfig
     names: dict[str, str]
+    parts: dict[str, Part]
     label_tokens: LabelTokens | None
     new_scorer: bool
     scoring: dict[str, Any]
@@ -82,46 +91,34 @@ def translate(
     check_fields(config)
     check_adapter_names(shapes)
     shapes, stored = _unwrapped(shapes)
-    fields = ConfigReader(config)
-    prefix = _prefix(shapes)
-    network = backbone_options(fields, len(shapes))
-    further = _further(shapes, prefix)
+    fields, family = ConfigReader(config), FAMILIES[config["model_type"]]
+    network, prefix = backbone_options(fields, len(shapes)), _prefix(shapes, family)
+    further = _further(shapes, prefix, family)
     if declared is None:
         head = read_head(config, shapes, further, label_tokens, new_scorer, no_scorer)
     else:
         head = declared_head(declared, shapes, further, network["hidden_size"])
-    network |= head.options
-    tied, vocabulary = fields.flag("tie_word_embeddings", False), fields.whole("vocab_size", most=2**24)
+    tied, vocabulary = fields.flag("tie_word_embeddings", family.tied), fields.whole("vocab_size", most=2**24)
     causal = tied and architecture(config).endswith("ForCausalLM")
-    generates = label_tokens is None and (new_scorer or causal or "lm_head.weight" in shapes)
-    notes = remarks(config)
-    if generates and head.appended is not None:
-        notes.append(
-            "the score is read at a token that is appended to each text, which the graphs that generate cannot do; the "
-            "vocabulary head is left out, so the artifact scores and does not generate"
-        )
-        generates = False
+    generates = label_tokens is None and (new_scorer or causal or f"{family.vocabulary}.weight" in shapes)
+    notes = remarks(config) + ([_NOT_GENERATING] if generates and head.appended is not None else [])
+    generates &= head.appended is None
     model = LanguageModelConfig(
-        network=NetworkConfig.from_dict(network),
+        network=NetworkConfig.from_dict(network | head.options),
         vocab_size=vocabulary,
         tie_embeddings=tied or not generates,
         vocabulary_head=generates,
+        **logit_options(fields),
     )
-    if label_tokens is not None and (outside := [t for t in label_tokens.ids if not 0 <= t < vocabulary]):
-        raise ConfigError(f"label tokens: {outside[0]} is outside the vocabulary (0 to {vocabulary - 1})")
-    names = _names(model, head, prefix, label_tokens is not None, tied)
-    _check_extra(shapes, {*names.values()}, head.unused, further, label_tokens is not None)
-    pad = _token(config, "pad_token_id", vocabulary)
-    scoring = head.scoring | {"pad_token": pad or 0, "stop_tokens": _stops(config, vocabulary)}
-    # If a text may end with its pad token (pad = eos), these classes read the token before it, as they were trained to.
-    scoring["passes_pad"] = pad is not None and architecture(config).endswith("ForSequenceClassification")
-    scoring["passes_pad"] &= head.appended is None
+    names, parts = _tensors(fields, model, head, prefix, label_tokens)
+    _check_extra(shapes, {*names.values()}, head.unused, further, family, label_tokens is not None)
     return Translation(
         config=model,
         names={ours: stored.get(theirs, theirs) for ours, theirs in names.items()},
+        parts=parts,
         label_tokens=label_tokens,
         new_scorer=new_scorer and not head.names and label_tokens is None,
-        scoring=scoring,
+        scoring=_scoring(config, head, vocabulary),
         steps=head.steps,
         limits={"max_tokens": fields.whole("max_position_embeddings", 8192, FARTHEST)},
         normal=head.normal,
@@ -130,18 +127,53 @@ def translate(
     )
 
 
-def _names(config: LanguageModelConfig, head: Head, prefix: str, label_tokens: bool, tied: bool) -> dict[str, str]:
-    """Map our parameter names to the checkpoint's, without wrappers; label tokens use rows of the vocabulary head."""
-    names = {
-        "embedding.weight": f"{prefix}embed_tokens.weight",
-        "network.final_norm.weight": f"{prefix}norm.weight",
-        **block_names(config.network, prefix),
-        **head.names,
-    }
+def _scoring(config: Mapping[str, Any], head: Head, vocabulary: int) -> dict[str, Any]:
+    """Return the fields of the scoring rule."""
+    pad = _token(config, "pad_token_id", vocabulary)
+    scoring = head.scoring | {"pad_token": pad or 0, "stop_tokens": _stops(config, vocabulary)}
+    # If a text may end with its pad token (pad = eos), these classes read the token before it, as they were trained to.
+    scoring["passes_pad"] = pad is not None and architecture(config).endswith("ForSequenceClassification")
+    scoring["passes_pad"] &= head.appended is None
+    return scoring
+
+
+def _tensors(
+    fields: ConfigReader, model: LanguageModelConfig, head: Head, prefix: str, label_tokens: LabelTokens | None
+) -> tuple[dict[str, str], dict[str, Part]]:
+    """Map our parameter names to the checkpoint's, and to how they are made where the two are not the same."""
+    family = fields.family
+    names, parts = block_tensors(fields, model.network, prefix)
+    names |= _names(
+        model, head, prefix, family, label_tokens is not None, fields.flag("tie_word_embeddings", family.tied)
+    )
+    if family.norm_offset:
+        parts["network.final_norm.weight"] = Part(changes=[plus(family.norm_offset)])
+    if label_tokens is None:
+        return names, parts
+    if outside := [token for token in label_tokens.ids if not 0 <= token < model.vocab_size]:
+        raise ConfigError(f"label tokens: {outside[0]} is outside the vocabulary (0 to {model.vocab_size - 1})")
+    if model.logit_cap is not None:
+        raise ConfigError(
+            f"config.json, 'final_logit_softcapping': {model.logit_cap} limits the logits of label tokens, which a "
+            "linear scorer cannot; set it to null if the model was trained without"
+        )
+    if model.logit_scale != 1:
+        parts["network.scorer.dense2.weight"] = Part(changes=[times(model.logit_scale)])
+    return names, parts
+
+
+def _names(
+    config: LanguageModelConfig, head: Head, prefix: str, family: Family, label_tokens: bool, tied: bool
+) -> dict[str, str]:
+    """Map our parameter names outside the blocks to the checkpoint's; label tokens use rows of the vocabulary head."""
+    embedding, vocabulary = f"{prefix}{family.embedding}.weight", f"{family.vocabulary}.weight"
+    names = {"embedding.weight": embedding, "network.final_norm.weight": f"{prefix}norm.weight", **head.names}
+    if config.network.final_norm == "layer":
+        names["network.final_norm.bias"] = f"{prefix}norm.bias"
     if config.vocabulary_head and not tied:
-        names["head.weight"] = "lm_head.weight"
+        names["head.weight"] = vocabulary
     if label_tokens:
-        names["network.scorer.dense2.weight"] = f"{prefix}embed_tokens.weight" if tied else "lm_head.weight"
+        names["network.scorer.dense2.weight"] = embedding if tied else vocabulary
     return names
 
 
@@ -156,15 +188,15 @@ def _unwrapped(shapes: Shapes) -> tuple[Shapes, dict[str, str]]:
     return {plain: shapes[name] for plain, name in stored.items()}, stored
 
 
-def _further(shapes: Shapes, prefix: str) -> list[str]:
+def _further(shapes: Shapes, prefix: str, family: Family) -> list[str]:
     """Return the sorted names of the tensors that belong neither to the backbone nor to the vocabulary head."""
-    known = (f"{prefix}layers.", f"{prefix}embed_tokens.", f"{prefix}norm.", "lm_head.")
+    known = (f"{prefix}layers.", f"{prefix}{family.embedding}.", f"{prefix}norm.", f"{family.vocabulary}.")
     return sorted(name for name in shapes if not name.startswith(known))
 
 
-def _prefix(shapes: Shapes) -> str:
+def _prefix(shapes: Shapes, family: Family) -> str:
     """Return the common prefix of the backbone's tensor names."""
-    ending = "embed_tokens.weight"
+    ending = f"{family.embedding}.weight"
     prefixes = [name.removesuffix(ending) for name in shapes if name.endswith(ending)]
     if len(prefixes) != 1:
         raise ConfigError(f"the weights have {len(prefixes)} tensors named '{ending}'; expected one")
@@ -176,12 +208,14 @@ def _check_extra(
     used: set[str],
     unused: tuple[str, ...],
     further: list[str],
+    family: Family,
     label_tokens: bool,
 ) -> None:
     """Refuse unused tensors, because they show that the config describes another model; `unused` are known ones."""
     # Unused but harmless: old buffers, and a vocabulary head that is tied or was replaced by a classifier.
     harmless = ("rotary_emb.inv_freq",)
-    extra = {n for n in shapes if n not in used and not n.endswith(harmless) and n != "lm_head.weight"}
+    vocabulary = f"{family.vocabulary}.weight"
+    extra = {n for n in shapes if n not in used and not n.endswith(harmless) and n != vocabulary}
     extra = {n for n in extra if not any(n == name or n.startswith(f"{name}.") for name in unused)}
     if extra:
         # A head's tensors are more informative than the backbone's.

@@ -2,20 +2,37 @@
 
 import copy
 import functools
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import safetensors.torch
 import tokenizers
 import torch
 import transformers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
+from transformers import modeling_layers
 
 from bonnx.export.checkpoint.source import Overrides
 from bonnx.models import families
 
 FAMILIES = tuple(family.name for family in families.FAMILIES.values())
+MODEL_TYPES = {family.name: model_type for model_type, family in families.FAMILIES.items()}
+# Their configs have no field for the size of a head.
+_NO_HEAD_SIZE = ("Qwen2", "Phi3", "Olmo2", "Olmo3", "SmolLM3", "Granite", "StableLm")
+_INTERNLM2 = {
+    "embed_tokens": "tok_embeddings",
+    "lm_head": "output",
+    "input_layernorm": "attention_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.o_proj": "attention.wo",
+    "self_attn": "attention",
+    "mlp.gate_proj": "feed_forward.w1",
+    "mlp.up_proj": "feed_forward.w3",
+    "mlp.down_proj": "feed_forward.w2",
+}
 QUESTION = "What is 2+2? Think in steps.\n"
 ANSWERS = [
     "First, take 2.\nThen add 2.\nIt is 4.\n",
@@ -68,8 +85,12 @@ def make_tokenizer(kind):
 
 
 def _config(family, rng, **options):
+    """The config of a family's own class; that of Llama for InternLM2, which transformers lacks."""
     heads, kv_heads = [(4, 2), (4, 4), (6, 2)][rng.integers(3)]
-    size = {"head_dim": 8} if family != "Qwen2" and rng.integers(2) else {}
+    size = {"head_dim": 8} if family not in _NO_HEAD_SIZE and rng.integers(2) else {}
+    if family.startswith("G") and family != "Granite":
+        # Their classes have a size of their own by default.
+        size = {"head_dim": 8}
     base = {
         "vocab_size": 720,
         "hidden_size": heads * 8,
@@ -78,12 +99,65 @@ def _config(family, rng, **options):
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
         "max_position_embeddings": 512,
-        "rms_norm_eps": 1e-5,
+        "layer_norm_eps" if family == "StableLm" else "rms_norm_eps": 1e-5,
         "pad_token_id": 4,
         "eos_token_id": 4,
         "tie_word_embeddings": bool(rng.integers(2)),
     }
-    return getattr(transformers, f"{family}Config")(**base | size | options)
+    return class_of(family, "Config")(**base | size | _of_family(family, rng) | options)
+
+
+def _of_family(family, rng):
+    """Options that only some families have."""
+    entry, options = families.FAMILIES[MODEL_TYPES[family]], {}
+    if entry.full_every:
+        options |= {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": int(rng.integers(3, 90))}
+    if entry.reads_attention_scale:
+        options["query_pre_attn_scalar"] = int(rng.integers(4, 30))
+    if "final_logit_softcapping" in entry.caps:
+        options["final_logit_softcapping"] = [None, 1.5][rng.integers(2)]
+    if "attn_logit_softcapping" in entry.caps:
+        options["attn_logit_softcapping"] = [None, 2.0][rng.integers(2)]
+    if entry.unrotated_every:
+        options["no_rope_layers"] = rng.integers(0, 2, 2).tolist()
+    if entry.multipliers:
+        names = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
+        options |= {name: float(rng.uniform(0.2, 2)) for name in names}
+    return options
+
+
+def class_of(family, ending):
+    """A class of transformers; classifiers that it lacks are made of its own parts for them."""
+    family = {"InternLM2": "Llama"}.get(family, family)
+    for name in (family, family.removesuffix("Text")):
+        if hasattr(transformers, f"{name}{ending}"):
+            return getattr(transformers, f"{name}{ending}")
+    generic = getattr(modeling_layers, f"Generic{ending}")
+    return type(f"{family}{ending}", (generic, class_of(family, "PreTrainedModel")), {})
+
+
+def _as_internlm2(folder, model):
+    """Rewrite a saved Llama as InternLM2's own code saves it: other names, and queries, keys and values in groups."""
+    state, config = {}, model.config
+    group = config.num_attention_heads // config.num_key_value_heads
+    for name, tensor in model.state_dict().items():
+        for theirs, ours in _INTERNLM2.items():
+            name = name.replace(theirs, ours)
+        state[name] = tensor.contiguous()
+    for name in [name for name in state if ".q_proj." in name]:
+        q, k, v = (state.pop(name.replace("q_proj", f"{part}_proj")) for part in "qkv")
+        size = len(k) // config.num_key_value_heads
+        q, k, v = (t.unflatten(0, (config.num_key_value_heads, n, size)) for t, n in ((q, group), (k, 1), (v, 1)))
+        state[name.replace("q_proj", "wqkv")] = torch.cat([q, k, v], 1).flatten(0, 2).contiguous()
+    if config.tie_word_embeddings:
+        state.pop("output.weight", None)
+    for path in folder.glob("model*"):
+        path.unlink()
+    safetensors.torch.save_file(state, folder / "model.safetensors")
+    saved = json.loads((folder / "config.json").read_text())
+    saved |= {"model_type": "internlm2", "bias": saved.pop("attention_bias")}
+    name = saved["architectures"][0].replace("Llama", "InternLM2")
+    (folder / "config.json").write_text(json.dumps(saved | {"architectures": [name]}))
 
 
 class _Custom:
@@ -91,12 +165,12 @@ class _Custom:
 
     @staticmethod
     def make(family, config, labels):
-        parent = getattr(transformers, f"{family}PreTrainedModel")
+        parent = class_of(family, "PreTrainedModel")
         name = f"{family}For{'Process' if labels == 2 else ''}RewardModel"
 
         def init(self, config):
             parent.__init__(self, config)
-            self.model = getattr(transformers, f"{family}Model")(config)
+            self.model = class_of(family, "Model")(config)
             hidden = config.hidden_size
             self.score = nn.Sequential(nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, labels))
             self.post_init()
@@ -154,19 +228,19 @@ HEADS = ("reward", "labels", "steps", "mlp", "mlp steps", "value", "step tag")
 def make(folder: Path, family: str, head: str, rng, dtype=torch.float32, kind=None, **options) -> HeadCase:
     """Write a checkpoint with `save_pretrained`, its weights large enough that candidates differ."""
     torch.manual_seed(int(rng.integers(2**31)))
-    kind = kind or ("spaces" if family in ("Llama", "Mistral") else "bytes")
+    kind = kind or ("spaces" if family in ("Llama", "Mistral", "Gemma", "InternLM2") else "bytes")
     tokenizer = make_tokenizer(kind)
     overrides, step, soft = Overrides(), None, lambda x: x[..., 0]
     if head == "reward":
         config = _config(family, rng, num_labels=1, **options)
-        model = getattr(transformers, f"{family}ForSequenceClassification")(config)
+        model = class_of(family, "ForSequenceClassification")(config)
     elif head == "labels":
         names = {0: "bad", 1: "fair", 2: "good"}
         config = _config(family, rng, id2label=names, label2id={v: k for k, v in names.items()}, **options)
-        model = getattr(transformers, f"{family}ForSequenceClassification")(config)
+        model = class_of(family, "ForSequenceClassification")(config)
         overrides, soft = Overrides(label="good", activation="softmax"), lambda x: x.softmax(-1)[..., 2]
     elif head == "steps":
-        model = getattr(transformers, f"{family}ForTokenClassification")(_config(family, rng, num_labels=2, **options))
+        model = class_of(family, "ForTokenClassification")(_config(family, rng, num_labels=2, **options))
         step, soft = "\n", lambda x: x.softmax(-1)[..., 1]
     elif head == "mlp":
         model = _Custom.make(family, _config(family, rng, **options), 1)
@@ -174,7 +248,9 @@ def make(folder: Path, family: str, head: str, rng, dtype=torch.float32, kind=No
         model = _Custom.make(family, _config(family, rng, **options), 2)
         step, soft = "<extra_0>", lambda x: x.softmax(-1)[..., 1]
     else:
-        model = getattr(transformers, f"{family}ForCausalLM")(_config(family, rng, **options))
+        if head == "step tag" and "final_logit_softcapping" in families.FAMILIES[MODEL_TYPES[family]].caps:
+            options["final_logit_softcapping"] = None
+        model = class_of(family, "ForCausalLM")(_config(family, rng, **options))
     if head == "value":
         model.v_head = _ValueHead(model.config.hidden_size)
         step, soft = "\n", lambda x: x[..., 0].sigmoid()
@@ -188,6 +264,8 @@ def make(folder: Path, family: str, head: str, rng, dtype=torch.float32, kind=No
     for parameter in twin.parameters():
         parameter.data = parameter.data.to(dtype).to(torch.float32)
     model.to(dtype).save_pretrained(folder, max_shard_size="60KB" if rng.integers(2) else "1GB")
+    if family == "InternLM2":
+        _as_internlm2(folder, model)
     tokenizer.save_pretrained(folder)
     # Some of transformers' classes bring a part of their own.
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
@@ -197,7 +275,8 @@ def make(folder: Path, family: str, head: str, rng, dtype=torch.float32, kind=No
         if head == "value":
             return soft(twin.v_head.summary(hidden))
         if head == "step tag":
-            return twin.lm_head(hidden)[..., [plus, minus]].softmax(-1)[..., 0]
+            scale = 1 / getattr(twin.config, "logits_scaling", 1.0)
+            return (twin.lm_head(hidden)[..., [plus, minus]] * scale).softmax(-1)[..., 0]
         return soft(twin.score(hidden))
 
     return HeadCase(twin, tokenizer, overrides, step, read)

@@ -33,13 +33,24 @@ def options(draw):
     """A family and what its configs may say."""
     entry = draw(st.sampled_from(list(families.FAMILIES.values())))
     rope = draw(st.sampled_from(ROPES)) | {"rope_theta": draw(st.sampled_from([100.0, 10000.0, 1e6]))}
-    options = {"rope_parameters": rope, "max_position_embeddings": 48}
+    options = {"max_position_embeddings": 48}
+    if entry.sliding_theta is not None:
+        rope = {"full_attention": rope, "sliding_attention": {"rope_theta": draw(st.sampled_from([100.0, 5e5]))}}
+    elif entry.partial_rotary is not None:
+        rope["partial_rotary_factor"] = draw(st.sampled_from([0.5, 1.0]))
+    if entry.name == "Phi3":
+        longrope = {"rope_type": "longrope", "short_factor": [1.0, 1.1], "long_factor": [1.3, 4.0]}
+        kind = draw(st.sampled_from([{"rope_type": "default"}, longrope]))
+        rope = kind | {"rope_theta": rope["rope_theta"], "partial_rotary_factor": 0.5}
+        options["original_max_position_embeddings"] = 32
+    options["rope_parameters"] = rope
     if entry.sliding_window == "always":
         options["sliding_window"] = draw(st.sampled_from([None, 3, 11]))
     if entry.sliding_window == "optional" and draw(st.booleans()):
         options |= {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": draw(st.integers(0, 2))}
-    if entry.reads_attention_bias:
-        options["attention_bias"] = draw(st.booleans())
+    if entry.bias_field is not None:
+        # InternLM2 is built as the Llama that it is.
+        options["attention_bias" if entry.bias_field == "bias" else entry.bias_field] = draw(st.booleans())
     if entry.reads_mlp_bias:
         options["mlp_bias"] = draw(st.booleans())
     return entry.name, options
@@ -59,9 +70,10 @@ def test_any_config_gives_what_transformers_gives(chosen, head, dtype, seed, tmp
     if head == "step tag":
         tokens = LabelTokens(tuple(case.tokenizer.convert_tokens_to_ids(t) for t in case.overrides.label_tokens))
     model, metadata = load_checkpoint(folder, label_tokens=tokens)
-    rope = options["rope_parameters"]["rope_type"]
+    rope = options["rope_parameters"]
+    rope = rope.get("full_attention", rope)["rope_type"]
     # Lengths within the window, beyond it, and beyond the original context.
-    lengths = [70, 70, 70] if rope == "dynamic" else [int(n) for n in rng.integers(1, 80, 3)]
+    lengths = [70, 70, 70] if rope in ("dynamic", "longrope") else [int(n) for n in rng.integers(1, 80, 3)]
     rows = [torch.from_numpy(rng.integers(0, 700, n)) for n in lengths]
     for left in (False, True):
         ids, mask = torch.full((3, max(lengths)), 4), torch.zeros(3, max(lengths), dtype=torch.int64)
@@ -81,7 +93,7 @@ def test_any_config_gives_what_transformers_gives(chosen, head, dtype, seed, tmp
                 own = own.softmax(-1) if activation == "softmax" else own.sigmoid() if activation else own
                 assert within(own[:, label], expected, RUNTIME)
                 if logits:
-                    assert within(logits[0][i, real], case.model.lm_head(hidden), RUNTIME)
+                    assert within(logits[0][i, real], case.model(input_ids=row[None]).logits[0], RUNTIME)
     assert bool(logits) == (head == "value")
     shutil.rmtree(folder)
 
@@ -109,9 +121,13 @@ def edit(folder, tmp_path, change):
 
 
 REFUSED = {
-    "family": (lambda c: c.update(model_type="gemma2"), "'model_type': 'gemma2' is not supported; supported are llama"),
-    "activation": (lambda c: c.update(hidden_act="gelu"), "'hidden_act': expected 'silu'; found 'gelu'"),
-    "rope": (lambda c: c.update(rope_parameters={"rope_type": "longrope"}), "'longrope' is not supported"),
+    "family": (lambda c: c.update(model_type="bloom"), "'model_type': 'bloom' is not supported; supported are llama"),
+    "activation": (lambda c: c.update(hidden_act="gelu"), "'hidden_act': expected 'silu' or .*; found 'gelu'"),
+    "rope": (lambda c: c.update(rope_parameters={"rope_type": "proportional"}), "'proportional' is not supported"),
+    "longrope": (
+        lambda c: c.update(rope_parameters={"rope_type": "longrope", "factor": 2.0}),
+        "'short_factor': expected a list of numbers; found None",
+    ),
     "partial": (lambda c: c.update(partial_rotary_factor=0.5), "'partial_rotary_factor'"),
     "quantized": (
         lambda c: c.update(quantization_config={"bits": 4}),
