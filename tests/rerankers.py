@@ -47,12 +47,18 @@ TEMPLATE = """\
 {%- set query_text = messages | selectattr("role", "eq", "query") | map(attribute="content") | first -%}
 {%- set document_text = messages | selectattr("role", "eq", "document") | map(attribute="content") | first -%}
 <|im_start|>system
-Judge whether the Document meets the requirements based on the Query and the Instruct provided.<|im_end|>
+Judge whether the Document meets the requirements based on the Query and the Instruct provided. \
+Note that the answer can only be "yes" or "no".<|im_end|>
 <|im_start|>user
 <Instruct>: {{ instruction }}
 <Query>: {{ query_text }}
 <Document>: {{ document_text }}<|im_end|>
 <|im_start|>assistant
+<think>
+
+</think>
+
+
 """
 # Qwen's: words take the space before them, signs the lines behind them, and a digit stands alone.
 _SPLIT = (
