@@ -14,19 +14,19 @@ from torch import Tensor
 
 from .config import ConfigError, LanguageModelConfig, NetworkConfig
 from .fields import check_fields
-from .files import check_folder, read_json
+from .files import read_json
 from .head import LabelTokens
 from .head_file import HeadFile
 from .huggingface import Translation, is_huggingface, translate
 from .network import LanguageModel, TwoHeadedNetwork, initialize, without_scorer
+from .opened import CONFIG_FILE, OpenedCheckpoint, open_checkpoint
 from .rotary import Rotary
 from .scorer_kinds import make_scorer
 from .tokenizer_files import class_fields, copy_tokenizer, token_id
-from .weights import WEIGHTS_FILE, Weights
+from .weights import WEIGHTS_FILE, TensorReader
 
 __all__ = ["load_checkpoint", "save_checkpoint"]
 
-CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
 _SCORER = "network.scorer.dense2.weight"
 
 
@@ -53,8 +53,10 @@ def save_checkpoint(
     """
     folder, metadata = Path(folder), dict(metadata or {})
     if tokenizer_from is not None:
-        metadata["tokenizer"] = class_fields(read_config(Path(tokenizer_from)))
-        copy_tokenizer(Path(tokenizer_from), folder)
+        opened = open_checkpoint(tokenizer_from)
+        described = opened.tokenizer / CONFIG_FILE  # an adapter may have a tokenizer of its own, but no config.json
+        metadata["tokenizer"] = class_fields(read_json(described) if described.is_file() else {})
+        copy_tokenizer(opened.tokenizer, folder)
     folder.mkdir(parents=True, exist_ok=True)
     kind = "language_model" if isinstance(model, LanguageModel) else "network"
     state = {name: tensor.detach().to(dtype).contiguous() for name, tensor in model.state_dict().items()}
@@ -64,7 +66,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    folder: str | os.PathLike[str],
+    checkpoint: str | os.PathLike[str] | OpenedCheckpoint,
     *,
     label_tokens: LabelTokens | None = None,
     new_scorer: bool = False,
@@ -77,7 +79,8 @@ def load_checkpoint(
     settings of its config that are ignored.
 
     Args:
-        folder: written by `save_checkpoint`, or by `save_pretrained` of transformers; see `docs/reward_models.md`.
+        checkpoint: a folder written by `save_checkpoint`, by `save_pretrained` of transformers or, for an adapter, of
+            peft (see `docs/reward_models.md`); or what `open_checkpoint` returned for one.
         label_tokens: for a language model that answers at a step tag, the tokens whose logits are the scorer's labels.
         new_scorer: add a new scorer, to be trained, to a language model without one.
         no_scorer: leave the scorer out, if there is one; the model must have a vocabulary head.
@@ -90,10 +93,10 @@ def load_checkpoint(
         ConfigError: if a file is missing, unreadable or not supported, or a tensor's name or shape does not match the
             config.
     """
-    folder = Path(folder)
-    config = read_config(folder)
+    opened = checkpoint if isinstance(checkpoint, OpenedCheckpoint) else open_checkpoint(checkpoint)
+    folder, config = opened.path, dict(opened.config)
     if is_huggingface(config):
-        loaded, metadata = _load_huggingface(folder, config, label_tokens, new_scorer, no_scorer, head)
+        loaded, metadata = _load_huggingface(opened, label_tokens, new_scorer, no_scorer, head)
         return without_scorer(loaded) if no_scorer else loaded, metadata
     if head is not None:
         raise ConfigError(
@@ -101,7 +104,7 @@ def load_checkpoint(
         )
     with torch.device("meta"):
         model = _own_model(folder, config)
-    weights = Weights(folder)
+    weights = opened.weights()
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     _check_shapes(expected, weights.shapes)
     _fill(model, weights.read({name: name for name in expected}))
@@ -127,20 +130,16 @@ def _own_model(folder: Path, config: dict[str, Any]) -> LanguageModel | TwoHeade
 
 
 def _load_huggingface(
-    folder: Path,
-    config: dict[str, Any],
+    opened: OpenedCheckpoint,
     label_tokens: LabelTokens | None,
     new_scorer: bool,
     no_scorer: bool,
     head: HeadFile | None,
 ) -> tuple[LanguageModel, dict[str, Any]]:
-    weights = _supported_weights(folder, config)
-    if (folder / GENERATION_FILE).is_file():
-        # transformers' generation takes the end tokens from this file if it has any; often there are more of them.
-        config = {**config, **{k: v for k, v in read_json(folder / GENERATION_FILE).items() if k == "eos_token_id"}}
+    weights = _supported_weights(opened)
     try:
         translation = translate(
-            config,
+            opened.config,
             weights.shapes,
             label_tokens=label_tokens,
             new_scorer=new_scorer,
@@ -153,10 +152,10 @@ def _load_huggingface(
         expected = _stored_shapes(translation, {name: tuple(t.shape) for name, t in model.state_dict().items()})
         _check_shapes(expected, {name: shape for name, shape in weights.shapes.items() if name in expected})
     except ConfigError as e:
-        raise ConfigError(f"{folder}: {e}") from e
+        raise ConfigError(f"{opened.path}: {e}") from e
     scoring = translation.scoring
     if translation.appended is not None:
-        scoring = {**scoring, "reward_token": token_id(folder, translation.appended)}
+        scoring = {**scoring, "reward_token": token_id(opened.tokenizer, translation.appended)}
     state: dict[str, Tensor] = {}
     for ours, theirs in translation.names.items():
         if tokens is not None and ours == _SCORER:
@@ -181,11 +180,11 @@ def _load_huggingface(
         "scoring": scoring,
         "text": text,
         "limits": translation.limits,
-        "remarks": translation.remarks,
+        "remarks": [*opened.remarks, *translation.remarks],
     }
 
 
-def _answer_weights(weights: Weights, name: str, tokens: LabelTokens) -> Tensor:
+def _answer_weights(weights: TensorReader, name: str, tokens: LabelTokens) -> Tensor:
     """Return the weights (labels, D) of the scorer whose labels are the logits of tokens, from the vocabulary head."""
     rows = weights.read_rows(name, tokens.ids)
     if not tokens.contrast:
@@ -206,13 +205,13 @@ def _stored_shapes(translation: Translation, shapes: Mapping[str, tuple[int, ...
     return expected
 
 
-def _supported_weights(folder: Path, config: Mapping[str, Any]) -> Weights:
+def _supported_weights(opened: OpenedCheckpoint) -> TensorReader:
     """Open the weights, but refuse an unsupported family before looking for them."""
     try:
-        check_fields(config)
+        check_fields(opened.config)
     except ConfigError as e:
-        raise ConfigError(f"{folder}: {e}") from e
-    return Weights(folder)
+        raise ConfigError(f"{opened.path}: {e}") from e
+    return opened.weights()
 
 
 def _normalize(state: dict[str, Tensor], layer: str, mean: float, std: float) -> None:
@@ -230,22 +229,6 @@ def _fill(model: LanguageModel | TwoHeadedNetwork, state: dict[str, Tensor]) -> 
         assert isinstance(rotary, Rotary)
         rotary.reset()
     model.eval()
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """Check a checkpoint's folder and read its config.json.
-
-    Raises:
-        ConfigError: if the file is missing or not a JSON object, or `check_folder` refuses the folder.
-    """
-    check_folder(folder)
-    try:
-        return read_json(folder / CONFIG_FILE)
-    except OSError as e:
-        raise ConfigError(
-            f"cannot read the checkpoint {folder}: {e.strerror or e} ({CONFIG_FILE}); "
-            f"expected a folder with {CONFIG_FILE} and {WEIGHTS_FILE}"
-        ) from e
 
 
 def _check_shapes(expected: Mapping[str, tuple[int, ...]], actual: Mapping[str, tuple[int, ...]]) -> None:

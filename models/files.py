@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .adapters import check_adapter_files
 from .config import ConfigError
 
 __all__ = ["check_folder", "check_present", "read_json", "unpickling"]
@@ -31,13 +30,12 @@ def check_folder(folder: Path) -> None:
     """Refuse a folder with files that would be misread or ignored.
 
     Raises:
-        ConfigError: if the folder contains an adapter, a head in a separate file, a Git LFS pointer or a broken link,
+        ConfigError: if the folder contains a head in a separate file, a Git LFS pointer or a broken link,
             or is not a checkpoint but has some inside.
     """
     if not folder.is_dir():
         return
     check_present(folder)
-    check_adapter_files(folder)
     _check_further_weights(folder)
     if not (folder / "config.json").is_file():
         _check_place(folder)
@@ -69,7 +67,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return config
 
 
-def unpickling(names: list[str]) -> str:
+def unpickling(names: list[str], target: str = "model.safetensors") -> str:
     """Return how to convert pickled weights to safetensors, including a head that transformers' class would drop."""
     shards = [name for name in names if name.startswith("pytorch_model") and name.endswith(".bin")]
     files = "glob.glob('pytorch_model*.bin')" if shards else f"[{names[0]!r}]"
@@ -77,7 +75,7 @@ def unpickling(names: list[str]) -> str:
         "Convert it in its folder, if you trust it: "
         'python -c "import glob, torch; from safetensors.torch import save_file; w = {}; '
         f"[w.update(torch.load(f, map_location='cpu', weights_only=True)) for f in {files}]; "
-        "save_file({n: t.clone().contiguous() for n, t in w.items()}, 'model.safetensors', {'format': 'pt'})\""
+        f"save_file({{n: t.clone().contiguous() for n, t in w.items()}}, '{target}', {{'format': 'pt'}})\""
     )
 
 

@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from .adapters import check_adapter_files
+from .adapters import ADAPTER_FILES, ADAPTER_WEIGHTS
 from .config import ConfigError
 from .files import unpickling
 
@@ -37,6 +37,9 @@ _WANTED = [
 ]
 # A star in these patterns also matches slashes. Subfolders contain other models; consolidated* repeats the weights.
 _UNWANTED = ["*/*.safetensors", "*/*.safetensors.index.json", "additional_chat_templates/*/*", "consolidated*"]
+# An adapter in a subfolder, with its own tokenizer, and the base model that may be above it.
+_OF_ADAPTER = ["adapter_config.json", "adapter_model.safetensors", "tokenizer*.json", "special_tokens_map.json"]
+_OF_ADAPTER += ["added_tokens.json", "chat_template.jinja"]
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>\w(?!.*\.\.)[\w./-]*))?", re.ASCII)
@@ -76,15 +79,18 @@ def parse_source(text: str) -> Path | HubSource:
     return HubSource(match["repo"], match["revision"])
 
 
-def download(source: HubSource) -> tuple[Path, str]:
+def download(source: HubSource, adapter: str | None = None) -> tuple[Path, str]:
     """Download a checkpoint; return its folder in the hub's cache and the revision's current commit (40 hex digits).
 
     If the hub cannot be reached, a complete snapshot in the cache is used, with its commit.
 
+    Args:
+        source: the repository.
+        adapter: name of an adapter in a subfolder, which is downloaded too; `default` is the one at the top.
+
     Raises:
         ConfigError: if huggingface_hub is not installed, the hub cannot be reached or has no such repository or
-            revision, the repository is gated, the download fails, or the repository contains an adapter or no
-            safetensors.
+            revision, the repository is gated, the download fails, or the repository contains no safetensors.
     """
     try:
         from huggingface_hub import HfApi, snapshot_download
@@ -92,16 +98,20 @@ def download(source: HubSource) -> tuple[Path, str]:
         raise ConfigError(
             f"checkpoint {source}: {e.name} is not installed; run `pip install bonnx[hub]`, or pass a folder"
         ) from e
+    wanted, unwanted, needed = _WANTED, _UNWANTED, [*_WEIGHTS, *ADAPTER_FILES[:2]]
+    if adapter is not None and adapter != "default":
+        wanted = [*(name for name in _WANTED if name != "*.safetensors"), "model*.safetensors"]
+        wanted += [f"{adapter}/{name}" for name in _OF_ADAPTER]
+        unwanted, needed = ["*/*.safetensors.index.json", "*/model*.safetensors"], [f"{adapter}/{ADAPTER_WEIGHTS}"]
     try:
         folder = Path(
-            snapshot_download(source.repo, revision=source.revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED)
+            snapshot_download(source.repo, revision=source.revision, allow_patterns=wanted, ignore_patterns=unwanted)
         )
-        complete = any((folder / name).is_file() for name in _WEIGHTS)
+        complete = any((folder / name).is_file() for name in needed)
         files = [] if complete else HfApi().list_repo_files(source.repo, revision=folder.name)
     # Network errors are those of its HTTP library, which differs between versions.
     except Exception as e:
         raise ConfigError(f"checkpoint {source}: {_reason(e)}") from e
-    check_adapter_files(folder)
     if not complete:
         raise ConfigError(f"checkpoint {source}: {_refusal(source, files)}")
     return folder, folder.name
@@ -132,12 +142,18 @@ def _reason(error: Exception) -> str:
 
 def _refusal(source: HubSource, files: list[str]) -> str:
     """Return why a repository with these files is not a supported checkpoint, and what to do."""
+    adapters = sorted(
+        name.removesuffix(f"/{ADAPTER_FILES[0]}") for name in files if name.endswith(f"/{ADAPTER_FILES[0]}")
+    )
+    if adapters:
+        return f"it contains adapters in subfolders; choose one with --adapter: {', '.join(adapters)}"
     pickles = sorted(name for name in files if name.endswith(_PICKLES))
     if pickles:
+        expected = ADAPTER_WEIGHTS if ADAPTER_FILES[2] in pickles else _WEIGHTS[0]
         return (
-            f"it has no {_WEIGHTS[0]}, only {pickles[0]}: a pickle, which can run any code when it is opened, so it is "
+            f"it has no {expected}, only {pickles[0]}: a pickle, which can run any code when it is opened, so it is "
             "never downloaded. Look at the pull requests on its page for safetensors converted by the hub, and pass "
             f"{source.repo}@refs/pr/N with that pull request's number; or run `hf download {source.repo} --local-dir "
-            f"FOLDER`. {unpickling(pickles)} and pass FOLDER"
+            f"FOLDER`. {unpickling(pickles, expected)} and pass FOLDER"
         )
     return f"expected {_WEIGHTS[0]} in it; found {', '.join(sorted(files)[:8]) or 'no files'}"

@@ -20,7 +20,7 @@ from .head import Head, LabelTokens, Shapes, architecture, read_head
 from .head_file import HeadFile, declared_head
 from .parts import Part, plus, times
 
-__all__ = ["Translation", "is_huggingface", "translate"]
+__all__ = ["Translation", "is_huggingface", "plain_name", "translate"]
 
 # Parts that torch.compile, DDP, FSDP and DeepSpeed add to tensor names if a wrapped module is saved.
 _WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
@@ -177,11 +177,16 @@ def _names(
     return names
 
 
+def plain_name(name: str) -> str:
+    """Return a tensor's name without what wrappers of modules, peft's among them, add to it."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS).removeprefix("base_model.model.")
+
+
 def _unwrapped(shapes: Shapes) -> tuple[Shapes, dict[str, str]]:
     """Return the shapes by names without wrappers, and {name without wrappers: name in the file}."""
     stored: dict[str, str] = {}
     for name in shapes:
-        plain = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+        plain = plain_name(name)
         if plain in stored:
             raise ConfigError(f"the weights contain tensor '{plain}' twice, as '{stored[plain]}' and as '{name}'")
         stored[plain] = name

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import safetensors
 import torch
@@ -15,10 +16,10 @@ from torch import Tensor
 from .config import ConfigError
 from .files import unpickling
 
-__all__ = ["WEIGHTS_FILE", "Weights"]
+__all__ = ["INDEX_FILE", "WEIGHTS_FILE", "TensorReader", "Weights"]
 
 WEIGHTS_FILE = "model.safetensors"
-_INDEX_FILE = f"{WEIGHTS_FILE}.index.json"
+INDEX_FILE = f"{WEIGHTS_FILE}.index.json"
 # The head of a model that LLaMA-Factory trained, beside the weights of the others.
 _VALUE_HEAD_FILE = "value_head.safetensors"
 # Counters of batch norms and of running means, which inference does not read.
@@ -29,8 +30,37 @@ _PART = 2**22
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
+class TensorReader(Protocol):
+    """The tensors of a checkpoint, in whatever files they are.
+
+    Attributes:
+        shapes: the shape of each tensor, by name.
+    """
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+
+    def read(self, names: Mapping[str, str]) -> dict[str, Tensor]:
+        """Read tensors of one or more axes as float32: {our name: name in the file} -> {our name: tensor}.
+
+        Raises:
+            ConfigError: if a file cannot be read, or a tensor contains NaN or infinity.
+        """
+
+    def read_rows(self, name: str, rows: Sequence[int]) -> Tensor:
+        """Read some rows of a tensor as float32.
+
+        Raises:
+            ConfigError: as `read`.
+        """
+
+
 class Weights:
-    """The tensors of a folder.
+    """The tensors of a folder's safetensors files, a `TensorReader`.
+
+    Args:
+        folder: the checkpoint.
+        file: the file to read; by default model.safetensors, or its shards.
 
     Attributes:
         shapes: the shape of each tensor, by name.
@@ -39,19 +69,19 @@ class Weights:
         ConfigError: if there is no safetensors file, one that the index lists is missing, or one cannot be read.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, file: str | None = None) -> None:
         self._files: dict[str, Path] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
-        for path, promised in (_shards(folder) | _value_head(folder)).items():
-            with _reading(path), safe_open(path, framework="pt") as file:
-                present = set(file.keys())
-                for name in file.keys():  # noqa: SIM118 - not a mapping
+        files = {folder / file: set[str]()} if file else _shards(folder)
+        for path, promised in (files | _value_head(folder)).items():
+            with _reading(path), safe_open(path, framework="pt") as opened:
+                present = set(opened.keys())
+                for name in opened.keys():  # noqa: SIM118 - not a mapping
                     if name.endswith(_COUNTERS):
                         continue
                     if name in self._files:
                         raise ConfigError(f"{path}: tensor '{name}' is in {self._files[name].name} too")
-                    part = file.get_slice(name)
+                    part = opened.get_slice(name)
                     if part.get_dtype() not in _FLOATS:
                         raise ConfigError(
                             f"{path}: tensor '{name}' is {part.get_dtype()}; expected float32, float16 or bfloat16: "
@@ -70,7 +100,7 @@ class Weights:
         """Return the path of the file that contains a tensor."""
         return self._files[name]
 
-    def read(self, names: dict[str, str]) -> dict[str, Tensor]:
+    def read(self, names: Mapping[str, str]) -> dict[str, Tensor]:
         """Read tensors of one or more axes as float32: {our name: name in the file} -> {our name: tensor}.
 
         Raises:
@@ -115,7 +145,7 @@ def _value_head(folder: Path) -> dict[Path, set[str]]:
 
 def _shards(folder: Path) -> dict[Path, set[str]]:
     """Return the files, and the tensors that the index lists for each."""
-    single, index = folder / WEIGHTS_FILE, folder / _INDEX_FILE
+    single, index = folder / WEIGHTS_FILE, folder / INDEX_FILE
     if single.is_file() or not index.is_file():
         pickled = sorted(path.name for pattern in _PICKLED for path in folder.glob(pattern))
         if not single.is_file() and pickled:
@@ -135,7 +165,7 @@ def _shards(folder: Path) -> dict[Path, set[str]]:
         raise ConfigError(f"{index} is not a shard index ({e!r}); expected a JSON object with 'weight_map'") from e
     if missing := sorted(path.name for path in shards if not path.is_file()):
         raise ConfigError(
-            f"{folder}: {len(missing)} of the {len(shards)} shards listed in {_INDEX_FILE} are missing, such as "
+            f"{folder}: {len(missing)} of the {len(shards)} shards listed in {INDEX_FILE} are missing, such as "
             f"{missing[0]}; download the checkpoint again"
         )
     return shards

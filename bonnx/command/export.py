@@ -20,6 +20,7 @@ from bonnx.export.triton.repository import check_repository, write_repository
 from bonnx.export.verify.agreement import HeldOut, read_held_out
 from bonnx.models.countdown import CHECKPOINT
 from bonnx.models.hub import download, parse_source
+from bonnx.models.opened import OpenedCheckpoint, open_checkpoint
 from bonnx.runtime.artifact.manifest import PRECISIONS, Aggregation, Manifest
 
 from ..errors import InputError
@@ -37,7 +38,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--checkpoint",
         metavar="DIR",
         help="folder with config.json and safetensors files, or the id of one on a hub (org/name or "
-        "org/name@revision) (default: Countdown, the model that ships)",
+        "org/name@revision); also a LoRA adapter of peft (default: Countdown, the model that ships)",
+    )
+    parser.add_argument(
+        "--base",
+        metavar="DIR",
+        help="for an adapter: folder or hub id of the model that it was trained on (default: the one in the adapter's "
+        "folder, or the one that its adapter_config.json names)",
+    )
+    parser.add_argument(
+        "--adapter", metavar="NAME", help="the adapter in the subfolder of this name, if there are several"
     )
     parser.add_argument("-o", "--output", type=Path, help=f"folder to write (default for Countdown: {DEFAULT_OUTPUT})")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing artifact")
@@ -134,6 +144,8 @@ def _configure_scoring(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Export, verify, print the parity table; for Countdown also let the artifact solve puzzles."""
     shipped = arguments.checkpoint is None
+    if shipped and (arguments.base or arguments.adapter):
+        raise InputError("--base and --adapter: expected --checkpoint too, the adapter")
     if arguments.output is None and not shipped:
         raise InputError("--checkpoint needs -o/--output: the folder to write")
     output = _output(arguments)
@@ -142,15 +154,15 @@ def run(arguments: argparse.Namespace) -> int:
     check_output(output, overwrite=overwrite)
     if arguments.triton is not None:
         check_repository(arguments.triton, output, overwrite=arguments.overwrite)
-    folder, name, revision = (CHECKPOINT, "countdown", None) if shipped else _fetch(arguments.checkpoint)
+    opened, name, revision = (open_checkpoint(CHECKPOINT), "countdown", None) if shipped else _open(arguments)
     checkpoint = read_checkpoint(
-        folder,
+        opened,
         Overrides(**{name: getattr(arguments, name) for name in Overrides.__annotations__}),
         no_scorer=arguments.no_scorer,
         repository=None if revision is None else revision.partition("@")[0],
     )
     held_out = _held_out(arguments, shipped)
-    _describe(checkpoint, revision or folder)
+    _describe(checkpoint, checkpoint.source or revision or opened.path)
     if arguments.dry_run:
         print(f"would write {output}{f' and {arguments.triton}' if arguments.triton else ''}", file=sys.stderr)
         return 0
@@ -159,7 +171,7 @@ def run(arguments: argparse.Namespace) -> int:
         checkpoint.model,
         output,
         name=arguments.name or name,
-        source=revision,
+        source=checkpoint.source or revision,
         scoring=checkpoint.scoring,
         limits=checkpoint.limits,
         tokenizer=checkpoint.tokenizer,
@@ -207,13 +219,16 @@ def _output(arguments: argparse.Namespace) -> Path:
     return output
 
 
-def _fetch(checkpoint: str) -> tuple[Path, str, str | None]:
-    """The folder, a name for people, and for a checkpoint from a hub its id with the commit."""
-    source = parse_source(checkpoint)
+def _open(arguments: argparse.Namespace) -> tuple[OpenedCheckpoint, str, str | None]:
+    """The checkpoint, a name for people, and for one from a hub its id with the commit."""
+    source, revision = parse_source(arguments.checkpoint), None
     if isinstance(source, Path):
-        return source, source.resolve().name, None
-    folder, commit = download(source)
-    return folder, source.repo.split("/")[-1], f"{source.repo}@{commit}"
+        folder, name = source, source.resolve().name
+    else:
+        folder, commit = download(source, arguments.adapter)
+        name, revision = source.repo.split("/")[-1], f"{source.repo}@{commit}"
+    opened = open_checkpoint(folder, base=arguments.base, adapter=arguments.adapter, source=revision)
+    return opened, name, revision
 
 
 def _held_out(arguments: argparse.Namespace, shipped: bool) -> tuple[list[HeldOut], str] | None:

@@ -11,13 +11,14 @@ import msgspec
 import tokenizers
 
 from bonnx.errors import ExportError, InputError
-from bonnx.models.checkpoint import load_checkpoint, read_config
+from bonnx.models.checkpoint import load_checkpoint
 from bonnx.models.config import ConfigError, NetworkConfig
 from bonnx.models.fields import check_fields
 from bonnx.models.head import LabelTokens
 from bonnx.models.head_file import HeadFile, read_head_file
 from bonnx.models.huggingface import is_huggingface
 from bonnx.models.network import LanguageModel, TwoHeadedNetwork
+from bonnx.models.opened import OpenedCheckpoint, open_checkpoint
 from bonnx.runtime.artifact.manifest import Limits, PairRules, Scoring, TextRules
 from bonnx.runtime.selection.aggregate import is_stepwise
 
@@ -58,6 +59,7 @@ class Checkpoint:
         limits: maximum sizes that the runtime accepts.
         tokenizer: the tokenizer's files; None if the folder has none.
         remarks: sentences for the user, one for each setting of the checkpoint that is ignored.
+        source: what the checkpoint was made from, if its name does not say so (`OpenedCheckpoint.source`).
     """
 
     model: LanguageModel | TwoHeadedNetwork
@@ -67,15 +69,20 @@ class Checkpoint:
     limits: Limits
     tokenizer: TextFiles | None
     remarks: list[str]
+    source: str | None = None
 
 
 def read_checkpoint(
-    folder: Path, overrides: Overrides, *, no_scorer: bool = False, repository: str | None = None
+    checkpoint: Path | OpenedCheckpoint,
+    overrides: Overrides,
+    *,
+    no_scorer: bool = False,
+    repository: str | None = None,
 ) -> Checkpoint:
-    """Read a checkpoint's folder.
+    """Read a checkpoint.
 
     Args:
-        folder: the checkpoint.
+        checkpoint: its folder, or what `open_checkpoint` returned for it.
         overrides: the caller's own settings.
         no_scorer: leave the scorer out, if there is one, so that the artifact only generates.
         repository: `org/name`, if the folder was downloaded from a hub; a published reranker is recognized by it.
@@ -86,29 +93,31 @@ def read_checkpoint(
         InputError: if an override does not suit the checkpoint, or scores are read at the ends of steps but nothing
             defines where steps end.
     """
-    config = read_config(folder)
-    foreign = is_huggingface(config)
+    opened = checkpoint if isinstance(checkpoint, OpenedCheckpoint) else open_checkpoint(checkpoint)
+    foreign = is_huggingface(opened.config)
     if foreign:
         # First, because its message is the most helpful one for an unsupported family.
-        check_fields(config)
+        check_fields(opened.config)
     if no_scorer:
         _check_no_scorer(overrides)
-    tokenizer = read_tokenizer(folder)
+    tokenizer = read_tokenizer(opened.tokenizer)
     label_tokens, reranker = _label_tokens(overrides, tokenizer, foreign), None
     head = _head(overrides)
     if foreign and label_tokens is None and head is None and not no_scorer:
-        reranker = find_reranker(folder, config, tokenizer, _token, name=overrides.reranker, repository=repository)
+        reranker = find_reranker(
+            opened.path, opened.config, tokenizer, _token, name=overrides.reranker, repository=repository
+        )
     _check_reranker(overrides, reranker)
     if reranker is not None and tokenizer is not None:
         label_tokens, tokenizer = reranker.labels, with_pair_template(tokenizer, reranker.template)
 
     def load() -> tuple[LanguageModel | TwoHeadedNetwork, dict[str, Any]]:
-        return load_checkpoint(folder, label_tokens=label_tokens, no_scorer=no_scorer, head=head)
+        return load_checkpoint(opened, label_tokens=label_tokens, no_scorer=no_scorer, head=head)
 
     try:
         model, metadata = load()
     except ConfigError as e:
-        known = None if reranker is not None else resembling(folder, config)
+        known = None if reranker is not None else resembling(opened.path, opened.config)
         raise ConfigError(f"{e}. By its name it may be a reranker: pass --reranker {known}") if known else e from e
     if tokenizer is not None and isinstance(model, LanguageModel):
         check_vocabulary(tokenizer, model.config.vocab_size)
@@ -130,7 +139,7 @@ def read_checkpoint(
     if isinstance(model, LanguageModel) and is_stepwise(scoring.aggregation):
         _check_steps(scoring, text)
     limits = _limits(_convert(metadata.get("limits", {}), "limits", Limits), overrides)
-    return Checkpoint(model, lambda: load()[0], scoring, text, limits, tokenizer, remarks)
+    return Checkpoint(model, lambda: load()[0], scoring, text, limits, tokenizer, remarks, opened.source)
 
 
 def check_scoring(model: LanguageModel | TwoHeadedNetwork, scoring: Scoring) -> None:

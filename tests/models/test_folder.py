@@ -82,19 +82,17 @@ def adapt(reward, tmp_path, **options):
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_an_adapter_is_refused_and_the_advice_merges_it(reward, copy, tmp_path):
-    _, expected = adapt(reward, tmp_path)
+def test_an_adapter_of_another_method_is_refused_and_the_advice_merges_it(reward, copy, tmp_path):
+    _, expected = adapt(reward, tmp_path, use_dora=True)
     assert not within(expected, theirs(reward), RUNTIME)
-    with pytest.raises(
-        ConfigError, match=r"adapter_config\.json: an adapter \(LORA of .*not merged.*Merge it once"
-    ) as e:
+    with pytest.raises(ConfigError, match=r"adapter_config\.json: 'use_dora' \(DoRA\) .*Merge it once") as e:
         load_checkpoint(tmp_path / "adapter")
     run_advice(e, tmp_path)
     assert within(last(tmp_path / "MERGED"), expected, RUNTIME)
     # Beside the weights of its model it is passed over just as little.
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copy(tmp_path / "adapter" / name, copy)
-        with pytest.raises(ConfigError, match=rf"adapter_\w+\.\w+: an adapter .*move .*{name} out of the folder"):
+        with pytest.raises(ConfigError, match=rf"adapter_\w+\.\w+: .*move .*{name} out of the folder"):
             read_checkpoint(copy, Overrides())
         if name == "adapter_config.json":
             (copy / name).unlink()
@@ -121,6 +119,7 @@ def test_every_method_of_peft_is_known():
 def test_names_of_wrappers_are_taken_off(reward, copy):
     expected = theirs(reward)
     wrapped = (
+        lambda name: f"base_model.model.{name}",
         lambda name: f"_orig_mod.{name}",
         lambda name: f"module.{name}",
         lambda name: f"_forward_module._orig_mod.module.{name}",

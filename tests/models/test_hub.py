@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
@@ -29,21 +30,30 @@ def fetch(hub, tmp_path):
     code = """
 import json, sys
 from bonnx.models.config import ConfigError
-from bonnx.models.hub import download, parse_source
+from bonnx.models.hub import HubSource, download, parse_source
 try:
-    folder, sha = download(parse_source(sys.argv[1]))
-    print(json.dumps([str(folder), sha]))
+    source, (adapter, commit) = parse_source(sys.argv[1]), json.loads(sys.argv[2])
+    if isinstance(source, HubSource):
+        folder, sha = download(source, adapter)
+        print(json.dumps([str(folder), sha]))
+        assert "torch" not in sys.modules
+    else:
+        import torch
+        from bonnx.models.checkpoint import load_checkpoint
+        from bonnx.models.opened import open_checkpoint
+        opened = open_checkpoint(source, adapter=adapter, source=commit)
+        scores = load_checkpoint(opened)[0](torch.arange(1, 9)[None])[1][0, -1]
+        print(json.dumps([str(opened.path), opened.source, scores.tolist()]))
 except ConfigError as e:
     assert e.__cause__ is not None or any(word in str(e) for word in ("pickle", "found", "adapter"))
     print(json.dumps(str(e)))
-assert "torch" not in sys.modules
 """
 
-    def run(text=REPO, **environment):
+    def run(text=REPO, adapter=None, source=None, **environment):
         clean = {k: v for k, v in os.environ.items() if not k.upper().startswith(("HF_", "HUGGING"))}
         clean |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "*"}
         done = subprocess.run(
-            [sys.executable, "-c", code, text],
+            [sys.executable, "-c", code, text, json.dumps([adapter, source])],
             env=clean | environment,
             cwd=tmp_path,
             capture_output=True,
@@ -55,7 +65,7 @@ assert "torch" not in sys.modules
         printed = json.loads(done.stdout)
         if isinstance(printed, str):
             raise ConfigError(printed)
-        return Path(printed[0]), printed[1]
+        return printed if source else (Path(printed[0]), printed[1])
 
     return run
 
@@ -165,12 +175,35 @@ def test_a_repository_without_weights_says_what_it_holds(hub, fetch):
         fetch()
 
 
-@pytest.mark.parametrize("base", [{}, FAKE])
-def test_an_adapter_is_refused_with_or_without_its_model(hub, fetch, base):
-    settings = json.dumps({"peft_type": "LORA", "task_type": "SEQ_CLS", "base_model_name_or_path": "org/base"})
-    hub.push({**base, "adapter_config.json": settings.encode(), "adapter_model.safetensors": b"adapter"})
-    with pytest.raises(ConfigError, match=r"an adapter \(LORA of org/base\) that is not merged.*Merge it once"):
-        fetch()
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("adapter", [None, "other"])
+def test_an_adapter_is_downloaded_with_the_base_model_that_it_names(hub, fetch, saved, reward_model, tmp_path, adapter):
+    """At the revision that it was trained on."""
+    commit = hub.push(saved, branch="base")
+    hub.push(FAKE)
+    options = {"task_type": "SEQ_CLS", "r": 2, "target_modules": ["q_proj"], "inference_mode": False}
+    reward_model.name_or_path = REPO
+    trained = peft.get_peft_model(reward_model, peft.LoraConfig(**options), revision="base")
+    for parameter in trained.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.3
+    trained.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    files = {
+        f"{adapter}/{name}" if adapter else name: (tmp_path / "adapter" / name).read_bytes()
+        for name in ("adapter_config.json", "adapter_model.safetensors")
+    }
+    main = hub.push({**files, "adapter_model.bin": b"pickle"}, branch="adapter")
+    if adapter:
+        with pytest.raises(ConfigError, match="contains adapters in subfolders; choose one with --adapter: other"):
+            fetch(f"{REPO}@adapter")
+    folder, sha = fetch(f"{REPO}@adapter", adapter=adapter)
+    assert sha == main
+    place, source, scores = fetch(str(folder), adapter=adapter, source=f"{REPO}@{sha}")
+    assert source == f"{REPO}@{main} on {REPO}@{commit}"
+    assert place == str(folder / (adapter or ""))
+    with torch.no_grad():
+        assert within(scores, trained(torch.arange(1, 9)[None]).logits[0], RUNTIME)
+    assert "adapter_model.bin" not in hub.asked
 
 
 def test_what_is_not_there_is_told_apart(hub, fetch):

@@ -1,0 +1,191 @@
+"""Open a checkpoint: find its files, its base model if it is an adapter, and read its config.
+
+A checkpoint is a folder in bonnx's format or that of transformers, or an adapter of peft with its base model.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .adapters import ADAPTER_CONFIG, ADAPTER_FILES, LoraSettings, read_settings
+from .config import ConfigError
+from .config_reader import ConfigReader
+from .families import FAMILIES
+from .fields import check_fields
+from .files import check_folder, check_present, read_json
+from .hub import HubSource, download, parse_source
+from .huggingface import is_huggingface
+from .lora import MergedWeights, merged_config
+from .weights import INDEX_FILE, WEIGHTS_FILE, TensorReader, Weights
+
+__all__ = ["CONFIG_FILE", "OpenedCheckpoint", "open_checkpoint"]
+
+CONFIG_FILE, _GENERATION_FILE = "config.json", "generation_config.json"
+# A folder with one of these has a tokenizer of its own.
+_TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+@dataclass(frozen=True)
+class OpenedCheckpoint:
+    """A checkpoint whose config has been read.
+
+    Attributes:
+        path: what was opened, for messages.
+        config: its config.json; of an adapter, that of the merged model.
+        tokenizer: the folder of the tokenizer's files.
+        weights: opens the tensors.
+        source: what it was made from, if it is an adapter: the names of adapter and base model, or their hub ids with
+            commits.
+        remarks: sentences for the user.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    tokenizer: Path
+    weights: Callable[[], TensorReader]
+    source: str | None = None
+    remarks: tuple[str, ...] = ()
+
+
+def open_checkpoint(
+    folder: str | os.PathLike[str], *, base: str | None = None, adapter: str | None = None, source: str | None = None
+) -> OpenedCheckpoint:
+    """Open a checkpoint's folder.
+
+    Args:
+        folder: the checkpoint, or an adapter.
+        base: folder or hub id of an adapter's base model; by default the one in the adapter's folder, or the one that
+            its adapter_config.json names.
+        adapter: name of an adapter, whose files are in a subfolder of this name; `default` is the folder itself.
+        source: hub id and commit of `folder`, if it is from a hub.
+
+    Raises:
+        ConfigError: if a file is missing, unreadable or not supported, or the base model is not the one that the
+            adapter was trained on.
+    """
+    folder = Path(folder)
+    place = _adapter_folder(folder, adapter)
+    if place is None:
+        if base is not None:
+            raise ConfigError(f"{folder} is not an adapter, so it has no base model; omit --base")
+        config = _read_config(folder)
+        return OpenedCheckpoint(folder, config, folder, lambda: Weights(folder))
+    check_present(place)
+    settings = read_settings(place)
+    root, name, remarks = _base(settings, folder, place, base)
+    config = _read_config(root)
+    if not is_huggingface(config):
+        raise ConfigError(
+            f"{root}: expected the base model of {place} in the format of transformers; found bonnx's own"
+        )
+    if config.get("quantization_config") is not None:
+        raise ConfigError(
+            f"{root}: the base model of {place} is quantized; pass the model that it was made from with --base"
+        )
+    try:
+        check_fields(config)
+    except ConfigError as e:
+        raise ConfigError(f"{root}: {e}") from e
+    family = FAMILIES[config["model_type"]]
+    tied = ConfigReader(config).flag("tie_word_embeddings", family.tied)
+    merged = MergedWeights(Weights(root), place, settings, family, tied=tied)
+    own = any((place / file).is_file() for file in _TOKENIZER)
+    return OpenedCheckpoint(
+        path=place,
+        config=merged_config(config, merged, settings, family),
+        tokenizer=place if own else root,
+        weights=lambda: merged,
+        source=f"{source or place.resolve().name} on {name}",
+        remarks=tuple(remarks),
+    )
+
+
+def _adapter_folder(folder: Path, name: str | None) -> Path | None:
+    """Return the folder of the adapter, or None if the checkpoint is not one."""
+    inside = sorted(path.parent.name for path in folder.glob(f"*/{ADAPTER_CONFIG}"))
+    own = any((folder / file).is_file() for file in ADAPTER_FILES)
+    if name is not None:
+        if name in inside or (name == "default" and own):
+            return folder / name if name in inside else folder
+        found = ", ".join([*inside, *(["default"] if own else [])]) or "none"
+        raise ConfigError(f"{folder}: expected an adapter named {name!r}; found {found}")
+    if own:
+        return folder
+    if inside and not (folder / CONFIG_FILE).is_file():
+        raise ConfigError(
+            f"{folder} contains {len(inside)} adapter{'s' if len(inside) > 1 else ''} in subfolders; choose one with "
+            f"--adapter NAME: {', '.join(inside)}"
+        )
+    return None
+
+
+def _base(settings: LoraSettings, folder: Path, place: Path, stated: str | None) -> tuple[Path, str, list[str]]:
+    """Return the folder of the base model, its name or its hub id and commit, and remarks."""
+    if stated is not None:
+        return _resolve(parse_source(stated), settings, stated_by="--base")
+    for beside in dict.fromkeys((place, folder)):
+        if any((beside / file).is_file() for file in (WEIGHTS_FILE, INDEX_FILE)):
+            remark = (
+                f"the adapter {place} was merged into the weights in {beside}; if these contain it already, move "
+                f"{' and '.join(ADAPTER_FILES[:2])} out of the folder"
+            )
+            return beside, beside.resolve().name, [remark]
+    if settings.base is None:
+        raise ConfigError(
+            f"{settings.path}: 'base_model_name_or_path' is missing; pass the model that the adapter was trained on "
+            "with --base"
+        )
+    for path in (place / settings.base, Path(settings.base)):
+        if path.is_dir():
+            return _resolve(path, settings, stated_by=str(settings.path))
+    try:
+        return _resolve(parse_source(settings.base), settings, stated_by=str(settings.path))
+    except ConfigError as e:
+        raise ConfigError(
+            f"{settings.path}: the base model {settings.base!r} cannot be read: {e}. Pass its folder or id with --base"
+        ) from e
+
+
+def _resolve(source: Path | HubSource, settings: LoraSettings, stated_by: str) -> tuple[Path, str, list[str]]:
+    """Download a base model if it is on a hub, at the revision that the adapter was trained on."""
+    pinned = settings.revision
+    if isinstance(source, Path):
+        # A snapshot in the hub's cache has its commit as its name; of another folder the revision is unknown.
+        commit = source.resolve().name if source.resolve().parent.name == "snapshots" else None
+        if pinned is not None and commit is not None and not commit.startswith(pinned):
+            raise _other_revision(settings, f"{source} is {commit}", stated_by)
+        remarks = [] if pinned is None else [f"the adapter was trained on revision {pinned} of {settings.base}"]
+        return source, source.resolve().name, remarks
+    if pinned is not None and source.revision is None and (settings.base in (None, source.repo)):
+        source = HubSource(source.repo, pinned)
+    folder, commit = download(source)
+    if pinned is not None and source.revision not in (None, pinned) and not commit.startswith(pinned):
+        raise _other_revision(settings, f"{source} is {commit}", stated_by)
+    return folder, f"{source.repo}@{commit}", []
+
+
+def _other_revision(settings: LoraSettings, found: str, stated_by: str) -> ConfigError:
+    return ConfigError(
+        f"{settings.path}, 'revision': the adapter was trained on revision {settings.revision} of its base model, but "
+        f"{found} ({stated_by}); pass that revision with --base {settings.base or 'ID'}@{settings.revision}"
+    )
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """Check a folder and read its config.json, with the end tokens of generation_config.json."""
+    check_folder(folder)
+    try:
+        config = read_json(folder / CONFIG_FILE)
+    except OSError as e:
+        raise ConfigError(
+            f"cannot read the checkpoint {folder}: {e.strerror or e} ({CONFIG_FILE}); "
+            f"expected a folder with {CONFIG_FILE} and {WEIGHTS_FILE}"
+        ) from e
+    if is_huggingface(config) and (folder / _GENERATION_FILE).is_file():
+        # transformers' generation takes the end tokens from this file if it has any; often there are more of them.
+        config |= {k: v for k, v in read_json(folder / _GENERATION_FILE).items() if k == "eos_token_id"}
+    return config
