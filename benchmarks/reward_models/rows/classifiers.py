@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -29,25 +30,26 @@ def in_conversation(case: HeadCase) -> np.ndarray:
     return np.array(scores)
 
 
-def build(family: str, head: str, folder: Path, rng: np.random.Generator) -> Case:
+def build(family: str, head: str, options: dict[str, Any], folder: Path, rng: np.random.Generator) -> Case:
     """A checkpoint of `tests/checkpoints.py`, ranked as text and as a conversation."""
-    case = make(folder, family, head, rng)
+    case = make(folder, family, head, rng, **options)
     checks = [Check(QUESTION, ANSWERS, rewards(case)), Check(MESSAGES, ANSWERS, in_conversation(case))]
     return Case(checks, case.arguments)
 
 
-def _row(model: str, family: str, head: str, shape: str) -> Row:
-    return Row(model, shape, "transformers", partial(build, family, head))
+def row(model: str, family: str, head: str, shape: str, **options: Any) -> Row:
+    """A row of the table: a family, a head of `tests/checkpoints.py`, and fields of the config."""
+    return Row(model, shape, "transformers", partial(build, family, head, options))
 
 
 ROWS = [
-    _row("Skywork-Reward-V2-Qwen3", "Qwen3", "reward", "1 label, last token"),
-    _row("Skywork-Reward-V2-Llama, Skywork-Reward-8B-v0.2, FsfairX, GRM, BTRM", "Llama", "reward", "1 label"),
-    _row("RM-Mistral, OffsetBias", "Mistral", "reward", "1 label"),
-    _row("classifier of several labels", "Llama", "labels", "--label, softmax"),
-    _row("Qwen2.5-Math-RM", "Qwen2", "mlp", "`score.0`, `score.2`"),
-    _row("Qwen2.5-Math-PRM", "Qwen2", "mlp steps", "`score.0`, `score.2` at `<extra_0>`"),
-    _row("PRMTrainer of TRL", "Qwen2", "steps", "2 labels at steps"),
-    _row("Skywork-o1-Open-PRM", "Qwen2", "value", "`v_head.summary` at steps"),
-    _row("RLHFlow PRMs, math-shepherd", "Llama", "step tag", "`+` against `-` at steps"),
+    row("Skywork-Reward-V2-Qwen3", "Qwen3", "reward", "1 label, last token"),
+    row("Skywork-Reward-V2-Llama, Skywork-Reward-8B-v0.2, FsfairX, GRM, BTRM", "Llama", "reward", "1 label"),
+    row("RM-Mistral, OffsetBias", "Mistral", "reward", "1 label"),
+    row("classifier of several labels", "Llama", "labels", "--label, softmax"),
+    row("Qwen2.5-Math-RM", "Qwen2", "mlp", "`score.0`, `score.2`"),
+    row("Qwen2.5-Math-PRM", "Qwen2", "mlp steps", "`score.0`, `score.2` at `<extra_0>`"),
+    row("PRMTrainer of TRL", "Qwen2", "steps", "2 labels at steps"),
+    row("Skywork-o1-Open-PRM", "Qwen2", "value", "`v_head.summary` at steps"),
+    row("RLHFlow PRMs, math-shepherd", "Llama", "step tag", "`+` against `-` at steps"),
 ]
