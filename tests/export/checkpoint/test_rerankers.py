@@ -236,7 +236,7 @@ def test_any_description_gives_what_sentence_transformers_gives(
 
 @pytest.mark.parametrize("kind", [*PUBLISHED])
 def test_a_published_reranker_gives_what_its_makers_compute(kind, tmp_path, rng):
-    family = {"mxbai": "Qwen2", "bge-gemma": "Llama"}.get(kind, "Qwen3")
+    family = {"mxbai": "Qwen2", "bge-gemma": "Gemma"}.get(kind, "Qwen3")
     causal, tokenizer = make_causal(
         tmp_path / "causal", rng, family, "<bos>" if kind == "bge-gemma" else None, num_hidden_layers=1
     )
