@@ -111,6 +111,10 @@ TEXT = {
         "added_tokens.json",
         "chat_template.jinja",
         "additional_chat_templates/tool.jinja",
+        "modules.json",
+        "sentence_bert_config.json",
+        "config_sentence_transformers.json",
+        "1_LogitScore/config.json",
     )
 }
 USELESS = {
