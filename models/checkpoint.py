@@ -15,6 +15,7 @@ from torch import Tensor
 from .config import ConfigError, LanguageModelConfig, NetworkConfig
 from .fields import check_fields
 from .files import read_json
+from .gate_weights import gate_state
 from .head import LabelTokens
 from .head_file import HeadFile
 from .huggingface import Translation, is_huggingface, translate
@@ -76,7 +77,7 @@ def load_checkpoint(
     """Load a model in float32 and inference mode, with the further keys of its config.json.
 
     These keys are `scoring`, `text` and `limits`; for a checkpoint of transformers also `remarks`, sentences about the
-    settings of its config that are ignored.
+    settings of its config that are ignored, and `gate_header`, the text that a gated head looks for.
 
     Args:
         checkpoint: a folder written by `save_checkpoint`, by `save_pretrained` of transformers or, for an adapter, of
@@ -164,6 +165,9 @@ def _load_huggingface(
             state |= weights.read({ours: theirs})
         if ours in translation.parts:
             state[ours] = translation.parts[ours](state[ours])
+    if translation.gate is not None:
+        stored = translation.stored
+        state |= gate_state(translation.gate, lambda names: weights.read({a: stored[b] for a, b in names.items()}))
     if translation.new_scorer:
         model.network.scorer = make_scorer(translation.config.network)
         model.network.scorer.apply(initialize)
@@ -176,11 +180,13 @@ def _load_huggingface(
         _normalize(state, model.network.scorer.last, *translation.normal)
     _fill(model, state)
     text = {"unknown": "replace", **translation.steps}
+    header = {} if translation.header is None else {"gate_header": translation.header}
     return model, {
         "scoring": scoring,
         "text": text,
         "limits": translation.limits,
         "remarks": [*opened.remarks, *translation.remarks],
+        **header,
     }
 
 

@@ -106,7 +106,7 @@ class NetworkConfig(_ValidatedConfig, frozen=True, kw_only=True, forbid_unknown_
     num_heads: int = 4
     num_kv_heads: int = 2
     scorer_hidden: int | list[int] = 128
-    """Inner size of an `mlp` scorer, or the sizes of its inner layers if there are several."""
+    """Inner size of an `mlp` scorer or of the gate of a `gated` one, or the sizes of its inner layers."""
     dropout: float = 0.1
 
     head_dim: int | None = None
@@ -146,10 +146,10 @@ class NetworkConfig(_ValidatedConfig, frozen=True, kw_only=True, forbid_unknown_
     """Number of positions that each position attends to, itself included; all preceding ones if None."""
     sliding_layers: list[int] | None = None
     """Layers with the sliding window, counted from 0; all layers if None."""
-    scorer_kind: Literal["mlp", "linear", "none"] = "mlp"
+    scorer_kind: Literal["mlp", "linear", "gated", "none"] = "mlp"
     """`none` only in a language model, which then generates but does not score."""
     scorer_activation: Literal["silu", "relu", "gelu", "tanh"] = "silu"
-    """Between the layers of an `mlp` scorer."""
+    """Between the layers of an `mlp` scorer, or of the gate."""
     scorer_bias: bool = True
     num_labels: int = 1
 
@@ -206,7 +206,7 @@ class NetworkConfig(_ValidatedConfig, frozen=True, kw_only=True, forbid_unknown_
 
     @property
     def scorer_sizes(self) -> list[int]:
-        """The inner sizes of an `mlp` scorer."""
+        """The inner sizes of an `mlp` scorer, or of the gate."""
         return [self.scorer_hidden] if isinstance(self.scorer_hidden, int) else self.scorer_hidden
 
     @property

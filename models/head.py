@@ -13,6 +13,7 @@ v_head.*                           Athene, InternLM2-Reward                  lin
 v_head.summary.0.*, .2.*, ...      GRM                                       Linear, ReLU, ...      last token
 value_head, regression_head,       OpenRLHF, Eurus and UltraRM,              linear                 last token
 score_head, reward_head            Beaver, others
+regression_layer, gating.layers.*  ArmoRM, QRM                               gate.py                last token
 none                               *ForCausalLM that answers with a token    rows of lm_head        chosen by caller
 =================================  ========================================  =====================  =================
 
@@ -26,10 +27,13 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from .config import ConfigError
 from .fields import normalizes
+
+if TYPE_CHECKING:
+    from .gate import GateTensors
 
 __all__ = [
     "PARTS",
@@ -63,6 +67,8 @@ class Head:
         normal: mean and standard deviation of rewards, which standardize the head's output; or None.
         appended: the token that ends every text, at which the score is read: its id, its text, or the name of a
             special token; None for a head that reads the text's own last token.
+        gate: where the tensors of a gated head are; its parameters are computed from them.
+        header: the text that the gate looks for.
         unused: tensors of the head from which the score is not computed, by name or the part of it before a dot.
     """
 
@@ -72,6 +78,8 @@ class Head:
     steps: dict[str, str] = field(default_factory=dict)
     normal: tuple[float, float] | None = None
     appended: int | str | None = None
+    gate: GateTensors | None = None
+    header: str | None = None
     unused: tuple[str, ...] = ()
 
 
@@ -204,7 +212,7 @@ def _known(config: Mapping[str, Any], shapes: Shapes, base: str, layers: list[st
         # A value head may score steps as well, so the caller decides.
         del scoring["aggregation"]
     unused = ("normalizer",) if base == "score_head" else ()
-    return Head(options, names, scoring, steps, normal, appended, unused)
+    return Head(options, names, scoring, steps, normal, appended, unused=unused)
 
 
 def _reading(config: Mapping[str, Any]) -> dict[str, Any]:

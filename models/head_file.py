@@ -118,10 +118,10 @@ def declared_head(head: HeadFile, shapes: Shapes, further: Sequence[str], hidden
     steps = {name: value for name in ("step_text", "step_split") if (value := getattr(head, name)) is not None}
     normal = (head.mean, head.std * head.temperature)
     if normal == (0.0, 1.0):
-        return Head(options, names, scoring, steps, None, head.append, tuple(head.unused))
+        return Head(options, names, scoring, steps, None, head.append, unused=tuple(head.unused))
     if head.score == "softmax":
         raise ConfigError("--head, 'score': softmax over labels is not supported with 'mean', 'std' or 'temperature'")
-    return Head(options | {"scorer_bias": True}, names, scoring, steps, normal, head.append, tuple(head.unused))
+    return Head(options | {"scorer_bias": True}, names, scoring, steps, normal, head.append, unused=tuple(head.unused))
 
 
 _STEPS: Mapping[str, Any] = {"aggregation": "step_last", "steps_from": "--head, 'read_at'"}

@@ -14,6 +14,7 @@ from pathlib import Path
 from .adapters import ADAPTER_FILES, ADAPTER_WEIGHTS
 from .config import ConfigError
 from .files import unpickling
+from .pairs import check_pairs
 
 __all__ = ["HubSource", "download", "parse_source"]
 
@@ -65,7 +66,7 @@ def parse_source(text: str) -> Path | HubSource:
     """Parse `--checkpoint`: an existing folder, or else `org/name` or `org/name@revision`.
 
     Raises:
-        ConfigError: if it is neither.
+        ConfigError: if it is neither, or the id is that of a model that judges pairs.
     """
     if os.path.isdir(text):
         return Path(text)
@@ -76,6 +77,7 @@ def parse_source(text: str) -> Path | HubSource:
             f"checkpoint {text!r} {state}; expected a folder with config.json, or an id on the hub "
             "such as org/name or org/name@revision"
         )
+    check_pairs(match["repo"])
     return HubSource(match["repo"], match["revision"])
 
 

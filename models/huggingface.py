@@ -16,18 +16,21 @@ from .config import ConfigError, LanguageModelConfig, NetworkConfig
 from .config_reader import FARTHEST, ConfigReader
 from .families import FAMILIES, Family
 from .fields import check_fields, remarks
+from .gate import GateTensors, gated_head
 from .head import Head, LabelTokens, Shapes, architecture, read_head
 from .head_file import HeadFile, declared_head
 from .parts import Part, plus, times
 
 __all__ = ["Translation", "is_huggingface", "plain_name", "translate"]
 
+# Why the vocabulary head is left out: of a gated head, and of one at an appended token.
+_NO_GENERATION = (
+    "the gate needs a finished prompt, with the header of the assistant's turn; the vocabulary head is left out",
+    "the score is read at a token that is appended to each text, which the graphs that generate cannot do; the "
+    "vocabulary head is left out",
+)
 # Parts that torch.compile, DDP, FSDP and DeepSpeed add to tensor names if a wrapped module is saved.
 _WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
-_NOT_GENERATING = (
-    "the score is read at a token that is appended to each text, which the graphs that generate cannot do; the "
-    "vocabulary head is left out, so the artifact scores and does not generate"
-)
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,9 @@ class Translation:
         limits: fields of the artifact's limits.
         normal: mean and standard deviation of rewards by which scores are normalized, or None.
         appended: the token that ends every text, at which the score is read, as in `Head`; or None.
+        gate: where the tensors of a gated head are, or None.
+        header: the text that the gate looks for, or None.
+        stored: name of a tensor without wrappers -> its name in the file.
         remarks: sentences for the user, one for each setting that is ignored.
     """
 
@@ -58,6 +64,9 @@ class Translation:
     limits: dict[str, Any]
     normal: tuple[float, float] | None
     appended: int | str | None
+    gate: GateTensors | None
+    header: str | None
+    stored: dict[str, str]
     remarks: list[str]
 
 
@@ -94,15 +103,20 @@ def translate(
     fields, family = ConfigReader(config), FAMILIES[config["model_type"]]
     network, prefix = backbone_options(fields, len(shapes)), _prefix(shapes, family)
     further = _further(shapes, prefix, family)
-    if declared is None:
+    gated = gated_head(config, shapes) if declared is None and label_tokens is None else None
+    if gated is not None:
+        head = gated
+    elif declared is None:
         head = read_head(config, shapes, further, label_tokens, new_scorer, no_scorer)
     else:
         head = declared_head(declared, shapes, further, network["hidden_size"])
     tied, vocabulary = fields.flag("tie_word_embeddings", family.tied), fields.whole("vocab_size", most=2**24)
     causal = tied and architecture(config).endswith("ForCausalLM")
     generates = label_tokens is None and (new_scorer or causal or f"{family.vocabulary}.weight" in shapes)
-    notes = remarks(config) + ([_NOT_GENERATING] if generates and head.appended is not None else [])
-    generates &= head.appended is None
+    notes = remarks(config)
+    if generates and (head.appended is not None or head.gate is not None):
+        notes.append(f"{_NO_GENERATION[head.gate is None]}, so the artifact scores and does not generate")
+        generates = False
     model = LanguageModelConfig(
         network=NetworkConfig.from_dict(network | head.options),
         vocab_size=vocabulary,
@@ -123,6 +137,9 @@ def translate(
         limits={"max_tokens": fields.whole("max_position_embeddings", 8192, FARTHEST)},
         normal=head.normal,
         appended=head.appended,
+        gate=head.gate,
+        header=head.header,
+        stored=stored,
         remarks=notes,
     )
 

@@ -20,6 +20,7 @@ from .files import check_folder, check_present, read_json
 from .hub import HubSource, download, parse_source
 from .huggingface import is_huggingface
 from .lora import MergedWeights, merged_config
+from .pairs import check_pairs
 from .weights import INDEX_FILE, WEIGHTS_FILE, TensorReader, Weights
 
 __all__ = ["CONFIG_FILE", "OpenedCheckpoint", "open_checkpoint"]
@@ -185,6 +186,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
             f"cannot read the checkpoint {folder}: {e.strerror or e} ({CONFIG_FILE}); "
             f"expected a folder with {CONFIG_FILE} and {WEIGHTS_FILE}"
         ) from e
+    check_pairs(folder.resolve().name, config)
     if is_huggingface(config) and (folder / _GENERATION_FILE).is_file():
         # transformers' generation takes the end tokens from this file if it has any; often there are more of them.
         config |= {k: v for k, v in read_json(folder / _GENERATION_FILE).items() if k == "eos_token_id"}

@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import msgspec
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import NetworkConfig
 
-__all__ = ["KINDS", "LinearScorer", "MlpScorer", "NoScorer", "Scorer", "make_scorer"]
+__all__ = ["KINDS", "GatedScorer", "LinearScorer", "MlpScorer", "NoScorer", "Scorer", "make_scorer"]
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -90,6 +91,30 @@ class MlpScorer(Scorer):
         return out
 
 
+class GatedScorer(Scorer):
+    """Several objectives, whose coefficients a gate computes from one position of the prompt; see `gate.py`."""
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__(config)
+        self.dense2 = nn.Linear(config.hidden_size, config.num_labels, bias=config.scorer_bias)
+        self.gate = MlpScorer(msgspec.structs.replace(config, scorer_bias=True))
+        self.mix = nn.Linear(config.num_labels, config.num_labels, bias=False)
+
+    @property
+    def readers(self) -> list[nn.Linear]:
+        return [self.dense2, *self.gate.readers]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> the objectives (..., num_labels)."""
+        out: Tensor = self.dense2(x)
+        return out
+
+    def coefficients(self, x: Tensor) -> Tensor:
+        """Output at the header of the assistant's turn (..., D) -> the objectives' coefficients (..., num_labels)."""
+        out: Tensor = self.mix(self.gate(x).softmax(-1))
+        return out
+
+
 class NoScorer(Scorer):
     """No weights: the scores of a language model without a scorer are unknown."""
 
@@ -102,7 +127,7 @@ class NoScorer(Scorer):
         return x.new_full((*x.shape[:-1], 1), math.nan)
 
 
-KINDS: dict[str, type[Scorer]] = {"mlp": MlpScorer, "linear": LinearScorer, "none": NoScorer}
+KINDS: dict[str, type[Scorer]] = {"mlp": MlpScorer, "linear": LinearScorer, "gated": GatedScorer, "none": NoScorer}
 
 
 def make_scorer(config: NetworkConfig) -> Scorer:

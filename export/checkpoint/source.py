@@ -134,6 +134,7 @@ def read_checkpoint(
         scoring = _self_certainty(scoring)
     elif foreign and "aggregation" not in metadata["scoring"] and overrides.step_text is not None:
         scoring = msgspec.structs.replace(scoring, aggregation="step_last")
+    scoring = _with_gate(scoring, metadata.get("gate_header"), tokenizer)
     scoring = _scoring(scoring, overrides, text, tokenizer)
     check_scoring(model, scoring)
     if isinstance(model, LanguageModel) and is_stepwise(scoring.aggregation):
@@ -156,6 +157,13 @@ def check_scoring(model: LanguageModel | TwoHeadedNetwork, scoring: Scoring) -> 
         )
     if not 0 <= scoring.label < network.num_labels:
         raise ExportError(f"scoring label: expected 0 to {network.num_labels - 1}; got {scoring.label}")
+    if (network.scorer_kind == "gated") != bool(scoring.gate_tokens) or (
+        scoring.gate_tokens and scoring.activation == "softmax"
+    ):
+        raise ExportError(
+            "scoring gate_tokens: a gated scorer needs the tokens of a turn's header, and no softmax; any other scorer "
+            "has none"
+        )
     if scoring.activation == "softmax" and network.num_labels == 1:
         raise ExportError(
             "activation softmax: the scorer has one label, so every score would be 1; use sigmoid or none"
@@ -164,7 +172,8 @@ def check_scoring(model: LanguageModel | TwoHeadedNetwork, scoring: Scoring) -> 
         return
     last = model.config.vocab_size - 1
     tokens = {name: getattr(scoring, name) for name in ("step_token", "end_token", "reward_token", "pad_token")}
-    tokens |= {f"stop_tokens[{i}]": token for i, token in enumerate(scoring.stop_tokens)}
+    for name in ("stop_tokens", "gate_tokens"):
+        tokens |= {f"{name}[{i}]": token for i, token in enumerate(getattr(scoring, name))}
     for name, token in tokens.items():
         if token is not None and not 0 <= token <= last:
             raise ExportError(f"scoring {name}: {token} is outside the vocabulary (0 to {last})")
@@ -293,9 +302,13 @@ def _scoring(scoring: Scoring, overrides: Overrides, text: TextRules, tokenizer:
             raise InputError(
                 "--label: the score is that of the first label token; omit --label, and put the desired token first"
             )
+        if scoring.gate_tokens:
+            raise InputError("--label: a gate weighs all labels of this model; they are reported as objectives")
         changes["label"] = _label(overrides.label, scoring.labels)
-    elif len(scoring.labels) > 2 and all(
-        getattr(overrides, n) is None for n in ("label_tokens", "label_token_ids", "head")
+    elif (
+        not scoring.gate_tokens
+        and len(scoring.labels) > 2
+        and all(getattr(overrides, n) is None for n in ("label_tokens", "label_token_ids", "head"))
     ):
         raise InputError(
             f"the model has {len(scoring.labels)} labels ({', '.join(scoring.labels)}); choose the one that is the "
@@ -309,6 +322,15 @@ def _scoring(scoring: Scoring, overrides: Overrides, text: TextRules, tokenizer:
         changes["step_token"] = ids[0] if len(ids) == 1 else None
     changes["steps_from"] = _steps_from(scoring, overrides, text)
     return msgspec.structs.replace(scoring, **changes)
+
+
+def _with_gate(scoring: Scoring, header: str | None, tokenizer: TextFiles | None) -> Scoring:
+    """Set the tokens that a gated scorer looks for."""
+    if header is None:
+        return scoring
+    if tokenizer is None:
+        raise InputError("the scorer's gate looks for the header of a turn, so the checkpoint needs a tokenizer.json")
+    return msgspec.structs.replace(scoring, gate_tokens=_ids(header, tokenizer))
 
 
 def _steps_from(scoring: Scoring, overrides: Overrides, text: TextRules) -> str | None:

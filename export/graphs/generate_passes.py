@@ -123,7 +123,7 @@ class TokenPass(nn.Module):
             x = layer.finish(x, out.reshape(rows, layer.heads * size))
         normed = trunk.final_norm(x)
         logits = self.head(normed)
-        scores = trunk.score(normed) if trunk.config.has_scorer else _certainty(logits)
+        scores = trunk.score(trunk.labels(normed)) if trunk.config.has_scorer else _certainty(logits)
         return scores.reshape(count, batch), logits.reshape(count, batch, -1), *grown
 
 

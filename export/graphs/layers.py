@@ -20,6 +20,8 @@ from bonnx.models.block import ACTIVATIONS, Block
 from bonnx.models.config import NetworkConfig
 from bonnx.models.network import LanguageModel, TwoHeadedNetwork
 from bonnx.models.rotary import Rotation, rotate
+from bonnx.models.scorer_kinds import GatedScorer
+from bonnx.runtime.artifact.manifest import Scoring
 
 from ..precision.products import QuantizedNorm, product
 from ..precision.quantize import Linear8
@@ -115,7 +117,7 @@ class Layer(nn.Module):
 class Trunk(nn.Module):
     """The parts that all graphs share: embedding and projection, layers, final norm, scorer."""
 
-    def __init__(self, model: LanguageModel | TwoHeadedNetwork, *, activation: str, label: int, fused: bool) -> None:
+    def __init__(self, model: LanguageModel | TwoHeadedNetwork, scoring: Scoring, *, fused: bool) -> None:
         super().__init__()
         network = model.network if isinstance(model, LanguageModel) else model
         self.config: NetworkConfig = network.config
@@ -129,7 +131,7 @@ class Trunk(nn.Module):
         # `rotate.py` inserts a product before the norm.
         self.final_norm = nn.Sequential(product(final[0]), final[1]) if isinstance(final, nn.Sequential) else final
         self.scorer = _with_products(network.scorer)
-        self.activation, self.label = activation, label
+        self.activation, self.label, self.header = scoring.activation, scoring.label, scoring.gate_tokens
         self.rotaries = network.rotaries
 
     def embed(self, inputs: Tensor) -> Tensor:
@@ -159,9 +161,25 @@ class Trunk(nn.Module):
         marked: Tensor = torch.onnx.ops.symbolic(f"{DOMAIN}::{MARK}", (x,), {}, dtype=x.dtype, shape=x.shape)
         return marked
 
-    def score(self, normed: Tensor) -> Tensor:
-        """Normed backbone (M, D) -> scores (M,) after the activation."""
+    def labels(self, normed: Tensor) -> Tensor:
+        """Normed backbone (M, D) -> the scorer's outputs (M, O)."""
         labels: Tensor = self.scorer(normed)
+        return labels
+
+    def coefficients(self, normed: Tensor) -> Tensor:
+        """Normed backbone (B, D) where the gate reads -> the weights of a gated scorer's objectives (B, O)."""
+        assert isinstance(self.scorer, GatedScorer)
+        return self.scorer.coefficients(normed)
+
+    def score(self, labels: Tensor, coefficients: Tensor | None = None) -> Tensor:
+        """The scorer's outputs (M, O) -> scores (M,) after the activation.
+
+        With the coefficients (B, O) of a gate, M is a multiple of B and all rows of a prompt stand together.
+        """
+        if coefficients is not None:
+            rows, objectives = coefficients.shape
+            scores = (labels.reshape(rows, -1, objectives) * coefficients[:, None]).sum(-1).reshape(labels.shape[0])
+            return scores.sigmoid() if self.activation == "sigmoid" else scores
         if self.activation == "softmax":
             labels = labels.softmax(-1)
         scores = labels[:, self.label]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention import CandidateAttention, allowed, attend, shared_keys, shared_values
+from .gate import candidate_outputs, gate_after_layer, last_header, row_at
 from .layers import Layer, Trunk, additive, part
 
 __all__ = ["RankGraph"]
@@ -24,10 +25,12 @@ class RankGraph(nn.Module):
         super().__init__()
         self.trunk = trunk
 
-    def forward(self, prompt: Tensor, prompt_mask: Tensor, candidate: Tensor, candidate_mask: Tensor) -> Tensor:
+    def forward(
+        self, prompt: Tensor, prompt_mask: Tensor, candidate: Tensor, candidate_mask: Tensor
+    ) -> tuple[Tensor, ...]:
         """Prompt (B, P[, E]), its mask (B, P), candidates (N, B, C[, E]), their mask (N, B, C) -> scores (N, B, C).
 
-        Masks are int64. Scores of padding are 0.
+        Masks are int64. Scores of padding are 0. With a gate there are also the objectives (N, B, C, O).
         """
         trunk = self.trunk
         batch, prompt_length = prompt_mask.shape
@@ -64,16 +67,25 @@ class RankGraph(nn.Module):
             keys, values = shared_keys(first_k, real), shared_values(first_v)
             rest = attend_candidates(q[:, prompt_length:], k, v, keys, values)
             x = layer.finish(x, torch.cat([first, rest], 1).reshape(batch * total, layer.heads * layer.size))
-        # Nothing reads the prompt's output of the last layer, so only its keys and values are computed.
-        layer, rotation, _, attend_candidates = last
+        # Nothing but a gate reads the prompt's output of the last layer, so only its keys and values are computed.
+        layer, rotation, mask, attend_candidates = last
         assert isinstance(layer, Layer)
         x = trunk.enter(x)
         y = layer.attention_norm(x)
         k, v = layer.keys(y, batch, rotation), layer.values(y, batch)
-        x, y = (t.reshape(batch, total, -1)[:, prompt_length:].reshape(batch * count * length, -1) for t in (x, y))
+        x, y = x.reshape(batch, total, -1), y.reshape(batch, total, -1)
+        gate = None
+        if trunk.header:
+            at = last_header(prompt, real, trunk.header)
+            place = at.clamp(min=0)
+            first_k, first_v, row = k[:, :prompt_length], v[:, :prompt_length], row_at(mask, place)
+            gate = gate_after_layer(
+                trunk, layer, x, y, rotation, place, lambda q: attend(q, first_k, first_v, row, layer.cap)
+            )
+            gate = torch.where(at[:, None] >= 0, gate, torch.nan)
+        x, y = (t[:, prompt_length:].reshape(batch * count * length, -1) for t in (x, y))
         q = layer.queries(y, batch, part(rotation, prompt_length, count * length))
         keys, values = shared_keys(k[:, :prompt_length], real), shared_values(v[:, :prompt_length])
         out = attend_candidates(q, k[:, prompt_length:], v[:, prompt_length:], keys, values)
         x = layer.finish(x, out.reshape(batch * count * length, layer.heads * layer.size))
-        scores = trunk.score(trunk.final_norm(x)).reshape(batch, count, length)
-        return torch.where(candidate_real, scores, 0.0).transpose(0, 1)
+        return candidate_outputs(trunk, trunk.final_norm(x), gate, candidate_real)

@@ -10,11 +10,16 @@ Shapes: N candidates, B prompts, P new tokens of a prompt, T all of its tokens, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bonnx.models.rotary import Rotation
+
 from .attention import CandidateAttention, attend_prefix, readable, shared_keys, shared_values
+from .gate import candidate_outputs, gate_after_layer, row_at
 from .layers import Layer, Trunk, additive
 
 __all__ = ["RankCachedGraph", "RankPrefillGraph"]
@@ -34,10 +39,13 @@ class RankPrefillGraph(nn.Module):
             inputs: (B, P[, E]).
             prompt_mask: of all tokens, (B, T) int64. T - P tokens of the past are read; any after them are ignored.
             past: for each layer the keys (B, G, K + 2, S + 1) and values (B, G, S + 1, K) of S tokens before, with S
-                from T - P on: an earlier output, or for S = 0 anything of that shape.
+                from T - P on: an earlier output, or for S = 0 anything of that shape. With a gate, also its
+                coefficients (B, O), and where it reads, (B,) int64; if that lies before the new tokens, the
+                coefficients of the past are kept.
 
         Returns:
-            for each layer the keys (B, G, K + 2, T + 1) and values (B, G, T + 1, K); see `attention.py`.
+            for each layer the keys (B, G, K + 2, T + 1) and values (B, G, T + 1, K); see `attention.py`. With a gate,
+            also its coefficients (B, O).
         """
         trunk = self.trunk
         batch, length = inputs.shape[:2]
@@ -64,7 +72,44 @@ class RankPrefillGraph(nn.Module):
             if i < len(masks) - 1:
                 out = attend_prefix(layer.queries(y, batch, rotation), keys, values, mask, layer.cap)
                 x = layer.finish(x, out.reshape(batch * length, layer.heads * layer.size))
+            elif trunk.header:
+                cache.append(_gate(trunk, layer, x, y, rotation, mask, before, cache[-2:], past[-2:]))
         return tuple(cache)
+
+
+def _gate(
+    trunk: Trunk,
+    layer: Layer,
+    x: Tensor,
+    y: Tensor,
+    rotation: Rotation | None,
+    mask: Tensor,
+    before: int,
+    cache: Sequence[Tensor],
+    past: Sequence[Tensor],
+) -> Tensor:
+    """The gate's coefficients (B, O): of the new tokens if it reads one of them, else of the past.
+
+    Args:
+        trunk: has the gate.
+        layer: the last one.
+        x: the residual stream that enters it, (B * P, D).
+        y: the same, normed.
+        rotation: of the new tokens.
+        mask: additive, of `attend_prefix`.
+        before: number of tokens in the past.
+        cache: keys and values of the layer.
+        past: coefficients (B, O), and where the gate reads, (B,) int64.
+    """
+    gate, position = past
+    batch, (keys, values) = position.shape[0], cache
+    x, y = (t.reshape(batch, -1, t.shape[1]) for t in (x, y))
+    place = (position - before).clamp(min=0, max=x.shape[1] - 1)
+    row = row_at(mask.expand(batch, -1, -1), place)
+    new = gate_after_layer(
+        trunk, layer, x, y, rotation, place, lambda q: attend_prefix(q, keys, values, row, layer.cap)
+    )
+    return torch.where((position >= before)[:, None], new, gate)
 
 
 class RankCachedGraph(nn.Module):
@@ -74,17 +119,20 @@ class RankCachedGraph(nn.Module):
         super().__init__()
         self.trunk = trunk
 
-    def forward(self, prompt_mask: Tensor, candidate: Tensor, candidate_mask: Tensor, *cache: Tensor) -> Tensor:
+    def forward(
+        self, prompt_mask: Tensor, candidate: Tensor, candidate_mask: Tensor, *cache: Tensor
+    ) -> tuple[Tensor, ...]:
         """Read candidates after their prompts.
 
         Args:
             prompt_mask: (B, T) int64.
             candidate: (N, B, C[, E]).
             candidate_mask: (N, B, C) int64.
-            cache: for each layer the prompts' keys and values, from `RankPrefillGraph`.
+            cache: for each layer the prompts' keys and values, and with a gate its coefficients, from
+                `RankPrefillGraph`.
 
         Returns:
-            scores (N, B, C); those of padding are 0.
+            as `candidate_outputs`.
         """
         trunk = self.trunk
         count, batch, length = candidate_mask.shape
@@ -108,5 +156,4 @@ class RankCachedGraph(nn.Module):
             q, k, v = layer.queries(y, batch, rotation), layer.keys(y, batch, rotation), layer.values(y, batch)
             out = attend(q, k, v, cache[2 * i], cache[2 * i + 1])
             x = layer.finish(x, out.reshape(rows, layer.heads * layer.size))
-        scores = trunk.score(trunk.final_norm(x)).reshape(batch, count, length)
-        return torch.where(candidate_real, scores, 0.0).transpose(0, 1)
+        return candidate_outputs(trunk, trunk.final_norm(x), cache[-1] if trunk.header else None, candidate_real)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention import allowed, attend
+from .gate import gate_of_rows, last_header
 from .layers import Layer, Trunk, additive
 
 __all__ = ["ScoreGraph"]
@@ -18,10 +19,10 @@ class ScoreGraph(nn.Module):
         super().__init__()
         self.trunk = trunk
 
-    def forward(self, inputs: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, inputs: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
         """Inputs (B, T) int64 or (B, T, E) float32, mask (B, T) int64 -> backbone (B, T, D), scores (B, T, 1).
 
-        Scores of padding are 0.
+        Scores of padding are 0. With a gate there are also the objectives (B, T, O).
         """
         trunk = self.trunk
         rows, length = attention_mask.shape
@@ -38,5 +39,9 @@ class ScoreGraph(nn.Module):
             q, k, v = layer.queries(y, rows, rotation), layer.keys(y, rows, rotation), layer.values(y, rows)
             x = layer.finish(x, attend(q, k, v, mask, layer.cap).reshape(rows * length, layer.heads * layer.size))
         normed = trunk.final_norm(x)
-        scores = torch.where(real, trunk.score(normed).reshape(rows, length), 0.0)
-        return normed.reshape(rows, length, trunk.config.hidden_size), scores[:, :, None]
+        backbone, labels = normed.reshape(rows, length, trunk.config.hidden_size), trunk.labels(normed)
+        gate = gate_of_rows(trunk, backbone, last_header(inputs, real, trunk.header)) if trunk.header else None
+        scores = torch.where(real, trunk.score(labels, gate).reshape(rows, length), 0.0)
+        if gate is None:
+            return backbone, scores[:, :, None]
+        return backbone, scores[:, :, None], labels.reshape(rows, length, labels.shape[1])

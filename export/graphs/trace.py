@@ -73,7 +73,7 @@ def trace_graphs(
 def _graphs(
     model: LanguageModel | TwoHeadedNetwork, scoring: Scoring, opset: int, whole: bool
 ) -> Iterator[tuple[str, ir.Graph]]:
-    trunk = Trunk(model, activation=scoring.activation, label=scoring.label, fused=opset >= 23).eval()
+    trunk = Trunk(model, scoring, fused=opset >= 23).eval()
     width = None if isinstance(model, LanguageModel) else trunk.config.embed_dim
     traced = _Traced(trunk, opset, None if whole else Repetition(trunk))
     if trunk.config.has_scorer:
@@ -99,7 +99,9 @@ def _trace_score(traced: _Traced, width: int | None, scoring: Scoring) -> ir.Gra
     examples = {"input_ids" if width is None else "inputs_embeds": _example(6, 5, width=width)}
     examples["attention_mask"] = torch.ones(6, 5, dtype=torch.int64)
     rows = ["rows", "sequence"]
-    graph = _trace(traced, ScoreGraph(traced.trunk), examples, [rows, rows], {"backbone": rows, "scores": rows})
+    outputs: dict[str, Sequence[str | None]] = {"backbone": rows, "scores": rows}
+    outputs |= {"objectives": rows} if traced.trunk.header else {}
+    graph = _trace(traced, ScoreGraph(traced.trunk), examples, [rows, rows], outputs)
     count = ir.val("num_candidates", ir.DataType.INT64, [])
     graph.inputs.append(count)
     b = Builder("selection")
@@ -119,7 +121,7 @@ def _trace_rank(traced: _Traced, width: int | None, scoring: Scoring) -> ir.Grap
     }
     prompt, candidate = ["batch", "prompt_length"], ["num_candidates", "batch", "length"]
     axes = [prompt, prompt, candidate, candidate]
-    graph = _trace(traced, RankGraph(traced.trunk), examples, axes, {"scores": candidate})
+    graph = _trace(traced, RankGraph(traced.trunk), examples, axes, _candidate_outputs(traced, candidate))
     append_selection(graph, Builder("selection"), graph.outputs[0], graph.inputs[3], scoring.vote_weight)
     return graph
 
@@ -132,6 +134,10 @@ def _trace_rank_prefill(traced: _Traced, width: int | None) -> ir.Graph:
         examples[name.replace("prompt", "past")] = torch.zeros(_prompt_shape(traced, name, 6))
         axes.append([axis and axis.replace("prompt", "past") for axis in names])
     outputs: dict[str, Sequence[str | None]] = dict(_cache_axes(traced.layers, candidates=False))
+    if traced.trunk.header:
+        examples |= {"past_gate": torch.zeros(2, traced.trunk.config.num_labels), "gate_position": _example(2)}
+        axes += [["batch"], ["batch"]]
+        outputs["prompt_gate"] = ["batch"]
     return _trace(traced, RankPrefillGraph(traced.trunk), examples, axes, outputs)
 
 
@@ -144,9 +150,17 @@ def _trace_rank_cached(traced: _Traced, width: int | None, scoring: Scoring) -> 
     for name, names in _cache_axes(traced.layers, candidates=False):
         examples[name] = torch.zeros(_prompt_shape(traced, name, 5))
         axes.append(names)
-    graph = _trace(traced, RankCachedGraph(traced.trunk), examples, axes, {"scores": candidate})
+    if traced.trunk.header:
+        examples["prompt_gate"] = torch.zeros(2, traced.trunk.config.num_labels)
+        axes.append(["batch"])
+    graph = _trace(traced, RankCachedGraph(traced.trunk), examples, axes, _candidate_outputs(traced, candidate))
     append_selection(graph, Builder("selection"), graph.outputs[0], graph.inputs[2], scoring.vote_weight)
     return graph
+
+
+def _candidate_outputs(traced: _Traced, axes: Sequence[str]) -> dict[str, Sequence[str | None]]:
+    """The outputs of `rank`, before those of the selection, and their axes."""
+    return {"scores": axes, **({"objectives": axes} if traced.trunk.header else {})}
 
 
 def _prompt_shape(traced: _Traced, name: str, length: int) -> tuple[int, ...]:

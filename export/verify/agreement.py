@@ -99,8 +99,11 @@ def default_prompts(
     """
     generates = isinstance(config, LanguageModelConfig) and config.vocabulary_head
     text, longest = manifest.text, manifest.limits.max_tokens
-    if manifest.tokenizer is None or text.unknown == "refuse" or longest < _QUESTION_TOKENS:
-        return _noise(config, longest, seed), "random tokens"
+    header = manifest.scoring.gate_tokens
+    # A gate reads what a chat template writes.
+    silent = bool(header) and text.chat_template is None
+    if manifest.tokenizer is None or text.unknown == "refuse" or longest < _QUESTION_TOKENS or silent:
+        return _noise(config, longest, seed, header), "random tokens"
     questions = draw_questions(PROMPTS, CANDIDATES, seed)
     if generates:
         return [HeldOut(question) for question, _ in questions], "built-in questions"
@@ -110,13 +113,17 @@ def default_prompts(
     return [HeldOut(*chat) for chat in chats], "built-in questions"
 
 
-def _noise(config: LanguageModelConfig | NetworkConfig, longest: int, seed: int) -> list[HeldOut]:
+def _noise(
+    config: LanguageModelConfig | NetworkConfig, longest: int, seed: int, header: Sequence[int]
+) -> list[HeldOut]:
+    """Return random prompts and candidates; `header` ends each prompt."""
     rng, questions = np.random.default_rng(seed), []
     for _ in range(PROMPTS):
         length = int(rng.integers(1, max(1, min(24, longest // 2)) + 1))
         if isinstance(config, LanguageModelConfig):
             ids = rng.integers(0, config.vocab_size, (CANDIDATES + 1, length))
-            questions.append(HeldOut(ids[0], None if config.vocabulary_head else list(ids[1:])))
+            prompt = np.concatenate([ids[0], np.array(header, np.int64)])
+            questions.append(HeldOut(prompt, None if config.vocabulary_head else list(ids[1:])))
             continue
         rows = rng.standard_normal((CANDIDATES + 1, length, config.embed_dim), np.float32)
         questions.append(HeldOut(rows[0], list(rows[1:])))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from bonnx.runtime.artifact.manifest import Parity
 from bonnx.runtime.engine.prompt_cache import PREFILL, RANK_CACHED, as_past, nothing_read
+from bonnx.runtime.selection.gate import last_header
 
 from .parity import Array, Checker
 
@@ -56,10 +59,13 @@ class CachedRankings:
         rng, name = self._checker.rng, "prompt_ids" if self._checker.ids else "prompt_embeds"
         prompt, mask = feeds[name], feeds["prompt_mask"]
         length, done, cache = prompt.shape[1], 0, nothing_read(self._checker.graphs[PREFILL], len(prompt))
+        header, gate = self._checker.scoring.gate_tokens, {}
+        if header:
+            gate = {"gate_position": np.array([last_header(row, header) for row in np.where(mask > 0, prompt, -1)])}
         while done < length:
             # The last tokens that were read are forgotten now and then, and read again.
             done -= int(rng.integers(0, done + 1)) if rng.random() < 0.5 else 0
             end = int(rng.integers(done + 1, length + 1))
-            piece = {name: prompt[:, done:end], "prompt_mask": mask[:, :end], **as_past(cache)}
+            piece = {name: prompt[:, done:end], "prompt_mask": mask[:, :end], **as_past(cache), **gate}
             cache, done = self._checker.run_graph(PREFILL, piece), end
         return {key: value for key, value in feeds.items() if key != name} | cache

@@ -19,7 +19,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from bonnx.models.network import LanguageModel, TwoHeadedNetwork, final_logits
+from bonnx.models.scorer_kinds import GatedScorer
 from bonnx.runtime.artifact.manifest import Scoring
+from bonnx.runtime.selection.gate import last_header
 
 from ..precision.quantize import Linear4, Linear8, Linear16, table
 
@@ -128,10 +130,10 @@ class Exact:
             block = form(layer)
             states = [(block(x, rotations[i], masks[i]), rotations, masks) for x, rotations, masks in states]
         norm, scorer = form(network.final_norm), form(network.scorer)
-        for x, *_ in states:
+        for (x, *_), rows in zip(states, batches, strict=True):
             backbone = norm(x)
             if network.config.has_scorer:
-                yield Outputs(backbone, activated(scorer(backbone), self._scoring))
+                yield Outputs(backbone, scored(scorer, backbone, rows, self._scoring))
             else:
                 yield Outputs(backbone, certainty(self._logits(backbone, int(form is not _widened))))
 
@@ -164,6 +166,18 @@ def activated(scores: Tensor, scoring: Scoring) -> Tensor:
     return scores.sigmoid() if scoring.activation == "sigmoid" else scores
 
 
+def scored(scorer: nn.Module, backbone: Tensor, rows: Array, scoring: Scoring) -> Tensor:
+    """Backbone (B, T, D) of rows (B, T[, E]) -> the scores of their positions (B, T), as the graphs compute them."""
+    labels: Tensor = scorer(backbone)
+    if not scoring.gate_tokens:
+        return activated(labels, scoring)
+    assert isinstance(scorer, GatedScorer)
+    places = torch.tensor([last_header(row, scoring.gate_tokens) for row in rows])
+    coefficients = scorer.coefficients(backbone[torch.arange(len(rows)), places.clamp(min=0)])
+    scores = torch.where(places[:, None] >= 0, (labels * coefficients[:, None]).sum(-1), torch.nan)
+    return scores.sigmoid() if scoring.activation == "sigmoid" else scores
+
+
 def certainty(logits: Tensor) -> Tensor:
     """Self-certainty of the next token (Kang et al., 2025): (..., V) -> (...), the mean over tokens of -log(V p)."""
     return -(logits.log_softmax(-1) + math.log(logits.shape[-1])).mean(-1)
@@ -181,7 +195,7 @@ def score_rows(
     with torch.no_grad():
         if isinstance(model, LanguageModel):
             values = model.embedding(values)
-        backbone, scores = network(values, None if mask is None else torch.from_numpy(mask))
+        backbone = network.encode(values, None if mask is None else torch.from_numpy(mask))
         if isinstance(model, LanguageModel) and not network.config.has_scorer:
             return backbone.numpy(), certainty(model.logits(backbone)).numpy()
-    return backbone.numpy(), activated(scores, scoring).numpy()
+        return backbone.numpy(), scored(network.scorer, backbone, rows, scoring).numpy()

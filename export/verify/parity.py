@@ -22,6 +22,7 @@ from bonnx.runtime.selection.aggregate import aggregate, elect
 
 from ..graphs.selection import plain_selection
 from .exact import Exact, Outputs, Tolerances
+from .inputs import padding_mask, put_header
 from .reference import MatMulNBits
 
 __all__ = ["Case", "Checker", "check_structure"]
@@ -150,17 +151,23 @@ class Checker:
         return feeds, expected
 
     def feeds(self, prompt: int, length: int, count: int, batch: int, padding: str) -> dict[str, Array]:
-        """Draw random feeds for `rank`."""
+        """Draw random feeds for `rank`; with a gate, each prompt has a header that it reads."""
+        header = np.array(self.scoring.gate_tokens, np.int64)
+        prompt = max(prompt, len(header))
         rng, axis = self.rng, ([] if self.ids else [self.network.config.embed_dim])
-        prompt_size = np.full(batch, prompt) if padding == "none" else rng.integers(1, prompt + 1, batch)
+        prompt_size = (
+            np.full(batch, prompt) if padding == "none" else rng.integers(max(1, len(header)), prompt + 1, batch)
+        )
         sizes = np.full((count, batch), length) if padding == "none" else rng.integers(1, length + 1, (count, batch))
         if self._stretches(prompt + length):
             sizes = np.broadcast_to(sizes[:1], sizes.shape)
         suffix = "ids" if self.ids else "embeds"
         feeds = {f"prompt_{suffix}": self._draw(batch, prompt, *axis)}
-        feeds["prompt_mask"] = _mask(prompt_size, prompt, padding)
+        feeds["prompt_mask"] = padding_mask(prompt_size, prompt, padding)
+        for row, mask in zip(feeds[f"prompt_{suffix}"], feeds["prompt_mask"], strict=True):
+            put_header(rng, self.scoring.gate_tokens, row, np.flatnonzero(mask))
         feeds |= {f"candidate_{suffix}": self._draw(count, batch, length, *axis)}
-        return feeds | {"candidate_mask": _mask(sizes, length, padding)} | plain_selection()
+        return feeds | {"candidate_mask": padding_mask(sizes, length, padding)} | plain_selection()
 
     def _stretches(self, length: int) -> bool:
         """Whether rotary frequencies depend on a row's length; `rank` uses those of the longest candidate for all."""
@@ -207,7 +214,10 @@ class Checker:
         """Run the same rows through `score` unpadded, padded on the right, and padded on the left."""
         for number, (_, length, count, batch) in enumerate(self._shapes()):
             axis = [] if self.ids else [self.network.config.embed_dim]
+            length = max(length, len(self.scoring.gate_tokens))
             row, extra = self._draw(count * batch, length, *axis), int(self.rng.integers(1, 6))
+            for tokens in row:
+                put_header(self.rng, self.scoring.gate_tokens, tokens, np.arange(length))
             size = count * batch, length
             exact = {"scores": np.zeros(size), "backbone": np.zeros((*size, self.network.config.hidden_size))}
 
@@ -329,6 +339,7 @@ class Checker:
 
     def record(self, name: str, feeds: dict[str, Array], outputs: dict[str, Array], **exact: Array) -> None:
         """Keep a case for `bonnx verify`: exact outputs in place of the graph's, and the tolerance of each."""
+        outputs = {key: value for key, value in outputs.items() if key != "objectives"}
         recorded = {key: value.astype(outputs[key].dtype) for key, value in (outputs | exact).items()}
         self.recorded |= {f"{name}/in/{key}": value for key, value in feeds.items()}
         self.recorded |= {f"{name}/out/{key}": value for key, value in recorded.items()}
@@ -336,9 +347,3 @@ class Checker:
             if value.dtype == np.float32:
                 kind = key if key in self.tolerances.errors else "scores"
                 self.recorded[f"{name}/allowed/{key}"] = np.array(self.tolerances.allowed(kind))
-
-
-def _mask(sizes: Array, length: int, padding: str) -> Array:
-    index = np.arange(length)
-    real = index >= length - sizes[..., None] if padding == "left" else index < sizes[..., None]
-    return real.astype(np.int64)

@@ -21,7 +21,9 @@ def describe_scoring(scoring: Scoring) -> str:
     parts = ["the last token" if scoring.aggregation == "last" else f"{read} of {where}"]
     if scoring.token_score == "self_certainty":
         parts.insert(0, "no scorer: self-certainty of the language model")
-    if len(scoring.labels) > 1:
+    if scoring.gate_tokens:
+        parts.append(f"{len(scoring.labels)} objectives, weighted by a gate that reads the prompt")
+    elif len(scoring.labels) > 1:
         parts.append(f"label {scoring.labels[scoring.label]} of {', '.join(scoring.labels)}")
     elif scoring.label:
         parts.append(f"label {scoring.label}")

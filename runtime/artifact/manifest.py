@@ -103,6 +103,9 @@ class Scoring(_Frozen, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Appended to a text candidate that does not end with it, unless the caller says that it is partial."""
     reward_token: int | None = None
     """Appended to every text candidate, finished or not: the scorer was trained to be read there."""
+    gate_tokens: list[int] = []
+    """Of a gated scorer: the header of an assistant's turn. The gate reads the first token of the last one in the
+    prompt, and weighs the labels, which are objectives, by what it finds."""
     stop_tokens: list[int] = []
     """End a completion while generating, as the end token does, but are not appended to a candidate."""
     pad_token: int = 0

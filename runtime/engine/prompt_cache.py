@@ -12,6 +12,7 @@ import numpy as np
 
 from ..arrays import Array
 from ..artifact.manifest import Graph, Manifest
+from ..selection.gate import last_header
 from .session import HeldArray, Session, Stop
 
 __all__ = ["PREFILL", "RANK_CACHED", "PromptCache", "as_past", "nothing_read"]
@@ -115,6 +116,9 @@ class PromptCache:
                 shared, past = 0, self._nothing()
             else:
                 shared, past = min(shared, len(prompt) - 1), begun.values
+                if (gate := self._gate(prompt)) != self._gate(begun.prompt):
+                    # The other prompt's gate reads another place, so from there on this one is read again.
+                    shared = min(shared, gate)
             entry.values = self._continue(prompt, shared, past, stop)
         finally:
             entry.ready.set()
@@ -144,8 +148,15 @@ class PromptCache:
                 ids.name: prompt[None, first:last],
                 "prompt_mask": np.ones((1, last), np.int64),
             }
+            if self._manifest.scoring.gate_tokens:
+                feeds["gate_position"] = np.array([self._gate(prompt)])
             past = session.values({**feeds, **as_past(past)}, stop=stop)
         return past
+
+    def _gate(self, prompt: Array) -> int:
+        """Where the gate reads a prompt, if the scorer has one; else 0."""
+        header = self._manifest.scoring.gate_tokens
+        return last_header(prompt, header) if header else 0
 
     def _nothing(self) -> dict[str, HeldArray]:
         """Keys and values of no tokens."""

@@ -31,11 +31,14 @@ def join_rankings(
     scores = [np.zeros(0, np.float32) for _ in range(count)]
     steps: list[np.ndarray] = [np.zeros(0, np.float32) for _ in range(count)]
     unreadable: dict[int, str] = {}
+    objectives: dict[str, np.ndarray] = {}
     for numbers, part in parts:
         for place, number in enumerate(numbers):
             totals[number], scores[number] = part.candidate_scores[place], part.scores[place]
             if part.step_scores is not None:
                 steps[number] = part.step_scores[place]
+            for name, values in (part.objectives or {}).items():
+                objectives.setdefault(name, np.full(count, np.nan, np.float32))[number] = values[place]
             if place in part.unreadable:
                 unreadable[number] = part.unreadable[place]
     chosen, groups = ballot.choose(totals)
@@ -51,4 +54,5 @@ def join_rankings(
         None if first.step_scores is None else steps,
         first.cut,
         unreadable,
+        None if first.objectives is None else objectives,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..arrays import Array
 from ..artifact.limits import check_size
 from ..engine.engine import Engine
+from ..selection.gate import last_header
 from ..text.reader import Item
 
 __all__ = ["prepare", "read_prompt"]
@@ -29,5 +30,9 @@ def read_prompt(engine: Engine, prompt: Item, instruction: str | None = None) ->
     if not len(values):
         return None
     check_size(engine.manifest, 1, len(values), 1, engine.memory_limit)
+    header = engine.manifest.scoring.gate_tokens
+    if header and last_header(values, header) < 0:
+        # The gate reads each candidate, so nothing of them is shared.
+        return None
     # With dynamic rope scaling, the keys of a longer row depend on its length.
     return values if len(values) < engine.joint_limit and engine.prompts.keeps(len(values)) else None

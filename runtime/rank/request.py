@@ -19,6 +19,7 @@ from ..selection.aggregate import aggregation_code, is_stepwise
 from ..selection.vote import Answers, Ballot, make_ballot
 from ..text.padding import pad, step_mask
 from ..text.reader import EncodedRows, Item
+from .gate import with_shared_gate
 
 __all__ = ["RankOptions", "RankRequest", "pad_rows", "read_request", "readable_positions"]
 
@@ -114,6 +115,7 @@ def read_request(
     check_flag("truncate", truncate)
     check_some(candidates, names.candidates)
     rows = engine.reader.pairs(prompt, candidates, names, partial=partial, truncate=truncate, instruction=instruction)
+    rows = with_shared_gate(scoring, rows, names)
     ballot = make_ballot(vote, answers, candidates, names.candidates, rows.unreadable, scoring)
     values, mask = pad_rows(engine, rows, names)
     steps = readable_positions(engine, name, rows, values, step_masks)

@@ -39,9 +39,11 @@ class Ranking(Result):
         cut: number of tokens dropped from the beginning of the prompt, with `truncate`.
         unreadable: for each candidate that could not be read (it is empty, or the tokenizer cannot encode it) its index
             and why; its score is NaN, and it has no `scores`.
+        objectives: of a model whose score is weighted by a gate, what it weighs: for each name (num_candidates,)
+            float32, aggregated as the scores are; None for any other.
     """
 
-    _optional: ClassVar[tuple[str, ...]] = ("step_scores", "cut", "unreadable", "answers", "group_scores")
+    _optional: ClassVar[tuple[str, ...]] = ("step_scores", "cut", "unreadable", "answers", "group_scores", "objectives")
     _summary: ClassVar[tuple[str, ...]] = ("best_index", "best", "candidate_scores", "margin", "aggregation")
 
     best_index: int
@@ -56,6 +58,7 @@ class Ranking(Result):
     step_scores: list[NDArray[np.float32]] | None = None
     cut: int = 0
     unreadable: Mapping[int, str] = field(default_factory=dict)
+    objectives: Mapping[str, NDArray[np.float32]] | None = None
 
     def _columns(self) -> dict[str, Sequence[object]]:
         return _columns(self, self.candidate_scores)
@@ -74,7 +77,7 @@ class Scored(Result):
         order: as in `Ranking`, as are the following.
     """
 
-    _optional: ClassVar[tuple[str, ...]] = ("backbone", "unreadable", "answers", "group_scores")
+    _optional: ClassVar[tuple[str, ...]] = ("backbone", "unreadable", "answers", "group_scores", "objectives")
     _summary: ClassVar[tuple[str, ...]] = ("best_index", "row_scores", "margin", "aggregation")
 
     best_index: int
@@ -87,6 +90,7 @@ class Scored(Result):
     answers: tuple[Hashable | None, ...] | None
     group_scores: NDArray[np.float32] | None
     unreadable: Mapping[int, str] = field(default_factory=dict)
+    objectives: Mapping[str, NDArray[np.float32]] | None = None
 
     def _columns(self) -> dict[str, Sequence[object]]:
         return _columns(self, self.row_scores)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from ..engine.engine import Engine
 from ..engine.prompt_cache import RANK_CACHED
 from ..engine.session import Stop
 from ..selection.aggregate import aggregation_code, is_stepwise
+from ..selection.gate import objectives_by_name
 from .request import RankRequest
 from .result import Ranking, winner
 
@@ -80,7 +82,7 @@ def run_together(
         filled[slot] += len(request.values)
     suffix = engine.input_suffix
     feeds = _feeds(requests, places, len(slots), max(filled), suffix, engine.manifest.scoring.pad_token)
-    scores, candidate_scores, best, groups = _run(engine, requests[0], feeds, stop)
+    scores, candidate_scores, best, groups, *objectives = _run(engine, requests[0], feeds, stop)
     scores = scores.reshape(*candidate_scores.shape, -1)
     results: list[Ranking | NoWinnerError] = []
     for request, (slot, rows) in zip(requests, places, strict=True):
@@ -90,9 +92,12 @@ def run_together(
             ballot = request.ballot
             index, group_scores = ballot.choose(candidate_scores[rows, slot])
         try:
-            results.append(
-                _ranking(request, int(index), scores[rows, slot], candidate_scores[rows, slot], group_scores)
-            )
+            ranking = _ranking(request, int(index), scores[rows, slot], candidate_scores[rows, slot], group_scores)
+            if objectives:
+                tokens = objectives[0].reshape(*scores.shape, -1)[rows, slot, : request.mask.shape[1]]
+                rule = engine.manifest.scoring, tokens, request.mask, request.steps, request.aggregation
+                ranking = replace(ranking, objectives=objectives_by_name(*rule))
+            results.append(ranking)
         except NoWinnerError as e:
             results.append(e)
     return results
@@ -101,14 +106,15 @@ def run_together(
 def _run(engine: Engine, first: RankRequest, feeds: dict[str, Array], stop: Stop | None) -> list[Array]:
     """Run the graph for `feeds`, which are those of `rank`; the outputs in the order of `_OUTPUTS`."""
     suffix = engine.input_suffix
+    outputs = [*_OUTPUTS, "objectives"] if engine.manifest.scoring.gate_tokens else _OUTPUTS
     if not len(first.prompt):
         # The prompt's last token is merged with each candidate's first one, so no tokens are shared.
-        return engine.session("score").run(_feeds_of_score(feeds, suffix), _OUTPUTS, stop)
+        return engine.session("score").run(_feeds_of_score(feeds, suffix), outputs, stop)
     if not first.continues:
-        return engine.session("rank").run(feeds, _OUTPUTS, stop)
+        return engine.session("rank").run(feeds, outputs, stop)
     del feeds[f"prompt_{suffix}"]
-    outputs = engine.session(RANK_CACHED).values({**feeds, **engine.prompts.read(first.prompt, stop)}, stop=stop)
-    return [outputs[name].numpy() for name in _OUTPUTS]
+    values = engine.session(RANK_CACHED).values({**feeds, **engine.prompts.read(first.prompt, stop)}, stop=stop)
+    return [values[name].numpy() for name in outputs]
 
 
 def _feeds(

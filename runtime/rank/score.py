@@ -10,8 +10,10 @@ from ..arrays import Array
 from ..checks import ArgumentNames, check_flag, check_some
 from ..engine.engine import Engine
 from ..selection.aggregate import aggregation_code
+from ..selection.gate import objectives_by_name
 from ..selection.vote import Answers, Ballot, make_ballot
 from ..text.reader import EncodedRows, Item
+from .gate import check_gate
 from .request import pad_rows, readable_positions
 from .result import Scored, winner
 
@@ -40,11 +42,16 @@ def score_rows(
     aggregation_code(name)
     check_some(rows, "rows")
     read = engine.reader.rows(rows, _NAMES, partial=partial)
+    check_gate(scoring, read, _NAMES)
     ballot = make_ballot(vote, answers, rows, "rows", read.unreadable, scoring)
     values, mask = pad_rows(engine, read, _NAMES)
     feeds = score_feeds(engine, read, values, mask, name, ballot, step_masks)
-    outputs = ["scores", "candidate_scores", "best_index", "group_scores", *(["backbone"] if backbone else [])]
+    outputs = ["scores", "candidate_scores", "best_index", "group_scores"]
+    outputs += ["backbone"] * backbone + ["objectives"] * bool(scoring.gate_tokens)
     scores, row_scores, best, groups, *rest = engine.session("score").run(feeds, outputs)
+    objectives = None
+    if scoring.gate_tokens:
+        objectives = objectives_by_name(scoring, rest[-1], mask, feeds["step_mask"][:, 0], name)
     return Scored(
         winner(int(best[0]), "rows"),
         row_scores[:, 0],
@@ -53,6 +60,7 @@ def score_rows(
         name,
         *ballot.count(row_scores[:, 0], groups[:, 0]),
         unreadable=read.unreadable,
+        objectives=objectives,
     )
 
 

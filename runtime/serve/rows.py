@@ -11,6 +11,7 @@ from starlette.requests import Request
 from ..arrays import Array
 from ..batching import Shape
 from ..checks import ArgumentNames
+from ..rank.gate import check_gate
 from ..rank.request import pad_rows
 from ..rank.score import score_feeds
 from ..selection.vote import make_ballot
@@ -53,6 +54,7 @@ async def score_rows(service: Service, request: Request, rows: Sequence[Item], n
 
     def read() -> tuple[EncodedRows, Array, Array]:
         encoded = engine.reader.rows(rows, names, partial=False)
+        check_gate(scoring, encoded, names)
         return encoded, *pad_rows(engine, encoded, names)
 
     encoded, values, mask = await service.aside(read, request, size(request) + sent.characters)

@@ -13,6 +13,7 @@ from bonnx.export.verify.exact import activated
 from bonnx.models.checkpoint import load_checkpoint
 from bonnx.models.config import ConfigError
 from bonnx.models.head_file import read_head_file
+from bonnx.models.hub import parse_source
 from tests.checkpoints import ANSWERS, QUESTION
 from tests.head_checkpoints import OTHER_HEADS, REWARD_TOKEN, make_other
 from tests.tolerance import RUNTIME, within
@@ -116,3 +117,23 @@ def test_a_tensor_that_two_files_have_is_an_error(tmp_path, rng):
     save_file(tensors, tmp_path / "checkpoint/model.safetensors")
     with pytest.raises(ConfigError, match=r"tensor 'v_head\.summary\.weight' is in model\.safetensors too"):
         load_checkpoint(tmp_path / "checkpoint")
+
+
+@pytest.mark.parametrize(
+    ("folder", "fields"),
+    [
+        ("PairRM", {}),
+        ("model", {"architectures": ["DebertaV2PairRM"], "model_type": "deberta-v2"}),
+        ("pair-preference-model-LLaMA3-8B", {}),
+        ("model", {"_name_or_path": "RLHFlow/pair-preference-model-LLaMA3-8B"}),
+        ("model", {"ranker_type": "pairranker"}),
+    ],
+)
+def test_models_of_pairs_are_refused_by_name(unknown, tmp_path, folder, fields):
+    (tmp_path / folder).mkdir()
+    config = json.loads((unknown / "config.json").read_text())
+    (tmp_path / folder / "config.json").write_text(json.dumps(config | fields))
+    with pytest.raises(ConfigError, match="names a model that reads two candidates"):
+        read_checkpoint(tmp_path / folder, Overrides())
+    with pytest.raises(ConfigError, match=r"'llm-blender/PairRM' names a model that reads two"):
+        parse_source("llm-blender/PairRM")

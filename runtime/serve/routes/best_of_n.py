@@ -176,6 +176,8 @@ def _candidate(outcome: Outcome, ranking: Ranking, body: BestOfNBody, i: int) ->
         entry["answer"] = ranking.answers[i]
     if ranking.group_scores is not None:
         entry["group_score"] = to_json(ranking.group_scores[i])
+    if ranking.objectives is not None:
+        entry["objectives"] = {name: to_json(values[i]) for name, values in ranking.objectives.items()}
     if ranking.step_scores is not None:
         entry["step_scores"] = to_json(ranking.step_scores[i])
     if body.token_scores:

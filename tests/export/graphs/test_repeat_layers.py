@@ -40,7 +40,7 @@ def _seeded(rng):
 
 
 def _trunk(model):
-    return Trunk(model, activation="none", label=0, fused=True)
+    return Trunk(model, Scoring(), fused=True)
 
 
 def _language_model(**options):
