@@ -63,12 +63,12 @@ class HubSource:
 
 
 def parse_source(text: str) -> Path | HubSource:
-    """Parse `--checkpoint`: an existing folder, or else `org/name` or `org/name@revision`.
+    """Parse `--checkpoint`: an existing folder or GGUF file, or else `org/name` or `org/name@revision`.
 
     Raises:
         ConfigError: if it is neither, or the id is that of a model that judges pairs.
     """
-    if os.path.isdir(text):
+    if os.path.isdir(text) or (text.endswith(".gguf") and os.path.isfile(text)):
         return Path(text)
     match = None if os.path.lexists(text) else _ID.fullmatch(text)
     if match is None:

@@ -1,6 +1,7 @@
 """Open a checkpoint: find its files, its base model if it is an adapter, and read its config.
 
-A checkpoint is a folder in bonnx's format or that of transformers, or an adapter of peft with its base model.
+A checkpoint is a folder in bonnx's format or that of transformers, an adapter of peft with its base model, or a GGUF
+file.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,9 @@ from .config_reader import ConfigReader
 from .families import FAMILIES
 from .fields import check_fields
 from .files import check_folder, check_present, read_json
+from .gguf import read_gguf
+from .gguf_config import translate_gguf
+from .gguf_tokenizer import find_tokenizer
 from .hub import HubSource, download, parse_source
 from .huggingface import is_huggingface
 from .lora import MergedWeights, merged_config
@@ -37,8 +42,8 @@ class OpenedCheckpoint:
     Attributes:
         path: what was opened, for messages.
         config: its config.json; of an adapter, that of the merged model.
-        tokenizer: the folder of the tokenizer's files.
         weights: opens the tensors.
+        find_tokenizer: returns the folder of the tokenizer's files.
         source: what it was made from, if it is an adapter: the names of adapter and base model, or their hub ids with
             commits.
         remarks: sentences for the user.
@@ -46,10 +51,19 @@ class OpenedCheckpoint:
 
     path: Path
     config: dict[str, Any]
-    tokenizer: Path
     weights: Callable[[], TensorReader]
+    find_tokenizer: Callable[[], Path]
     source: str | None = None
     remarks: tuple[str, ...] = ()
+
+    @cached_property
+    def tokenizer(self) -> Path:
+        """The folder of the tokenizer's files.
+
+        Raises:
+            ConfigError: if the tokenizer of a GGUF file cannot be converted.
+        """
+        return self.find_tokenizer()
 
 
 def open_checkpoint(
@@ -58,7 +72,7 @@ def open_checkpoint(
     """Open a checkpoint's folder.
 
     Args:
-        folder: the checkpoint, or an adapter.
+        folder: the checkpoint, an adapter, or a GGUF file.
         base: folder or hub id of an adapter's base model; by default the one in the adapter's folder, or the one that
             its adapter_config.json names.
         adapter: name of an adapter, whose files are in a subfolder of this name; `default` is the folder itself.
@@ -69,12 +83,16 @@ def open_checkpoint(
             adapter was trained on.
     """
     folder = Path(folder)
+    if folder.suffix == ".gguf":
+        if base is not None or adapter is not None:
+            raise ConfigError(f"{folder} is not an adapter, so it has no base model; omit --base and --adapter")
+        return _open_gguf(folder)
     place = _adapter_folder(folder, adapter)
     if place is None:
         if base is not None:
             raise ConfigError(f"{folder} is not an adapter, so it has no base model; omit --base")
         config = _read_config(folder)
-        return OpenedCheckpoint(folder, config, folder, lambda: Weights(folder))
+        return OpenedCheckpoint(folder, config, lambda: Weights(folder), lambda: folder)
     check_present(place)
     settings = read_settings(place)
     root, name, remarks = _base(settings, folder, place, base)
@@ -98,11 +116,21 @@ def open_checkpoint(
     return OpenedCheckpoint(
         path=place,
         config=merged_config(config, merged, settings, family),
-        tokenizer=place if own else root,
         weights=lambda: merged,
+        find_tokenizer=lambda: place if own else root,
         source=f"{source or place.resolve().name} on {name}",
         remarks=tuple(remarks),
     )
+
+
+def _open_gguf(path: Path) -> OpenedCheckpoint:
+    """Open a GGUF file."""
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file")
+    check_present(path.parent)
+    file = read_gguf(path)
+    config, weights = translate_gguf(file)
+    return OpenedCheckpoint(path, config, lambda: weights, lambda: find_tokenizer(path, config["vocab_size"]))
 
 
 def _adapter_folder(folder: Path, name: str | None) -> Path | None:

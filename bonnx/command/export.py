@@ -38,7 +38,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--checkpoint",
         metavar="DIR",
         help="folder with config.json and safetensors files, or the id of one on a hub (org/name or "
-        "org/name@revision); also a LoRA adapter of peft (default: Countdown, the model that ships)",
+        "org/name@revision); also a LoRA adapter of peft, or a GGUF file (default: Countdown, the model that ships)",
     )
     parser.add_argument(
         "--base",
@@ -144,8 +144,6 @@ def _configure_scoring(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Export, verify, print the parity table; for Countdown also let the artifact solve puzzles."""
     shipped = arguments.checkpoint is None
-    if shipped and (arguments.base or arguments.adapter):
-        raise InputError("--base and --adapter: expected --checkpoint too, the adapter")
     if arguments.output is None and not shipped:
         raise InputError("--checkpoint needs -o/--output: the folder to write")
     output = _output(arguments)
@@ -154,7 +152,7 @@ def run(arguments: argparse.Namespace) -> int:
     check_output(output, overwrite=overwrite)
     if arguments.triton is not None:
         check_repository(arguments.triton, output, overwrite=arguments.overwrite)
-    opened, name, revision = (open_checkpoint(CHECKPOINT), "countdown", None) if shipped else _open(arguments)
+    opened, name, revision = _open(arguments)
     checkpoint = read_checkpoint(
         opened,
         Overrides(**{name: getattr(arguments, name) for name in Overrides.__annotations__}),
@@ -221,9 +219,13 @@ def _output(arguments: argparse.Namespace) -> Path:
 
 def _open(arguments: argparse.Namespace) -> tuple[OpenedCheckpoint, str, str | None]:
     """The checkpoint, a name for people, and for one from a hub its id with the commit."""
+    if arguments.checkpoint is None:
+        if arguments.base or arguments.adapter:
+            raise InputError("--base and --adapter: expected --checkpoint too, the adapter")
+        return open_checkpoint(CHECKPOINT), "countdown", None
     source, revision = parse_source(arguments.checkpoint), None
     if isinstance(source, Path):
-        folder, name = source, source.resolve().name
+        folder, name = source, source.resolve().name.removesuffix(".gguf")
     else:
         folder, commit = download(source, arguments.adapter)
         name, revision = source.repo.split("/")[-1], f"{source.repo}@{commit}"
