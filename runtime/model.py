@@ -151,8 +151,7 @@ class Model:
             partial: text candidates are not finished yet: no end token is appended, and no template closes the answer.
             truncate: drop the beginning of a prompt that is too long instead of raising an error; `Ranking.cut` says
                 how much. Candidates are never cut.
-            instruction: of a reranker, what makes a document relevant; by default the model's own. Its prompt is a
-                query and its candidates are documents, each as text, which the artifact's template puts together.
+            instruction: of a reranker of queries and documents: what makes one relevant; by default the model's own.
             vote: `score` (the best candidate), or the best candidate of one answer: `weighted` (the answer whose
                 candidates' weights have the largest sum: their probabilities, or the softmax of raw scores) or
                 `majority` (the answer of most candidates). If no candidate has an answer, the best candidate wins.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +13,7 @@ from bonnx.models.head import LabelTokens
 from bonnx.runtime.artifact.manifest import PairRules
 from bonnx.runtime.text.pair import PairTemplate
 
+from .label_tokens import answer_token
 from .published_rerankers import PUBLISHED, published_as
 from .sentence_transformers import content_of, read_description
 from .tokenizer import TextFiles
@@ -43,7 +44,6 @@ def find_reranker(
     folder: Path,
     config: Mapping[str, Any],
     tokenizer: TextFiles | None,
-    token: Callable[[str, TextFiles | None], int],
     *,
     name: str | None,
     repository: str | None,
@@ -54,7 +54,6 @@ def find_reranker(
         folder: the checkpoint.
         config: the parsed config.json.
         tokenizer: the checkpoint's.
-        token: returns the id of a text that is exactly one token.
         name: the caller's own word for it, one of `PUBLISHED`; it overrides what the checkpoint says.
         repository: `org/name` on the hub, if it came from there.
 
@@ -87,7 +86,7 @@ def find_reranker(
         found = Reranker(described.labels, described.activation, template, rules)
     else:
         published = PUBLISHED[str(name)]
-        ids = tuple(label if isinstance(label, int) else token(label, tokenizer) for label in published.labels)
+        ids = tuple(label if isinstance(label, int) else answer_token(label, tokenizer) for label in published.labels)
         labels = LabelTokens(ids, contrast=True, divisor=published.divisor)
         found = Reranker(labels, published.activation, published.template, PairRules(template=PAIR_TEMPLATE))
     _check_template(folder, found, tokenizer)

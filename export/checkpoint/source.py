@@ -3,31 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import msgspec
-import tokenizers
 
 from bonnx.errors import ExportError, InputError
 from bonnx.models.checkpoint import load_checkpoint
 from bonnx.models.config import ConfigError, NetworkConfig
 from bonnx.models.fields import check_fields
-from bonnx.models.head import LabelTokens
 from bonnx.models.head_file import HeadFile, read_head_file
 from bonnx.models.huggingface import is_huggingface
 from bonnx.models.network import LanguageModel, TwoHeadedNetwork
 from bonnx.models.opened import OpenedCheckpoint, open_checkpoint
-from bonnx.runtime.artifact.manifest import Limits, PairRules, Scoring, TextRules
+from bonnx.runtime.artifact.manifest import Limits, Scoring, TextRules
 from bonnx.runtime.selection.aggregate import is_stepwise
 
+from .label_tokens import read_label_tokens, token_ids
 from .published_rerankers import resembling
 from .reranker import Reranker, find_reranker
 from .tokenizer import TextFiles, check_vocabulary, read_tokenizer, with_pair_template
 from .tokenizer_check import check_against_transformers
 
 __all__ = ["Checkpoint", "Overrides", "check_scoring", "default_scoring", "read_checkpoint"]
+
+_Loaded: TypeAlias = tuple[LanguageModel | TwoHeadedNetwork, dict[str, Any]]
 
 
 class Overrides(NamedTuple):
@@ -98,36 +99,28 @@ def read_checkpoint(
     if foreign:
         # First, because its message is the most helpful one for an unsupported family.
         check_fields(opened.config)
-    if no_scorer:
-        _check_no_scorer(overrides)
+    _check_no_scorer(overrides, no_scorer)
     tokenizer = read_tokenizer(opened.tokenizer)
-    label_tokens, reranker = _label_tokens(overrides, tokenizer, foreign), None
+    label_tokens = read_label_tokens(overrides.label_tokens, overrides.label_token_ids, tokenizer, foreign)
     head = _head(overrides)
-    if foreign and label_tokens is None and head is None and not no_scorer:
-        reranker = find_reranker(
-            opened.path, opened.config, tokenizer, _token, name=overrides.reranker, repository=repository
-        )
+    stated = label_tokens is not None or head is not None or no_scorer
+    reranker = None if stated or not foreign else _reranker(opened, overrides, tokenizer, repository)
     _check_reranker(overrides, reranker)
     if reranker is not None and tokenizer is not None:
         label_tokens, tokenizer = reranker.labels, with_pair_template(tokenizer, reranker.template)
 
-    def load() -> tuple[LanguageModel | TwoHeadedNetwork, dict[str, Any]]:
+    def load() -> _Loaded:
         return load_checkpoint(opened, label_tokens=label_tokens, no_scorer=no_scorer, head=head)
 
-    try:
-        model, metadata = load()
-    except ConfigError as e:
-        known = None if reranker is not None else resembling(opened.path, opened.config)
-        raise ConfigError(f"{e}. By its name it may be a reranker: pass --reranker {known}") if known else e from e
+    model, metadata = load() if reranker is not None else _load_unknown(load, opened)
     if tokenizer is not None and isinstance(model, LanguageModel):
         check_vocabulary(tokenizer, model.config.vocab_size)
     text = _text(metadata.get("text", {}), overrides, tokenizer)
     scoring, remarks = _convert(metadata.get("scoring", {}), "scoring", Scoring), metadata.get("remarks", [])
     if reranker is not None:
         scoring = msgspec.structs.replace(scoring, activation=reranker.activation)
-        text = msgspec.structs.replace(text, pair=_pair(reranker.rules, overrides))
-        # Here the activation is applied.
-        remarks = [remark for remark in remarks if "'sentence_transformers': the activation" not in remark]
+        text = msgspec.structs.replace(text, pair=reranker.rules)
+        remarks = [remark for remark in remarks if "activation" not in remark]  # here it is applied
     if tokenizer is not None and foreign:
         text = msgspec.structs.replace(text, checked_against=check_against_transformers(tokenizer, text.pair))
     if not _network(model).has_scorer:
@@ -195,10 +188,33 @@ def _self_certainty(scoring: Scoring) -> Scoring:
     )
 
 
-def _check_no_scorer(overrides: Overrides) -> None:
+def _check_no_scorer(overrides: Overrides, no_scorer: bool) -> None:
+    if not no_scorer:
+        return
     for name in ("activation", "label", "label_tokens", "label_token_ids", "reranker", "instruction", "head"):
         if getattr(overrides, name) is not None:
             raise InputError(f"--no-scorer: --{name.replace('_', '-')} belongs to a scorer; leave one of them out")
+
+
+def _reranker(
+    opened: OpenedCheckpoint, overrides: Overrides, tokenizer: TextFiles | None, repository: str | None
+) -> Reranker | None:
+    """Return how the checkpoint scores a query and a document; an adapter scores as the base model that it is on."""
+    base, at, _ = (opened.source or "").rpartition(" on ")[2].partition("@")
+    repository = base if at else repository
+    found = find_reranker(opened.path, opened.config, tokenizer, name=overrides.reranker, repository=repository)
+    if found is None or overrides.instruction is None:
+        return found
+    return replace(found, rules=msgspec.structs.replace(found.rules, instruction=overrides.instruction))
+
+
+def _load_unknown(load: Callable[[], _Loaded], opened: OpenedCheckpoint) -> _Loaded:
+    """Load a checkpoint that nothing describes as a reranker; an error says if its name is that of one."""
+    try:
+        return load()
+    except ConfigError as e:
+        name = resembling(opened.path, opened.config)
+        raise ConfigError(f"{e}. By its name it may be a reranker: pass --reranker {name}") if name else e from e
 
 
 def _check_reranker(overrides: Overrides, reranker: Reranker | None) -> None:
@@ -216,10 +232,6 @@ def _check_reranker(overrides: Overrides, reranker: Reranker | None) -> None:
         raise InputError("--instruction: it goes into the template of a reranker, and the checkpoint is none")
     if overrides.step_text is not None and reranker is not None:
         raise InputError("--step-text: a reranker scores whole documents; leave it out")
-
-
-def _pair(rules: PairRules, overrides: Overrides) -> PairRules:
-    return rules if overrides.instruction is None else msgspec.structs.replace(rules, instruction=overrides.instruction)
 
 
 def _check_steps(scoring: Scoring, text: TextRules) -> None:
@@ -253,44 +265,6 @@ def _head(overrides: Overrides) -> HeadFile | None:
     return read_head_file(overrides.head)
 
 
-def _label_tokens(overrides: Overrides, tokenizer: TextFiles | None, foreign: bool) -> LabelTokens | None:
-    texts, ids = overrides.label_tokens, overrides.label_token_ids
-    if texts is None and ids is None:
-        return None
-    option, tokens_or_ids = ("--label-tokens", texts) if ids is None else ("--label-token-ids", ids)
-    if texts is not None and ids is not None:
-        raise InputError("--label-tokens and --label-token-ids: expected one of the two, texts or ids")
-    if not foreign or tokens_or_ids is None or len(tokens_or_ids) < 2:
-        raise InputError(
-            f"{option}: expected the token that means good and at least one other, for a language model in the "
-            f"format of transformers; got {tokens_or_ids}"
-        )
-    if ids is None and tokenizer is None:
-        raise InputError("--label-tokens: the checkpoint has no tokenizer; pass --label-token-ids")
-    tokens = tuple(ids) if ids is not None else tuple(_token(text, tokenizer, option) for text in texts or ())
-    if len(set(tokens)) < len(tokens):
-        raise InputError(f"{option}: expected distinct tokens; got {tokens_or_ids}, with the ids {list(tokens)}")
-    return LabelTokens(tokens)
-
-
-def _token(text: str, tokenizer: TextFiles | None, option: str = "--reranker") -> int:
-    """Return the id of a text that is exactly one token."""
-    assert tokenizer is not None
-    ids = _ids(text, tokenizer)
-    if len(ids) != 1:
-        hint = f"; if it is an id, pass --label-token-ids {text}" if text.isdecimal() and option != "--reranker" else ""
-        what = f"{option}: expected the text of exactly one token"
-        if option == "--reranker":
-            what = "the reranker answers with a token, and this tokenizer splits it"
-        raise InputError(f"{what}; got {text!r}, {len(ids)} tokens{hint}")
-    return ids[0]
-
-
-def _ids(text: str, tokenizer: TextFiles) -> list[int]:
-    tokens: list[int] = tokenizers.Tokenizer.from_buffer(tokenizer.json).encode(text, add_special_tokens=False).ids
-    return tokens
-
-
 def _scoring(scoring: Scoring, overrides: Overrides, text: TextRules, tokenizer: TextFiles | None) -> Scoring:
     changes: dict[str, Any] = {}
     if overrides.aggregation is not None:
@@ -318,7 +292,7 @@ def _scoring(scoring: Scoring, overrides: Overrides, text: TextRules, tokenizer:
         # Only the graphs need a token, since they see nothing else; elsewhere steps are found by their characters.
         changes["step_token"] = None
     if text.step_text is not None and tokenizer is not None and (scoring.step_token is None or "step_token" in changes):
-        ids = _ids(text.step_text, tokenizer)
+        ids = token_ids(text.step_text, tokenizer)
         changes["step_token"] = ids[0] if len(ids) == 1 else None
     changes["steps_from"] = _steps_from(scoring, overrides, text)
     return msgspec.structs.replace(scoring, **changes)

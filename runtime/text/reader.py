@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from bonnx.errors import InputError
 
@@ -15,9 +13,10 @@ from ..arrays import Array
 from ..artifact.limits import TooLargeError
 from ..artifact.manifest import Manifest, Scoring
 from ..checks import ARGUMENTS, ArgumentNames, is_list, shown
-from .compose import Composer, Item, TextItem, is_text
+from .compose import Composer, Item, is_text
+from .rows import EncodedRows, NoneReadableError, UnreadItems, none_readable
 from .stops import Stops
-from .tokenizer import NO_TOKENS, TokenizedRow, Tokenizer
+from .tokenizer import NO_TOKENS, Tokenizer
 
 __all__ = [
     "EncodedRows",
@@ -43,110 +42,6 @@ def check_stop(stop: object) -> None:
     entries = stop if is_list(stop) else [None]
     if any(isinstance(entry, bool) or not isinstance(entry, int | np.integer | str) for entry in entries):  # type: ignore[attr-defined]
         raise InputError(f"stop: expected a list of token ids or of texts; got {shown(stop)}")
-
-
-class NoneReadableError(InputError):
-    """None of several items can be read.
-
-    Attributes:
-        reasons: why, for each.
-    """
-
-    def __init__(self, names: ArgumentNames, reasons: Mapping[int, str]) -> None:
-        super().__init__(none_readable(names, reasons))
-        self.reasons = reasons
-
-
-def none_readable(names: ArgumentNames, reasons: Mapping[int, str]) -> str:
-    """The message for several items of which none can be read."""
-    shown = [f"{names.candidate(i)}: {reason}" for i, reason in sorted(reasons.items())[:3]]
-    if len(reasons) == 1:
-        return shown[0]
-    rest = f"; and {len(reasons) - len(shown)} more" if len(reasons) > len(shown) else ""
-    return f"{names.candidates}: none can be read: {'; '.join(shown)}{rest}"
-
-
-@dataclass(frozen=True)
-class EncodedRows:
-    """Rows for a graph.
-
-    Attributes:
-        prompt: (P,) int64 or (P, embed_dim) float32, read once for all rows; None for rows that stand alone.
-        items: the rows after the prompt, of the same kinds.
-        skip: number of tokens at the beginning of each row that still belong to the prompt, whose end is tokenized
-            differently in each.
-        ends: for each row (its length,) bool, where a step ends; None if the rows do not tell.
-        unreadable: the reason for each row that could not be read; it has no tokens here.
-        cut: number of tokens dropped from the prompt.
-    """
-
-    prompt: Array | None
-    items: list[Array]
-    skip: list[int]
-    ends: list[NDArray[np.bool_]] | None
-    unreadable: dict[int, str]
-    cut: int = 0
-
-
-@dataclass
-class _UnreadItems:
-    """Items by their index while they are read: texts become rows, and unreadable items move to `unreadable`."""
-
-    called: ArgumentNames
-    count: int
-    blank: Array
-    texts: dict[int, TextItem] = field(default_factory=dict)
-    arrays: dict[int, Array] = field(default_factory=dict)
-    read: dict[int, TokenizedRow] = field(default_factory=dict)
-    unreadable: dict[int, str] = field(default_factory=dict)
-
-    def names(self) -> list[str]:
-        """What an error calls each of the texts."""
-        return [self.called.candidate(i) for i in self.texts]
-
-    def refuse(self, i: int, reason: str) -> None:
-        """Mark an item as unreadable."""
-        self.texts.pop(i, None)
-        self.arrays.pop(i, None)
-        self.unreadable[i] = reason
-
-    def take(self, read: Sequence[TokenizedRow | str]) -> None:
-        """Take the row of each text, or the reason that it cannot be read."""
-        for i, row in zip([*self.texts], read, strict=True):
-            if isinstance(row, str):
-                self.refuse(i, row)
-            else:
-                self.read[i] = row
-        self.check()
-
-    def check(self) -> None:
-        """Raises InputError if nothing is left."""
-        if len(self.unreadable) == self.count:
-            raise NoneReadableError(self.called, self.unreadable)
-
-    def rows_behind_prompt(self) -> EncodedRows:
-        """Rows of texts that begin with the same prompt."""
-        rows = [*self.read.values()]
-        shared = min(min(row.first, len(row.ids) - 1) for row in rows)
-        first = np.array(rows[0].ids[:shared], np.int64)
-        for row in rows[1:]:
-            differs = np.flatnonzero(np.array(row.ids[:shared]) != first[:shared])
-            shared = int(differs[0]) if len(differs) else shared
-        return self.rows(first[:shared], shared)
-
-    def rows(self, prompt: Array | None, shared: int = 0) -> EncodedRows:
-        """All items; the first `shared` tokens of each text are the prompt's."""
-        ids = {i: np.array(row.ids[shared:], np.int64) for i, row in self.read.items()}
-        items = [ids[i] if i in ids else self.arrays.get(i, self.blank) for i in range(self.count)]
-        skip = [max(0, self.read[i].first - shared) if i in ids else 0 for i in range(self.count)]
-        ends = None
-        if not self.arrays and all(row.ends is not None for row in self.read.values()):
-            places = [self.read[i].ends or [] if i in ids else [] for i in range(self.count)]
-            ends = [
-                np.isin(np.arange(len(item)) + shared, row_places)
-                for item, row_places in zip(items, places, strict=True)
-            ]
-        return EncodedRows(prompt, items, skip, ends, self.unreadable)
 
 
 class Reader:
@@ -255,8 +150,8 @@ class Reader:
                 "instruction: it goes into the template of a reranker, with a query that is text; leave it out"
             )
 
-    def _sorted(self, items: Sequence[Item], names: ArgumentNames) -> _UnreadItems:
-        unread = _UnreadItems(names, len(items), self._blank)
+    def _sorted(self, items: Sequence[Item], names: ArgumentNames) -> UnreadItems:
+        unread = UnreadItems(names, len(items), self._blank)
         for i, item in enumerate(items):
             name = names.candidate(i)
             if is_text(item):

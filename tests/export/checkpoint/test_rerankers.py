@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import httpx
 import msgspec
@@ -11,6 +12,7 @@ import torch
 from cohere import ClientV2
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import Qwen3Config, Qwen3ForSequenceClassification
 
 import bonnx
 from bonnx import InputError
@@ -18,6 +20,7 @@ from bonnx.command import main as bonnx_command
 from bonnx.export.checkpoint.published_rerankers import PUBLISHED, published_as
 from bonnx.export.checkpoint.source import Overrides, read_checkpoint
 from bonnx.models import ConfigError
+from bonnx.models.opened import open_checkpoint
 from bonnx.runtime.artifact.manifest import PairRules, Scoring, TextRules
 from bonnx.runtime.engine.engine import open_engine
 from bonnx.runtime.rank.request import read_request
@@ -297,6 +300,36 @@ def test_a_folder_that_nothing_names_needs_the_option(tmp_path, rng):
     assert read_checkpoint(folder, Overrides(), no_scorer=True, repository="Qwen/Qwen3-Reranker-0.6B").text.pair is None
     labels = Overrides(label_tokens=["yes", "no"])
     assert read_checkpoint(folder, labels, repository="Qwen/Qwen3-Reranker-0.6B").text.pair is None
+
+
+def test_an_adapter_scores_as_the_published_reranker_that_it_is_on(tmp_path, rng):
+    make_causal(tmp_path / "merged", rng, num_hidden_layers=1)
+    opened = open_checkpoint(tmp_path / "merged")
+    on = replace(opened, source="my-adapter on Qwen/Qwen3-Reranker-0.6B@0123abc")
+    assert read_checkpoint(on, Overrides()).text.pair is not None
+    on = replace(opened, source="my-adapter on Qwen3-Reranker-0.6B")
+    with pytest.raises(ConfigError, match="no scorer that is supported"):
+        read_checkpoint(on, Overrides())
+
+
+def test_a_described_classifier_goes_through_its_template(tmp_path, rng):
+    from sentence_transformers import CrossEncoder
+    from sentence_transformers.cross_encoder.modules import Transformer
+
+    _, tokenizer = make_causal(tmp_path / "causal", rng, num_hidden_layers=1)
+    config = Qwen3Config.from_pretrained(tmp_path / "causal", num_labels=1, pad_token_id=0)
+    Qwen3ForSequenceClassification(config).save_pretrained(tmp_path / "classifier")
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(tmp_path / "classifier")
+    transformer = Transformer(str(tmp_path / "classifier"), transformer_task="sequence-classification")
+    CrossEncoder(modules=[transformer], device="cpu").save_pretrained(str(tmp_path / "st"))
+    encoder = CrossEncoder(str(tmp_path / "st"), device="cpu")
+    source = read_checkpoint(tmp_path / "st", Overrides())
+    expected = predict(encoder, QUERIES[0], DOCUMENTS, INSTRUCTION)
+    assert within(own_scores(tmp_path, source, QUERIES[0], DOCUMENTS, INSTRUCTION), expected, GOLDEN)
+    # Without the template it joins tokens: then the scorer's own rules count.
+    edit("sentence_bert_config.json", modality_config={"text": {}})(tmp_path / "st")
+    assert read_checkpoint(tmp_path / "st", Overrides()).text.pair is None
 
 
 def edit(name, **changes):
