@@ -304,7 +304,7 @@ def _with_gate(scoring: Scoring, header: str | None, tokenizer: TextFiles | None
         return scoring
     if tokenizer is None:
         raise InputError("the scorer's gate looks for the header of a turn, so the checkpoint needs a tokenizer.json")
-    return msgspec.structs.replace(scoring, gate_tokens=_ids(header, tokenizer))
+    return msgspec.structs.replace(scoring, gate_tokens=token_ids(header, tokenizer))
 
 
 def _steps_from(scoring: Scoring, overrides: Overrides, text: TextRules) -> str | None:
