@@ -10,7 +10,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from bonnx.export.checkpoint.source import Overrides
-from tests.checkpoints import HeadCase, _config, make_tokenizer
+from tests.checkpoints import HeadCase, _as_internlm2, _config, class_of, make_tokenizer
 
 REWARD_TOKEN = "<extra_0>"
 
@@ -129,16 +129,18 @@ def make_other(folder: Path, name: str, rng, family: str = "Llama") -> HeadCase:
     torch.manual_seed(int(rng.integers(2**31)))
     tokenizer = make_tokenizer("bytes")
     config = _config(family, rng, tie_word_embeddings=False)
-    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    model = class_of(family, "ForCausalLM")(config).eval()
     for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     model.save_pretrained(folder)
+    if family == "InternLM2":
+        _as_internlm2(folder, model)
     token = tokenizer.convert_tokens_to_ids(REWARD_TOKEN)
     tokenizer.cls_token = REWARD_TOKEN
     tokenizer.save_pretrained(folder)
     tensors = load_file(folder / "model.safetensors")
     if not head.causal:
-        del tensors["lm_head.weight"]
+        tensors = {n: t for n, t in tensors.items() if n not in ("lm_head.weight", "output.weight")}
     sizes = [config.hidden_size, *[head.inner] * (len(head.layers) - 1), 1]
     weights = {}
     for layer, inputs, outputs in zip(head.layers, sizes, sizes[1:], strict=False):

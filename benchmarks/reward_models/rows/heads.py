@@ -40,6 +40,12 @@ ROWS = [
     _row("GRM sftreg", "Llama", "`v_head.summary.0`, `.2`", "v_head.summary.0, .2 (GRM)"),
     _row("LLaMA-Factory", "Qwen2", "`value_head.safetensors`", "value_head.safetensors (LLaMA-Factory)"),
     _row("Athene-RM", "Llama", "`v_head` at the cls token", "v_head at the cls token (Athene)"),
+    _row(
+        "InternLM2-Reward, POLAR",
+        "InternLM2",
+        "`v_head` at `reward_token_id`",
+        "v_head at the reward token (InternLM2-Reward)",
+    ),
     _row("unknown MLP", "Qwen3", "--head", "declared MLP"),
     _row(
         "unknown linear head",
