@@ -47,6 +47,7 @@ class OpenedCheckpoint:
         source: what it was made from, if it is an adapter: the names of adapter and base model, or their hub ids with
             commits.
         remarks: sentences for the user.
+        pair_template: of a GGUF file, the text of a query and a document, with `{query}` and `{document}` for these.
     """
 
     path: Path
@@ -55,6 +56,7 @@ class OpenedCheckpoint:
     find_tokenizer: Callable[[], Path]
     source: str | None = None
     remarks: tuple[str, ...] = ()
+    pair_template: str | None = None
 
     @cached_property
     def tokenizer(self) -> Path:
@@ -130,7 +132,14 @@ def _open_gguf(path: Path) -> OpenedCheckpoint:
     check_present(path.parent)
     file = read_gguf(path)
     config, weights = translate_gguf(file)
-    return OpenedCheckpoint(path, config, lambda: weights, lambda: find_tokenizer(path, config["vocab_size"]))
+    template = file.metadata.get("tokenizer.chat_template.rerank")
+    return OpenedCheckpoint(
+        path,
+        config,
+        lambda: weights,
+        lambda: find_tokenizer(path, config["vocab_size"]),
+        pair_template=template if isinstance(template, str) else None,
+    )
 
 
 def _adapter_folder(folder: Path, name: str | None) -> Path | None:

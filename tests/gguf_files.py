@@ -121,7 +121,7 @@ def add_tokenizer(writer, tokenizer, config):
         writer.add_chat_template(tokenizer.chat_template)
 
 
-def write(path, model, kind="F32", tokenizer=None, labels=None, skip=(), split_max_tensors=0):
+def write(path, model, kind="F32", tokenizer=None, labels=None, skip=(), split_max_tensors=0, rerank=None):
     """Write a model; matrices are quantized where their rows fill blocks, as llama-quantize does."""
     config, arch = model.config, arch_name(model.config)
     writer = gguf.GGUFWriter(path, arch, split_max_tensors=split_max_tensors)
@@ -129,6 +129,8 @@ def write(path, model, kind="F32", tokenizer=None, labels=None, skip=(), split_m
     add_tokenizer(writer, tokenizer, config)
     if labels is not None:
         writer.add_classifier_output_labels(labels)
+    if rerank is not None:
+        writer.add_chat_template([{"name": "rerank", "template": rerank}])
     kind = Kind[kind] if isinstance(kind, str) else kind
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:

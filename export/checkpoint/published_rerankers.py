@@ -16,13 +16,14 @@ Transformers do. `border` is where a maker tokenizes what comes next by itself.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-__all__ = ["PUBLISHED", "PublishedReranker", "published_as", "resembling"]
+__all__ = ["PUBLISHED", "PublishedReranker", "as_jinja", "published_as", "resembling"]
 
 _PARTS = (
     '{%- set instruction = messages | selectattr("role", "eq", "system") | map(attribute="content") | first -%}'
@@ -91,6 +92,14 @@ PUBLISHED: Mapping[str, PublishedReranker] = {
 }
 # The organizations that published them.
 _MAKERS = {"qwen", "mixedbread-ai", "zeroentropy", "contextualai", "baai"}
+
+
+def as_jinja(text: str) -> str:
+    """Return the template for a text of llama.cpp, which has `{query}` and `{document}` where these belong."""
+    names = {"{query}": "{{ query }}", "{document}": "{{ document }}"}
+    pieces = re.split(r"(\{query\}|\{document\})", text)
+    # As a constant, a piece may contain what Jinja would read as its own.
+    return _PARTS + "".join(names.get(p) or f"{{{{ {json.dumps(p, ensure_ascii=False)} }}}}" for p in pieces if p)
 
 
 def published_as(folder: Path, config: Mapping[str, object], repository: str | None) -> str | None:

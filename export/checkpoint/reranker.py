@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from bonnx.errors import ArtifactError, InputError
 from bonnx.models.config import ConfigError
 from bonnx.models.head import LabelTokens
+from bonnx.models.opened import OpenedCheckpoint
 from bonnx.runtime.artifact.manifest import PairRules
 from bonnx.runtime.text.pair import PairTemplate
 
 from .label_tokens import answer_token
-from .published_rerankers import PUBLISHED, published_as
+from .published_rerankers import PUBLISHED, as_jinja, published_as
 from .sentence_transformers import content_of, read_description
 from .tokenizer import TextFiles
 
@@ -29,30 +29,24 @@ class Reranker:
 
     Attributes:
         labels: the tokens whose logits are the score; None if the checkpoint has a scorer.
-        activation: applied to the score.
+        activation: applied to the score; None for what the checkpoint's scorer implies.
         template: source of the template that makes one text of a query and a document.
         rules: how the template is used.
     """
 
     labels: LabelTokens | None
-    activation: Literal["none", "sigmoid"]
+    activation: Literal["none", "sigmoid"] | None
     template: str
     rules: PairRules
 
 
 def find_reranker(
-    folder: Path,
-    config: Mapping[str, Any],
-    tokenizer: TextFiles | None,
-    *,
-    name: str | None,
-    repository: str | None,
+    opened: OpenedCheckpoint, tokenizer: TextFiles | None, *, name: str | None, repository: str | None
 ) -> Reranker | None:
     """Find out whether a checkpoint is a reranker, and how it scores.
 
     Args:
-        folder: the checkpoint.
-        config: the parsed config.json.
+        opened: the checkpoint.
         tokenizer: the checkpoint's.
         name: the caller's own word for it, one of `PUBLISHED`; it overrides what the checkpoint says.
         repository: `org/name` on the hub, if it came from there.
@@ -62,11 +56,13 @@ def find_reranker(
             document.
         InputError: if `name` is unknown, or a label is several tokens.
     """
+    folder, config = opened.path, opened.config
     if name is not None and name not in PUBLISHED:
         raise InputError(f"--reranker: expected one of {', '.join(PUBLISHED)}; got {name!r}")
     described = None if name is not None else read_description(folder, config)
-    name = name or (None if described is not None else published_as(folder, config, repository))
-    if described is None and name is None:
+    if name is None and described is None and opened.pair_template is None:
+        name = published_as(folder, config, repository)
+    if described is None and name is None and opened.pair_template is None:
         return None
     if tokenizer is None:
         raise ConfigError(
@@ -84,8 +80,10 @@ def find_reranker(
             template=PAIR_TEMPLATE, content=content, options=described.options, instruction=described.instruction
         )
         found = Reranker(described.labels, described.activation, template, rules)
+    elif name is None:
+        found = Reranker(None, None, as_jinja(str(opened.pair_template)), PairRules(template=PAIR_TEMPLATE))
     else:
-        published = PUBLISHED[str(name)]
+        published = PUBLISHED[name]
         ids = tuple(label if isinstance(label, int) else answer_token(label, tokenizer) for label in published.labels)
         labels = LabelTokens(ids, contrast=True, divisor=published.divisor)
         found = Reranker(labels, published.activation, published.template, PairRules(template=PAIR_TEMPLATE))

@@ -118,7 +118,7 @@ def read_checkpoint(
     text = _text(metadata.get("text", {}), overrides, tokenizer)
     scoring, remarks = _convert(metadata.get("scoring", {}), "scoring", Scoring), metadata.get("remarks", [])
     if reranker is not None:
-        scoring = msgspec.structs.replace(scoring, activation=reranker.activation)
+        scoring = msgspec.structs.replace(scoring, activation=reranker.activation or scoring.activation)
         text = msgspec.structs.replace(text, pair=reranker.rules)
         remarks = [remark for remark in remarks if "activation" not in remark]  # here it is applied
     if tokenizer is not None and foreign:
@@ -202,7 +202,7 @@ def _reranker(
     """Return how the checkpoint scores a query and a document; an adapter scores as the base model that it is on."""
     base, at, _ = (opened.source or "").rpartition(" on ")[2].partition("@")
     repository = base if at else repository
-    found = find_reranker(opened.path, opened.config, tokenizer, name=overrides.reranker, repository=repository)
+    found = find_reranker(opened, tokenizer, name=overrides.reranker, repository=repository)
     if found is None or overrides.instruction is None:
         return found
     return replace(found, rules=msgspec.structs.replace(found.rules, instruction=overrides.instruction))

@@ -175,7 +175,9 @@ def test_of_yes_and_no_the_score_is_the_probability_of_yes(tmp_path, rng):
     """As llama.cpp's converter writes Qwen3-Reranker."""
     model = make("Qwen3", "SequenceClassification", num_labels=2)
     path, tokens = tmp_path / "rank.gguf", ids(rng)
-    gguf_files.write(path, model, labels=["yes", "no"])
+    text = "<Query>: {query}\n<Document>: {document}"
+    gguf_files.write(path, model, labels=["yes", "no"], rerank=text)
+    assert open_checkpoint(path).pair_template == text
     loaded, metadata = load_checkpoint(path)
     scoring = metadata["scoring"]
     with torch.no_grad():

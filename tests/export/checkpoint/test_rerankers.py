@@ -312,6 +312,19 @@ def test_an_adapter_scores_as_the_published_reranker_that_it_is_on(tmp_path, rng
         read_checkpoint(on, Overrides())
 
 
+def test_a_template_of_llama_cpp_is_rendered_as_it_is(tmp_path, rng):
+    make_causal(tmp_path / "causal", rng, num_hidden_layers=1)
+    config = Qwen3Config.from_pretrained(tmp_path / "causal", num_labels=1)
+    Qwen3ForSequenceClassification(config).save_pretrained(tmp_path / "causal")
+    text = 'A {query} "b" {{ c }} \\ é\n<Document>: {document}{% d %}\n\n'
+    source = read_checkpoint(replace(open_checkpoint(tmp_path / "causal"), pair_template=text), Overrides())
+    pair = PairTemplate(source.tokenizer.pair_template, {}, source.text.pair)
+    assert pair.render("{document}", "{query}\n") == (
+        text.replace("{query}", "\0").replace("{document}", "{query}\n").replace("\0", "{document}")
+    )
+    assert source.scoring.activation == "none"
+
+
 def test_a_described_classifier_goes_through_its_template(tmp_path, rng):
     from sentence_transformers import CrossEncoder
     from sentence_transformers.cross_encoder.modules import Transformer
