@@ -1,9 +1,11 @@
 """A trained model at every precision: size, time, errors, and whether it still selects what float32 selects.
 
-`python -m benchmarks.real_models FOLDER` takes the folder of a trained language model in the format of transformers,
-trains a scorer for it on its own answers to sums, and exports it at each precision with the command. `--text` compares
-the float32 artifact's text on 50 chat prompts with transformers'. The results are written to
-FOLDER-bonnx/real_models.jsonl, from which an interrupted run resumes.
+`python -m benchmarks.real_models MODEL` takes a trained language model (a folder in the format of transformers, or a
+GGUF file), trains a scorer for it on its own answers to sums, and exports it at each precision with the command. The
+log-probabilities of greedy tokens are compared with those of transformers, which reads the same files. `--text`
+compares the float32 artifact's text on 50 chat prompts with transformers'. `--same-as OTHER` checks first that both
+files contain the same model. The results are written to MODEL-bonnx/real_models.jsonl, from which an interrupted run
+resumes.
 """
 
 from __future__ import annotations
@@ -25,19 +27,33 @@ import torch
 from transformers import AutoTokenizer
 
 from bonnx.models import draw_examples, load_checkpoint, save_checkpoint, train_scorer
+from bonnx.models.opened import open_checkpoint
 from bonnx.runtime.artifact.folder import read_verified
 from bonnx.runtime.artifact.manifest import PRECISIONS
-from tests.real_text import PROMPTS, compare_text
+from tests.real_text import PROMPTS, compare_log_probs, compare_text, pretrained
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def make_scorer(model_folder: Path, folder: Path, questions: int, samples: int) -> None:
+def difference(first: Path, second: Path) -> float:
+    """Return the largest difference of the log-probabilities of the models of two files, as PyTorch computes them."""
+    models = [load_checkpoint(path, no_scorer=True)[0].eval() for path in (first, second)]
+    tokenizer, worst = AutoTokenizer.from_pretrained(**pretrained(first)), 0.0
+    for text in PROMPTS[:10]:
+        ids = tokenizer(text, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            one, other = (model(ids)[2].log_softmax(-1) for model in models)
+        worst = max(worst, float((one - other).abs().max()))
+    return worst
+
+
+def make_scorer(source: Path, folder: Path, questions: int, samples: int) -> None:
     """Train a scorer on the model's own answers to sums."""
     torch.manual_seed(0)
     rng = random.Random(0)
-    model, metadata = load_checkpoint(model_folder, new_scorer=True)
-    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    opened = open_checkpoint(source)
+    model, metadata = load_checkpoint(opened, new_scorer=True)
+    tokenizer = AutoTokenizer.from_pretrained(opened.tokenizer)
     answers: dict[tuple[int, ...], str] = {}
     for _ in range(questions):
         a, b = rng.randrange(2, 60), rng.randrange(2, 60)
@@ -58,7 +74,7 @@ def make_scorer(model_folder: Path, folder: Path, questions: int, samples: int) 
     losses = train_scorer(model, examples)
     right = np.mean([x[2] for x in examples])
     print(f"{len(examples)} answers, {100 * right:.0f}% right; loss {np.mean(losses[-20:]):.3f}", file=sys.stderr)
-    save_checkpoint(model, folder, metadata=metadata, tokenizer_from=model_folder)
+    save_checkpoint(model, folder, metadata=metadata, tokenizer_from=source)
 
 
 def export(checkpoint: Path, output: Path, precision: str, held_out: Path) -> dict[str, Any]:
@@ -84,8 +100,9 @@ def export(checkpoint: Path, output: Path, precision: str, held_out: Path) -> di
 def table(rows: list[dict[str, Any]]) -> None:
     """Print the results as a Markdown table."""
     print("| precision | size, MB | CPU time, s | error of scores: ONNX Runtime / PyTorch |", end="")
-    print(" of log-probabilities | as good as float32's choice | the same | mean error of a candidate's score |")
-    print("|---|---|---|---|---|---|---|---|")
+    print(" of log-probabilities | log-probabilities beside transformers |", end="")
+    print(" as good as float32's choice | the same | mean error of a candidate's score |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for row in rows:
         if "refused" in row:
             print(f"| {row['precision']} | refused: {row['refused']} |")
@@ -95,6 +112,7 @@ def table(rows: list[dict[str, Any]]) -> None:
         )
         cells = [row["precision"], f"{row['mb']:.0f}", f"{row['cpu_s']:.0f}"]
         cells += [f"{a:.1e} / {b:.1e}" for a, b in (scores, log_probs)]
+        cells += [f"{row['from_transformers']:.1e}"]
         agreement = (
             [f"{100 * row['as_good']:.0f}% of {row['prompts']}", f"{100 * row['same']:.0f}%"] if "same" in row else []
         )
@@ -104,28 +122,34 @@ def table(rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("model", type=Path, metavar="FOLDER")
+    parser.add_argument("model", type=Path, metavar="MODEL")
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
     parser.add_argument(
         "--questions", type=int, default=24, help="questions to train the scorer on (default: %(default)s)"
     )
     parser.add_argument("--samples", type=int, default=8, help="sampled answers per question (default: %(default)s)")
+    parser.add_argument("--same-as", type=Path, metavar="OTHER", help="another file of the same model")
     parser.add_argument("--text", action="store_true", help="compare text with transformers' on 50 chat prompts")
     arguments = parser.parse_args()
+    if arguments.same_as is not None:
+        print(f"{arguments.model} and {arguments.same_as}: {difference(arguments.model, arguments.same_as):.1e}")
     work = arguments.model.with_name(arguments.model.name + "-bonnx")
     work.mkdir(exist_ok=True)
     checkpoint, measured = work / "checkpoint", work / "real_models.jsonl"
     if not (checkpoint / "config.json").exists():
         make_scorer(arguments.model, checkpoint, arguments.questions, arguments.samples)
     held_out = work / "prompts.jsonl"
-    chat = AutoTokenizer.from_pretrained(arguments.model).chat_template is not None
+    chat = AutoTokenizer.from_pretrained(**pretrained(arguments.model)).chat_template is not None
     prompts = [[{"role": "user", "content": text}] if chat else text for text in PROMPTS]
     held_out.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts), encoding="utf-8")
     lines = measured.read_text(encoding="utf-8").splitlines() if measured.exists() else []
     rows = {row["precision"]: row for row in map(json.loads, lines)}
     for precision in arguments.precisions:
         if precision not in rows:
-            rows[precision] = export(checkpoint, work / precision, precision, held_out)
+            row = export(checkpoint, work / precision, precision, held_out)
+            if "refused" not in row:
+                row["from_transformers"] = compare_log_probs(arguments.model, work / precision)
+            rows[precision] = row
             with measured.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(rows[precision]) + "\n")
     model = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "")

@@ -128,3 +128,5 @@ def _check_place(folder: Path) -> None:
         raise ConfigError(
             f"{folder} is {kind}: it has no config.json, but its subfolder {inner[0]} does; pass {folder / inner[0]}"
         )
+    if files := sorted(folder.glob("*.gguf")):
+        raise ConfigError(f"{folder} has no config.json, but contains GGUF files; pass one of them, such as {files[0]}")

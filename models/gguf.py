@@ -21,6 +21,7 @@ __all__ = ["GGUFFile", "GGUFWeights", "Stored", "read_gguf"]
 
 # Values that are dequantized at a time, so that no tensor is in memory twice.
 _PART = 2**22
+_VOCABULARY = {f"tokenizer.ggml.{name}" for name in ("tokens", "scores", "token_type", "merges")}
 _SPLIT = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
 
@@ -74,7 +75,8 @@ def read_gguf(path: Path) -> GGUFFile:
     for file in _files(path):
         try:
             reader = gguf.GGUFReader(file)
-            fields = {key: value.contents() for key, value in reader.fields.items()}
+            # Of the vocabulary nothing is needed here, and it takes long to decode.
+            fields = {key: value.contents() for key, value in reader.fields.items() if key not in _VOCABULARY}
             for tensor in reader.tensors:
                 block, block_bytes = gguf.GGML_QUANT_SIZES[tensor.tensor_type]
                 shape = tuple(int(size) for size in reversed(tensor.shape))

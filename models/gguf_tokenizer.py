@@ -14,17 +14,18 @@ from .config import ConfigError
 __all__ = ["find_tokenizer"]
 
 
-def find_tokenizer(path: Path, size: int) -> Path:
+def find_tokenizer(path: Path, size: int, kind: str | None) -> Path:
     """Return the folder of a GGUF file's tokenizer: that of the file if it has a tokenizer.json, else a temporary one.
 
     Args:
         path: the GGUF file.
         size: number of tokens in its vocabulary.
+        kind: the file's `tokenizer.ggml.model`; without one, the folder of the file is returned.
 
     Raises:
         ConfigError: if transformers is not installed, or cannot convert the tokenizer.
     """
-    if (path.parent / "tokenizer.json").is_file():
+    if kind in (None, "none", "no_vocab") or (path.parent / "tokenizer.json").is_file():
         return path.parent
     advice = f"copy tokenizer.json and tokenizer_config.json of the original model to {path.parent}"
     try:

@@ -26,6 +26,7 @@ from .hub import HubSource, download, parse_source
 from .huggingface import is_huggingface
 from .lora import MergedWeights, merged_config
 from .pairs import check_pairs
+from .tokenizer_files import token_id
 from .weights import INDEX_FILE, WEIGHTS_FILE, TensorReader, Weights
 
 __all__ = ["CONFIG_FILE", "OpenedCheckpoint", "open_checkpoint"]
@@ -85,44 +86,65 @@ def open_checkpoint(
             adapter was trained on.
     """
     folder = Path(folder)
-    if folder.suffix == ".gguf":
-        if base is not None or adapter is not None:
-            raise ConfigError(f"{folder} is not an adapter, so it has no base model; omit --base and --adapter")
-        return _open_gguf(folder)
     place = _adapter_folder(folder, adapter)
     if place is None:
-        if base is not None:
-            raise ConfigError(f"{folder} is not an adapter, so it has no base model; omit --base")
-        config = _read_config(folder)
-        return OpenedCheckpoint(folder, config, lambda: Weights(folder), lambda: folder)
+        if base is not None or adapter is not None:
+            raise ConfigError(f"{folder} is not an adapter, so it has no base model; omit --base and --adapter")
+        return _open_model(folder)
     check_present(place)
     settings = read_settings(place)
     root, name, remarks = _base(settings, folder, place, base)
-    config = _read_config(root)
-    if not is_huggingface(config):
+    if not (root / CONFIG_FILE).is_file() and any((root / file).is_file() for file in ADAPTER_FILES):
+        raise ConfigError(
+            f"{root}: the base model of {place} is an adapter itself; merge it first, and pass it with --base"
+        )
+    model = _open_model(root)
+    if not is_huggingface(model.config):
         raise ConfigError(
             f"{root}: expected the base model of {place} in the format of transformers; found bonnx's own"
         )
-    if config.get("quantization_config") is not None:
+    if model.config.get("quantization_config") is not None:
         raise ConfigError(
             f"{root}: the base model of {place} is quantized; pass the model that it was made from with --base"
         )
     try:
-        check_fields(config)
+        check_fields(model.config)
     except ConfigError as e:
         raise ConfigError(f"{root}: {e}") from e
-    family = FAMILIES[config["model_type"]]
-    tied = ConfigReader(config).flag("tie_word_embeddings", family.tied)
-    merged = MergedWeights(Weights(root), place, settings, family, tied=tied)
+    family = FAMILIES[model.config["model_type"]]
+    tied = ConfigReader(model.config).flag("tie_word_embeddings", family.tied)
+    merged = MergedWeights(model.weights(), place, settings, family, tied=tied)
+    config = merged_config(model.config, merged, settings, family)
     own = any((place / file).is_file() for file in _TOKENIZER)
+    if own and config.get("pad_token_id") is None and (pad := _pad_token(place)) is not None:
+        config["pad_token_id"] = pad
+        remarks.append(
+            f"the base model has no pad token; that of the adapter's tokenizer ({pad}) is used, as in training"
+        )
     return OpenedCheckpoint(
         path=place,
-        config=merged_config(config, merged, settings, family),
+        config=config,
         weights=lambda: merged,
-        find_tokenizer=lambda: place if own else root,
+        find_tokenizer=lambda: place if own else model.tokenizer,
         source=f"{source or place.resolve().name} on {name}",
         remarks=tuple(remarks),
     )
+
+
+def _open_model(path: Path) -> OpenedCheckpoint:
+    """Open a folder that is not an adapter, or a GGUF file."""
+    if path.suffix == ".gguf" and not path.is_dir():
+        return _open_gguf(path)
+    config = _read_config(path)
+    return OpenedCheckpoint(path, config, lambda: Weights(path), lambda: path)
+
+
+def _pad_token(folder: Path) -> int | None:
+    """Return the id of the pad token of a folder's tokenizer."""
+    settings = folder / "tokenizer_config.json"
+    if not settings.is_file() or read_json(settings).get("pad_token") is None:
+        return None
+    return token_id(folder, "pad_token")
 
 
 def _open_gguf(path: Path) -> OpenedCheckpoint:
@@ -137,7 +159,7 @@ def _open_gguf(path: Path) -> OpenedCheckpoint:
         path,
         config,
         lambda: weights,
-        lambda: find_tokenizer(path, config["vocab_size"]),
+        lambda: find_tokenizer(path, config["vocab_size"], file.metadata.get("tokenizer.ggml.model")),
         pair_template=template if isinstance(template, str) else None,
     )
 
@@ -146,7 +168,7 @@ def _adapter_folder(folder: Path, name: str | None) -> Path | None:
     """Return the folder of the adapter, or None if the checkpoint is not one."""
     inside = sorted(path.parent.name for path in folder.glob(f"*/{ADAPTER_CONFIG}"))
     own = any((folder / file).is_file() for file in ADAPTER_FILES)
-    if name is not None:
+    if name is not None and (inside or own):
         if name in inside or (name == "default" and own):
             return folder / name if name in inside else folder
         found = ", ".join([*inside, *(["default"] if own else [])]) or "none"

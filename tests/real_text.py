@@ -77,13 +77,35 @@ class Same(NamedTuple):
     different: list[str]
 
 
-def compare_text(model_folder: Path, artifact: Path, prompts: Sequence[str] = PROMPTS) -> dict[str, Same]:
+def pretrained(model: Path) -> dict[str, str]:
+    """Arguments of `from_pretrained` of transformers for a folder or a GGUF file."""
+    if model.suffix == ".gguf":
+        return {"pretrained_model_name_or_path": str(model.parent), "gguf_file": model.name}
+    return {"pretrained_model_name_or_path": str(model)}
+
+
+def compare_log_probs(model: Path, artifact: Path, prompts: Sequence[str] = PROMPTS[:10]) -> float:
+    """Return the largest difference of a greedy token's log-probability from the one that transformers gives it."""
+    network = AutoModelForCausalLM.from_pretrained(**pretrained(model), dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(**pretrained(model))
+    loaded, worst = bonnx.load(artifact, provider="cpu"), 0.0
+    for text in prompts:
+        prompt = tokenizer(text)["input_ids"]
+        candidate = loaded.generate(np.array(prompt), max_new_tokens=16, temperature=0.0).best
+        with torch.no_grad():
+            logits = network(torch.tensor([[*prompt, *candidate.tokens]])).logits[0, len(prompt) - 1 : -1]
+        expected = logits.log_softmax(-1)[range(len(candidate.tokens)), candidate.tokens].numpy()
+        worst = max(worst, float(np.abs(np.asarray(candidate.log_probs) - expected).max()))
+    return worst
+
+
+def compare_text(source: Path, artifact: Path, prompts: Sequence[str] = PROMPTS) -> dict[str, Same]:
     """Greedy and sampled completions of each prompt, `NEW_TOKENS` tokens long.
 
     transformers knows nothing of our random numbers, so the reference draws from its logits by the documented rule.
     """
-    network = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    network = AutoModelForCausalLM.from_pretrained(**pretrained(source), dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(**pretrained(source))
     model = bonnx.load(artifact, provider="cpu")
     results = {}
     for kind, temperature in (("greedy", 0.0), ("sampled", 0.8)):

@@ -229,6 +229,8 @@ def test_what_is_unknown_is_refused_by_name(tmp_path, monkeypatch):
         open_checkpoint(path)
     with pytest.raises(ConfigError, match="omit --base and --adapter"):
         open_checkpoint(path, base="org/name")
+    with pytest.raises(ConfigError, match=r"contains GGUF files; pass one of them, such as .*model\.gguf"):
+        open_checkpoint(tmp_path)
 
 
 def test_without_the_package_the_error_says_what_to_install(tmp_path):

@@ -12,12 +12,13 @@ import transformers
 from bonnx.export.checkpoint.source import Overrides, read_checkpoint
 from bonnx.models import ConfigError, load_checkpoint
 from bonnx.models.opened import open_checkpoint
-from tests.checkpoints import FAMILIES, make_tokenizer
+from tests import command_line, gguf_files
+from tests.checkpoints import make_tokenizer
 from tests.tolerance import RUNTIME, within
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 VOCABULARY = 90
-LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+LINEAR = ["q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj"]
 
 
 def ids(rng, rows=2):
@@ -28,22 +29,15 @@ def save_base(folder, family, task, rng, dtype=torch.float32, **options):
     """A base model with weights large enough to matter, in one file or in shards."""
     if family in ("Llama", "Qwen3"):
         options |= {"attention_bias": bool(rng.integers(2))}
-    config = getattr(transformers, f"{family}Config")(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=40,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        pad_token_id=1,
-        num_labels=1,
-        **options,
-    )
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "num_labels": 1}
+    sizes |= {"pad_token_id": 1, "eos_token_id": 2}
+    config = getattr(transformers, f"{family}Config")(**sizes | options)
     model = getattr(transformers, f"{family}For{task}")(config)
     for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     model.to(dtype).save_pretrained(folder, max_shard_size="20KB" if rng.integers(2) else "1GB")
+    return model
 
 
 def train(base, folder, config, task="SequenceClassification", resize=None, **options):
@@ -62,7 +56,7 @@ def train(base, folder, config, task="SequenceClassification", resize=None, **op
 
 def draw_config(rng, task):
     """A LoRA config of random options."""
-    chosen = [name for name in LINEAR if rng.integers(2)] or ["v_proj"]
+    chosen = [name for name in LINEAR if rng.integers(2)] + ["down_proj"]
     options = {"r": int(rng.integers(1, 6)), "lora_alpha": int(rng.integers(1, 20))}
     if rng.integers(2):
         options |= {"rank_pattern": {"layers.1.self_attn.q_proj": 3, "v_proj": 2}}
@@ -96,7 +90,7 @@ def folders(tmp_path):
     return tmp_path / "base", tmp_path / "adapter"
 
 
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name in ("Llama", "Mistral", "Qwen2", "Qwen3")])
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Qwen3", "Gemma2", "Phi3"])
 def test_a_reward_model_of_random_options_is_the_one_of_peft(family, folders, rng):
     """The head is in the adapter only: the base is a language model."""
     base, adapter = folders
@@ -162,6 +156,42 @@ def test_the_tokenizer_is_the_adapter_s_if_it_has_one(folders, rng):
         read_checkpoint(adapter, Overrides())
 
 
+def test_the_pad_token_is_the_adapter_s_if_the_base_has_none(folders, rng):
+    """TRL sets it in memory while it trains; it may end a text too, and then the token before it is read."""
+    base, adapter = folders
+    save_base(base, "Llama", "CausalLM", rng, pad_token_id=None, vocab_size=720)
+    train(base, adapter, draw_config(rng, "SEQ_CLS"), num_labels=1)
+    assert not load_checkpoint(adapter)[1]["scoring"]["passes_pad"]
+    tokenizer = make_tokenizer("bytes")
+    tokenizer.save_pretrained(adapter)
+    metadata = load_checkpoint(adapter)[1]
+    assert metadata["scoring"]["pad_token"] == tokenizer.pad_token_id
+    assert metadata["scoring"]["passes_pad"]
+    assert "has no pad token; that of the adapter's tokenizer" in metadata["remarks"][0]
+
+
+def test_the_command_names_adapter_and_base(folders, rng, tmp_path):
+    base, adapter = folders
+    save_base(base, "Llama", "CausalLM", rng)
+    train(base, adapter / "mine", draw_config(rng, "SEQ_CLS"), num_labels=1)
+    options = ["--checkpoint", "adapter", "--adapter", "mine", "--base", "base", "-o", "out", "--dry-run"]
+    done = command_line.run(tmp_path, "export", *options)
+    assert done.returncode == 0, done.stderr
+    assert "mine on base: " in done.stderr
+    done = command_line.run(tmp_path, "export", "--base", "base", "-o", "out")
+    assert done.returncode == 2
+    assert "--base and --adapter: expected --checkpoint too, the adapter" in done.stderr
+
+
+def test_a_base_of_quantized_weights_computes_what_peft_computes_on_them(folders, rng, tmp_path):
+    base, adapter = folders
+    model = save_base(base, "Llama", "CausalLM", rng, tie_word_embeddings=True)
+    gguf_files.write(tmp_path / "base.gguf", model)
+    trained, tokens = train(base, adapter, draw_config(rng, "SEQ_CLS"), num_labels=1), ids(rng)
+    found = scores(open_checkpoint(adapter, base=str(tmp_path / "base.gguf")), tokens)
+    assert within(found, compute(trained, tokens), RUNTIME)
+
+
 def test_several_adapters_are_chosen_by_name(folders, rng):
     base, folder = folders
     save_base(base, "Qwen3", "SequenceClassification", rng)
@@ -210,7 +240,7 @@ def test_the_base_is_found_beside_the_adapter_or_as_the_caller_says(folders, rng
     opened = open_checkpoint(adapter)
     assert within(scores(opened, tokens), expected, RUNTIME)
     assert "was merged into the weights in" in load_checkpoint(opened)[1]["remarks"][0]
-    with pytest.raises(ConfigError, match="is not an adapter, so it has no base model; omit --base"):
+    with pytest.raises(ConfigError, match="is not an adapter, so it has no base model; omit --base and --adapter"):
         open_checkpoint(base, base=str(adapter))
 
 
