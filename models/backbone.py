@@ -7,6 +7,7 @@ from typing import Any
 
 from .config import ConfigError, NetworkConfig
 from .config_reader import FARTHEST, ConfigReader
+from .families import Family
 from .fields import activation
 from .head import PARTS
 from .parts import Part, groups, halves, plus, rows, times
@@ -62,6 +63,30 @@ def backbone_options(fields: ConfigReader, tensors: int) -> dict[str, Any]:
         "sliding_layers": sliding,
         "unrotated_layers": _unrotated(fields, layers),
         **rope_options(fields),
+        **_experts(fields, layers),
+    }
+
+
+def _experts(fields: ConfigReader, layers: int) -> dict[str, Any]:
+    """Return the options for experts; none if the family has none."""
+    family, config = fields.family, fields.config
+    if not family.num_experts:
+        return {}
+    # Versions of transformers differ in the name.
+    name = "num_experts" if config.get("num_experts") is not None else "num_local_experts"
+    options = {
+        "num_experts": fields.whole(name, family.num_experts),
+        "experts_per_token": fields.whole("num_experts_per_tok", family.experts_per_token),
+    }
+    if family.name == "Mixtral":
+        return options
+    step, dense = fields.whole("decoder_sparse_step", 1), config.get("mlp_only_layers") or []
+    if not isinstance(dense, list) or not all(type(i) is int for i in dense):
+        raise ConfigError(f"config.json, 'mlp_only_layers': expected a list of layers; found {dense!r:.80}")
+    return options | {
+        "expert_inner": fields.whole("moe_intermediate_size", 768),
+        "normalize_experts": fields.flag("norm_topk_prob", False),
+        "dense_layers": [i for i in range(layers) if i in dense or (i + 1) % step],
     }
 
 
@@ -156,8 +181,12 @@ def block_tensors(fields: ConfigReader, config: NetworkConfig, prefix: str) -> t
     names, parts, family = {}, {}, fields.family
     modules = _modules(config)
     made = {module: _part(module, fields, config) for module in modules}
+    experts = _expert_modules(config, family)
     for i in range(config.num_layers):
+        sparse = bool(experts) and i not in (config.dense_layers or [])
         for module, kinds in modules.items():
+            if sparse and module in ("ffn.gate", "ffn.up", "ffn.down"):
+                continue
             for kind in kinds:
                 ours = f"network.blocks.{i}.{module}.{kind}"
                 names[ours] = f"{prefix}layers.{i}.{family.names[module]}.{kind}"
@@ -165,7 +194,18 @@ def block_tensors(fields: ConfigReader, config: NetworkConfig, prefix: str) -> t
                 if part.changes:
                     shape = part.shape if kind == "weight" or part.shape is None else part.shape[:1]
                     parts[ours] = Part(shape, part.changes)
+        for module, theirs in experts.items() if sparse else ():
+            names[f"network.blocks.{i}.{module}.weight"] = f"{prefix}layers.{i}.{theirs}.weight"
     return names, parts
+
+
+def _expert_modules(config: NetworkConfig, family: Family) -> dict[str, str]:
+    """Map our modules of a layer of experts to the checkpoint's; empty if there are none."""
+    modules = {"ffn.router": family.names["ffn.router"]} if config.num_experts else {}
+    for number in range(config.num_experts or 0):
+        for part in ("gate", "up", "down"):
+            modules[f"ffn.experts.{number}.{part}"] = family.names[f"ffn.experts.{part}"].format(number)
+    return modules
 
 
 def _modules(config: NetworkConfig) -> dict[str, tuple[str, ...]]:

@@ -94,12 +94,12 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """Gated feed-forward network (Shazeer, 2020): `down(activation(gate(x)) * up(x))`."""
 
-    def __init__(self, config: NetworkConfig) -> None:
+    def __init__(self, config: NetworkConfig, inner_size: int) -> None:
         super().__init__()
         self.activation = ACTIVATIONS[config.ffn_activation]
-        self.gate = nn.Linear(config.hidden_size, config.inner_size, bias=config.ffn_bias)
-        self.up = nn.Linear(config.hidden_size, config.inner_size, bias=config.ffn_bias)
-        self.down = nn.Linear(config.inner_size, config.hidden_size, bias=config.ffn_bias)
+        self.gate = nn.Linear(config.hidden_size, inner_size, bias=config.ffn_bias)
+        self.up = nn.Linear(config.hidden_size, inner_size, bias=config.ffn_bias)
+        self.down = nn.Linear(inner_size, config.hidden_size, bias=config.ffn_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
@@ -110,14 +110,14 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Residual block: `x + attention(norm(x))`, then `x + ffn(norm(x))`; or with norms behind the two, or both."""
 
-    def __init__(self, config: NetworkConfig) -> None:
+    def __init__(self, config: NetworkConfig, ffn: nn.Module | None = None) -> None:
         super().__init__()
         before, after = config.norm_place != "after", config.norm_place != "before"
         self.attention_norm = _norm(config) if before else nn.Identity()
         self.attention = Attention(config)
         self.attention_out_norm = _norm(config) if after else nn.Identity()
         self.ffn_norm = _norm(config) if before else nn.Identity()
-        self.ffn = FeedForward(config)
+        self.ffn = FeedForward(config, config.inner_size) if ffn is None else ffn
         self.ffn_out_norm = _norm(config) if after else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
 

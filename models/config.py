@@ -113,6 +113,15 @@ class NetworkConfig(_ValidatedConfig, frozen=True, kw_only=True, forbid_unknown_
     """Head size; `hidden_size // num_heads` if None."""
     ffn_inner: int | None = None
     """Inner size of the gated FFN; `ffn_inner_size(hidden_size)` if None."""
+    num_experts: int | None = None
+    """If set, each layer's feed-forward network is one of so many experts, of which each token uses a few."""
+    experts_per_token: int = 2
+    expert_inner: int | None = None
+    """Inner size of an expert; that of the gated FFN if None."""
+    normalize_experts: bool = True
+    """Whether the shares of the chosen experts are divided by their sum."""
+    dense_layers: list[int] | None = None
+    """Layers without experts, counted from 0; none if None."""
     attention_bias: bool = True
     """Whether the q, k and v projections have biases."""
     attention_output_bias: bool = True
@@ -155,7 +164,15 @@ class NetworkConfig(_ValidatedConfig, frozen=True, kw_only=True, forbid_unknown_
 
     def __post_init__(self) -> None:
         positive = ["embed_dim", "hidden_size", "num_layers", "num_heads", "num_kv_heads"]
-        optional = ("num_labels", "head_dim", "ffn_inner", "sliding_window", "rotary_size")
+        optional = (
+            "num_labels",
+            "head_dim",
+            "ffn_inner",
+            "sliding_window",
+            "rotary_size",
+            "num_experts",
+            "expert_inner",
+        )
         positive += [name for name in optional if getattr(self, name) is not None]
         for name in positive:
             if getattr(self, name) < 1:
@@ -180,11 +197,15 @@ class NetworkConfig(_ValidatedConfig, frozen=True, kw_only=True, forbid_unknown_
             )
         if not 0.0 <= self.dropout < 1.0:
             raise ConfigError(f"dropout must be in [0, 1); got {self.dropout}")
-        for name in ("sliding_layers", "unrotated_layers"):
+        for name in ("sliding_layers", "unrotated_layers", "dense_layers"):
             for layer in getattr(self, name) or []:
                 if not 0 <= layer < self.num_layers:
                     raise ConfigError(f"{name} must be from 0 to {self.num_layers - 1}; got {layer}")
         self._check_rotation()
+        if self.num_experts is not None and not 1 <= self.experts_per_token <= self.num_experts:
+            raise ConfigError(
+                f"experts_per_token must be from 1 to num_experts {self.num_experts}; got {self.experts_per_token}"
+            )
 
     def _check_rotation(self) -> None:
         size, scaling = self.size_of_rotation, self.rope_scaling
@@ -235,6 +256,11 @@ class NetworkConfig(_ValidatedConfig, frozen=True, kw_only=True, forbid_unknown_
     def size_of_head(self) -> int:
         """Size of one attention head."""
         return self.head_dim if self.head_dim is not None else self.hidden_size // self.num_heads
+
+    @property
+    def size_of_expert(self) -> int:
+        """Inner size of an expert."""
+        return self.expert_inner if self.expert_inner is not None else self.inner_size
 
     @property
     def inner_size(self) -> int:

@@ -38,6 +38,17 @@ _OLMO2 = _LLAMA | {
 _GLM = _LLAMA | {"ffn.gate": "mlp.gate_up_proj", "ffn.up": "mlp.gate_up_proj"}
 _GLM4 = _GLM | {"attention_out_norm": "post_self_attn_layernorm", "ffn_out_norm": "post_mlp_layernorm"}
 _PHI3 = _GLM | {f"attention.{part}_proj": "self_attn.qkv_proj" for part in "qkv"}
+# One module for each expert; the number is its own.
+_MIXTRAL = _LLAMA | {
+    "ffn.router": "block_sparse_moe.gate",
+    "ffn.experts.gate": "block_sparse_moe.experts.{}.w1",
+    "ffn.experts.up": "block_sparse_moe.experts.{}.w3",
+    "ffn.experts.down": "block_sparse_moe.experts.{}.w2",
+}
+_QWEN3_MOE = _LLAMA | {
+    "ffn.router": "mlp.gate",
+    **{f"ffn.experts.{part}": f"mlp.experts.{{}}.{part}_proj" for part in ("gate", "up", "down")},
+}
 _INTERNLM2 = {
     "attention_norm": "attention_norm",
     **{f"attention.{part}_proj": "attention.wqkv" for part in "qkv"},
@@ -88,6 +99,8 @@ class Family:
         partial_rotary: default share of each head that is rotated; None if heads are always rotated whole.
         interleaved: whether adjacent features are rotated instead of the halves of a head.
         unrotated_every: one layer in so many is not rotated, unless `no_rope_layers` says otherwise; 0 for none.
+        num_experts: default number of experts; 0 if the family has none.
+        experts_per_token: default number of experts that a token uses.
         tokenizer_class: the class that AutoTokenizer uses for the family if the checkpoint declares none.
     """
 
@@ -124,6 +137,8 @@ class Family:
     partial_rotary: float | None = None
     interleaved: bool = False
     unrotated_every: int = 0
+    num_experts: int = 0
+    experts_per_token: int = 0
     tokenizer_class: str | None = None
 
     @property
@@ -262,5 +277,30 @@ FAMILIES = {
         tokenizer_class="TokenizersBackend",
     ),
     "glm": _GLM_FAMILY,
+    "mixtral": Family(
+        "Mixtral",
+        names=_MIXTRAL,
+        num_key_value_heads=8,
+        epsilon=1e-5,
+        sliding_window="always",
+        reads_layer_types=False,
+        window=None,
+        rope_theta=1e6,
+        num_experts=8,
+        experts_per_token=2,
+        tokenizer_class="TokenizersBackend",
+    ),
+    "qwen3_moe": Family(
+        "Qwen3Moe",
+        names=_QWEN3_MOE,
+        num_key_value_heads=4,
+        bias_field="attention_bias",
+        qk_norm="head",
+        sliding_window="switch",
+        reads_layer_types=False,
+        num_experts=128,
+        experts_per_token=8,
+        tokenizer_class="Qwen2Tokenizer",
+    ),
     "glm4": replace(_GLM_FAMILY, name="Glm4", names=_GLM4, norm_place="both"),
 }

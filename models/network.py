@@ -17,6 +17,7 @@ from bonnx.errors import InputError
 
 from .block import Block, capped
 from .config import ConfigError, LanguageModelConfig, NetworkConfig
+from .experts import Experts
 from .rotary import Rotary, Rotation
 from .scorer_kinds import make_scorer
 
@@ -43,7 +44,7 @@ class TwoHeadedNetwork(nn.Module):
         self.input_projection = (
             nn.Linear(config.embed_dim, config.hidden_size) if config.embed_dim != config.hidden_size else nn.Identity()
         )
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.blocks = nn.ModuleList(Block(config, _experts(config, i)) for i in range(config.num_layers))
         self.final_norm: nn.Module = (
             nn.LayerNorm(config.hidden_size, eps=config.final_norm_epsilon)
             if config.final_norm == "layer"
@@ -123,6 +124,12 @@ class TwoHeadedNetwork(nn.Module):
         """Embeddings (B, T, E) float32 and an optional mask (B, T) -> backbone (B, T, D), scores (B, T, num_labels)."""
         backbone = self.encode(inputs_embeds, attention_mask)
         return backbone, self.scorer(backbone)
+
+
+def _experts(config: NetworkConfig, layer: int) -> Experts | None:
+    """The feed-forward network of a layer, if it is one of experts."""
+    dense = config.num_experts is None or layer in (config.dense_layers or [])
+    return None if dense else Experts(config)
 
 
 class LanguageModel(nn.Module):

@@ -88,8 +88,8 @@ def _config(family, rng, **options):
     """The config of a family's own class; that of Llama for InternLM2, which transformers lacks."""
     heads, kv_heads = [(4, 2), (4, 4), (6, 2)][rng.integers(3)]
     size = {"head_dim": 8} if family not in _NO_HEAD_SIZE and rng.integers(2) else {}
-    if family.startswith("G") and family != "Granite":
-        # Their classes have a size of their own by default.
+    if (family.startswith("G") and family != "Granite") or family == "Mixtral":
+        # Their classes have a size of their own by default, or need one for rope scaling.
         size = {"head_dim": 8}
     base = {
         "vocab_size": 720,
@@ -120,6 +120,16 @@ def _of_family(family, rng):
         options["attn_logit_softcapping"] = [None, 2.0][rng.integers(2)]
     if entry.unrotated_every:
         options["no_rope_layers"] = rng.integers(0, 2, 2).tolist()
+    if entry.num_experts:
+        # Grouped products of PyTorch need whole multiples of 16 bytes.
+        options |= {
+            "intermediate_size": 8 * int(rng.integers(2, 6)),
+            "num_local_experts": int(rng.integers(3, 7)),
+            "num_experts_per_tok": int(rng.integers(1, 4)),
+        }
+    if family == "Qwen3Moe":
+        options |= {"moe_intermediate_size": 8 * int(rng.integers(1, 4)), "norm_topk_prob": bool(rng.integers(2))}
+        options |= {"mlp_only_layers": [[], [0], [1]][rng.integers(3)]}
     if entry.multipliers:
         names = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
         options |= {name: float(rng.uniform(0.2, 2)) for name in names}

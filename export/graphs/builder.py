@@ -145,6 +145,19 @@ def name_value(value: ir.Value, name: str, dtype: ir.DataType, shape: Sequence[i
     return value
 
 
+def _complete(loop: ir.Node, graph: ir.Graph) -> None:
+    """Give a loop of an onnxscript function a condition and the types of its body's first values, which it lacks."""
+    body = loop.attributes["body"].as_graph()
+    for value, dtype in ((body.inputs[0], ir.DataType.INT64), (body.inputs[1], ir.DataType.BOOL)):
+        value.type = value.type or ir.TensorType(dtype)
+    body.outputs[0].type = body.outputs[0].type or ir.TensorType(ir.DataType.BOOL)
+    if loop.inputs[1] is None:
+        # Optional by the standard, but ONNX's reference evaluator does not run a loop without one.
+        always = ir.node("Constant", [], {"value": ir.tensor(np.array(True))})
+        graph.insert_before(loop, [always])
+        loop.replace_input_with(1, always.outputs[0])
+
+
 def finish(graph: ir.Graph, functions: Sequence[Any], opset: int) -> ir.Model:
     """Make a model of a graph: functions are inlined, and every value and node gets a unique name."""
     graph.opset_imports.update({"": opset, DOMAIN: 1})
@@ -156,6 +169,9 @@ def finish(graph: ir.Graph, functions: Sequence[Any], opset: int) -> ir.Model:
         ir_functions[-1].opset_imports.update({"": opset, DOMAIN: 1})
     model = ir.Model(graph, ir_version=IR_VERSION, functions=ir_functions)
     InlinePass()(model)
+    for part in [graph, *graph.subgraphs()]:
+        for node in [node for node in part if node.op_type == "Loop"]:
+            _complete(node, part)
     del graph.opset_imports[DOMAIN]
     if any(node.domain == "com.microsoft" for part in (graph, *graph.subgraphs()) for node in part):
         graph.opset_imports["com.microsoft"] = 1
@@ -169,7 +185,7 @@ def finish(graph: ir.Graph, functions: Sequence[Any], opset: int) -> ir.Model:
                     value.name = f"v{next(values)}"
         for value in part.outputs:
             if value.type is None:
-                # The output of an `If` branch in a function: checkers require a type, but functions are untyped.
+                # Of an `If` branch or a loop in a function: checkers require a type, but functions are untyped.
                 producer = value.producer()
                 assert producer is not None
                 assert producer.op_type == "Cast", "end each branch with a Cast"

@@ -16,16 +16,18 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from bonnx.models.block import ACTIVATIONS, Block
+from bonnx.models.block import ACTIVATIONS, Block, FeedForward
 from bonnx.models.config import NetworkConfig
+from bonnx.models.experts import Experts
 from bonnx.models.network import LanguageModel, TwoHeadedNetwork
 from bonnx.models.rotary import Rotation, rotate
 from bonnx.models.scorer_kinds import GatedScorer
 from bonnx.runtime.artifact.manifest import Scoring
 
+from ..precision.linear import Linear8
 from ..precision.products import QuantizedNorm, product
-from ..precision.quantize import Linear8
 from .builder import DOMAIN
+from .experts import ExpertsProduct
 
 __all__ = ["MARK", "MASKED", "Layer", "Trunk", "additive", "part"]
 
@@ -56,14 +58,15 @@ class Layer(nn.Module):
         self.heads, self.kv_heads, self.size = config.num_heads, config.num_kv_heads, config.size_of_head
         self.fused, self.cap, self.activation = fused, config.attention_cap, config.ffn_activation
         scale = self.size**-0.5
-        self.attention_norm, self.ffn_norm = (
-            QuantizedNorm(norm) if isinstance(reader, Linear8) and reader.normed else norm
-            for norm, reader in ((block.attention_norm, attention.q_proj), (block.ffn_norm, block.ffn.gate))
-        )
+        self.attention_norm = _for_products(block.attention_norm, attention.q_proj)
         self.attention_out_norm, self.ffn_out_norm = block.attention_out_norm, block.ffn_out_norm
         self.q = product(attention.q_proj, 1.0 if config.qk_norm else scale)
         self.k, self.v, self.out = map(product, (attention.k_proj, attention.v_proj, attention.out_proj))
-        self.gate, self.up, self.down = map(product, (block.ffn.gate, block.ffn.up, block.ffn.down))
+        self.experts = ExpertsProduct(block.ffn) if isinstance(block.ffn, Experts) else None
+        self.ffn_norm = block.ffn_norm
+        if isinstance(block.ffn, FeedForward):
+            self.ffn_norm = _for_products(block.ffn_norm, block.ffn.gate)
+            self.gate, self.up, self.down = map(product, (block.ffn.gate, block.ffn.up, block.ffn.down))
         self.q_norm = self.k_norm = None
         self.norm_all = config.qk_norm_over == "all"
         if config.qk_norm:
@@ -110,8 +113,17 @@ class Layer(nn.Module):
         """Residual stream x (M, D), attention output (M, H * K) -> (M, D) after the feed-forward network."""
         x = x + self.attention_out_norm(self.out(attended))
         y = self.ffn_norm(x)
-        out: Tensor = x + self.ffn_out_norm(self.down(ACTIVATIONS[self.activation](self.gate(y)) * self.up(y)))
+        if self.experts is not None:
+            y = self.experts(y)
+        else:
+            y = self.down(ACTIVATIONS[self.activation](self.gate(y)) * self.up(y))
+        out: Tensor = x + self.ffn_out_norm(y)
         return out
+
+
+def _for_products(norm: nn.Module, reader: nn.Module) -> nn.Module:
+    """A norm, given one of the layers that read it."""
+    return QuantizedNorm(norm) if isinstance(reader, Linear8) and reader.normed else norm
 
 
 class Trunk(nn.Module):

@@ -18,7 +18,7 @@ from bonnx.runtime.artifact.manifest import Scoring
 
 from ..precision.products import VocabularyHead
 from ..precision.widen import widened
-from . import sampling, selection
+from . import experts, sampling, selection
 from .builder import Builder, finish, name_value
 from .decompose import decomposed_lightly
 from .generate_loop import generate_graph
@@ -64,7 +64,7 @@ def trace_graphs(
 
     With `whole`, which is for tests, every layer is traced, even if it is like another one.
     """
-    functions = [*sampling.FUNCTIONS, *selection.FUNCTIONS]
+    functions = [*sampling.FUNCTIONS, *selection.FUNCTIONS, *experts.FUNCTIONS]
     for name, graph in _graphs(model, scoring, opset, whole):
         yield name, finish(graph, functions, opset)
         del graph

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from bonnx.models.block import FeedForward
 from bonnx.models.network import LanguageModel, TwoHeadedNetwork
 
 __all__ = ["SplitLinear", "find_outliers"]
@@ -60,10 +61,14 @@ def find_outliers(model: LanguageModel | TwoHeadedNetwork, seed: int = 0) -> dic
         outliers[module] = _indices_beyond(inputs[0].flatten(0, -2), _ROW_LIMIT if module in in_row else _NORM_LIMIT)
 
     watched: list[nn.Module] = []
-    in_row = {part for block in network.layers() for part in (block.attention.out_proj, block.ffn.down)}
+    in_row: set[nn.Module] = {block.attention.out_proj for block in network.layers()}
+    dense = [block.ffn for block in network.layers() if isinstance(block.ffn, FeedForward)]
+    in_row |= {ffn.down for ffn in dense}
     for block in network.layers():
         watched += [block.attention_norm, block.attention.q_proj, block.attention.out_proj]
-        watched += [block.ffn_norm, block.ffn.gate, block.ffn.down]
+        watched += [block.ffn_norm]
+    for ffn in dense:
+        watched += [ffn.gate, ffn.down]
     hooks = [module.register_forward_pre_hook(inspect) for module in watched]
     generator = torch.Generator().manual_seed(seed)
     try:
@@ -79,7 +84,8 @@ def find_outliers(model: LanguageModel | TwoHeadedNetwork, seed: int = 0) -> dic
     for block in network.layers():
         # These layers have the same inputs as the ones inspected.
         outliers |= dict.fromkeys((block.attention.k_proj, block.attention.v_proj), outliers[block.attention.q_proj])
-        outliers[block.ffn.up] = outliers[block.ffn.gate]
+    for ffn in dense:
+        outliers[ffn.up] = outliers[ffn.gate]
     return outliers
 
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from bonnx.models.network import LanguageModel, final_logits
 
+from .linear import BLOCK, MIN_SCALE, NORMED_STEP, Linear4, Linear8, Linear16
 from .outliers import SplitLinear
-from .quantize import BLOCK, MIN_SCALE, NORMED_STEP, Linear4, Linear8, Linear16
 
 __all__ = [
     "Product4",

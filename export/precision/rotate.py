@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from bonnx.models.block import FeedForward
 from bonnx.models.network import TwoHeadedNetwork
 
 __all__ = ["rotate"]
@@ -32,6 +33,7 @@ def rotate(network: TwoHeadedNetwork, outliers: Tensor | None = None, seed: int 
     _rotate_outputs(entry, rotation)
     for block in network.layers():
         attention, ffn = block.attention, block.ffn
+        assert isinstance(ffn, FeedForward)
         for norm, readers in (
             (block.attention_norm, (attention.q_proj, attention.k_proj, attention.v_proj)),
             (block.ffn_norm, (ffn.gate, ffn.up)),

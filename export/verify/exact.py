@@ -23,7 +23,8 @@ from bonnx.models.scorer_kinds import GatedScorer
 from bonnx.runtime.artifact.manifest import Scoring
 from bonnx.runtime.selection.gate import last_header
 
-from ..precision.quantize import Linear4, Linear8, Linear16, table
+from ..precision.linear import Linear4, Linear8, Linear16
+from ..precision.quantize import table
 
 __all__ = ["FACTOR", "Exact", "Outputs", "Tolerances", "activated", "certainty", "score_rows"]
 

@@ -15,9 +15,10 @@ import bonnx
 from bonnx.export.artifact import export_model
 from bonnx.export.graphs.selection import plain_selection
 from bonnx.export.graphs.trace import trace_graphs
+from bonnx.export.precision.linear import Embedding16, Linear16
 from bonnx.export.precision.outliers import SplitLinear, find_outliers
 from bonnx.export.precision.products import Product16
-from bonnx.export.precision.quantize import Embedding16, Linear16, quantized
+from bonnx.export.precision.quantize import quantized
 from bonnx.models import build
 from bonnx.models.config import LanguageModelConfig, NetworkConfig
 from bonnx.models.network import LanguageModel

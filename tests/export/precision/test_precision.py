@@ -14,7 +14,8 @@ from torch import nn
 import bonnx
 from bonnx import ExportError, InputError
 from bonnx.export.artifact import export_model
-from bonnx.export.precision.quantize import Linear4, Linear8, quantized
+from bonnx.export.precision.linear import Linear4, Linear8
+from bonnx.export.precision.quantize import quantized
 from bonnx.export.precision.rotate import rotate
 from bonnx.export.verify.agreement import HeldOut, measure, read_held_out
 from bonnx.models import build
