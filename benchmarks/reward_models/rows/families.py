@@ -36,4 +36,6 @@ ROWS = [
     row("StableLM", "StableLm", "reward", "1 label"),
     row("GLM", "Glm", "reward", "1 label"),
     row("GLM-4", "Glm4", "reward", "1 label"),
+    row("Mixtral", "Mixtral", "reward", "1 label, experts"),
+    row("Qwen3-MoE", "Qwen3Moe", "reward", "1 label, experts"),
 ]
