@@ -31,6 +31,7 @@ VALUES = {
     "bos_token_id": [None, 3],
     "chunk_size_feed_forward": [4],
     "classifier_dropout": [0.5],
+    "decoder_sparse_step": [1, 2],
     "dtype": ["float32", None],
     "embd_pdrop": [0.5],
     "embedding_multiplier": [2.5],
@@ -60,16 +61,23 @@ VALUES = {
     "max_position_embeddings": [8, 64],
     "max_window_layers": [0, 1, 2],
     "mlp_bias": [True],
+    "mlp_only_layers": [[], [0], [1], None],
+    "moe_intermediate_size": [8],
     "model_type": [*families.FAMILIES, "bloom"],
     "no_rope_layer_interval": [1, 2],
     "no_rope_layers": [None, [0, 0], [0, 1], [1, 1, 0]],
+    "norm_topk_prob": [True, False],
     "num_attention_heads": [2, 8],
+    "num_experts": [2, 5],
+    "num_experts_per_tok": [1, 3, 9],
     "num_hidden_layers": [1, 3],
+    "num_local_experts": [2, 5],
     "num_key_value_heads": [None, 1, 4],
     "num_labels": [1, 2],
     "original_max_position_embeddings": [8],
     "output_attentions": [True],
     "output_hidden_states": [True],
+    "output_router_logits": [True],
     "pad_token_id": [None, 1],
     "partial_rotary_factor": [0.5, 1.0],
     "per_layer_config": [{"1": {"num_key_value_heads": 1}}, {"0": {"sliding_window": 3}}, {"1": {"rms_norm_eps": 0.5}}],
@@ -80,6 +88,8 @@ VALUES = {
     "resid_pdrop": [0.5],
     "residual_multiplier": [0.2],
     "return_dict": [True],
+    "router_aux_loss_coef": [0.5],
+    "router_jitter_noise": [0.5],
     "rope_local_base_freq": [30.0],
     "rms_norm_eps": [0.5, 1e-3],
     "rope_parameters": [
@@ -178,6 +188,10 @@ def write(folder, family, rng):
         options = {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"]}
     if entry.sliding_theta is not None:
         rope = {"full_attention": rope, "sliding_attention": {"rope_type": "default", "rope_theta": 50.0}}
+    if entry.num_experts:
+        options |= {"num_local_experts": 4, "num_experts_per_tok": 2}
+    if family == "Qwen3Moe":
+        options |= {"moe_intermediate_size": 16}
     options["layer_norm_eps" if family == "StableLm" else "rms_norm_eps"] = 1e-5
     config = getattr(transformers, f"{family}Config")(
         vocab_size=VOCABULARY,
