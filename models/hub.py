@@ -41,9 +41,14 @@ _UNWANTED = ["*/*.safetensors", "*/*.safetensors.index.json", "additional_chat_t
 # An adapter in a subfolder, with its own tokenizer, and the base model that may be above it.
 _OF_ADAPTER = ["adapter_config.json", "adapter_model.safetensors", "tokenizer*.json", "special_tokens_map.json"]
 _OF_ADAPTER += ["added_tokens.json", "chat_template.jinja"]
+_OF_GGUF = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"]
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>\w(?!.*\.\.)[\w./-]*))?", re.ASCII)
+_ID = re.compile(
+    r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>\w(?!.*\.\.)[\w./-]*))?"
+    r"(:(?P<file>\w(?!.*\.\.)[\w./-]*\.gguf))?",
+    re.ASCII,
+)
 
 
 @dataclass(frozen=True)
@@ -53,17 +58,22 @@ class HubSource:
     Attributes:
         repo: `org/name`.
         revision: branch, tag or commit; None for the repository's main branch.
+        file: path of a GGUF file in it; None for its safetensors.
     """
 
     repo: str
     revision: str | None = None
+    file: str | None = None
 
     def __str__(self) -> str:
-        return self.repo if self.revision is None else f"{self.repo}@{self.revision}"
+        revision = "" if self.revision is None else f"@{self.revision}"
+        return f"{self.repo}{revision}" + ("" if self.file is None else f":{self.file}")
 
 
 def parse_source(text: str) -> Path | HubSource:
     """Parse `--checkpoint`: an existing folder or GGUF file, or else `org/name` or `org/name@revision`.
+
+    A path after a colon, `org/name:file.gguf`, is that of a GGUF file in the repository.
 
     Raises:
         ConfigError: if it is neither, or the id is that of a model that judges pairs.
@@ -75,14 +85,16 @@ def parse_source(text: str) -> Path | HubSource:
         state = "is a file" if os.path.isfile(text) else "is neither an existing folder nor an id"
         raise ConfigError(
             f"checkpoint {text!r} {state}; expected a folder with config.json, or an id on the hub "
-            "such as org/name or org/name@revision"
+            "such as org/name, org/name@revision or org/name:file.gguf"
         )
     check_pairs(match["repo"])
-    return HubSource(match["repo"], match["revision"])
+    return HubSource(match["repo"], match["revision"], match["file"])
 
 
 def download(source: HubSource, adapter: str | None = None) -> tuple[Path, str]:
-    """Download a checkpoint; return its folder in the hub's cache and the revision's current commit (40 hex digits).
+    """Download a checkpoint; return where it is in the hub's cache and the revision's current commit (40 hex digits).
+
+    It is a folder, or a GGUF file if the source names one.
 
     If the hub cannot be reached, a complete snapshot in the cache is used, with its commit.
 
@@ -100,11 +112,7 @@ def download(source: HubSource, adapter: str | None = None) -> tuple[Path, str]:
         raise ConfigError(
             f"checkpoint {source}: {e.name} is not installed; run `pip install bonnx[hub]`, or pass a folder"
         ) from e
-    wanted, unwanted, needed = _WANTED, _UNWANTED, [*_WEIGHTS, *ADAPTER_FILES[:2]]
-    if adapter is not None and adapter != "default":
-        wanted = [*(name for name in _WANTED if name != "*.safetensors"), "model*.safetensors"]
-        wanted += [f"{adapter}/{name}" for name in _OF_ADAPTER]
-        unwanted, needed = ["*/*.safetensors.index.json", "*/model*.safetensors"], [f"{adapter}/{ADAPTER_WEIGHTS}"]
+    wanted, unwanted, needed = _patterns(source, adapter)
     try:
         folder = Path(
             snapshot_download(source.repo, revision=source.revision, allow_patterns=wanted, ignore_patterns=unwanted)
@@ -116,7 +124,21 @@ def download(source: HubSource, adapter: str | None = None) -> tuple[Path, str]:
         raise ConfigError(f"checkpoint {source}: {_reason(e)}") from e
     if not complete:
         raise ConfigError(f"checkpoint {source}: {_refusal(source, files)}")
-    return folder, folder.name
+    return folder if source.file is None else folder / source.file, folder.name
+
+
+def _patterns(source: HubSource, adapter: str | None) -> tuple[list[str], list[str], list[str]]:
+    """Return the patterns of the files to download and of those not to, and the files one of which must be there."""
+    if source.file is not None:
+        # A model that was split has several files, and its tokenizer is beside it.
+        files = re.sub(r"-\d{5}-of-(\d{5}\.gguf)$", r"-*-of-\1", source.file)
+        place = source.file.rpartition("/")[0]
+        return [files, *(f"{place}/{name}".lstrip("/") for name in _OF_GGUF)], [], [source.file]
+    if adapter is None or adapter == "default":
+        return _WANTED, _UNWANTED, [*_WEIGHTS, *ADAPTER_FILES[:2]]
+    wanted = [*(name for name in _WANTED if name != "*.safetensors"), "model*.safetensors"]
+    wanted += [f"{adapter}/{name}" for name in _OF_ADAPTER]
+    return wanted, ["*/*.safetensors.index.json", "*/model*.safetensors"], [f"{adapter}/{ADAPTER_WEIGHTS}"]
 
 
 def _reason(error: Exception) -> str:
@@ -149,6 +171,11 @@ def _refusal(source: HubSource, files: list[str]) -> str:
     )
     if adapters:
         return f"it contains adapters in subfolders; choose one with --adapter: {', '.join(adapters)}"
+    gguf = sorted(name for name in files if name.endswith(".gguf"))
+    if gguf:
+        return f"expected the name of one of its GGUF files, such as {HubSource(source.repo, source.revision, gguf[0])}"
+    if source.file is not None:
+        return f"the repository has no GGUF files; found {', '.join(sorted(files)[:8]) or 'no files'}"
     pickles = sorted(name for name in files if name.endswith(_PICKLES))
     if pickles:
         expected = ADAPTER_WEIGHTS if ADAPTER_FILES[2] in pickles else _WEIGHTS[0]

@@ -221,11 +221,11 @@ def _resolve(source: Path | HubSource, settings: LoraSettings, stated_by: str) -
         remarks = [] if pinned is None else [f"the adapter was trained on revision {pinned} of {settings.base}"]
         return source, source.resolve().name, remarks
     if pinned is not None and source.revision is None and (settings.base in (None, source.repo)):
-        source = HubSource(source.repo, pinned)
+        source = HubSource(source.repo, pinned, source.file)
     folder, commit = download(source)
     if pinned is not None and source.revision not in (None, pinned) and not commit.startswith(pinned):
         raise _other_revision(settings, f"{source} is {commit}", stated_by)
-    return folder, f"{source.repo}@{commit}", []
+    return folder, str(HubSource(source.repo, commit, source.file)), []
 
 
 def _other_revision(settings: LoraSettings, found: str, stated_by: str) -> ConfigError:

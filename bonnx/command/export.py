@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 import time
 from pathlib import Path
@@ -37,8 +38,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint",
         metavar="DIR",
-        help="folder with config.json and safetensors files, or the id of one on a hub (org/name or "
-        "org/name@revision); also a LoRA adapter of peft, or a GGUF file (default: Countdown, the model that ships)",
+        help="folder with config.json and safetensors files, or with a LoRA adapter of peft; a GGUF file; or the id of "
+        "one of these on a hub: org/name, org/name@revision or org/name:file.gguf (default: Countdown, the model that "
+        "ships)",
     )
     parser.add_argument(
         "--base",
@@ -228,7 +230,7 @@ def _open(arguments: argparse.Namespace) -> tuple[OpenedCheckpoint, str, str | N
         folder, name = source, source.resolve().name.removesuffix(".gguf")
     else:
         folder, commit = download(source, arguments.adapter)
-        name, revision = source.repo.split("/")[-1], f"{source.repo}@{commit}"
+        name, revision = source.repo.split("/")[-1], str(dataclasses.replace(source, revision=commit))
     opened = open_checkpoint(folder, base=arguments.base, adapter=arguments.adapter, source=revision)
     return opened, name, revision
 

@@ -210,6 +210,19 @@ def test_an_adapter_is_downloaded_with_the_base_model_that_it_names(hub, fetch, 
     assert "adapter_model.bin" not in hub.asked
 
 
+def test_a_gguf_file_is_downloaded_with_its_tokenizer_alone(hub, fetch):
+    files = {f"q/m-0000{i}-of-00002.gguf": b"GGUF%d" % i for i in (1, 2)} | {"q/tokenizer.json": b"{}"}
+    sha = hub.push(files | FAKE | {"q/other.gguf": b"GGUF", "tokenizer.json": b"{}", "q/code.py": b"code"})
+    path, commit = fetch(f"{REPO}:q/m-00001-of-00002.gguf")
+    assert (path.name, commit) == ("m-00001-of-00002.gguf", sha)
+    assert sorted(hub.asked) == sorted(files)
+    with pytest.raises(ConfigError, match=rf"expected the name of one of its GGUF files, such as {REPO}:q/m-00001-of"):
+        fetch(f"{REPO}:q/none.gguf")
+    hub.push({"config.json": b"{}", "m.gguf": b"GGUF"})
+    with pytest.raises(ConfigError, match=rf"expected the name of one of its GGUF files, such as {REPO}:m\.gguf"):
+        fetch()
+
+
 def test_what_is_not_there_is_told_apart(hub, fetch):
     hub.push(FAKE)
     with pytest.raises(ConfigError, match=r"checkpoint org/other: no folder has this name, and http.* no such repo"):
@@ -288,6 +301,18 @@ def test_hub_ids(text, repo, revision, tmp_path, monkeypatch):
     source = parse_source(text)
     assert source == HubSource(repo, revision)
     assert str(source) == text
+
+
+def test_gguf_files_of_hub_ids():
+    for text, source in (
+        ("org/name:m.gguf", HubSource("org/name", None, "m.gguf")),
+        ("org/name@v1:q4/m-Q4_K_M.gguf", HubSource("org/name", "v1", "q4/m-Q4_K_M.gguf")),
+    ):
+        assert parse_source(text) == source
+        assert str(source) == text
+    for text in ("org/name:../m.gguf", "org/name:m.bin", "org/name:/m.gguf"):
+        with pytest.raises(ConfigError, match="is neither an existing folder nor an id"):
+            parse_source(text)
 
 
 def test_a_folder_wins_over_a_hub_id(tmp_path, monkeypatch):
