@@ -173,7 +173,8 @@ def _refusal(source: HubSource, files: list[str]) -> str:
         return f"it contains adapters in subfolders; choose one with --adapter: {', '.join(adapters)}"
     gguf = sorted(name for name in files if name.endswith(".gguf"))
     if gguf:
-        return f"expected the name of one of its GGUF files, such as {HubSource(source.repo, source.revision, gguf[0])}"
+        named = HubSource(source.repo, source.revision, gguf[0])
+        return f"found {len(gguf)} GGUF files; pass the name of one that is there, such as {named}"
     if source.file is not None:
         return f"the repository has no GGUF files; found {', '.join(sorted(files)[:8]) or 'no files'}"
     pickles = sorted(name for name in files if name.endswith(_PICKLES))
