@@ -15,7 +15,7 @@ from bonnx.models.rotary import Rotation
 
 from .layers import Layer, Trunk
 
-__all__ = ["candidate_outputs", "gate_after_layer", "gate_of_rows", "last_header", "row_at"]
+__all__ = ["candidate_outputs", "gate_after_layer", "gate_of_rows", "last_header", "row_at", "with_row"]
 
 
 def last_header(ids: Tensor, real: Tensor, header: Sequence[int]) -> Tensor:
@@ -31,6 +31,11 @@ def last_header(ids: Tensor, real: Tensor, header: Sequence[int]) -> Tensor:
 def row_at(x: Tensor, index: Tensor) -> Tensor:
     """x (B, T, W) and index (B,) int64 -> (B, 1, W)."""
     return x.gather(1, index[:, None, None].expand(x.shape[0], 1, x.shape[2]))
+
+
+def with_row(x: Tensor, index: Tensor, start: int) -> Tensor:
+    """x (B, T, W) and index (B,) int64 -> (B, 1 + T - start, W): the row at the index, then those from `start` on."""
+    return torch.cat([row_at(x, index), x[:, start:]], 1)
 
 
 def gate_of_rows(trunk: Trunk, normed: Tensor, at: Tensor) -> Tensor:

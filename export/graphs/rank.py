@@ -11,8 +11,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from bonnx.models.rotary import Rotation
+
 from .attention import CandidateAttention, allowed, attend, shared_keys, shared_values
-from .gate import candidate_outputs, gate_after_layer, last_header, row_at
+from .gate import candidate_outputs, last_header, row_at, with_row
 from .layers import Layer, Trunk, additive, part
 
 __all__ = ["RankGraph"]
@@ -67,25 +69,49 @@ class RankGraph(nn.Module):
             keys, values = shared_keys(first_k, real), shared_values(first_v)
             rest = attend_candidates(q[:, prompt_length:], k, v, keys, values)
             x = layer.finish(x, torch.cat([first, rest], 1).reshape(batch * total, layer.heads * layer.size))
-        # Nothing but a gate reads the prompt's output of the last layer, so only its keys and values are computed.
-        layer, rotation, mask, attend_candidates = last
+        return self._last_layer(prompt, real, candidate_real, x, *last)
+
+    def _last_layer(
+        self,
+        prompt: Tensor,
+        real: Tensor,
+        candidate_real: Tensor,
+        x: Tensor,
+        layer: nn.Module,
+        rotation: Rotation | None,
+        mask: Tensor,
+        attend_candidates: CandidateAttention,
+    ) -> tuple[Tensor, ...]:
+        """Compute the last layer, of the prompt only its keys and values and the row that a gate reads; then score."""
         assert isinstance(layer, Layer)
+        trunk = self.trunk
+        batch, length = real.shape
+        rows = candidate_real.shape[1] * candidate_real.shape[2]
         x = trunk.enter(x)
         y = layer.attention_norm(x)
         k, v = layer.keys(y, batch, rotation), layer.values(y, batch)
-        x, y = x.reshape(batch, total, -1), y.reshape(batch, total, -1)
-        gate = None
-        if trunk.header:
-            at = last_header(prompt, real, trunk.header)
-            place = at.clamp(min=0)
-            first_k, first_v, row = k[:, :prompt_length], v[:, :prompt_length], row_at(mask, place)
-            gate = gate_after_layer(
-                trunk, layer, x, y, rotation, place, lambda q: attend(q, first_k, first_v, row, layer.cap)
-            )
-            gate = torch.where(at[:, None] >= 0, gate, torch.nan)
-        x, y = (t[:, prompt_length:].reshape(batch * count * length, -1) for t in (x, y))
-        q = layer.queries(y, batch, part(rotation, prompt_length, count * length))
-        keys, values = shared_keys(k[:, :prompt_length], real), shared_values(v[:, :prompt_length])
-        out = attend_candidates(q, k[:, prompt_length:], v[:, prompt_length:], keys, values)
-        x = layer.finish(x, out.reshape(batch * count * length, layer.heads * layer.size))
-        return candidate_outputs(trunk, trunk.final_norm(x), gate, candidate_real)
+        first_k, first_v = k[:, :length], v[:, :length]
+        x, y = (t.reshape(batch, length + rows, -1) for t in (x, y))
+        at = last_header(prompt, real, trunk.header) if trunk.header else torch.zeros(batch, dtype=torch.int64)
+        read, place = int(bool(trunk.header)), at.clamp(min=0)
+        if read:
+            # The row runs beside those of the candidates, so that every weight is used once.
+            x, y = (with_row(t, place, length) for t in (x, y))
+            rotation = rotation and (with_row(rotation[0], place, length), with_row(rotation[1], place, length))
+        else:
+            x, y, rotation = x[:, length:], y[:, length:], part(rotation, length, rows)
+        q = layer.queries(y.reshape(batch * (read + rows), -1), batch, rotation)
+        keys, values = shared_keys(first_k, real), shared_values(first_v)
+        out = attend_candidates(q[:, read:], k[:, length:], v[:, length:], keys, values)
+        if read:
+            first = attend(q[:, :1], first_k, first_v, row_at(mask, place), layer.cap)
+            out = torch.cat([first, out.reshape(batch, rows, -1)], 1)
+        x = layer.finish(
+            x.reshape(batch * (read + rows), -1), out.reshape(batch * (read + rows), layer.heads * layer.size)
+        )
+        normed, gate = trunk.final_norm(x), None
+        if read:
+            normed = normed.reshape(batch, 1 + rows, -1)
+            gate = torch.where(at[:, None] >= 0, trunk.coefficients(normed[:, 0]), torch.nan)
+            normed = normed[:, 1:].reshape(batch * rows, -1)
+        return candidate_outputs(trunk, normed, gate, candidate_real)

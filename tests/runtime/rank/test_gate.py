@@ -1,6 +1,9 @@
 """Ranking with a gated scorer: the gate reads the prompt that candidates share, or a candidate's own last turn."""
 
+from collections import Counter
+
 import numpy as np
+import onnx
 import pytest
 
 import bonnx
@@ -105,3 +108,13 @@ def test_a_gated_artifact_is_described_and_verified(armo):
     assert "19 objectives, weighted by a gate that reads the prompt" in describe_scoring(model.manifest.scoring)
     assert set(model.manifest.graphs) == {"score", "rank", "rank_prefill", "rank_cached"}
     verify(folder)
+
+
+def test_the_prompts_row_needs_no_products_of_its_own(armo):
+    """ONNX Runtime cannot load 8-bit weights that two products read, on processors without VNNI."""
+    graph = onnx.load(armo[2] / "onnx/rank.onnx", load_external_data=False).graph
+    weights = {tensor.name for tensor in graph.initializer}
+    products = [node for node in graph.node if node.op_type in ("MatMul", "Gemm")]
+    read = Counter(name for node in products for name in node.input if name in weights)
+    assert len(read) > 14
+    assert max(read.values()) == 1
