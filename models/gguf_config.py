@@ -193,7 +193,7 @@ def _config(reader: _Reader, family: Family, layers: int) -> dict[str, Any]:
     window = reader.whole("attention.sliding_window", 0)
     if window and family.sliding_window in ("always", "layers"):
         config["sliding_window"] = window
-    elif window:
+    elif window and window < config["max_position_embeddings"]:
         raise reader.error("attention.sliding_window", "none for this architecture", window)
     return config | _rope(reader, head)
 

@@ -183,6 +183,20 @@ def test_the_command_names_adapter_and_base(folders, rng, tmp_path):
     assert "--base and --adapter: expected --checkpoint too, the adapter" in done.stderr
 
 
+def test_a_value_head_beside_the_adapter_is_read(folders, rng):
+    """As LLaMA-Factory saves a reward model that it trained with LoRA."""
+    base, adapter = folders
+    save_base(base, "Llama", "CausalLM", rng, tie_word_embeddings=False)
+    trained = train(base, adapter, draw_config(rng, "CAUSAL_LM"), "CausalLM")
+    head = {"v_head.summary.weight": torch.randn(1, 32), "v_head.summary.bias": torch.randn(1)}
+    safetensors.torch.save_file(head, adapter / "value_head.safetensors")
+    tokens = ids(rng)
+    with torch.no_grad():
+        hidden = trained.base_model.model.model(tokens).last_hidden_state[:, -1]
+    expected = hidden @ head["v_head.summary.weight"].T + head["v_head.summary.bias"]
+    assert within(scores(adapter, tokens), expected, RUNTIME)
+
+
 def test_a_base_of_quantized_weights_computes_what_peft_computes_on_them(folders, rng, tmp_path):
     base, adapter = folders
     model = save_base(base, "Llama", "CausalLM", rng, tie_word_embeddings=True)
