@@ -151,10 +151,12 @@ def _check_cache(model: LanguageModel | TwoHeadedNetwork, limits: Limits) -> Non
     if not isinstance(model, LanguageModel) or not model.config.vocabulary_head:
         return
     scaling = model.config.network.rope_scaling
-    if scaling is not None and scaling.kind == "dynamic" and limits.max_tokens > scaling.original_max_positions:
+    if scaling is None or not scaling.depends_on_length:
+        return
+    if limits.max_tokens > scaling.original_max_positions:
         raise ExportError(
-            f"dynamic rope scaling: every frequency changes with each token beyond {scaling.original_max_positions}, "
-            "so the keys that `generate` has cached would be wrong; expected --max-tokens of at most "
+            f"{scaling.kind} rope scaling: the frequencies of a row change beyond {scaling.original_max_positions} "
+            "tokens, so the keys that `generate` has cached would be wrong; expected --max-tokens of at most "
             f"{scaling.original_max_positions} for a model with a vocabulary head; got {limits.max_tokens}"
         )
 

@@ -73,6 +73,11 @@ class RopeScaling(_ValidatedConfig, frozen=True, kw_only=True, forbid_unknown_fi
     short_factors: list[float] = []
     long_factors: list[float] = []
 
+    @property
+    def depends_on_length(self) -> bool:
+        """Whether all frequencies of a row change once it is longer than the original context."""
+        return self.kind in ("dynamic", "longrope")
+
     def __post_init__(self) -> None:
         if not self.factor >= 1.0:
             raise ConfigError(f"rope_scaling factor must be at least 1; got {self.factor}")

@@ -94,7 +94,7 @@ class Rotary(nn.Module):
     def forward(self, positions: Tensor) -> Rotation:
         """Positions (B or 1, T) int64 -> cos and sin (B or 1, T, R/2) float32 of angles in float32."""
         angles, frequencies, scaling = positions.to(torch.float32)[:, :, None], self.frequencies, self.scaling
-        if scaling is not None and scaling.kind in ("dynamic", "longrope"):
+        if scaling is not None and scaling.depends_on_length:
             length = positions.amax(1).to(torch.float32)[:, None, None] + 1
             frequencies = self._of_length(length, frequencies, scaling)
         angles = angles * frequencies

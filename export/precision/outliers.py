@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from bonnx.models.block import FeedForward
 from bonnx.models.network import LanguageModel, TwoHeadedNetwork
 
+from .rotate import rotatable
+
 __all__ = ["SplitLinear", "find_outliers"]
 
 # Limits, as multiples of the root mean square of a row's other features. The first is for the inputs of norms: beyond
@@ -64,6 +66,8 @@ def find_outliers(model: LanguageModel | TwoHeadedNetwork, seed: int = 0) -> dic
     in_row: set[nn.Module] = {block.attention.out_proj for block in network.layers()}
     dense = [block.ffn for block in network.layers() if isinstance(block.ffn, FeedForward)]
     in_row |= {ffn.down for ffn in dense}
+    if not rotatable(network.config):
+        in_row |= {block.attention.q_proj for block in network.layers()} | {ffn.gate for ffn in dense}
     for block in network.layers():
         watched += [block.attention_norm, block.attention.q_proj, block.attention.out_proj]
         watched += [block.ffn_norm]

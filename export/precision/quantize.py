@@ -33,7 +33,7 @@ from bonnx.runtime.artifact.manifest import Precision
 
 from .linear import Embedding8, Embedding16, Linear4, Linear8, Linear16
 from .outliers import SplitLinear, find_outliers
-from .rotate import rotate
+from .rotate import rotatable, rotate
 from .stored import stored
 
 __all__ = ["quantized", "table"]
@@ -90,9 +90,7 @@ def _network(
 ) -> TwoHeadedNetwork:
     network = original if consume else copy.deepcopy(original)
     nothing = stream = torch.empty(0, dtype=torch.int64)
-    config = original.config
-    # Only norms of root mean square that stand before the layers commute with a rotation; routers are not rotated.
-    rotated = precision == "int8" and config.norm == "rms" and config.norm_place == "before" and not config.num_experts
+    rotated = precision == "int8" and rotatable(original.config)
     if rotated:
         norms = [norm for block in original.layers() for norm in (block.attention_norm, block.ffn_norm)]
         stream = torch.unique(torch.cat([outliers[norm] for norm in norms]))

@@ -13,9 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from bonnx.models.block import FeedForward
+from bonnx.models.config import NetworkConfig
 from bonnx.models.network import TwoHeadedNetwork
 
-__all__ = ["rotate"]
+__all__ = ["rotatable", "rotate"]
+
+
+def rotatable(config: NetworkConfig) -> bool:
+    """Whether a network can be rotated: a rotation commutes only with norms of root mean square before the layers.
+
+    Routers of experts would have to read rotated features of 8 bits, so their networks are not rotated either.
+    """
+    return config.norm == "rms" and config.norm_place == "before" and not config.num_experts
 
 
 def rotate(network: TwoHeadedNetwork, outliers: Tensor | None = None, seed: int = 0) -> None:

@@ -28,7 +28,7 @@ class CachedRankings:
 
     def __init__(self, checker: Checker) -> None:
         self._checker, scaling, most = checker, checker.network.config.rope_scaling, checker.limits.max_tokens
-        if scaling is not None and scaling.kind == "dynamic":
+        if scaling is not None and scaling.depends_on_length:
             # The runtime does not cache longer rows, whose frequencies depend on their length.
             most = min(most, scaling.original_max_positions)
         longest = max(1, most // 2)

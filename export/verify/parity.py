@@ -172,7 +172,7 @@ class Checker:
     def _stretches(self, length: int) -> bool:
         """Whether rotary frequencies depend on a row's length; `rank` uses those of the longest candidate for all."""
         scaling = self.network.config.rope_scaling
-        return scaling is not None and scaling.kind == "dynamic" and length > scaling.original_max_positions
+        return scaling is not None and scaling.depends_on_length and length > scaling.original_max_positions
 
     def _draw(self, *shape: int) -> Array:
         if self.ids:

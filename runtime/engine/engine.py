@@ -116,10 +116,11 @@ class Engine:
     def joint_limit(self) -> int:
         """The longest row, in tokens, that may run beside others.
 
-        Dynamic rope scaling goes by the longest row of a run that is longer than this: such rows run by themselves.
+        Dynamic and longrope scaling go by the longest row of a run that is longer than this: such rows run by
+        themselves.
         """
         scaling = self.manifest.network.get("rope_scaling")
-        if isinstance(scaling, dict) and scaling.get("kind") == "dynamic":
+        if isinstance(scaling, dict) and scaling.get("kind") in ("dynamic", "longrope"):
             return int(scaling["original_max_positions"])
         return self.manifest.limits.max_tokens
 

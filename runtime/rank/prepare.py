@@ -34,5 +34,5 @@ def read_prompt(engine: Engine, prompt: Item, instruction: str | None = None) ->
     if header and last_header(values, header) < 0:
         # The gate reads each candidate, so nothing of them is shared.
         return None
-    # With dynamic rope scaling, the keys of a longer row depend on its length.
+    # With dynamic or longrope scaling, the keys of a longer row depend on its length.
     return values if len(values) < engine.joint_limit and engine.prompts.keeps(len(values)) else None

@@ -10,7 +10,8 @@ GEMMA3 = {"sliding_window": 16, "num_hidden_layers": 7, "layer_types": None}
 OLMO3 = {"sliding_window": 16, "num_hidden_layers": 5, "layer_types": None}
 SMOLLM3 = {"num_hidden_layers": 5, "no_rope_layers": None}
 PHI4 = {
-    "original_max_position_embeddings": 64,
+    # The texts are longer, so the long factors apply.
+    "original_max_position_embeddings": 8,
     "rope_parameters": {
         "rope_type": "longrope",
         "rope_theta": 10000.0,
