@@ -124,6 +124,12 @@ class Engine:
             return int(scaling["original_max_positions"])
         return self.manifest.limits.max_tokens
 
+    @property
+    def changes_at_limit(self) -> bool:
+        """Whether all rows beyond `joint_limit` rotate alike, but not as the shorter ones do (longrope)."""
+        scaling = self.manifest.network.get("rope_scaling")
+        return isinstance(scaling, dict) and scaling.get("kind") == "longrope"
+
 
 def open_engine(
     path: str | os.PathLike[str],

@@ -82,13 +82,18 @@ def run_together(
         filled[slot] += len(request.values)
     suffix = engine.input_suffix
     feeds = _feeds(requests, places, len(slots), max(filled), suffix, engine.manifest.scoring.pad_token)
-    scores, candidate_scores, best, groups, *objectives = _run(engine, requests[0], feeds, stop)
+    beyond = _beyond(engine, requests[0])
+    scores, candidate_scores, best, groups, *objectives = (
+        _run(engine, requests[0], feeds, stop)
+        if beyond is None
+        else _run_apart(engine, requests[0], feeds, beyond, stop)
+    )
     scores = scores.reshape(*candidate_scores.shape, -1)
     results: list[Ranking | NoWinnerError] = []
     for request, (slot, rows) in zip(requests, places, strict=True):
         index, group_scores = best[slot], groups[rows, slot]
-        if len(request.values) < filled[slot]:
-            # The graph chose among the candidates of all requests in this slot.
+        if len(request.values) < filled[slot] or beyond is not None:
+            # The graph chose among the candidates of all requests in this slot, or among some of this one.
             ballot = request.ballot
             index, group_scores = ballot.choose(candidate_scores[rows, slot])
         try:
@@ -115,6 +120,29 @@ def _run(engine: Engine, first: RankRequest, feeds: dict[str, Array], stop: Stop
     del feeds[f"prompt_{suffix}"]
     values = engine.session(RANK_CACHED).values({**feeds, **engine.prompts.read(first.prompt, stop)}, stop=stop)
     return [values[name].numpy() for name in outputs]
+
+
+def _beyond(engine: Engine, request: RankRequest) -> Array | None:
+    """Which candidates must run apart from the others, (N,) bool: those whose rotation changes with their length."""
+    if request.joins or not engine.changes_at_limit or not len(request.prompt):
+        return None
+    beyond = len(request.prompt) + request.mask.sum(1) > engine.joint_limit
+    return None if beyond.all() or not beyond.any() else beyond
+
+
+def _run_apart(
+    engine: Engine, request: RankRequest, feeds: dict[str, Array], beyond: Array, stop: Stop | None
+) -> list[Array]:
+    """As `_run`, in two runs, each of which takes the other's candidates for padding; the best index is neither's."""
+    pair = [
+        _run(engine, request, {**feeds, "candidate_mask": feeds["candidate_mask"] * part[:, None, None]}, stop)
+        for part in (~beyond, beyond)
+    ]
+    # The indices of the best, third in order, are of another shape.
+    return [
+        near if i == 2 else np.where(beyond.reshape(-1, *(1,) * (near.ndim - 1)), far, near)
+        for i, (near, far) in enumerate(zip(*pair, strict=True))
+    ]
 
 
 def _feeds(

@@ -31,6 +31,16 @@ OPTIONS = {
         {"scorer_kind": "linear", "num_labels": 3, "rope_theta": 500.0, "sliding_window": 3}
         | {"rope_scaling": {"kind": "llama3", "factor": 4.0, "original_max_positions": 16}},
     ),
+    "opset 18, norms on both sides, caps, partial rotation, a layer without": (
+        18,
+        {"norm_place": "both", "qk_norm": True, "qk_norm_over": "all", "attention_cap": 1.5, "embedding_scale": 3.0}
+        | {"rotary_size": 2, "unrotated_layers": [0], "ffn_activation": "gelu_tanh"},
+    ),
+    "norms behind, two thetas, caps, experts": (
+        23,
+        {"norm": "layer", "norm_place": "after", "attention_cap": 2.0, "ffn_bias": False, "num_experts": 3}
+        | {"sliding_window": 4, "sliding_layers": [0], "sliding_rope_theta": 50.0, "rotary_size": 2},
+    ),
 }
 
 
@@ -57,6 +67,28 @@ def test_every_option_of_the_network_passes_the_verification(name, tmp_path, rng
         scores = network(torch.from_numpy(np.concatenate([prompt, candidate]))[None])[1][0, 9:, label].sigmoid()
     assert within(ranking.scores[0], scores, RUNTIME)
     assert within(ranking.candidate_scores, scores.mean()[None], RUNTIME)
+
+
+def test_longrope_rotates_each_candidate_by_its_own_length(tmp_path, rng):
+    torch.manual_seed(int(rng.integers(2**31)))
+    scaling = {"kind": "longrope", "factor": 4.0, "original_max_positions": 12, "attention_factor": 1.2}
+    scaling |= {"short_factors": [1.0, 1.1], "long_factors": [2.0, 9.0]}
+    network = build(embed_dim=16, hidden_size=16, num_layers=2, scorer_hidden=8, rope_scaling=scaling).eval()
+    export_model(network, tmp_path / "a", name="longrope", scoring=Scoring(aggregation="last"))
+    model = bonnx.load(tmp_path / "a")
+    prompt = rng.standard_normal((9, 16), np.float32)
+    # Of 12, 14, 10 and 20 tokens: both sides of the original context in one ranking, and in one vote.
+    candidates = [rng.standard_normal((n, 16), np.float32) for n in (3, 5, 1, 11)]
+    with torch.no_grad():
+        expected = [
+            network(torch.from_numpy(np.concatenate([prompt, c]))[None])[1][0, -1, 0].item() for c in candidates
+        ]
+    ranking = model.rank(prompt, candidates)
+    assert within(ranking.candidate_scores, np.array(expected), RUNTIME)
+    assert ranking.best_index == int(np.argmax(expected))
+    voted = model.rank(prompt, candidates, vote="majority", answers=["a", "b", "c", "b"])
+    assert voted.best_index == max((1, 3), key=lambda i: expected[i])
+    assert not model.prepare(rng.standard_normal((12, 16), np.float32))
 
 
 def test_weights_are_stored_once_and_the_operators_are_standard(small, network):
