@@ -64,7 +64,7 @@ def check_fields(config: Mapping[str, Any]) -> None:
     if not isinstance(family, str) or family not in FAMILIES:
         raise ConfigError(
             f"config.json, 'model_type': {family!r} is not supported; supported are {', '.join(FAMILIES)}, and models "
-            "that declare one of these types"
+            f"that declare one of these types{_of_text(config)}"
         )
     activation(config)
     for name, (neutral, why) in _NEUTRAL.items():
@@ -73,6 +73,15 @@ def check_fields(config: Mapping[str, Any]) -> None:
             expected = " or ".join([*map(_shown, neutral), "no value"])
             raise ConfigError(f"config.json, '{name}': expected {expected}; found {_shown(value):.80}: {why}")
     _check_classes(config)
+
+
+def _of_text(config: Mapping[str, Any]) -> str:
+    """Return what to do about a model of text and images whose language model is of a supported family."""
+    inner = config.get("text_config")
+    kind = inner.get("model_type") if isinstance(inner, Mapping) else None
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        return ""
+    return f". Its language model is of the type {kind}: save that with its head in a folder of its own, and pass that"
 
 
 def activation(config: Mapping[str, Any]) -> str:

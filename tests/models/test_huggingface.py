@@ -122,6 +122,10 @@ def edit(folder, tmp_path, change):
 
 REFUSED = {
     "family": (lambda c: c.update(model_type="bloom"), "'model_type': 'bloom' is not supported; supported are llama"),
+    "multimodal": (
+        lambda c: c.update(model_type="gemma3", text_config={"model_type": "gemma3_text"}),
+        "'gemma3' is not supported.*is of the type gemma3_text: save that with its head",
+    ),
     "activation": (lambda c: c.update(hidden_act="gelu"), "'hidden_act': expected 'silu' or .*; found 'gelu'"),
     "rope": (lambda c: c.update(rope_parameters={"rope_type": "proportional"}), "'proportional' is not supported"),
     "longrope": (
