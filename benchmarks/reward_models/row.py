@@ -15,7 +15,7 @@ import numpy as np
 __all__ = ["ALLOWED", "Case", "Check", "Row"]
 
 ALLOWED = 1e-5
-"""Largest relative difference from the reference, in float32."""
+"""Largest difference from the reference, relative to the largest score of a check, in float32."""
 
 Messages: TypeAlias = list[dict[str, str]]
 

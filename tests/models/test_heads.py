@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,6 +15,7 @@ from bonnx.models.checkpoint import load_checkpoint
 from bonnx.models.config import ConfigError
 from bonnx.models.head_file import read_head_file
 from bonnx.models.hub import parse_source
+from bonnx.models.opened import open_checkpoint
 from tests.checkpoints import ANSWERS, QUESTION
 from tests.head_checkpoints import OTHER_HEADS, REWARD_TOKEN, make_other
 from tests.tolerance import RUNTIME, within
@@ -137,3 +139,23 @@ def test_models_of_pairs_are_refused_by_name(unknown, tmp_path, folder, fields):
         read_checkpoint(tmp_path / folder, Overrides())
     with pytest.raises(ConfigError, match=r"'llm-blender/PairRM' names a model that reads two"):
         parse_source("llm-blender/PairRM")
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_value_head_beside_an_adapter_is_read(tmp_path, rng):
+    """As LLaMA-Factory writes a reward model that it trained with LoRA."""
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    case = make_other(base, "value_head.safetensors (LLaMA-Factory)", rng)
+    tuned = peft.get_peft_model(case.model, peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
+    for name, parameter in tuned.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_()
+    tuned.save_pretrained(adapter)
+    (base / "value_head.safetensors").rename(adapter / "value_head.safetensors")
+    model, metadata = load_checkpoint(open_checkpoint(adapter, base=str(base)))
+    ids = torch.from_numpy(case.tokenizer(QUESTION, return_tensors="np")["input_ids"])
+    with torch.no_grad():
+        expected = case.read(tuned.merge_and_unload().model(input_ids=ids).last_hidden_state)
+        assert within(model(ids)[1][..., 0].numpy(), expected.numpy(), RUNTIME)
+    assert model.config.vocabulary_head
+    assert "aggregation" not in metadata["scoring"]
