@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+import httpx
 import numpy as np
 import onnx
 import pytest
@@ -15,6 +16,7 @@ from bonnx.runtime.rank.request import read_request
 from bonnx.runtime.rank.run import rank_all
 from bonnx.runtime.verification import verify
 from tests.gated_checkpoints import HEADER, MESSAGES, make_gated
+from tests.runtime.serve.servers import served
 from tests.tolerance import RUNTIME, within
 
 ANSWERS = ["It is 4.", "5", "Take 2, then add 2. It is 4."]
@@ -118,3 +120,21 @@ def test_the_prompts_row_needs_no_products_of_its_own(armo):
     read = Counter(name for node in products for name in node.input if name in weights)
     assert len(read) > 14
     assert max(read.values()) == 1
+
+
+def test_a_server_reports_objectives_and_names_what_has_no_turn(armo):
+    case, model, _ = armo
+    with served(model._engine) as url, httpx.Client(base_url=url, timeout=60) as client:
+        answer = client.post("/v1/best-of-n", json={"prompt": MESSAGES, "candidates": ANSWERS})
+        candidates = answer.raise_for_status().json()["candidates"]
+        scores, objectives = expected(case, MESSAGES)
+        assert within(np.array([c["score"] for c in candidates]), scores, RUNTIME)
+        assert within(np.array([[*c["objectives"].values()] for c in candidates]), objectives, RUNTIME)
+        for path, body in (
+            ("/v1/best-of-n", {"prompt": "What?", "candidates": ANSWERS}),
+            ("/v1/rerank", {"query": "What?", "documents": ANSWERS}),
+            ("/pooling", {"input": ["What?"]}),
+        ):
+            refused = client.post(path, json=body)
+            assert refused.status_code in (400, 422)
+            assert "the gate of this model reads" in refused.text
