@@ -135,7 +135,7 @@ def _load_huggingface(
     label_tokens: LabelTokens | None,
     new_scorer: bool,
     no_scorer: bool,
-    head: HeadFile | None,
+    declared: HeadFile | None,
 ) -> tuple[LanguageModel, dict[str, Any]]:
     weights = _supported_weights(opened)
     try:
@@ -145,7 +145,7 @@ def _load_huggingface(
             label_tokens=label_tokens,
             new_scorer=new_scorer,
             no_scorer=no_scorer,
-            declared=head,
+            declared=declared,
         )
         with torch.device("meta"):
             model = LanguageModel(translation.config)
@@ -154,9 +154,9 @@ def _load_huggingface(
         _check_shapes(expected, {name: shape for name, shape in weights.shapes.items() if name in expected})
     except ConfigError as e:
         raise ConfigError(f"{opened.path}: {e}") from e
-    scoring = translation.scoring
-    if translation.appended is not None:
-        scoring = {**scoring, "reward_token": token_id(opened.tokenizer, translation.appended)}
+    scoring, head = translation.scoring, translation.head
+    if head.appended is not None:
+        scoring = {**scoring, "reward_token": token_id(opened.tokenizer, head.appended)}
     state: dict[str, Tensor] = {}
     for ours, theirs in translation.names.items():
         if tokens is not None and ours == _SCORER:
@@ -165,9 +165,9 @@ def _load_huggingface(
             state |= weights.read({ours: theirs})
         if ours in translation.parts:
             state[ours] = translation.parts[ours](state[ours])
-    if translation.gate is not None:
+    if head.gate is not None:
         stored = translation.stored
-        state |= gate_state(translation.gate, lambda names: weights.read({a: stored[b] for a, b in names.items()}))
+        state |= gate_state(head.gate, lambda names: weights.read({a: stored[b] for a, b in names.items()}))
     if translation.new_scorer:
         model.network.scorer = make_scorer(translation.config.network)
         model.network.scorer.apply(initialize)
@@ -176,11 +176,11 @@ def _load_huggingface(
     for name, value in model.network.scorer.named_parameters(prefix="network.scorer"):
         if name.endswith(".bias"):
             state.setdefault(name, torch.zeros(value.shape))
-    if translation.normal is not None:
-        _normalize(state, model.network.scorer.last, *translation.normal)
+    if head.normal is not None:
+        _normalize(state, model.network.scorer.last, *head.normal)
     _fill(model, state)
-    text = {"unknown": "replace", **translation.steps}
-    header = {} if translation.header is None else {"gate_header": translation.header}
+    text = {"unknown": "replace", **head.steps}
+    header = {} if head.header is None else {"gate_header": head.header}
     return model, {
         "scoring": scoring,
         "text": text,

@@ -131,10 +131,12 @@ def remarks(config: Mapping[str, Any]) -> list[str]:
             f"config.json, 'sentence_transformers': the activation {activation} is not applied, which does not change "
             "the order of scores; --activation sigmoid applies a sigmoid"
         )
-    if not normalizes(config) and (config.get("mean"), config.get("std")) != (None, None):
+    switch, spread = ("do_normalize", "var") if "do_normalize" in config else ("normalize_reward", "std")
+    applied = config.get(switch) is True and "mean" in config
+    if not applied and (config.get("mean"), config.get(spread)) != (None, None):
         notes.append(
-            "config.json, 'mean' and 'std' of rewards are not applied, because 'normalize_reward' is not true; this "
-            "does not change the order of scores"
+            f"config.json, 'mean' and '{spread}' of rewards are not applied, because '{switch}' is not true; this does "
+            "not change the order of scores"
         )
     return notes
 

@@ -16,7 +16,7 @@ from .config import ConfigError, LanguageModelConfig, NetworkConfig
 from .config_reader import FARTHEST, ConfigReader
 from .families import FAMILIES, Family
 from .fields import check_fields, remarks
-from .gate import GateTensors, gated_head
+from .gate import gated_head
 from .head import Head, LabelTokens, Shapes, architecture, read_head
 from .head_file import HeadFile, declared_head
 from .parts import Part, plus, times
@@ -44,12 +44,8 @@ class Translation:
         label_tokens: tokens whose rows of the vocabulary head become the scorer's weights, or None.
         new_scorer: whether the checkpoint has no scorer and the model starts with a new one.
         scoring: fields of the artifact's scoring rule.
-        steps: how a step ends in text: `step_text` and `step_split`.
+        head: the head; its names are among `names`.
         limits: fields of the artifact's limits.
-        normal: mean and standard deviation of rewards by which scores are normalized, or None.
-        appended: the token that ends every text, at which the score is read, as in `Head`; or None.
-        gate: where the tensors of a gated head are, or None.
-        header: the text that the gate looks for, or None.
         stored: name of a tensor without wrappers -> its name in the file.
         remarks: sentences for the user, one for each setting that is ignored.
     """
@@ -60,12 +56,8 @@ class Translation:
     label_tokens: LabelTokens | None
     new_scorer: bool
     scoring: dict[str, Any]
-    steps: dict[str, str]
+    head: Head
     limits: dict[str, Any]
-    normal: tuple[float, float] | None
-    appended: int | str | None
-    gate: GateTensors | None
-    header: str | None
     stored: dict[str, str]
     remarks: list[str]
 
@@ -103,13 +95,11 @@ def translate(
     fields, family = ConfigReader(config), FAMILIES[config["model_type"]]
     network, prefix = backbone_options(fields, len(shapes)), _prefix(shapes, family)
     further = _further(shapes, prefix, family)
-    gated = gated_head(config, shapes) if declared is None and label_tokens is None else None
-    if gated is not None:
-        head = gated
-    elif declared is None:
-        head = read_head(config, shapes, further, label_tokens, new_scorer, no_scorer)
-    else:
+    if declared is not None:
         head = declared_head(declared, shapes, further, network["hidden_size"])
+    else:
+        gated = None if label_tokens is not None else gated_head(config, shapes)
+        head = gated or read_head(config, shapes, further, label_tokens, new_scorer, no_scorer)
     tied, vocabulary = fields.flag("tie_word_embeddings", family.tied), fields.whole("vocab_size", most=2**24)
     causal = tied and architecture(config).endswith("ForCausalLM")
     generates = label_tokens is None and (new_scorer or causal or f"{family.vocabulary}.weight" in shapes)
@@ -133,12 +123,8 @@ def translate(
         label_tokens=label_tokens,
         new_scorer=new_scorer and not head.names and label_tokens is None,
         scoring=_scoring(config, head, vocabulary),
-        steps=head.steps,
+        head=head,
         limits={"max_tokens": fields.whole("max_position_embeddings", 8192, FARTHEST)},
-        normal=head.normal,
-        appended=head.appended,
-        gate=head.gate,
-        header=head.header,
         stored=stored,
         remarks=notes,
     )

@@ -34,6 +34,8 @@ def test_a_head_computes_what_its_makers_compute(name, tmp_path, rng):
     assert checkpoint.scoring.reward_token == (token if head.appended else None)
     generates = head.causal and not head.appended
     assert checkpoint.model.config.vocabulary_head == generates
+    # Only one of the cases has numbers that it does not apply.
+    assert any("are not applied" in note for note in checkpoint.remarks) == (name == "score_head, raw (Beaver)")
     assert any("vocabulary head is left out" in note for note in checkpoint.remarks) == (head.causal and head.appended)
 
 
