@@ -69,18 +69,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Rank, and print a summary."""
-    for name in ("chunk", "max_line", "ray_workers"):
-        if getattr(arguments, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')}: expected at least 1; got {getattr(arguments, name)}")
-    if arguments.answers is not None and arguments.answers_field is not None:
-        raise InputError("--answers and --answers-field: expected one of them; got both")
-    if arguments.vote != "score" and arguments.answers is None and arguments.answers_field is None:
-        raise InputError(f"--vote {arguments.vote}: needs --answers or --answers-field")
-    # Options that would fail for every row are refused before the first one.
-    if arguments.aggregation is not None:
-        aggregation_code(arguments.aggregation)
-    if arguments.answers is not None:
-        extractor(arguments.answers)
+    _check(arguments)
     options = RankOptions(
         aggregation=arguments.aggregation,
         vote=arguments.vote,
@@ -128,6 +117,21 @@ def run(arguments: argparse.Namespace) -> int:
         rows = f"{summary.rows:,} row{'s' * (summary.rows != 1)}"
         print(f"{arguments.output}: {rows}{errors}, {summary.seconds:.1f} s")
     return 0
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Refuse options that are invalid, or that would fail for every row."""
+    for name in ("chunk", "max_line", "ray_workers"):
+        if getattr(arguments, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')}: expected at least 1; got {getattr(arguments, name)}")
+    if arguments.answers is not None and arguments.answers_field is not None:
+        raise InputError("--answers and --answers-field: expected one of them; got both")
+    if arguments.vote != "score" and arguments.answers is None and arguments.answers_field is None:
+        raise InputError(f"--vote {arguments.vote}: needs --answers or --answers-field")
+    if arguments.aggregation is not None:
+        aggregation_code(arguments.aggregation)
+    if arguments.answers is not None:
+        extractor(arguments.answers)
 
 
 def _nothing(output: Path, summary: Summary) -> str:

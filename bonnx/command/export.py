@@ -42,15 +42,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "one of these on a hub: org/name, org/name@revision or org/name:file.gguf (default: Countdown, the model that "
         "ships)",
     )
-    parser.add_argument(
-        "--base",
-        metavar="DIR",
-        help="for an adapter: folder or hub id of the model that it was trained on (default: the one in the adapter's "
-        "folder, or the one that its adapter_config.json names)",
-    )
-    parser.add_argument(
-        "--adapter", metavar="NAME", help="the adapter in the subfolder of this name, if there are several"
-    )
+    _configure_adapter(parser)
     parser.add_argument("-o", "--output", type=Path, help=f"folder to write (default for Countdown: {DEFAULT_OUTPUT})")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing artifact")
     parser.add_argument("--name", help="name of the model, shown to people (default: the checkpoint folder's)")
@@ -94,6 +86,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--triton", type=Path, metavar="DIR", help="also write a model repository for Triton here")
     parser.add_argument(
         "--dry-run", action="store_true", help="check the arguments and the checkpoint, and write nothing"
+    )
+
+
+def _configure_adapter(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--base",
+        metavar="DIR",
+        help="for an adapter: folder or hub id of the model that it was trained on (default: the one in the adapter's "
+        "folder, or the one that its adapter_config.json names)",
+    )
+    parser.add_argument(
+        "--adapter", metavar="NAME", help="the adapter in the subfolder of this name, if there are several"
     )
 
 

@@ -113,8 +113,7 @@ def read_checkpoint(
         return load_checkpoint(opened, label_tokens=label_tokens, no_scorer=no_scorer, head=head)
 
     model, metadata = load() if reranker is not None else _load_unknown(load, opened)
-    if tokenizer is not None and isinstance(model, LanguageModel):
-        check_vocabulary(tokenizer, model.config.vocab_size)
+    _check_vocabulary(tokenizer, model)
     text = _text(metadata.get("text", {}), overrides, tokenizer)
     scoring, remarks = _convert(metadata.get("scoring", {}), "scoring", Scoring), metadata.get("remarks", [])
     if reranker is not None:
@@ -134,6 +133,11 @@ def read_checkpoint(
         _check_steps(scoring, text)
     limits = _limits(_convert(metadata.get("limits", {}), "limits", Limits), overrides)
     return Checkpoint(model, lambda: load()[0], scoring, text, limits, tokenizer, remarks, opened.source)
+
+
+def _check_vocabulary(tokenizer: TextFiles | None, model: LanguageModel | TwoHeadedNetwork) -> None:
+    if tokenizer is not None and isinstance(model, LanguageModel):
+        check_vocabulary(tokenizer, model.config.vocab_size)
 
 
 def check_scoring(model: LanguageModel | TwoHeadedNetwork, scoring: Scoring) -> None:
