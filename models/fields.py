@@ -22,6 +22,11 @@ _NOT_CAUSAL = (
     "candidates"
 )
 _UNUSED = "this family does not use it"
+_ENCODERS = ("bert", "roberta", "xlm-roberta", "modernbert", "deberta", "deberta-v2", "electra", "distilbert")
+_ENCODER = (
+    ". This one is an encoder, which has no prompt to share: Text Embeddings Inference, Sentence Transformers and "
+    "Optimum are made for it"
+)
 # Matches the last part of a class's path, as named by LLM2Vec and others.
 _BIDIRECTIONAL = re.compile(r"([Bb]idirec|Bi(Model|For)|(?<!Cross)Encoder(Model|For))[^.]*$")
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -64,7 +69,7 @@ def check_fields(config: Mapping[str, Any]) -> None:
     if not isinstance(family, str) or family not in FAMILIES:
         raise ConfigError(
             f"config.json, 'model_type': {family!r} is not supported; supported are {', '.join(FAMILIES)}, and models "
-            f"that declare one of these types{_of_text(config)}"
+            f"that declare one of these types{_of_text(config)}{_ENCODER if family in _ENCODERS else ''}"
         )
     activation(config)
     for name, (neutral, why) in _NEUTRAL.items():
