@@ -101,8 +101,8 @@ def translate(
         gated = None if label_tokens is not None else gated_head(config, shapes)
         head = gated or read_head(config, shapes, further, label_tokens, new_scorer, no_scorer)
     tied, vocabulary = fields.flag("tie_word_embeddings", family.tied), fields.whole("vocab_size", most=2**24)
-    causal = tied and architecture(config).endswith("ForCausalLM")
-    generates = label_tokens is None and (new_scorer or causal or f"{family.vocabulary}.weight" in shapes)
+    has_head = f"{family.vocabulary}.weight" in shapes or (tied and architecture(config).endswith("ForCausalLM"))
+    generates = label_tokens is None and (new_scorer or has_head)
     notes = remarks(config)
     if generates and (head.appended is not None or head.gate is not None):
         notes.append(f"{_NO_GENERATION[head.gate is None]}, so the artifact scores and does not generate")
