@@ -2,10 +2,10 @@
 
 `python -m benchmarks.real_models MODEL` takes a trained language model (a folder in the format of transformers, or a
 GGUF file), trains a scorer for it on its own answers to sums, and exports it at each precision with the command. The
-log-probabilities of greedy tokens are compared with those of transformers, which reads the same files. `--text`
-compares the float32 artifact's text on 50 chat prompts with transformers'. `--same-as OTHER` checks first that both
-files contain the same model. The results are written to MODEL-bonnx/real_models.jsonl, from which an interrupted run
-resumes.
+log-probabilities of the model, and of the artifacts' greedy tokens, are compared with those of transformers, which
+reads the same files. `--text` compares the float32 artifact's text on 50 chat prompts with transformers'. `--same-as
+OTHER` checks first that both files contain the same model. `--precisions` without names exports nothing. The results
+are written to MODEL-bonnx/real_models.jsonl, from which an interrupted run resumes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bonnx.models import draw_examples, load_checkpoint, save_checkpoint, train_scorer
 from bonnx.models.opened import open_checkpoint
@@ -35,15 +35,19 @@ from tests.real_text import PROMPTS, compare_log_probs, compare_text, pretrained
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def difference(first: Path, second: Path) -> float:
-    """Return the largest difference of the log-probabilities of the models of two files, as PyTorch computes them."""
-    models = [load_checkpoint(path, no_scorer=True)[0].eval() for path in (first, second)]
-    tokenizer, worst = AutoTokenizer.from_pretrained(**pretrained(first)), 0.0
+def difference(model: Path, other: Path | None = None) -> float:
+    """Return the largest difference of log-probabilities between two files, or from transformers' reading of one."""
+    ours = load_checkpoint(model, no_scorer=True)[0]
+    if other is None:
+        reference = AutoModelForCausalLM.from_pretrained(**pretrained(model), dtype=torch.float32).eval()
+    else:
+        reference = load_checkpoint(other, no_scorer=True)[0]
+    tokenizer, worst = AutoTokenizer.from_pretrained(**pretrained(model)), 0.0
     for text in PROMPTS[:10]:
         ids = tokenizer(text, return_tensors="pt")["input_ids"]
         with torch.no_grad():
-            one, other = (model(ids)[2].log_softmax(-1) for model in models)
-        worst = max(worst, float((one - other).abs().max()))
+            expected = reference(ids).logits if other is None else reference(ids)[2]
+            worst = max(worst, float((ours(ids)[2].log_softmax(-1) - expected.log_softmax(-1)).abs().max()))
     return worst
 
 
@@ -123,7 +127,7 @@ def table(rows: list[dict[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model", type=Path, metavar="MODEL")
-    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
+    parser.add_argument("--precisions", nargs="*", choices=PRECISIONS, default=list(PRECISIONS))
     parser.add_argument(
         "--questions", type=int, default=24, help="questions to train the scorer on (default: %(default)s)"
     )
@@ -131,8 +135,11 @@ def main() -> None:
     parser.add_argument("--same-as", type=Path, metavar="OTHER", help="another file of the same model")
     parser.add_argument("--text", action="store_true", help="compare text with transformers' on 50 chat prompts")
     arguments = parser.parse_args()
+    print(f"log-probabilities of PyTorch beside transformers: {difference(arguments.model):.1e}")
     if arguments.same_as is not None:
-        print(f"{arguments.model} and {arguments.same_as}: {difference(arguments.model, arguments.same_as):.1e}")
+        print(f"beside {arguments.same_as.name}: {difference(arguments.model, arguments.same_as):.1e}")
+    if not arguments.precisions:
+        return
     work = arguments.model.with_name(arguments.model.name + "-bonnx")
     work.mkdir(exist_ok=True)
     checkpoint, measured = work / "checkpoint", work / "real_models.jsonl"
