@@ -78,6 +78,8 @@ class LoraSettings:
         rank_pattern: ranks by regular expressions of module names.
         alpha_pattern: numerators by regular expressions of module names.
         tokens: ids of the tokens whose embeddings were trained, by the end of the module's name.
+        targets: ends of the names of all modules that have an adapter, or a regular expression of whole names; empty if
+            further fields choose among these modules.
     """
 
     path: Path
@@ -90,6 +92,16 @@ class LoraSettings:
     rank_pattern: Mapping[str, int]
     alpha_pattern: Mapping[str, float]
     tokens: Mapping[str, list[int]]
+    targets: list[str] | str
+
+    def adapts(self, module: str) -> bool:
+        """Whether a module must have an adapter."""
+        if isinstance(self.targets, list):
+            return any(f".{module}".endswith(f".{target}") for target in self.targets)
+        try:
+            return re.fullmatch(self.targets, module) is not None
+        except re.error as e:
+            raise ConfigError(f"{self.path}, 'target_modules': expected a regular expression: {e}") from e
 
     def rank_of(self, module: str) -> int:
         """Return the rank of a module's adapter."""
@@ -144,6 +156,7 @@ def read_settings(folder: Path) -> LoraSettings:
         rank_pattern={key: int(value) for key, value in _pattern(settings, "rank_pattern", path).items()},
         alpha_pattern=_pattern(settings, "alpha_pattern", path),
         tokens=_tokens(settings.get("trainable_token_indices"), path),
+        targets=_targets(settings, path),
     )
 
 
@@ -240,6 +253,16 @@ def _pattern(settings: Mapping[str, Any], name: str, path: Path) -> dict[str, fl
     if not isinstance(patterns, Mapping):
         raise ConfigError(f"{path}, '{name}': expected an object of names and numbers; got {patterns!r:.80}")
     return {key: _number(value, name, path) for key, value in patterns.items()}
+
+
+def _targets(settings: Mapping[str, Any], path: Path) -> list[str] | str:
+    """Return `target_modules`, unless other fields choose among the modules of these names."""
+    if any(settings.get(name) is not None for name in ("layers_to_transform", "layers_pattern", "exclude_modules")):
+        return []
+    targets = settings.get("target_modules") or []
+    if not isinstance(targets, str) and not (isinstance(targets, list) and all(isinstance(t, str) for t in targets)):
+        raise ConfigError(f"{path}, 'target_modules': expected names or a regular expression; got {targets!r:.80}")
+    return targets
 
 
 def _tokens(indices: Any, path: Path) -> dict[str, list[int]]:

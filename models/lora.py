@@ -85,6 +85,7 @@ class MergedWeights:
         for name, change in self._changes.items():
             self._check(name, change)
             self.shapes[name] = change.reader.shapes[change.base]
+        self._check_complete()
         self.unties = self._tied and self._parts()
         if self._tied and not self.unties:
             self._changes.pop(self._head, None)
@@ -124,6 +125,9 @@ class MergedWeights:
         if change is None:
             return self._base.read({name: name})[name]
         tensor = change.reader.read({name: change.base})[name]
+        if change.rows is not None:
+            stored, ids = change.rows
+            tensor[ids] = self._adapter.read({name: stored})[name]
         if change.low:
             parts = self._adapter.read(change.low)
             if "embedding_A" in parts:
@@ -135,9 +139,6 @@ class MergedWeights:
                 tensor[start : start + step].addmm_(left[start : start + step], right, alpha=change.scale)
         if change.bias is not None:
             tensor += change.scale * self._adapter.read({name: change.bias})[name]
-        if change.rows is not None:
-            stored, ids = change.rows
-            tensor[ids] = self._adapter.read({name: stored})[name]
         return tensor
 
     def _add(self, piece: str, stored: str) -> None:
@@ -228,14 +229,30 @@ class MergedWeights:
                     f"each of the {len(ids)} tokens, which are below {shape[0]}"
                 )
 
+    def _check_complete(self) -> None:
+        """Refuse an adapter without the matrices of a layer that it names."""
+        for name, stored in self._stored.items():
+            module, is_weight = name.removesuffix(".weight"), name.endswith(".weight")
+            if is_weight and ".layers." in f".{name}" and stored not in self._changes and self._settings.adapts(module):
+                raise ConfigError(
+                    f"{self._path}: the adapter of '{module}' is missing, which 'target_modules' of "
+                    f"{self._settings.path} names; the file is incomplete, as when the shards of DeepSpeed or FSDP were "
+                    "not gathered"
+                )
+
     def _parts(self) -> bool:
         """Whether the adapter changes the embedding or the tied head, but not both alike."""
         embedding = self._changes.get(self._name(self._embedding) or self._embedding)
         head = self._changes.get(self._head)
         changes = [change for change in (embedding, head) if change is not None]
-        # peft ties the trained tokens of both.
-        if all(change.rows is not None and not change.low for change in changes):
+        if not changes:
             return False
+        if embedding is not None and embedding.rows is not None:
+            # peft ties the trained tokens of the embedding to the head, unless that has its own.
+            if head is None:
+                return False
+            if head.rows is None and head.reader is self._base:
+                head.rows = embedding.rows
         if head is None and embedding is not None and embedding.reader is self._adapter:
             # A head of another size than the embedding cannot be the base's.
             name = self._name(self._embedding) or self._embedding

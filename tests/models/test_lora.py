@@ -116,6 +116,9 @@ def test_a_reward_model_of_random_options_is_the_one_of_peft(family, folders, rn
         {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
         {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"], "ensure_weight_tying": True},
         {"target_modules": ["q_proj"], "trainable_token_indices": [7, 3, 40]},
+        {"target_modules": ["lm_head"], "trainable_token_indices": [7, 3, 40]},
+        {"target_modules": ["q_proj"], "trainable_token_indices": {"lm_head": [7, 3]}},
+        {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [7, 3], "lm_head": [5, 40]}},
     ],
     ids=lambda options: "-".join(map(str, options.values())),
 )
@@ -229,6 +232,20 @@ def test_several_adapters_are_chosen_by_name(folders, rng):
         (folder / name).unlink()
     with pytest.raises(ConfigError, match=r"contains 1 adapter in subfolders; choose one with --adapter NAME: other"):
         open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "up_proj"], r"model\.layers\.\d\.self_attn\.(q|v)_proj"])
+def test_an_adapter_that_lacks_a_layer_is_refused(targets, folders, rng):
+    """As ZeRO-3 saves it where its shards were not gathered."""
+    base, adapter = folders
+    save_base(base, "Llama", "SequenceClassification", rng)
+    train(base, adapter, peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=targets), num_labels=1)
+    weights = safetensors.torch.load_file(adapter / "adapter_model.safetensors")
+    for present in ({n: t for n, t in weights.items() if "layers.1.self_attn.q_proj" not in n}, {}):
+        safetensors.torch.save_file(present, adapter / "adapter_model.safetensors")
+        missing = "1" if present else "0"
+        with pytest.raises(ConfigError, match=rf"the adapter of 'model\.layers\.{missing}\.\S+' is missing, which 'targ"):
+            open_checkpoint(adapter)
 
 
 def edit(adapter, **changes):
