@@ -29,6 +29,7 @@ from .weights import WEIGHTS_FILE, TensorReader
 __all__ = ["load_checkpoint", "save_checkpoint"]
 
 _SCORER = "network.scorer.dense2.weight"
+_FAR = 1e30
 
 
 def save_checkpoint(
@@ -221,7 +222,16 @@ def _supported_weights(opened: OpenedCheckpoint) -> TensorReader:
 
 
 def _normalize(state: dict[str, Tensor], layer: str, mean: float, std: float) -> None:
-    """Fold (score - mean) / std into the scorer's last layer."""
+    """Fold (score - mean) / std into the scorer's last layer.
+
+    Raises:
+        ConfigError: if these are no numbers, or so large or small that float32 cannot hold the result.
+    """
+    if not (abs(mean) < _FAR and 1 / _FAR < std < _FAR):
+        raise ConfigError(
+            f"rewards are standardized with the mean {mean} and the standard deviation (times a temperature) {std}; "
+            f"expected numbers whose size is below {_FAR:g}, and the latter above {1 / _FAR:g}"
+        )
     weight, bias = (f"network.scorer.{layer}.{part}" for part in ("weight", "bias"))
     state[bias] = (state[bias] - mean) / std
     state[weight] = state[weight] / std

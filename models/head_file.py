@@ -76,6 +76,9 @@ def _contradiction(head: HeadFile) -> str | None:
     for name in ("std", "temperature"):
         if not 0 < getattr(head, name) < math.inf:
             return f"'{name}': expected a number above 0; got {getattr(head, name)}"
+    for name in ("step_text", "step_split"):
+        if getattr(head, name) == "":
+            return f"'{name}': expected a text; got an empty one"
     if head.append is not None and head.read_at == "steps":
         return "'append': the score is read at the appended token, so 'read_at' must be 'last'"
     if head.read_at == "steps" and head.step_text is None:
@@ -135,4 +138,5 @@ def _label(label: int | str | None, labels: Sequence[str]) -> int:
         return labels.index(label)
     if isinstance(label, int) and 0 <= label < len(labels):
         return label
-    raise ConfigError(f"--head, 'label': expected one of {', '.join(labels)}, or its number from 0; got {label!r}")
+    shown = ", ".join(labels[:6]) + f" and {len(labels) - 6} more" * (len(labels) > 6)
+    raise ConfigError(f"--head, 'label': expected one of {shown}, or its number from 0; got {label!r}")

@@ -236,8 +236,8 @@ class MergedWeights:
             if is_weight and ".layers." in f".{name}" and stored not in self._changes and self._settings.adapts(module):
                 raise ConfigError(
                     f"{self._path}: the adapter of '{module}' is missing, which 'target_modules' of "
-                    f"{self._settings.path} names; the file is incomplete, as when the shards of DeepSpeed or FSDP were "
-                    "not gathered"
+                    f"{self._settings.path} names; the file is incomplete, as when the shards of DeepSpeed or FSDP "
+                    "were not gathered"
                 )
 
     def _parts(self) -> bool:

@@ -67,7 +67,12 @@ def test_an_unknown_head_is_named_with_the_declaration_that_fits(unknown, tmp_pa
         ({"activation": "swish"}, "activation"),
         ({"std": 0.0}, "'std': expected a number above 0"),
         ({"temperature": -1.0}, "'temperature': expected a number above 0"),
+        ({"mean": float("nan")}, "standardized with the mean nan"),
+        ({"mean": 1e39}, r"standardized with the mean 1e\+39"),
+        ({"std": 1e-300, "temperature": 1e-300}, r"standard deviation \(times a temperature\) 0\.0"),
         ({"read_at": "steps"}, "expected 'step_text' too"),
+        ({"read_at": "steps", "step_text": ""}, "'step_text': expected a text; got an empty one"),
+        ({"read_at": "steps", "step_text": "x", "step_split": ""}, "'step_split': expected a text; got an empty one"),
         ({"step_text": "\n"}, "expected 'read_at' to be 'steps'"),
         ({"append": "x", "read_at": "steps", "step_text": "\n"}, "'append': the score is read at"),
         (
