@@ -74,6 +74,9 @@ def translate_gguf(file: GGUFFile) -> tuple[dict[str, Any], GGUFWeights]:
     family = FAMILIES[_TYPES[architecture]]
     reader = _Reader(file, architecture)
     layers = reader.whole("block_count")
+    stored = {name.split(".")[1] for name in file.tensors if name.startswith("blk.")}
+    if layers != len(stored):
+        raise reader.error("block_count", f"{len(stored)}, the number of layers of which the file has tensors", layers)
     names = _names(family, layers, set(file.tensors))
     config = _config(reader, family, layers)
     tensors = {names.get(name, name): stored for name, stored in file.tensors.items() if name not in _ROPE_TENSORS}
@@ -162,6 +165,12 @@ def _config(reader: _Reader, family: Family, layers: int) -> dict[str, Any]:
     fused = "blk.0.attn_qkv.weight" in present
     rows = reader.shape("blk.0.attn_qkv.weight" if fused else "blk.0.attn_q.weight")[0]
     head = rows // max(1, heads + 2 * kv_heads if fused else heads)
+    sizes = {"embedding_length": hidden, "attention.key_length": head, "attention.value_length": head}
+    if family.partial_rotary is None:
+        sizes["rope.dimension_count"] = head
+    for key, size in sizes.items():
+        if reader.whole(key, size) != size:
+            raise reader.error(key, f"{size}, as the shapes of the tensors imply", reader.get(key))
     config: dict[str, Any] = {
         "model_type": _TYPES[architecture],
         "architectures": [f"{family.name}ForCausalLM"],

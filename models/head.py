@@ -23,6 +23,7 @@ a declaration of any other head.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -191,6 +192,12 @@ def linear_layers(
 
 
 def _known(config: Mapping[str, Any], shapes: Shapes, base: str, layers: list[str]) -> Head:
+    for first, second in itertools.pairwise(layers):
+        if int(second.rpartition(".")[2]) - int(first.rpartition(".")[2]) == 1:
+            raise ConfigError(
+                f"the head's layers '{first}' and '{second}' have no module between them, so the activation between "
+                "them is unknown; declare the head with --head, see docs/reward_models.md"
+            )
     options, names = linear_layers(shapes, layers)
     value, name = base != "score", architecture(config)
     labels = _labels(None if value else config.get("id2label"), options["num_labels"])

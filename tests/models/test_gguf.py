@@ -209,6 +209,14 @@ def test_what_is_incomplete_is_refused(tmp_path):
             load_checkpoint(path, no_scorer=True)
     gguf_files.write(path, model)
     whole = path.read_bytes()
+    for key, wrong in (
+        *(("block_count", layers) for layers in (0, 1, 3, 2**31)),
+        *((key, 8) for key in ("embedding_length", "attention.key_length", "rope.dimension_count")),
+    ):
+        place = whole.index(f"llama.{key}".encode()) + len(f"llama.{key}") + 4
+        path.write_bytes(whole[:place] + wrong.to_bytes(4, "little") + whole[place + 4 :])
+        with pytest.raises(ConfigError, match=rf"'llama\.{key}': expected \d+, .* tensors.*; found {wrong}$"):
+            load_checkpoint(path, no_scorer=True)
     path.write_bytes(whole[: len(whole) - 20_000])
     with pytest.raises(ConfigError, match=r"cannot be read as GGUF|ends within tensor '.*'; download"):
         load_checkpoint(path, no_scorer=True)

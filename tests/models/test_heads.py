@@ -113,6 +113,18 @@ def test_a_declaration_reads_steps_and_labels(unknown, tmp_path, rng):
     assert scoring.steps_from == "--head, 'read_at'"
 
 
+def test_layers_without_a_module_between_them_are_not_guessed(tmp_path, rng):
+    make_other(tmp_path / "checkpoint", "v_head.summary.0, .2 (GRM)", rng)
+    path = tmp_path / "checkpoint" / "model.safetensors"
+    tensors = {name.replace("summary.2", "summary.1"): tensor for name, tensor in load_file(path).items()}
+    save_file(tensors, path)
+    with pytest.raises(ConfigError, match=r"'v_head\.summary\.0' and 'v_head\.summary\.1' have no module between them"):
+        load_checkpoint(tmp_path / "checkpoint")
+    content = {"layers": ["v_head.summary.0", "v_head.summary.1"], "activation": "relu"}
+    (tmp_path / "head.json").write_text(json.dumps(content))
+    load_checkpoint(tmp_path / "checkpoint", head=read_head_file(tmp_path / "head.json"))
+
+
 def test_the_guide_shows_a_declaration_that_works():
     guide = (Path(__file__).parents[2] / "docs" / "reward_models.md").read_text(encoding="utf-8")
     shown = guide[guide.index("```json") + len("```json") :]
