@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
+
+import msgspec
 
 from bonnx.errors import ArtifactError, InputError
 from bonnx.models.config import ConfigError
@@ -18,7 +20,7 @@ from .published_rerankers import PUBLISHED, as_jinja, published_as
 from .sentence_transformers import content_of, read_description
 from .tokenizer import TextFiles
 
-__all__ = ["PAIR_TEMPLATE", "Reranker", "find_reranker"]
+__all__ = ["PAIR_TEMPLATE", "Reranker", "find_reranker", "with_instruction"]
 
 PAIR_TEMPLATE = "pair_template.jinja"
 
@@ -89,6 +91,17 @@ def find_reranker(
         found = Reranker(labels, published.activation, published.template, PairRules(template=PAIR_TEMPLATE))
     _check_template(folder, found, tokenizer)
     return found
+
+
+def with_instruction(reranker: Reranker, tokenizer: TextFiles, instruction: str) -> Reranker:
+    """Return a reranker whose template gets an instruction by default.
+
+    Raises:
+        InputError: if the template takes none.
+    """
+    if not PairTemplate(reranker.template, tokenizer.special_tokens, reranker.rules).takes_instruction:
+        raise InputError("--instruction: the template of this reranker takes none; leave it out")
+    return replace(reranker, rules=msgspec.structs.replace(reranker.rules, instruction=instruction))
 
 
 def _check_template(folder: Path, reranker: Reranker, tokenizer: TextFiles) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -22,7 +22,7 @@ from bonnx.runtime.selection.aggregate import is_stepwise
 
 from .label_tokens import read_label_tokens, token_ids
 from .published_rerankers import resembling
-from .reranker import Reranker, find_reranker
+from .reranker import Reranker, find_reranker, with_instruction
 from .tokenizer import TextFiles, check_vocabulary, read_tokenizer, with_pair_template
 from .tokenizer_check import check_against_transformers
 
@@ -207,9 +207,9 @@ def _reranker(
     base, at, _ = (opened.source or "").rpartition(" on ")[2].partition("@")
     repository = base if at else repository
     found = find_reranker(opened, tokenizer, name=overrides.reranker, repository=repository)
-    if found is None or overrides.instruction is None:
+    if found is None or tokenizer is None or overrides.instruction is None:
         return found
-    return replace(found, rules=msgspec.structs.replace(found.rules, instruction=overrides.instruction))
+    return with_instruction(found, tokenizer, overrides.instruction)
 
 
 def _load_unknown(load: Callable[[], _Loaded], opened: OpenedCheckpoint) -> _Loaded:

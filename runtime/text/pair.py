@@ -61,7 +61,7 @@ class PairTemplate:
             InputError: the template refuses these texts, or takes no instruction.
             ArtifactError: as `render`.
         """
-        if instruction is not None and not self._takes_instruction:
+        if instruction is not None and not self.takes_instruction:
             raise InputError("instruction: this model's template takes none; leave it out")
         # The same time of day in all renderings.
         now, (border, mark) = datetime.now(), self._unused([query, instruction or "", *documents])
@@ -93,7 +93,8 @@ class PairTemplate:
         return [name for name, pair in changed.items() if self._render(*pair, None, "", now) == base]
 
     @cached_property
-    def _takes_instruction(self) -> bool:
+    def takes_instruction(self) -> bool:
+        """Whether an instruction reaches the text."""
         now = datetime.now()
         first, second = (self._render("alpha", "bravo", text, "", now) for text in ("charlie", "foxtrot"))
         return first != second

@@ -250,6 +250,8 @@ def test_a_published_reranker_gives_what_its_makers_compute(kind, tmp_path, rng)
     if kind == "zerank":
         with pytest.raises(InputError, match="instruction: this model's template takes none"):
             own_scores(tmp_path, source, QUERIES[0], documents, INSTRUCTION)
+        with pytest.raises(InputError, match="--instruction: the template of this reranker takes none"):
+            read_checkpoint(tmp_path / "causal", Overrides(reranker=kind, instruction=INSTRUCTION))
 
 
 def test_a_described_classifier_goes_through_its_template(tmp_path, rng):
