@@ -21,7 +21,7 @@ __all__ = ["INDEX_FILE", "WEIGHTS_FILE", "TensorReader", "Weights"]
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = f"{WEIGHTS_FILE}.index.json"
 # The head of a model that LLaMA-Factory trained, beside the weights of the others.
-_VALUE_HEAD_FILE = "value_head.safetensors"
+_VALUE_HEAD_FILE, _PICKLED_VALUE_HEAD = "value_head.safetensors", "value_head.bin"
 # Counters of batch norms and of running means, which inference does not read.
 _COUNTERS = (".num_batches_tracked", "normalizer.count")
 _FLOATS = {"F64", "F32", "F16", "BF16"}
@@ -139,7 +139,12 @@ class Weights:
 
 def _value_head(folder: Path) -> dict[Path, set[str]]:
     """Return the file of a value head beside the weights, if there is one."""
-    path = folder / _VALUE_HEAD_FILE
+    path, pickled = folder / _VALUE_HEAD_FILE, folder / _PICKLED_VALUE_HEAD
+    if not path.is_file() and pickled.is_file():
+        raise ConfigError(
+            f"{pickled} is a pickle, which can run any code when it is opened, so it is never read; expected "
+            f"{_VALUE_HEAD_FILE}. {unpickling([_PICKLED_VALUE_HEAD], _VALUE_HEAD_FILE)}"
+        )
     return {path: set()} if path.is_file() else {}
 
 

@@ -28,7 +28,8 @@ def check_gate(scoring: Scoring, rows: EncodedRows, names: ArgumentNames) -> Non
             raise InputError(
                 f"{names.candidate(i)}: the gate of this model reads the header of an assistant's turn (tokens "
                 f"{', '.join(map(str, scoring.gate_tokens))}) and finds none; pass messages, so that the chat "
-                "template writes it, or a text that contains it"
+                "template writes it, or a text that contains it. A candidate that begins with white space may share a "
+                "token with its end"
             )
 
 

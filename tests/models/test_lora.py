@@ -198,6 +198,9 @@ def test_a_value_head_beside_the_adapter_is_read(folders, rng):
         hidden = trained.base_model.model.model(tokens).last_hidden_state[:, -1]
     expected = hidden @ head["v_head.summary.weight"].T + head["v_head.summary.bias"]
     assert within(scores(adapter, tokens), expected, RUNTIME)
+    (adapter / "value_head.safetensors").rename(adapter / "value_head.bin")
+    with pytest.raises(ConfigError, match=r"value_head\.bin is a pickle.*save_file\(.*, 'value_head\.safetensors'"):
+        open_checkpoint(adapter)
 
 
 def test_a_base_of_quantized_weights_computes_what_peft_computes_on_them(folders, rng, tmp_path):
