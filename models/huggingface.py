@@ -95,11 +95,10 @@ def translate(
     fields, family = ConfigReader(config), FAMILIES[config["model_type"]]
     network, prefix = backbone_options(fields, len(shapes)), _prefix(shapes, family)
     further = _further(shapes, prefix, family)
+    head = None if declared is not None or label_tokens is not None else gated_head(config, shapes)
     if declared is not None:
         head = declared_head(declared, shapes, further, network["hidden_size"])
-    else:
-        gated = None if label_tokens is not None else gated_head(config, shapes)
-        head = gated or read_head(config, shapes, further, label_tokens, new_scorer, no_scorer)
+    head = head or read_head(config, shapes, further, label_tokens, new_scorer, no_scorer)
     tied, vocabulary = fields.flag("tie_word_embeddings", family.tied), fields.whole("vocab_size", most=2**24)
     has_head = f"{family.vocabulary}.weight" in shapes or (tied and architecture(config).endswith("ForCausalLM"))
     generates = label_tokens is None and (new_scorer or has_head)

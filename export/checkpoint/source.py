@@ -222,11 +222,7 @@ def _load_unknown(load: Callable[[], _Loaded], opened: OpenedCheckpoint) -> _Loa
 
 
 def _check_reranker(overrides: Overrides, reranker: Reranker | None) -> None:
-    """Refuse options that do not go together.
-
-    Raises:
-        InputError: names them.
-    """
+    """Refuse options that do not go together."""
     if overrides.reranker is not None and reranker is None:
         raise InputError(
             "--reranker: expected a language model in the format of transformers, and neither --label-tokens nor "
@@ -332,7 +328,8 @@ def _label(text: str, labels: list[str]) -> int:
         return labels.index(text)
     if text.isdecimal() and int(text) < max(1, len(labels)):
         return int(text)
-    raise InputError(f"--label: expected one of {', '.join(labels)}, or its number from 0; got {text!r}")
+    expected = f"one of {', '.join(labels)}, or its number from 0" if labels else "none, because there is one label"
+    raise InputError(f"--label: expected {expected}; got {text!r}")
 
 
 def _limits(limits: Limits, overrides: Overrides) -> Limits:
