@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CORE = ["jinja2", "msgspec", "numpy", "rich", "tokenizers"]
 RUNTIME = "class InferenceSession: pass\ndef get_available_providers(): return ['CPUExecutionProvider']\n"
-EXTRAS = {"export", "hub", "parquet", "ray", "report", "serve", "upstream"}
+EXTRAS = {"export", "gguf", "hub", "parquet", "ray", "report", "serve", "upstream"}
 
 
 @pytest.fixture

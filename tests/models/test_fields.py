@@ -250,7 +250,7 @@ def test_a_field_that_changes_the_output_is_honoured_or_refused(family, tmp_path
     wrong = []
     cases = [{name: value} for name, values in VALUES.items() for value in values] + TOGETHER
     # Some of them in each run, because there are many families; all of them in a few.
-    for i in rng.permutation(len(cases))[: len(cases) // 3]:
+    for i in rng.permutation(len(cases))[: len(cases) // 6]:
         case = cases[i]
         (tmp_path / "config.json").write_text(json.dumps(config | case))
         score = ours(tmp_path, ids)
@@ -316,7 +316,7 @@ def test_a_field_of_any_type_is_read_or_refused(family, tmp_path, rng):
     """Never another error, and never a model of 10^30 layers that is built before it is refused."""
     config = write(tmp_path, family, rng)
     names = sorted({*VALUES, "mean", "std", "normalize_reward", "auto_map", "sentence_transformers"})
-    for _ in range(100):
+    for _ in range(40):
         name, value = names[rng.integers(len(names))], ANY[rng.integers(len(ANY))]
         together = {"normalize_reward": True, "mean": 0.5, "std": 2.0} if name in ("mean", "std") else {}
         (tmp_path / "config.json").write_text(json.dumps(config | together | {name: value}))

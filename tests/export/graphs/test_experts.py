@@ -13,11 +13,11 @@ from bonnx.export.graphs.experts import FUNCTIONS, ExpertsProduct
 from bonnx.export.precision.stored import stored
 from bonnx.models.config import NetworkConfig
 from bonnx.models.experts import Experts
-from bonnx.runtime.artifact.manifest import PRECISIONS
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("precision", PRECISIONS)
+# 16 bits differ by a type only, and at int4 the last product has 8.
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int4"])
 def test_experts_are_those_of_pytorch(precision, rng):
     torch.manual_seed(int(rng.integers(2**31)))
     count = int(rng.integers(2, 7))
