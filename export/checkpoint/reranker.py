@@ -34,12 +34,14 @@ class Reranker:
         activation: applied to the score; None for what the checkpoint's scorer implies.
         template: source of the template that makes one text of a query and a document.
         rules: how the template is used.
+        max_tokens: longer texts would be cut; None for the model's own maximum.
     """
 
     labels: LabelTokens | None
     activation: Literal["none", "sigmoid"] | None
     template: str
     rules: PairRules
+    max_tokens: int | None = None
 
 
 def find_reranker(
@@ -81,7 +83,7 @@ def find_reranker(
         rules = PairRules(
             template=PAIR_TEMPLATE, content=content, options=described.options, instruction=described.instruction
         )
-        found = Reranker(described.labels, described.activation, template, rules)
+        found = Reranker(described.labels, described.activation, template, rules, described.max_tokens)
     elif name is None:
         found = Reranker(None, None, as_jinja(str(opened.pair_template)), PairRules(template=PAIR_TEMPLATE))
     else:

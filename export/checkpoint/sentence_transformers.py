@@ -23,8 +23,7 @@ MODULES, TRANSFORMER, MODEL = "modules.json", "sentence_bert_config.json", "conf
 _PACKAGE = "sentence_transformers."
 _KNOWN = (["Transformer"], ["Transformer", "LogitScore"])
 _TASKS = {1: "sequence-classification", 2: "text-generation"}
-# Settings of the `Transformer` module that change neither the text nor the score: where truncation begins, and how a
-# batch is padded.
+# Settings of the `Transformer` module that change neither the text nor the score, or that are read below.
 _HARMLESS = {
     *("transformer_task", "modality_config", "module_output_name", "processing_kwargs", "max_seq_length"),
     *("unpad_inputs", "model_args", "model_kwargs", "config_args", "config_kwargs", "query_length", "document_length"),
@@ -44,6 +43,7 @@ class Description:
         content: whether the content of the template's messages is a text or a list of parts; None if nothing is said.
         options: further variables of the template.
         instruction: what every pair gets as instruction; None for none.
+        max_tokens: longer texts would be cut; None for the model's own maximum.
     """
 
     labels: LabelTokens | None
@@ -51,6 +51,7 @@ class Description:
     content: Literal["flat", "structured"] | None
     options: dict[str, object]
     instruction: str | None
+    max_tokens: int | None
 
 
 def read_description(folder: Path, config: Mapping[str, Any]) -> Description | None:
@@ -85,6 +86,7 @@ def read_description(folder: Path, config: Mapping[str, Any]) -> Description | N
         content=message.get("format") if message.get("format") != "auto" else None,
         options=_options(folder, transformer),
         instruction=_instruction(folder, model),
+        max_tokens=_max_tokens(folder, transformer),
     )
 
 
@@ -202,3 +204,13 @@ def _instruction(folder: Path, model: Mapping[str, Any]) -> str | None:
     if not isinstance(prompts, dict) or not isinstance(prompts.get(name), str):
         raise ConfigError(f"{folder / MODEL}, 'default_prompt_name': {name!r} is not one of 'prompts'")
     return cast(str, prompts[name]) or None
+
+
+def _max_tokens(folder: Path, settings: Mapping[str, Any]) -> int | None:
+    """Return the length beyond which Sentence Transformers cuts a text."""
+    longest = settings.get("max_seq_length")
+    if longest is not None and (isinstance(longest, bool) or not isinstance(longest, int) or longest < 1):
+        raise ConfigError(
+            f"{folder / TRANSFORMER}, 'max_seq_length': expected a whole number above 0; found {longest!r:.40}"
+        )
+    return longest

@@ -131,7 +131,10 @@ def read_checkpoint(
     check_scoring(model, scoring)
     if isinstance(model, LanguageModel) and is_stepwise(scoring.aggregation):
         _check_steps(scoring, text)
-    limits = _limits(_convert(metadata.get("limits", {}), "limits", Limits), overrides)
+    limits = _convert(metadata.get("limits", {}), "limits", Limits)
+    if reranker is not None and reranker.max_tokens is not None:
+        limits = msgspec.structs.replace(limits, max_tokens=min(limits.max_tokens, reranker.max_tokens))
+    limits = _limits(limits, overrides)
     return Checkpoint(model, lambda: load()[0], scoring, text, limits, tokenizer, remarks, opened.source)
 
 

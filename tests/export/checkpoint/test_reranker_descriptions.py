@@ -34,6 +34,21 @@ def test_a_default_instruction_may_be_set_at_export(described):
     assert not source.remarks
 
 
+def test_the_length_at_which_texts_would_be_cut_is_the_artifact_s_maximum(described, tmp_path):
+    folder = shutil.copytree(described, tmp_path / "short")
+    path = folder / "sentence_bert_config.json"
+    settings = json.loads(path.read_text())
+    for longest, expected in ((20, 20), (10**6, None), (None, None)):
+        path.write_text(json.dumps(settings | {"max_seq_length": longest}))
+        limit = read_checkpoint(folder, Overrides()).limits.max_tokens
+        assert limit == (expected or read_checkpoint(described, Overrides()).limits.max_tokens)
+    assert read_checkpoint(folder, Overrides(max_tokens=30)).limits.max_tokens == 30
+    for wrong in (0, "20", True, 1.5):
+        path.write_text(json.dumps(settings | {"max_seq_length": wrong}))
+        with pytest.raises(ConfigError, match="'max_seq_length': expected a whole number above 0; found"):
+            read_checkpoint(folder, Overrides())
+
+
 @pytest.mark.parametrize(
     ("repository", "kind"),
     [
