@@ -131,10 +131,7 @@ def read_checkpoint(
     check_scoring(model, scoring)
     if isinstance(model, LanguageModel) and is_stepwise(scoring.aggregation):
         _check_steps(scoring, text)
-    limits = _convert(metadata.get("limits", {}), "limits", Limits)
-    if reranker is not None and reranker.max_tokens is not None:
-        limits = msgspec.structs.replace(limits, max_tokens=min(limits.max_tokens, reranker.max_tokens))
-    limits = _limits(limits, overrides)
+    limits = _limits(_convert(metadata.get("limits", {}), "limits", Limits), overrides, reranker)
     return Checkpoint(model, lambda: load()[0], scoring, text, limits, tokenizer, remarks, opened.source)
 
 
@@ -335,7 +332,9 @@ def _label(text: str, labels: list[str]) -> int:
     raise InputError(f"--label: expected {expected}; got {text!r}")
 
 
-def _limits(limits: Limits, overrides: Overrides) -> Limits:
+def _limits(limits: Limits, overrides: Overrides, reranker: Reranker | None) -> Limits:
+    if reranker is not None and reranker.max_tokens is not None:
+        limits = msgspec.structs.replace(limits, max_tokens=min(limits.max_tokens, reranker.max_tokens))
     changes = {n: v for n in ("max_tokens", "max_candidates") if (v := getattr(overrides, n)) is not None}
     for name, value in changes.items():
         if value < 1:
