@@ -141,7 +141,9 @@ def _sliding(fields: ConfigReader, layers: int) -> tuple[int | None, list[int] |
     layer_types = config.get("layer_types") if family.reads_layer_types else None
     if layer_types is None:
         if kind == "layers":
-            every = fields.whole("sliding_window_pattern", 6) if family.full_every == 6 else family.full_every
+            every = family.full_every
+            if family.pattern_field is not None:
+                every = fields.whole(family.pattern_field, every)
             layer_types = ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(layers)]
         elif window is None or kind != "optional":
             return window, None

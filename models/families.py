@@ -90,12 +90,14 @@ class Family:
         reads_layer_types: whether `layer_types` says which layers have the window.
         window: default of the field `sliding_window`.
         full_every: for `layers`: one layer in so many attends to all tokens.
+        pattern_field: the field that may say otherwise, or None.
         scaled_embeddings: whether embeddings are multiplied by the square root of the hidden size.
         multipliers: whether Granite's four multipliers are read.
         reads_attention_scale: whether `query_pre_attn_scalar` replaces the head size in the attention's scale.
         caps: `attn_logit_softcapping` and `final_logit_softcapping`, where they are read -> the default.
         rope_theta: default theta.
         sliding_theta: default theta of layers with a sliding window, if they have one of their own.
+        sliding_theta_field: the field with that theta in older configs, or None.
         partial_rotary: default share of each head that is rotated; None if heads are always rotated whole.
         interleaved: whether adjacent features are rotated instead of the halves of a head.
         unrotated_every: one layer in so many is not rotated, unless `no_rope_layers` says otherwise; 0 for none.
@@ -128,12 +130,14 @@ class Family:
     reads_layer_types: bool = True
     window: int | None = 4096
     full_every: int = 0
+    pattern_field: str | None = None
     scaled_embeddings: bool = False
     multipliers: bool = False
     reads_attention_scale: bool = False
     caps: Mapping[str, float | None] = field(default_factory=dict)
     rope_theta: float = 10000.0
     sliding_theta: float | None = None
+    sliding_theta_field: str | None = None
     partial_rotary: float | None = None
     interleaved: bool = False
     unrotated_every: int = 0
@@ -219,10 +223,12 @@ FAMILIES = {
         _GEMMA2_FAMILY,
         name="Gemma3Text",
         full_every=6,
+        pattern_field="sliding_window_pattern",
         qk_norm="head",
         caps={"final_logit_softcapping": None},
         rope_theta=1e6,
         sliding_theta=10000.0,
+        sliding_theta_field="rope_local_base_freq",
     ),
     "phi3": Family(
         "Phi3",

@@ -28,12 +28,13 @@ class Part:
         """Make the parameter."""
         for change in self.changes:
             stored = change(stored)
-        return stored.clone()
+        return stored
 
 
 def rows(start: int, count: int) -> Change:
     """Take `count` rows of a fused tensor, from `start` on."""
-    return lambda stored: stored[start : start + count]
+    # A copy, so that the rest of the fused tensor is not kept in memory.
+    return lambda stored: stored[start : start + count].clone()
 
 
 def groups(kv_heads: int, group: int, start: int, count: int, size: int) -> Change:
@@ -41,7 +42,7 @@ def groups(kv_heads: int, group: int, start: int, count: int, size: int) -> Chan
 
     def take(stored: Tensor) -> Tensor:
         heads: Tensor = stored.reshape(kv_heads, group, size, -1)[:, start : start + count]
-        return heads.reshape(kv_heads * count * size, *stored.shape[1:])
+        return heads.reshape(kv_heads * count * size, *stored.shape[1:]).clone()
 
     return take
 

@@ -68,10 +68,13 @@ def _by_layer(fields: ConfigReader) -> dict[str, Any]:
             f"{sliding.get('rope_type', sliding.get('type'))!r:.40}"
         )
     for rope in (full, sliding):
-        if rope.get("partial_rotary_factor") not in (None, 1.0):
-            raise ConfigError("config.json, 'partial_rotary_factor': expected 1.0; this family rotates whole heads")
-    local = config.get("rope_local_base_freq")
-    if family.full_every != 6 and config.get("rope_theta") is not None and sliding.get("rope_theta") is None:
+        _rotary_size(fields, rope)
+    local = None if family.sliding_theta_field is None else config.get(family.sliding_theta_field)
+    if (
+        family.sliding_theta_field is None
+        and config.get("rope_theta") is not None
+        and sliding.get("rope_theta") is None
+    ):
         # Versions of transformers differ in whether it is the theta of all layers.
         local = fields.number("rope_theta", None)
         if local != family.rope_theta:
