@@ -8,32 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import bonnx
 from bonnx import InputError
-from bonnx.export.artifact import export_model
 from bonnx.export.checkpoint.source import read_checkpoint
 from bonnx.models import ConfigError
 from bonnx.runtime.artifact.folder import read_verified
 from tests.checkpoints import ANSWERS, QUESTION, make, rewards
+from tests.exported import exported
 from tests.tolerance import RUNTIME, within
 
 ROOT = Path(__file__).resolve().parents[3]
 CHAT = [{"role": "user", "content": QUESTION}]
-
-
-def exported(folder, case):
-    source = read_checkpoint(folder / "checkpoint", case.overrides)
-    export_model(
-        source.model,
-        folder / "out",
-        name="model",
-        scoring=source.scoring,
-        limits=source.limits,
-        tokenizer=source.tokenizer,
-        text=source.text,
-        reload=source.reload,
-    )
-    return bonnx.load(folder / "out")
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +25,7 @@ def reward(tmp_path_factory):
     """One label, read at the last token; pad = eos; a tokenizer that begins every text with `<s>`."""
     folder = tmp_path_factory.mktemp("reward")
     case = make(folder / "checkpoint", "Llama", "reward", np.random.default_rng(5), num_hidden_layers=1)
-    return case, exported(folder, case)
+    return case, exported(folder, case.overrides)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +33,7 @@ def steps(tmp_path_factory):
     """Two labels, read at `<extra_0>` behind each step."""
     folder = tmp_path_factory.mktemp("steps")
     case = make(folder / "checkpoint", "Qwen2", "mlp steps", np.random.default_rng(6), num_hidden_layers=1)
-    return case, exported(folder, case)
+    return case, exported(folder, case.overrides)
 
 
 def test_ranking_gives_the_scores_of_whole_texts_wherever_the_border_lies(reward, rng):

@@ -7,14 +7,13 @@ import numpy as np
 import onnx
 import pytest
 
-import bonnx
 from bonnx import InputError
-from bonnx.export.artifact import export_model
-from bonnx.export.checkpoint.source import Overrides, read_checkpoint
+from bonnx.export.checkpoint.source import Overrides
 from bonnx.runtime.artifact.describe import describe_scoring
 from bonnx.runtime.rank.request import read_request
 from bonnx.runtime.rank.run import rank_all
 from bonnx.runtime.verification import verify
+from tests.exported import exported
 from tests.gated_checkpoints import HEADER, MESSAGES, make_gated
 from tests.runtime.serve.servers import served
 from tests.tolerance import RUNTIME, within
@@ -26,18 +25,7 @@ ANSWERS = ["It is 4.", "5", "Take 2, then add 2. It is 4."]
 def armo(tmp_path_factory):
     folder = tmp_path_factory.mktemp("armo")
     case = make_gated(folder / "checkpoint", "ArmoRM", np.random.default_rng(4))
-    source = read_checkpoint(folder / "checkpoint", Overrides())
-    export_model(
-        source.model,
-        folder / "out",
-        name="model",
-        scoring=source.scoring,
-        limits=source.limits,
-        tokenizer=source.tokenizer,
-        text=source.text,
-        reload=source.reload,
-    )
-    return case, bonnx.load(folder / "out"), folder / "out"
+    return case, exported(folder, Overrides()), folder / "out"
 
 
 def expected(case, messages, answers=ANSWERS):
