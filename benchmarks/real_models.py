@@ -52,7 +52,7 @@ def difference(model: Path, other: Path | None = None) -> float:
 
 
 def make_scorer(source: Path, folder: Path, questions: int, samples: int) -> None:
-    """Train a scorer on the model's own answers to sums."""
+    """Train a scorer on the model's own answers to sums; a third of them are right or fewer."""
     torch.manual_seed(0)
     rng = random.Random(0)
     opened = open_checkpoint(source)
@@ -60,21 +60,17 @@ def make_scorer(source: Path, folder: Path, questions: int, samples: int) -> Non
     tokenizer = AutoTokenizer.from_pretrained(opened.tokenizer)
     answers: dict[tuple[int, ...], str] = {}
     for _ in range(questions):
-        a, b = rng.randrange(2, 60), rng.randrange(2, 60)
-        text = f"What is {a}+{b}? Answer with the number only."
-        if tokenizer.chat_template is None:
-            prompt = tokenizer(f"Question: {text}\nAnswer:")["input_ids"]
-        else:
-            message = [{"role": "user", "content": text}]
-            prompt = tokenizer.apply_chat_template(message, add_generation_prompt=True)["input_ids"]
+        # Examples before the question, so that a model that was not tuned for chat answers it too.
+        *shown, (a, b) = [(rng.randrange(2, 20), rng.randrange(2, 20)) for _ in range(5)]
+        prompt = tokenizer("".join(f"{x}+{y}={x + y}\n" for x, y in shown) + f"{a}+{b}=")["input_ids"]
         answers[tuple(prompt)] = str(a + b)
 
     def label(prompt: tuple[int, ...], completion: list[int]) -> float:
-        words = tokenizer.decode(completion, skip_special_tokens=True).replace(".", " ").split()
-        return float(answers[tuple(prompt)] in words)
+        text = tokenizer.decode(completion, skip_special_tokens=True)
+        return float(text.partition("\n")[0].strip() == answers[tuple(prompt)])
 
     stops = metadata["scoring"]["stop_tokens"]
-    examples = draw_examples(model, answers, label, n=samples, max_new_tokens=16, stop_tokens=stops)
+    examples = draw_examples(model, answers, label, n=samples, max_new_tokens=8, stop_tokens=stops)
     losses = train_scorer(model, examples)
     right = np.mean([x[2] for x in examples])
     print(f"{len(examples)} answers, {100 * right:.0f}% right; loss {np.mean(losses[-20:]):.3f}", file=sys.stderr)

@@ -63,7 +63,9 @@ class Output:
 
     def __init__(self, path: Path, identity: dict[str, object], *, overwrite: bool) -> None:
         self.path, self._parquet = path, path.suffix == ".parquet"
-        self._part, self._errors = (path.with_name(path.name + end) for end in (".part", ".errors.part"))
+        self._part, self._errors, self._joined_parts = (
+            path.with_name(path.name + end) for end in (".part", ".errors.part", ".joined.part")
+        )
         self._progress = path.with_name(path.name + ".progress")
         self._lock: IO[bytes] | None = None
         self._saved, self._due = 0, 0.0
@@ -159,9 +161,11 @@ class Output:
             joined = self.path.with_name(self.path.name + ".joined")
             join([self._part / f"{number:012}" for number in range(self.journal.chunks)], joined)
             joined.replace(self.path)
-            shutil.rmtree(self._part)
+            # Under another name first: a folder with some of its parts would look like a run whose parts are gone.
+            self._part.replace(self._joined_parts)
         elif self._part.is_file():
             self._part.replace(self.path)
+        _remove(self._joined_parts)
         final = self.path.with_name(self.path.name + ".errors.jsonl")
         if self.journal.bad and self._errors.is_file():
             self._errors.replace(final)
@@ -176,7 +180,7 @@ class Output:
 
     def _begin(self, overwrite: bool) -> None:
         if overwrite:
-            for path in (self._progress, self._errors, self._part):
+            for path in (self._progress, self._errors, self._part, self._joined_parts):
                 _remove(path)
         elif self._progress.is_file():
             self._resume()

@@ -1,9 +1,11 @@
 """A run that is interrupted, wherever it is, goes on to the same bytes; another run is refused."""
 
 import errno
+import itertools
 import os
 import random
 import signal
+import sys
 import time
 
 import pyarrow as pa
@@ -60,28 +62,49 @@ def test_only_the_same_run_goes_on(tiny, rng, tmp_path):
         run_batch(task, output, here, rows=8)
 
 
-@pytest.mark.parametrize("where", ["_place", "replace", "unlink"])
-def test_the_last_moves_may_be_interrupted_too(tiny, rng, tmp_path, monkeypatch, where):
-    rows = [draw_row(rng, i) for i in range(30)]
-    source, output = write(tmp_path / "rows.jsonl", [b"{\n", *rows]), tmp_path / "out.jsonl"
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_the_last_moves_may_be_interrupted_anywhere(tiny, rng, tmp_path, monkeypatch, kind):
+    rows = [
+        {name: row[name] for name in ("id", "prompt", "candidates")} for row in (draw_row(rng, i) for i in range(30))
+    ]
+    rows[7]["candidates"] = [[999]]
+    source = tmp_path / f"rows.{kind}"
+    if kind == "jsonl":
+        write(source, rows)
+    else:
+        parquet.write_table(pa.Table.from_pylist(rows), source)
     task = Task(artifact=str(tiny), source=str(source))
-    run_batch(task, tmp_path / "whole.jsonl", here, rows=8)
-    with monkeypatch.context() as patch:
-        if where == "_place":
-            patch.setattr(Output, "_place", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
-        else:
-            real = getattr(type(output), where)
+    run_batch(task, tmp_path / f"whole.{kind}", here, rows=8)
+    place, moves, placing = Output._place, itertools.count(), False
 
-            def act(self, *arguments, **options):
-                if self.name.endswith((".errors.part", ".progress")) and not self.name.endswith(".new"):
-                    raise KeyboardInterrupt
-                return real(self, *arguments, **options)
+    def watched(self):
+        nonlocal placing
+        placing = True
+        try:
+            place(self)
+        finally:
+            placing = False
 
-            patch.setattr(type(output), where, act)
-        with pytest.raises(KeyboardInterrupt):
+    def interrupt(event, _):
+        if placing and event in ("os.rename", "os.remove", "os.rmdir") and next(moves) == at:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Output, "_place", watched)
+    sys.addaudithook(interrupt)
+    for at in itertools.count():
+        moves, output = itertools.count(), tmp_path / f"out{at}.{kind}"
+        try:
             run_batch(task, output, here, rows=8)
-    assert run_batch(task, output, here, rows=8).rows == 30
-    assert leftovers(output) == leftovers(tmp_path / "whole.jsonl")
+            break
+        except KeyboardInterrupt:
+            if output.with_name(f"{output.name}.progress").exists():
+                run_batch(task, output, here, rows=8)
+            else:
+                # All is in place; only the lock's file is left over.
+                output.with_name(f"{output.name}.lock").unlink()
+        assert leftovers(output) == leftovers(tmp_path / f"whole.{kind}"), at
+        assert {path.name for path in tmp_path.glob(f"{output.stem}.*")} == {output.name, f"{output.name}.errors.jsonl"}
+    assert at >= (4 if kind == "jsonl" else 9)
 
 
 def test_a_run_goes_on_after_the_disk_was_full(tiny, rng, tmp_path, monkeypatch):

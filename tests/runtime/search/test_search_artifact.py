@@ -79,12 +79,15 @@ def test_revisions_see_the_attempts_before_them(puzzler, rng):
     assert len(found.candidates) == 6
     prompt = encode(PUZZLE)
     start = puzzler.generate(PUZZLE, n=3, seed=seed, max_new_tokens=19)
-    attempts = sequences(found)
+    attempts, contexts = sequences(found), []
     for number, first in enumerate(start.candidates):
         assert attempts[2 * number] == first.tokens.tolist()
-        context = [*prompt, *first.tokens.tolist()] + ([] if first.finish_reason == "stop" else [END])
-        following = puzzler.generate(context, n=1, seed=seed, max_new_tokens=19)
-        assert attempts[2 * number + 1] == following.best.tokens.tolist()
+        contexts.append([*prompt, *first.tokens.tolist()] + ([] if first.finish_reason == "stop" else [END]))
+    for number, context in enumerate(contexts):
+        # Chains that wrote the same attempt get different candidates of one context.
+        following = puzzler.generate(context, n=contexts.count(context), seed=seed, max_new_tokens=19)
+        its_draw = contexts[:number].count(context)
+        assert attempts[2 * number + 1] == following.candidates[its_draw].tokens.tolist()
     assert found.cost.sampled_tokens == sum(len(candidate.tokens) for candidate in found.candidates)
 
 
