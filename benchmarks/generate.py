@@ -15,10 +15,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +30,13 @@ from bonnx.models.config import LanguageModelConfig, NetworkConfig
 from bonnx.models.network import LanguageModel
 
 from .peers import PEERS, start
-from .rank import interleave, matrix_rates
+from .rates import MEMORY, fastest, measure_rates, show
+from .record import add_output, record
+from .timing import interleave
 
 PROMPT, NEW, VOCABULARY, WIDTH, LAYERS = 512, 64, 32000, 768, 12
-PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
+# What a precision is called in the record, where other tools stand beside it.
+NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": "int8", "int4": "int4"}
 # Bytes per weight, and the measured rate that bounds its products; a CPU computes with 16-bit weights in float32.
 COST = {"fp32": (4.0, "float32"), "fp16": (4.0, "float32"), "bf16": (4.0, "float32")}
 COST |= {"int8": (1.0, "int8"), "int4": (0.625, "int8")}
@@ -66,18 +68,12 @@ def artifact(folder: Path, precision: str) -> Path:
     return path
 
 
-def memory_rate(megabytes: int = 400) -> float:
-    """Return the rate of reading memory on all threads, in GB/s."""
-    values = torch.ones(megabytes * 250_000)
-    return megabytes * 1e-3 / interleave({"sum": lambda: values.sum()}, 9)["sum"]
-
-
-def floor(count: int, precision: str, rates: dict[str, float], gigabytes: float) -> float:
+def floor(count: int, precision: str, rates: dict[str, float]) -> float:
     """Return the time that no method can avoid, in seconds."""
     size, kind = COST[precision]
-    rate, float_rate = (max(r for way, r in rates.items() if way.endswith(k)) for k in (kind, "float32"))
+    rate, float_rate = fastest(rates, kind), fastest(rates, "float32")
     weights = LAYERS * (2 * WIDTH * WIDTH + 2 * WIDTH * 256 + 3 * WIDTH * 2048)
-    read = 1e-9 * size * (weights + WIDTH * VOCABULARY) / gigabytes
+    read = 1e-9 * size * (weights + WIDTH * VOCABULARY) / rates[MEMORY]
     attention = 1e-9 * LAYERS * 4 * WIDTH / float_rate
     prompt = 2e-9 * weights * PROMPT / rate + attention * PROMPT * PROMPT / 2
     step = 2e-9 * (weights + WIDTH * VOCABULARY) * count / rate
@@ -98,7 +94,7 @@ def running(folder: Path | None, names: list[str], threads: int) -> Iterator[dic
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time `generate` at each precision.")
     parser.add_argument("--counts", type=int, nargs="+", default=[1, 4, 16, 64])
-    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=["fp32", "int8", "int4"])
+    parser.add_argument("--precisions", nargs="+", choices=NAMES, default=["fp32", "int8", "int4"])
     parser.add_argument(
         "--peers", type=Path, metavar="FOLDER", help="folder prepared by benchmarks.peers (default: no peers)"
     )
@@ -106,7 +102,7 @@ def main() -> None:
     parser.add_argument("--artifacts", type=Path, help="folder that keeps the exported artifacts for later runs")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("-o", "--output", type=Path, help="write the figures as JSON")
+    add_output(parser)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory() as name, torch.no_grad():
@@ -115,19 +111,29 @@ def main() -> None:
             precision: bonnx.load(artifact(folder, precision), provider="cpu", threads=arguments.threads)
             for precision in arguments.precisions
         }
-        rates, memory = matrix_rates(Path(name), arguments.threads), memory_rate()
-        print("  ".join(f"{way} {rate:.0f} GFLOP/s" for way, rate in rates.items()), f" memory {memory:.1f} GB/s")
-        result: dict[str, Any] = {"rates": rates, "memory": memory, "seconds": {}, "floors": {}}
+        rates = measure_rates(arguments.threads)
+        print(show(rates), flush=True)
+        figures: list[dict[str, Any]] = []
         with running(arguments.peers, arguments.only, arguments.threads) as peers:
             for count in arguments.counts:
                 ways = _ways(models, count) | {n: (lambda peer=peer: peer(count)) for n, peer in peers.items()}  # noqa: B023
                 repeats = arguments.repeats if count <= 16 else max(2, arguments.repeats // 2)
-                result["seconds"][count] = interleave(ways, repeats, pause=0.2)
-                result["floors"][count] = {p: floor(count, p, rates, memory) for p in models}
+                seconds = interleave(ways, repeats, pause=0.2)
+                measured = _figures(count, seconds, {f"bonnx {NAMES[p]}": floor(count, p, rates) for p in models})
+                record("generate", measured, rates=rates, path=arguments.output)
+                figures += measured
                 print(f"N = {count} done", flush=True)
-    print(table(result))
-    if arguments.output:
-        arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(table(figures))
+
+
+def _figures(count: int, seconds: dict[str, float], floors: dict[str, float]) -> list[dict[str, Any]]:
+    """Return what is recorded of each way; of `generate` at a precision also the floor's share of its time."""
+    common = {"layers": LAYERS, "prompt": PROMPT, "n": count, "length": NEW}
+    figures: list[dict[str, Any]] = [{"way": way, **common, "seconds": value} for way, value in seconds.items()]
+    for figure in figures:
+        if figure["way"] in floors:
+            figure["share_of_floor"] = floors[figure["way"]] / figure["seconds"]
+    return figures
 
 
 def _ways(models: dict[str, Any], count: int) -> dict[str, Callable[[], Any]]:
@@ -143,26 +149,23 @@ def _ways(models: dict[str, Any], count: int) -> dict[str, Callable[[], Any]]:
             pass
 
     for precision, model in models.items():
-        ways[f"generate {precision}"] = lambda model=model: whole(model)
-        ways[f"generate {precision}, steered by the host"] = lambda model=model: steered(model)
+        ways[f"bonnx {NAMES[precision]}"] = lambda model=model: whole(model)
+        ways[f"bonnx {NAMES[precision]}, steered by the host"] = lambda model=model: steered(model)
     return ways
 
 
-def table(result: dict[str, Any]) -> str:
+def table(figures: list[dict[str, Any]]) -> str:
     """Return a Markdown table: seconds of each method by N, and the floor's share of them."""
-    counts = list(result["seconds"])
-
-    def row(name: str, cells: Iterable[str]) -> str:
-        return f"| {name} | {' | '.join(cells)} |"
-
-    lines = [row("seconds", (f"N = {n}" for n in counts)), f"|---|{'---|' * len(counts)}"]
-    for way in result["seconds"][counts[0]]:
-        taken = [result["seconds"][n][way] for n in counts]
-        lines.append(row(way, (f"{seconds:.3f}" for seconds in taken)))
-    for precision in result["floors"][counts[0]]:
-        shares = [result["floors"][n][precision] / result["seconds"][n][f"generate {precision}"] for n in counts]
-        lines.append(row(f"floor of {precision} / generate", (f"{100 * share:.0f}%" for share in shares)))
-    return "\n".join(lines)
+    counts = list(dict.fromkeys(figure["n"] for figure in figures))
+    rows: dict[str, dict[int, str]] = {}
+    for figure in figures:
+        rows.setdefault(figure["way"], {})[figure["n"]] = f"{figure['seconds']:.3f}"
+        if "share_of_floor" in figure:
+            share = f"{100 * figure['share_of_floor']:.0f}%"
+            rows.setdefault(f"floor's share of {figure['way']}", {})[figure["n"]] = share
+    lines = [["seconds", *(f"N = {n}" for n in counts)], ["---"] * (len(counts) + 1)]
+    lines += [[name, *(cells.get(n, "-") for n in counts)] for name, cells in rows.items()]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 if __name__ == "__main__":

@@ -19,9 +19,10 @@ import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
-from .rank import interleave
+from .rates import has_bfloat16, measure_rates, without_bfloat16
+from .record import add_output, record
+from .timing import interleave
 
 HERE = Path(__file__).parent
 TORCH = ["torch==2.13.0"]
@@ -138,6 +139,9 @@ def start(folder: Path, names: list[str], threads: int) -> dict[str, Peer]:
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
     for name in names:
         library, mode = PEERS[name]
+        if library == "transformers" and mode.startswith("bfloat16") and not has_bfloat16():
+            without_bfloat16(name)
+            continue
         command = python(folder, library)
         if not command.exists():
             print(f"skipped {name}: no {command}; run `python -m benchmarks.peers install {folder}`", file=sys.stderr)
@@ -154,11 +158,14 @@ def start(folder: Path, names: list[str], threads: int) -> dict[str, Peer]:
 def compare(folder: Path, arguments: argparse.Namespace) -> None:
     task = "rank" if arguments.command == "rank" else ""
     peers = start(folder, arguments.peers or (RANKERS if task else list(PEERS)), arguments.threads)
-    result: dict[str, Any] = {}
+    rates, result = measure_rates(arguments.threads), {}
     try:
         for count in arguments.counts:
             ways = {name: (lambda peer=peer: peer(count, task)) for name, peer in peers.items()}  # noqa: B023
-            result[str(count)] = interleave(ways, arguments.repeats, pause=0.2)
+            result[count] = interleave(ways, arguments.repeats, pause=0.2)
+            common = {"task": task or "generate", "n": count}
+            figures = [{"way": way, **common, "seconds": seconds} for way, seconds in result[count].items()]
+            record("peers", figures, rates=rates, path=arguments.output)
             print(f"N = {count} done", file=sys.stderr, flush=True)
     finally:
         for peer in peers.values():
@@ -166,8 +173,6 @@ def compare(folder: Path, arguments: argparse.Namespace) -> None:
     print(f"{'seconds':<36}" + "".join(f"{f'N = {count}':>10}" for count in arguments.counts))
     for name in peers:
         print(f"{name:<36}" + "".join(f"{seconds[name]:10.3f}" for seconds in result.values()))
-    if arguments.output:
-        arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def main() -> None:
@@ -180,7 +185,7 @@ def main() -> None:
     parser.add_argument("--counts", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("-o", "--output", type=Path, help="write the figures as JSON")
+    add_output(parser)
     arguments = parser.parse_args()
     folder = arguments.folder.resolve()
     if arguments.command == "install":

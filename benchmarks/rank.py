@@ -9,20 +9,17 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import subprocess
 import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import onnx_ir as ir
-import onnxruntime
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -36,7 +33,12 @@ from bonnx.models.network import TwoHeadedNetwork
 from bonnx.models.rotary import rotate
 from bonnx.runtime.artifact.manifest import Scoring
 
+from .rates import fastest, has_bfloat16, measure_rates, session, show, without_bfloat16
+from .record import add_output, record
+from .timing import interleave
+
 PROMPT, LENGTH, WIDTH = 512, 64, 768
+OURS, OURS8 = "bonnx float32", "bonnx int8"
 
 
 def network(layers: int = 12) -> TwoHeadedNetwork:
@@ -97,75 +99,6 @@ def plain_session(net: TwoHeadedNetwork, folder: Path, threads: int) -> Any:
     return session(path, threads)
 
 
-def session(path: Path, threads: int) -> Any:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
-
-def interleave(ways: dict[str, Callable[[], Any]], repeats: int, pause: float = 0.0) -> dict[str, float]:
-    """Return the median seconds of each method, alternating between them.
-
-    A method that returns a float has measured its own time. The pause lets the threads of one library, which spin for a
-    while after a call, fall asleep before the next call.
-    """
-    taken: dict[str, list[float]] = {name: [] for name in ways}
-    for repeat in range(repeats + 1):
-        for name, way in ways.items():
-            time.sleep(pause)
-            start = time.perf_counter()
-            result = way()
-            if repeat:
-                taken[name].append(result if isinstance(result, float) else time.perf_counter() - start)
-    return {name: float(np.median(values)) for name, values in taken.items()}
-
-
-def matrix_rates(folder: Path, threads: int, repeats: int = 9) -> dict[str, float]:
-    """Return the GFLOP/s of a matrix product of typical shape, (1536, 768) by (768, 2048)."""
-    a, b = torch.randn(1536, WIDTH), torch.randn(WIDTH, 2048)
-    a16, b16, feeds = a.bfloat16(), b.bfloat16(), {"a": a.numpy()}
-    product, product8 = _product_session(folder, b, threads), _product_session(folder, b, threads, integer=True)
-    ways = {
-        "PyTorch float32": lambda: a @ b,
-        "PyTorch bfloat16": lambda: a16 @ b16,
-        "ONNX Runtime float32": lambda: product.run(None, feeds),
-        "ONNX Runtime int8": lambda: product8.run(None, feeds),
-    }
-    # Measured in blocks with pauses, because one library's threads spin for a while after a call and slow the other.
-    best = dict.fromkeys(ways, float("inf"))
-    for _ in range(5):
-        for way_name, way in ways.items():
-            time.sleep(0.2)
-            best[way_name] = min(best[way_name], *(interleave({way_name: way}, repeats).values()))
-    return {name: 2e-9 * 1536 * WIDTH * 2048 / seconds for name, seconds in best.items()}
-
-
-def _product_session(folder: Path, b: Tensor, threads: int, *, integer: bool = False) -> Any:
-    """Make a session with one matrix product; the integer one has a single input scale, which is fastest."""
-    info, node = onnx.helper.make_tensor_value_info, onnx.helper.make_node
-    weights, nodes = {"b": b.numpy()}, [node("MatMul", ["a", "b"], ["c"])]
-    if integer:
-        scale = b.abs().amax(0) / 127
-        weights = {"b": (b / scale).round().to(torch.int8).numpy(), "scale": scale.numpy()}
-        nodes = [
-            node("DynamicQuantizeLinear", ["a"], ["q", "step", "zero"]),
-            node("MatMulInteger", ["q", "b", "zero"], ["i"]),
-            node("Cast", ["i"], ["f"], to=onnx.TensorProto.FLOAT),
-            node("Mul", ["step", "scale"], ["s"]),
-            node("Mul", ["f", "s"], ["c"]),
-        ]
-    graph = onnx.helper.make_graph(
-        nodes,
-        "product",
-        [info("a", 1, ["m", WIDTH])],
-        [info("c", 1, ["m", 2048])],
-        [onnx.numpy_helper.from_array(value, name) for name, value in weights.items()],
-    )
-    model = onnx.helper.make_model(graph, ir_version=10, opset_imports=[onnx.helper.make_opsetid("", 18)])
-    onnx.save(model, folder / "product.onnx")
-    return session(folder / "product.onnx", threads)
-
-
 def work(layers: int, count: int) -> float:
     """Return the GFLOP that `rank` cannot avoid: all products of all tokens, and attention to unmasked positions."""
     kv, inner = 256, 2048
@@ -212,71 +145,88 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--opset-18", action="store_true", help="also time the graph with decomposed operators")
     parser.add_argument("--memory-of", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("-o", "--output", type=Path, help="write the figures as JSON")
+    add_output(parser)
     arguments = parser.parse_args()
     if arguments.memory_of:
         measure_memory(arguments.memory_of, arguments.counts[0])
         return
     torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory() as name, torch.no_grad():
-        result = compare(Path(name), arguments)
-    if arguments.output:
-        arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        compare(Path(name), arguments)
 
 
-def compare(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Models:
+    """What is compared: the artifacts, the graph of opset 18 if asked for, and the network as others run it."""
+
+    float32: bonnx.Model
+    int8: bonnx.Model
+    opset_18: Any
+    net: TwoHeadedNetwork
+    plain: Any
+
+
+def make(folder: Path, arguments: argparse.Namespace) -> Models:
     net = network(arguments.layers)
-    export_model(net, folder / "artifact", name="85M")
+    export_model(net, folder / "fp32", name="85M")
     export_model(net, folder / "int8", name="85M", precision="int8", min_agreement=0.0)
-    model, model8 = (
-        bonnx.load(folder / name, provider="cpu", threads=arguments.threads) for name in ("artifact", "int8")
-    )
-    plain = plain_session(net, folder, arguments.threads)
-    by_hand, by_hand16 = SharedByHand(net), SharedByHand(copy.deepcopy(net).bfloat16())
-    rng = np.random.default_rng(1)
+    artifacts = (bonnx.load(folder / name, provider="cpu", threads=arguments.threads) for name in ("fp32", "int8"))
     decomposed = None
     if arguments.opset_18:
         ir.save(dict(trace_graphs(net, Scoring(), opset=18))["rank"], folder / "18.onnx")
         decomposed = session(folder / "18.onnx", arguments.threads)
-    rates = matrix_rates(folder, arguments.threads)
-    limit = max(rate for name, rate in rates.items() if name.endswith("float32"))
-    print("  ".join(f"{name} {rate:.0f} GFLOP/s" for name, rate in rates.items()), flush=True)
-    result: dict[str, Any] = {"rates": rates, "seconds": {}, "megabytes": {}}
+    return Models(*artifacts, decomposed, net, plain_session(net, folder, arguments.threads))
+
+
+def compare(folder: Path, arguments: argparse.Namespace) -> None:
+    models = make(folder, arguments)
+    rates, rng = measure_rates(arguments.threads), np.random.default_rng(1)
+    print(show(rates), flush=True)
+    if not has_bfloat16():
+        without_bfloat16("PyTorch by hand in bfloat16")
     for count in arguments.counts:
-        prompt, candidates = draw(rng, count)
-        p, c = torch.from_numpy(prompt)[None], torch.from_numpy(np.stack(candidates))
-        rows = torch.cat([p.expand(count, -1, -1), c], 1).contiguous()
-        p16, c16, feeds = p.bfloat16(), c.bfloat16(), {"x": rows.numpy()}
-        ways: dict[str, Callable[[], Any]] = {
-            "rank": lambda: model.rank(prompt, candidates),  # noqa: B023 - used within this iteration only
-            "rank, int8": lambda: model8.rank(prompt, candidates),  # noqa: B023
-            "PyTorch eager, whole rows": lambda: net(rows)[1],  # noqa: B023
-            "plain export, whole rows": lambda: plain.run(None, feeds),  # noqa: B023
-            "PyTorch by hand, prompt once": lambda: by_hand(p, c),  # noqa: B023
-            "PyTorch by hand, prompt once, bfloat16": lambda: by_hand16(p16, c16),  # noqa: B023
-        }
-        if decomposed is not None:
-            masks = {
-                "prompt_mask": np.ones((1, PROMPT), np.int64),
-                "candidate_mask": np.ones((count, 1, LENGTH), np.int64),
-            }
-            feeds18 = {"prompt_embeds": prompt[None], "candidate_embeds": np.stack(candidates)[:, None], **masks}
-            feeds18 |= plain_selection()
-            ways["rank, opset 18"] = lambda: decomposed.run(None, feeds18)  # noqa: B023
-        expected = net(rows)[1][:, PROMPT:, 0].numpy()
-        for scores in (np.stack(model.rank(prompt, candidates).scores), by_hand(p, c).numpy()):
-            assert np.abs(scores - expected).max() < 1e-4
+        ways = compared_ways(models, *draw(rng, count))
         seconds = interleave(ways, arguments.repeats if count <= 16 else max(2, arguments.repeats // 2), pause=0.2)
-        share = work(arguments.layers, count) / seconds["rank"] / limit
-        share8 = work(arguments.layers, count) / seconds["rank, int8"] / rates["ONNX Runtime int8"]
-        memory = peak_memory(folder / "artifact", count)
-        print(f"\nN = {count}: {100 * share:.0f}% of the float32 matrix rate, {memory:.0f} MB for the call")
-        print(f"  int8: {100 * share8:.0f}% of the int8 matrix rate")
-        for way, value in seconds.items():
-            print(f"  {way:<40} {value:8.3f} s   {value / seconds['rank']:6.2f}", flush=True)
-        result["seconds"][count] = seconds | {"share of matrix rate": share, "int8 share": share8}
-        result["megabytes"][count] = memory
-    return result
+        common = {"layers": arguments.layers, "prompt": PROMPT, "n": count, "length": LENGTH}
+        figures = {way: {"way": way, **common, "seconds": value} for way, value in seconds.items()}
+        for way, kind in ((OURS, "float32"), (OURS8, "int8")):
+            figures[way]["share_of_rate"] = work(arguments.layers, count) / seconds[way] / fastest(rates, kind)
+        figures[OURS]["megabytes"] = peak_memory(folder / "fp32", count)
+        print(f"\nN = {count}: {figures[OURS]['megabytes']:.0f} MB for the call")
+        for way, figure in figures.items():
+            share = f"   {100 * figure['share_of_rate']:.0f}% of the matrix rate" if "share_of_rate" in figure else ""
+            print(f"  {way:<40} {seconds[way]:8.3f} s   {seconds[way] / seconds[OURS]:6.2f}{share}", flush=True)
+        record("rank", figures.values(), rates=rates, path=arguments.output)
+
+
+def compared_ways(models: Models, prompt: Any, candidates: list[Any]) -> dict[str, Callable[[], Any]]:
+    """Return all ways of computing the same scores, after comparing those of float32."""
+    count, by_hand = len(candidates), SharedByHand(models.net)
+    p, c = torch.from_numpy(prompt)[None], torch.from_numpy(np.stack(candidates))
+    rows = torch.cat([p.expand(count, -1, -1), c], 1).contiguous()
+    feeds = {"x": rows.numpy()}
+    expected = models.net(rows)[1][:, PROMPT:, 0].numpy()
+    for scores in (np.stack(models.float32.rank(prompt, candidates).scores), by_hand(p, c).numpy()):
+        assert np.abs(scores - expected).max() < 1e-4
+    ways: dict[str, Callable[[], Any]] = {
+        OURS: lambda: models.float32.rank(prompt, candidates),
+        OURS8: lambda: models.int8.rank(prompt, candidates),
+        "PyTorch float32, whole rows": lambda: models.net(rows)[1],
+        "plain ONNX export float32, whole rows": lambda: models.plain.run(None, feeds),
+        "PyTorch float32 by hand, prompt once": lambda: by_hand(p, c),
+    }
+    if has_bfloat16():
+        by_hand16, p16, c16 = SharedByHand(copy.deepcopy(models.net).bfloat16()), p.bfloat16(), c.bfloat16()
+        ways["PyTorch bfloat16 by hand, prompt once"] = lambda: by_hand16(p16, c16)
+    if models.opset_18 is not None:
+        masks = {
+            "prompt_mask": np.ones((1, PROMPT), np.int64),
+            "candidate_mask": np.ones((count, 1, LENGTH), np.int64),
+        }
+        feeds18 = {"prompt_embeds": prompt[None], "candidate_embeds": np.stack(candidates)[:, None], **masks}
+        feeds18 |= plain_selection()
+        ways["bonnx float32, opset 18"] = lambda: models.opset_18.run(None, feeds18)
+    return ways
 
 
 if __name__ == "__main__":
