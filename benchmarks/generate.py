@@ -30,6 +30,7 @@ from bonnx.models.config import LanguageModelConfig, NetworkConfig
 from bonnx.models.network import LanguageModel
 
 from .peers import PEERS, start
+from .performance import rows
 from .rates import MEMORY, fastest, measure_rates, show
 from .record import add_output, record
 from .timing import interleave
@@ -123,7 +124,7 @@ def main() -> None:
                 record("generate", measured, rates=rates, path=arguments.output)
                 figures += measured
                 print(f"N = {count} done", flush=True)
-    print(table(figures))
+    print(rows(figures, "n"))
 
 
 def _figures(count: int, seconds: dict[str, float], floors: dict[str, float]) -> list[dict[str, Any]]:
@@ -152,20 +153,6 @@ def _ways(models: dict[str, Any], count: int) -> dict[str, Callable[[], Any]]:
         ways[f"bonnx {NAMES[precision]}"] = lambda model=model: whole(model)
         ways[f"bonnx {NAMES[precision]}, steered by the host"] = lambda model=model: steered(model)
     return ways
-
-
-def table(figures: list[dict[str, Any]]) -> str:
-    """Return a Markdown table: seconds of each method by N, and the floor's share of them."""
-    counts = list(dict.fromkeys(figure["n"] for figure in figures))
-    rows: dict[str, dict[int, str]] = {}
-    for figure in figures:
-        rows.setdefault(figure["way"], {})[figure["n"]] = f"{figure['seconds']:.3f}"
-        if "share_of_floor" in figure:
-            share = f"{100 * figure['share_of_floor']:.0f}%"
-            rows.setdefault(f"floor's share of {figure['way']}", {})[figure["n"]] = share
-    lines = [["seconds", *(f"N = {n}" for n in counts)], ["---"] * (len(counts) + 1)]
-    lines += [[name, *(cells.get(n, "-") for n in counts)] for name, cells in rows.items()]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 if __name__ == "__main__":
