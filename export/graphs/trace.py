@@ -21,6 +21,7 @@ from ..precision.widen import widened
 from . import experts, sampling, selection
 from .builder import Builder, finish, name_value
 from .decompose import decomposed_lightly
+from .exporter import exported_quickly
 from .generate_loop import generate_graph
 from .generate_passes import PromptPass, TokenPass
 from .layers import Trunk
@@ -231,7 +232,7 @@ def _trace(
             verbose=False,
         )
 
-    with _quiet(), _fast(), torch.no_grad():
+    with _quiet(), _fast(), exported_quickly(), torch.no_grad():
         try:
             with decomposed_lightly():
                 program = export()

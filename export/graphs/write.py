@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 import onnx_ir as ir
+import torch
+from numpy.typing import NDArray
 
 from bonnx.runtime.artifact.folder import WEIGHTS
 from bonnx.runtime.artifact.manifest import Graph, Value
@@ -30,27 +33,15 @@ def write_graphs(models: Iterable[tuple[str, ir.Model]], folder: Path, suffix: s
         The manifest's entry for each graph, by name.
     """
     (folder / "onnx").mkdir()
-    graphs, places = {}, dict[str, tuple[int, int]]()
-    with (folder / "onnx" / WEIGHTS).open("wb") as weights:
+    graphs = {}
+    with (folder / "onnx" / WEIGHTS).open("wb") as file_of_weights:
+        weights = _Weights(file_of_weights)
         for name, model in models:
             for value in model.graph.initializers.values():
                 tensor = value.const_value
                 assert tensor is not None
-                if tensor.nbytes < _EXTERNAL_FROM:
-                    continue
-                array = tensor.numpy()
-                shape = ir.Shape(array.shape)
-                # Views the bytes without a copy if they are contiguous.
-                data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-                digest = hashlib.sha256(data).hexdigest()
-                if digest not in places:
-                    weights.write(b"\0" * (-weights.tell() % _ALIGNMENT))
-                    places[digest] = (weights.tell(), len(data))
-                    weights.write(data)
-                offset, length = places[digest]
-                value.const_value = ir.ExternalTensor(
-                    WEIGHTS, offset, length, tensor.dtype, shape=shape, name=str(value.name)
-                )
+                if tensor.nbytes >= _EXTERNAL_FROM:
+                    value.const_value = weights.put(tensor, str(value.name))
             file = f"onnx/{name}{suffix}.onnx"
             (folder / file).write_bytes(ir.to_proto(model).SerializeToString())
             inputs, outputs = ([_value(v) for v in values] for values in (model.graph.inputs, model.graph.outputs))
@@ -59,6 +50,38 @@ def write_graphs(models: Iterable[tuple[str, ir.Model]], folder: Path, suffix: s
             # Free the graph before the next one is traced.
             del model
     return graphs
+
+
+class _Weights:
+    """The file of weights, in which equal tensors are stored once."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self._places = file, dict[str, tuple[int, int]]()
+        self._known: dict[Hashable, tuple[object, tuple[int, int]]] = {}
+
+    def put(self, tensor: ir.TensorProtocol, name: str) -> ir.ExternalTensor:
+        """Write a tensor if none equals it, and return where it is."""
+        # Graphs share the model's tensors, so most are known by their memory, which is kept and thus not used again.
+        raw = tensor.raw if isinstance(tensor, ir.Tensor) else None
+        key = (raw.data_ptr(), raw.shape, raw.stride(), raw.dtype) if isinstance(raw, torch.Tensor) else None
+        if key is not None and key in self._known:
+            _, (offset, length) = self._known[key]
+        else:
+            offset, length = self._put(tensor.numpy())
+            if key is not None:
+                self._known[key] = raw, (offset, length)
+        shape = ir.Shape(tensor.shape.numpy())
+        return ir.ExternalTensor(WEIGHTS, offset, length, tensor.dtype, shape=shape, name=name)
+
+    def _put(self, array: NDArray[Any]) -> tuple[int, int]:
+        # Views the bytes without a copy if they are contiguous.
+        data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+        digest = hashlib.sha256(data).hexdigest()
+        if digest not in self._places:
+            self._file.write(b"\0" * (-self._file.tell() % _ALIGNMENT))
+            self._places[digest] = (self._file.tell(), len(data))
+            self._file.write(data)
+        return self._places[digest]
 
 
 def _value(value: ir.Value) -> Value:

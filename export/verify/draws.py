@@ -50,33 +50,42 @@ def _mix(x: int) -> int:
 
 def expected_token(logits: Array, point: float, request: CheckedOptions) -> tuple[int, float]:
     """Return the token drawn from one row of logits (V,) float64, and the draw's margin to the next token."""
-    order = np.argsort(-logits, kind="stable")
     if request.temperature == 0:
-        gap = logits[order[0]] - logits[order[1]] if len(order) > 1 else 1.0
-        return int(order[0]), float(gap)
+        gap = float(-np.diff(np.partition(logits, -2)[:-3:-1])[0]) if len(logits) > 1 else 1.0
+        return int(logits.argmax()), gap
     scaled = logits / np.float64(np.float32(request.temperature))
     likely = np.exp(scaled - scaled.max())
     likely /= likely.sum()
-    edge = 1.0
-    if request.top_k or request.top_p < 1:
-        if request.top_k and request.top_k < len(order):
-            # The choice of the k-th token may itself be close.
-            edge = float(np.min(likely[order[request.top_k - 1]] - likely[order[request.top_k]]))
-            order = order[: request.top_k]
-        likely = likely[order] / (likely[order].sum() if request.top_k else 1.0)
-        before = np.cumsum(likely) - likely
-        kept = before < np.float32(request.top_p)
-        if request.top_p < 1:
-            edge = min(edge, float(np.abs(before[1:] - np.float32(request.top_p)).min(initial=1.0)))
-        order, likely = order[kept], likely[kept]
-    else:
-        order = np.arange(len(logits))
-    sums = np.cumsum(likely)
+    if not request.top_k and request.top_p == 1:
+        sums = np.cumsum(likely)
+        target = point * sums[-1]
+        place = min(int((sums <= target).sum()), len(sums) - 1)
+        return place, float(np.abs(sums - target).min(initial=1.0))
+    # The tokens themselves need not be sorted: only the one that is drawn is looked up.
+    falling = -np.sort(-scaled)
+    kept, edge = _kept(-np.sort(-likely), request)
+    sums = np.cumsum(kept)
     target = point * sums[-1]
-    place = min(int((sums <= target).sum()), len(order) - 1)
-    if request.top_k or request.top_p < 1:
-        # Tokens are sorted by probability, so two that are nearly equal may swap places, wherever the draw falls within
-        # them. The error moves both logits, hence the half.
-        gaps = np.abs(np.diff(scaled[order[max(0, place - 1) : place + 2]]))
-        edge = min(edge, float(gaps.min(initial=2.0)) / 2)
-    return int(order[place]), min(edge, float(np.abs(sums - target).min()))
+    place = min(int((sums <= target).sum()), len(kept) - 1)
+    # Two tokens that are nearly equal may swap places, wherever the draw falls within them. The error moves both
+    # logits, hence the half.
+    gaps = np.abs(np.diff(falling[: len(kept)][max(0, place - 1) : place + 2]))
+    edge = min(edge, float(gaps.min(initial=2.0)) / 2)
+    equal = np.flatnonzero(scaled == falling[place])
+    token = equal[place - int((scaled > falling[place]).sum())]
+    return int(token), min(edge, float(np.abs(sums - target).min()))
+
+
+def _kept(likely: Array, request: CheckedOptions) -> tuple[Array, float]:
+    """Keep what top_k and top_p keep of probabilities in falling order, and return the margin of that choice."""
+    edge = 1.0
+    if request.top_k:
+        if request.top_k < len(likely):
+            # The choice of the k-th token may itself be close.
+            edge = float(likely[request.top_k - 1] - likely[request.top_k])
+            likely = likely[: request.top_k]
+        likely = likely / likely.sum()
+    before = np.cumsum(likely) - likely
+    if request.top_p < 1:
+        edge = min(edge, float(np.abs(before[1:] - np.float32(request.top_p)).min(initial=1.0)))
+    return likely[before < np.float32(request.top_p)], edge

@@ -34,6 +34,8 @@ Array = NDArray[Any]
 FACTOR = 8.0
 # A lower bound for when PyTorch happens to be exact: 8 times the float32 spacing at the largest value.
 _FLOOR = 8 * 2.0**-23
+# Logits that are computed at a time: enough that reading the vocabulary's weights does not decide the time.
+_LOGITS = 2**22
 
 
 class Tolerances:
@@ -91,17 +93,27 @@ class Exact:
                 tolerances.update(kind, a.numpy(), b.numpy())
         return pairs
 
-    def logits(self, exact: Tensor, rounded: Tensor) -> tuple[Array, Array]:
-        """A pair of backbones (T, D) from `rows` -> their logits (T, V)."""
-        with torch.no_grad():
-            wide, narrow = self._logits(exact, 0).numpy(), self._logits(rounded, 1).numpy()
-        return wide, narrow
+    def logits(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Iterator[tuple[Array, Array]]:
+        """Pairs of backbones (T, D) from `rows` -> for each its logits (T, V), of many at a time."""
+        assert isinstance(self._model, LanguageModel)
+        most, begin = _LOGITS // self._model.config.vocab_size, 0
+        while begin < len(pairs):
+            end = begin + 1
+            while end < len(pairs) and sum(len(exact) for exact, _ in pairs[begin : end + 1]) <= most:
+                end += 1
+            together = zip(*pairs[begin:end], strict=True)
+            with torch.no_grad():
+                wide, narrow = (self._logits(torch.cat(parts), form) for form, parts in enumerate(together))
+            sizes = [len(exact) for exact, _ in pairs[begin:end]]
+            for exact, rounded in zip(torch.split(wide, sizes), torch.split(narrow, sizes), strict=True):
+                yield exact.numpy(), rounded.numpy()
+            begin = end
 
-    def rounded_logits(self, row: Array) -> Array:
-        """Token ids (T,) -> logits (T, V) in the graphs' arithmetic only, which is much faster."""
+    def rounded_logits(self, row: Array, positions: slice) -> Array:
+        """Token ids (T,) -> logits of some positions (., V) in the graphs' arithmetic only, which is much faster."""
         (outputs,) = self._run([row[None]], _as_graphs)
         with torch.no_grad():
-            logits: Array = self._logits(outputs.backbone[0], 1).numpy()
+            logits: Array = self._logits(outputs.backbone[0, positions], 1).numpy()
         return logits
 
     def _logits(self, backbone: Tensor, form: int) -> Tensor:

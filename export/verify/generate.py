@@ -118,21 +118,22 @@ def _read(checker: Checker, runs: Sequence[_Run]) -> list[dict[tuple[int, int], 
             prompt, tokens = run.row(n, b)
             places[len(prompt) + len(tokens)].append((r, n, b))
     batches = [np.stack([np.concatenate(runs[r].row(n, b)) for r, n, b in group]) for group in places.values()]
-    rows: list[dict[tuple[int, int], _ExactValues]] = [{} for _ in runs]
+    found = []
     for group, (exact, rounded) in zip(places.values(), checker.exact.rows(batches, checker.tolerances), strict=True):
         for i, (r, n, b) in enumerate(group):
-            prompt, tokens = runs[r].row(n, b)
-            start = len(prompt)
-            backbones = (x.backbone[i, start - 1 : -1] for x in (exact, rounded))
-            logits, near_logits = checker.exact.logits(*backbones)
-            log_probs, near = (log_softmax(x)[np.arange(len(tokens)), tokens] for x in (logits, near_logits))
-            checker.tolerances.update("logits", logits, near_logits)
-            checker.tolerances.update("log_probs", log_probs, near)
+            start = len(runs[r].row(n, b)[0])
             # Without a scorer, the distribution that a token was drawn from is that of the position before it.
             own = slice(start, None) if checker.network.config.has_scorer else slice(start - 1, -1)
-            rows[r][n, b] = _ExactValues(
-                exact.scores[i, own].numpy(), log_probs, _draws(logits, runs[r].request, prompt, n)
-            )
+            backbones = exact.backbone[i, start - 1 : -1], rounded.backbone[i, start - 1 : -1]
+            found.append(((r, n, b), backbones, exact.scores[i, own].numpy()))
+    rows: list[dict[tuple[int, int], _ExactValues]] = [{} for _ in runs]
+    logits = checker.exact.logits([backbones for _, backbones, _ in found])
+    for ((r, n, b), _, scores), (wide, narrow) in zip(found, logits, strict=True):
+        prompt, tokens = runs[r].row(n, b)
+        log_probs, near = (log_softmax(x)[np.arange(len(tokens)), tokens] for x in (wide, narrow))
+        checker.tolerances.update("logits", wide, narrow)
+        checker.tolerances.update("log_probs", log_probs, near)
+        rows[r][n, b] = _ExactValues(scores, log_probs, _draws(wide, runs[r].request, prompt, n))
     return rows
 
 
@@ -156,7 +157,7 @@ def _is_certain(checker: Checker, request: CheckedOptions, draws: Sequence[tuple
 def _is_clear(checker: Checker, run: _Run, n: int, b: int) -> bool:
     """Whether `_is_certain` holds for a candidate that `_read` has not seen."""
     prompt, tokens = run.row(n, b)
-    logits = checker.exact.rounded_logits(np.concatenate([prompt, tokens]))[len(prompt) - 1 : -1]
+    logits = checker.exact.rounded_logits(np.concatenate([prompt, tokens]), slice(len(prompt) - 1, -1))
     return _is_certain(checker, run.request, _draws(logits, run.request, prompt, n))
 
 
