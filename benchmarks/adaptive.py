@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 import bonnx
 from benchmarks.loading import free_port, server
+from benchmarks.record import add_output, record
 from bonnx.models.countdown.puzzle import Puzzle, check, draw_puzzles
 
 
@@ -59,6 +60,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--prices", type=float, nargs="+", default=[0.01, 0.02])
     parser.add_argument("--seed", type=int, default=1)
+    add_output(parser)
     arguments = parser.parse_args()
     rng, half = random.Random(arguments.seed), arguments.puzzles // 2
     puzzles = [puzzle for count in (3, 4) for puzzle, _ in draw_puzzles(rng, count, half, test=True)]
@@ -80,6 +82,8 @@ def main() -> None:
             cells = [str(setting), f"{100 * solved:.1f}", f"{100 * difference.mean():+.1f} ± {spread:.1f}"]
             cells += [f"{completions:.1f}", f"{tokens:.0f}", f"{100 * (1 - tokens / base[:, 1].mean()):.0f}"]
             print(f"| {' | '.join(cells)} |", flush=True)
+            means = dict(zip(("solved", "tokens", "completions"), map(float, rows.mean(0)), strict=True))
+            record("adaptive", [{"way": str(setting), "puzzles": len(puzzles), **means}], path=arguments.output)
 
 
 if __name__ == "__main__":

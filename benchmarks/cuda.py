@@ -6,6 +6,7 @@ CPU provider, and the time of `rank` against PyTorch on the same GPU.
 
 from __future__ import annotations
 
+import argparse
 import random
 import sys
 import tempfile
@@ -27,6 +28,7 @@ from bonnx.runtime.artifact.manifest import Scoring
 from bonnx.runtime.engine.providers import installed_flavours
 
 from .rank import LENGTH, PROMPT, SharedByHand, draw, network
+from .record import add_output, record
 
 # Absolute tolerance: TensorFloat-32 products on the GPU keep 10 bits.
 TOLERANCE = 5e-3
@@ -133,6 +135,9 @@ def speed(folder: Path) -> list[tuple[str, str]]:
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_output(parser)
+    arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("no CUDA device; nothing was measured", file=sys.stderr)
         return 1
@@ -143,6 +148,8 @@ def main() -> int:
     print(f"{torch.cuda.get_device_name()}, {installed_flavours()}\n")
     for name, result in rows:
         print(f"{name:<{width}}  {result}")
+    figures = [{"check": name, "result": result, "device": torch.cuda.get_device_name()} for name, result in rows]
+    record("cuda", figures, path=arguments.output)
     return int(any("FAILED" in result for _, result in rows))
 
 

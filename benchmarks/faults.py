@@ -23,6 +23,7 @@ import numpy as np
 
 import bonnx
 from benchmarks.loading import free_port, load, server
+from benchmarks.record import add_output, record
 from benchmarks.serve import bodies
 from benchmarks.soak import request, status_of
 
@@ -179,10 +180,13 @@ def main() -> None:
     parser.add_argument(
         "--only", nargs="+", choices=["killed", "replaced", "slow", "shared"], help="faults to inject (default: all)"
     )
+    add_output(parser)
     arguments = parser.parse_args()
     for fault in (killed, replaced, slow, shared):
         if arguments.only is None or fault.__name__ in arguments.only:
-            print(f"{fault.__name__}: {fault(arguments.artifact)}", flush=True)
+            result = fault(arguments.artifact)
+            print(f"{fault.__name__}: {result}", flush=True)
+            record("faults", [{"fault": fault.__name__, "result": result}], path=arguments.output)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import urllib.request
 from collections import Counter
 
 from benchmarks.loading import free_port, server
+from benchmarks.record import add_output, record
 from benchmarks.serve import bodies
 from benchmarks.soak import request, status_of
 
@@ -152,6 +153,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("artifact")
     parser.add_argument("--requests", type=int, default=10_000)
+    add_output(parser)
     arguments = parser.parse_args()
     port = free_port()
     command = ["-m", "bonnx", "serve", arguments.artifact, "--port", str(port), "--body-timeout", "1"]
@@ -169,6 +171,8 @@ def main() -> None:
     print("all requests that reached the application, by status:", dict(sorted(total.items())))
     print(f"resident memory, MB: {before / 1000:.0f} before, {after / 1000:.0f} after")
     print("the server is still running" if alive else "the server DIED")
+    memory = {"megabytes_before": before / 1000, "megabytes_after": after / 1000}
+    record("fuzz", [{"corrupted": statuses, "answers": total, **memory}], path=arguments.output)
     raise SystemExit(0 if alive and not any(status.startswith("5") for status in total) else 1)
 
 

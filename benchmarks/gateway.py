@@ -30,6 +30,8 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from benchmarks.loading import free_port, server
+from benchmarks.rates import measure_rates
+from benchmarks.record import add_output, record
 from bonnx.models.countdown.puzzle import draw_solution
 
 GATEWAYS = ("ranks at the end", "bonnx serve")
@@ -180,8 +182,9 @@ def main() -> None:
         "--seconds", type=float, default=2, help="within which the completions arrive (default: %(default)s)"
     )
     parser.add_argument("--threads", type=int, default=2, help="of each gateway's model (default: %(default)s)")
+    add_output(parser)
     arguments = parser.parse_args()
-    n = arguments.n
+    n, figures = arguments.n, []
     print("| model | prompt, tokens | gateway | p50, ms | p99, ms | ranks at the end takes |")
     print("|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as place:
@@ -203,6 +206,9 @@ def main() -> None:
                 p50, p99 = 1e3 * np.percentile(seconds[name], [50, 99])
                 ratio = f"{end / np.median(seconds[name]):.1f} times as long"
                 print(f"| {model} | {length} | {name} | {p50:.1f} | {p99:.1f} | {ratio} |", flush=True)
+                figure = {"way": name, "model": model, "prompt": length, "n": n, "within_seconds": arguments.seconds}
+                figures.append(figure | {"requests": arguments.requests, "p50_ms": float(p50), "p99_ms": float(p99)})
+    record("gateway", figures, rates=measure_rates(arguments.threads), path=arguments.output)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.record import add_output, record
 from bonnx.models.countdown.puzzle import draw_solution
 
 __all__ = ["kill_a_worker", "kill_again_and_again", "leftovers", "run", "start"]
@@ -114,6 +115,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--rows", type=int, default=1500)
     parser.add_argument("--ray", action="store_true")
+    add_output(parser)
     options = parser.parse_args()
     rng, passed, kills, workers, seen = random.Random(), 0, 0, 0, 0
     with tempfile.TemporaryDirectory() as place:
@@ -138,6 +140,8 @@ def main() -> None:
                 seen += kill_a_worker([options.artifact, str(rows), "-o", str(output), *more], output)
                 workers += leftovers(output) == expected
                 print(f"{workers} of {number + 1} identical after {seen} killed workers", flush=True)
+    figure = {"rounds": options.rounds, "rows": options.rows, "ray": options.ray, "same": passed, "kills": kills}
+    record("kill", [figure | {"same_without_worker": workers, "killed_workers": seen}], path=options.output)
     raise SystemExit(0 if passed == options.rounds and (not options.ray or workers == options.rounds) else 1)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ import onnxruntime
 from bonnx.export.graphs.selection import plain_selection
 from bonnx.runtime.artifact.folder import read_verified
 
+from .rates import measure_rates
+from .record import add_output, record
+
 LEVELS = ["DISABLE_ALL", "ENABLE_BASIC", "ENABLE_EXTENDED", "ENABLE_ALL"]
 
 
@@ -20,6 +24,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("artifact", type=Path)
     parser.add_argument("--repeats", type=int, default=7)
+    add_output(parser)
     arguments = parser.parse_args()
     manifest = read_verified(arguments.artifact)
     path = arguments.artifact / manifest.graphs["rank"].file
@@ -37,8 +42,12 @@ def main() -> None:
             start = time.perf_counter()
             session.run(None, feeds)
             runs.append(time.perf_counter() - start)
+    figures = []
     for level, (loads, runs) in taken.items():
-        print(f"{level:<16} load {1000 * np.median(loads):8.1f} ms   run {1000 * np.median(runs):8.2f} ms")
+        load, run = float(np.median(loads)), float(np.median(runs))
+        figures.append({"way": level, "model": manifest.name, "load_seconds": load, "seconds": run})
+        print(f"{level:<16} load {1000 * load:8.1f} ms   run {1000 * run:8.2f} ms")
+    record("load", figures, rates=measure_rates(os.cpu_count() or 1), path=arguments.output)
 
 
 def draw(manifest: Any) -> dict[str, Any]:

@@ -14,6 +14,8 @@ import numpy as np
 import bonnx
 from bonnx.models.countdown.puzzle import check, draw_puzzles
 
+from .record import add_output, record
+
 # The share of the candidates that is started, the number of tokens between prunings (0: never), and the share kept by
 # each. A step of a solution has 6 tokens.
 SETTINGS = [(1.0, 0, 1.0), (0.875, 0, 1.0), (0.75, 0, 1.0), (0.5, 0, 1.0)]
@@ -26,6 +28,7 @@ def main() -> None:
     parser.add_argument("-n", type=int, default=16, help="candidates per puzzle (default: %(default)s)")
     parser.add_argument("--puzzles", type=int, default=600)
     parser.add_argument("--seed", type=int, default=1)
+    add_output(parser)
     arguments = parser.parse_args()
     rng, half = random.Random(arguments.seed), arguments.puzzles // 2
     puzzles = [puzzle for count in (3, 4) for puzzle, _ in draw_puzzles(rng, count, half, test=True)]
@@ -45,6 +48,8 @@ def main() -> None:
         spread = 196 * difference.std(ddof=1) / np.sqrt(len(difference))
         text = f"{100 * difference.mean():+5.1f} +- {spread:3.1f} points"
         solved = f"{100 * np.mean(right):>9.1f}"
+        setting = {"n": count, "prune_every": every, "prune_keep": keep, "puzzles": len(puzzles)}
+        record("prune", [setting | {"solved": float(np.mean(right)), "tokens": tokens}], path=arguments.output)
         print(f"  {count:>2}  {every:>11}  {keep:>10}  {solved}  {text}  {100 * tokens / all_tokens:5.1f}%", flush=True)
 
 

@@ -26,6 +26,8 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.rates import measure_rates
+from benchmarks.record import add_output, record
 from bonnx.models import draw_examples, load_checkpoint, save_checkpoint, train_scorer
 from bonnx.models.opened import open_checkpoint
 from bonnx.runtime.artifact.folder import read_verified
@@ -130,6 +132,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=8, help="sampled answers per question (default: %(default)s)")
     parser.add_argument("--same-as", type=Path, metavar="OTHER", help="another file of the same model")
     parser.add_argument("--text", action="store_true", help="compare text with transformers' on 50 chat prompts")
+    add_output(parser)
     arguments = parser.parse_args()
     print(f"log-probabilities of PyTorch beside transformers: {difference(arguments.model):.1e}")
     if arguments.same_as is not None:
@@ -155,6 +158,8 @@ def main() -> None:
             rows[precision] = row
             with measured.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(rows[precision]) + "\n")
+            figure = {"model": arguments.model.name, **row}
+            record("real_models", [figure], rates=measure_rates(os.cpu_count() or 1), path=arguments.output)
     model = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "")
     print(f"{arguments.model.name}, {os.cpu_count()} cores,{model.partition(':')[2] or platform.processor()}\n")
     table([rows[precision] for precision in arguments.precisions])

@@ -21,6 +21,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import bonnx
 
 __all__ = ["MEASUREMENTS", "add_output", "read_runs", "record"]
@@ -130,7 +132,9 @@ def _command(benchmark: str) -> str:
 
 
 def _rounded(value: Any) -> Any:
-    """Round every number to five digits, more than any measurement holds."""
+    """Round every number to five digits, more than any measurement holds; NumPy's become Python's."""
+    if isinstance(value, np.generic):
+        value = value.item()
     if isinstance(value, float):
         return float(f"{value:.5g}")
     if isinstance(value, Mapping):

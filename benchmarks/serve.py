@@ -11,6 +11,7 @@ share a prompt of 384 tokens, as when each worker of a pool scores its own compl
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import statistics
 import tempfile
@@ -19,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.loading import Load, free_port, load, server
+from benchmarks.rates import measure_rates
+from benchmarks.record import add_output, record
 from bonnx.models.countdown.puzzle import draw_solution
 
 WORK = ("rank", "generate", "shared")
@@ -85,6 +88,7 @@ def main() -> None:
         default=30,
         help="the server's timeout for a request, in seconds (default: %(default)s)",
     )
+    add_output(parser)
     arguments = parser.parse_args()
     loads_by_run: dict[tuple[str, int, str], list[Load]] = {}
     with tempfile.TemporaryDirectory() as place:
@@ -95,6 +99,7 @@ def main() -> None:
                     artifact = other if work == "shared" else arguments.artifact
                     for clients, measured in measure(name, artifact, work, arguments):
                         loads_by_run.setdefault((work, clients, name), []).append(measured)
+    figures = []
     print("| work | clients | server | requests/s | relative to plain | p50, ms | p95, ms | p99, ms | failed |")
     print("|---|---|---|---|---|---|---|---|---|")
     for work in arguments.work:
@@ -107,6 +112,9 @@ def main() -> None:
                 lost = sum(count for m in loads for status, count in m.statuses.items() if status != 200)
                 cells = [work, str(clients), name, f"{rate:.0f}", f"{rate / plain:.2f}", *(f"{t:.1f}" for t in times)]
                 print(f"| {' | '.join(cells)} | {lost} |")
+                figure = {"way": name, "work": work, "clients": clients, "requests_per_second": rate, "failed": lost}
+                figures.append(figure | dict(zip(("p50_ms", "p95_ms", "p99_ms"), times, strict=True)))
+    record("serve", figures, rates=measure_rates(os.cpu_count() or 1), path=arguments.output)
 
 
 if __name__ == "__main__":

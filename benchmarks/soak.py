@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 from benchmarks.loading import Load, _answer, free_port, server
+from benchmarks.record import add_output, record
 from benchmarks.serve import bodies
 
 
@@ -79,18 +80,21 @@ def main() -> None:
     parser.add_argument("artifact")
     parser.add_argument("--requests", type=int, default=36_000)
     parser.add_argument("--clients", type=int, default=16)
+    add_output(parser)
     arguments = parser.parse_args()
     port, answers = free_port(), Load(0.0)
     with server(["-m", "bonnx", "serve", arguments.artifact, "--port", str(port)], port, "/health") as process:
         print("| requests | seconds | resident memory, MB | threads | open files |\n|---|---|---|---|---|")
-        start = time.perf_counter()
+        start, figures = time.perf_counter(), []
         for part in range(11):
             now = status_of(process.pid)
             cells = [part * arguments.requests // 10, round(time.perf_counter() - start), now["VmRSS"] // 1000]
             print(f"| {' | '.join(map(str, [*cells, now['Threads'], now['files']]))} |", flush=True)
+            figures.append(dict(zip(("requests", "seconds", "megabytes"), cells, strict=True)))
             if part < 10:
                 asyncio.run(work(port, arguments.requests // 10, arguments.clients, answers))
     print("answers by status:", dict(sorted(answers.statuses.items())))
+    record("soak", [*figures, {"answers": answers.statuses}], path=arguments.output)
 
 
 if __name__ == "__main__":

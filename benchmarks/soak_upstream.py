@@ -16,6 +16,7 @@ import json
 import random
 import time
 from collections.abc import AsyncIterator
+from typing import Any
 
 import httpx
 from starlette.requests import Request
@@ -23,6 +24,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from benchmarks.gateway import serving
 from benchmarks.loading import free_port, server
+from benchmarks.record import add_output, record
 from benchmarks.soak import status_of
 from bonnx.models.countdown.puzzle import draw_solution
 
@@ -72,8 +74,11 @@ async def ask(client: httpx.AsyncClient, url: str, rng: random.Random) -> str:
     return "cut"
 
 
-async def work(upstream: FaultyUpstream, ports: tuple[int, int], count: int, clients: int, pid: int) -> None:
-    """Send the requests, and print a line of the table after each tenth."""
+async def work(
+    upstream: FaultyUpstream, ports: tuple[int, int], count: int, clients: int, pid: int
+) -> list[dict[str, Any]]:
+    """Send the requests, print a line of the table after each tenth, and return the figures."""
+    figures: list[dict[str, Any]] = []
     url, rng, start = f"http://127.0.0.1:{ports[0]}/v1/completions", random.Random(1), time.perf_counter()
     answers: collections.Counter[str] = collections.Counter()
     async with serving(upstream, ports[1]), httpx.AsyncClient(timeout=120) as client:  # type: ignore[arg-type]
@@ -87,10 +92,12 @@ async def work(upstream: FaultyUpstream, ports: tuple[int, int], count: int, cli
             now = status_of(pid)
             cells = [part * count // 10, round(time.perf_counter() - start), now["VmRSS"] // 1000]
             print(f"| {' | '.join(map(str, [*cells, now['Threads'], now['files']]))} |", flush=True)
+            figures.append(dict(zip(("requests", "seconds", "megabytes"), cells, strict=True)))
             if part < 10:
                 left = [*range(count // 10)]
                 await asyncio.gather(*(one(left) for _ in range(clients)))
     print("answers by status:", dict(sorted(answers.items())))
+    return [*figures, {"answers": answers}]
 
 
 def main() -> None:
@@ -99,6 +106,7 @@ def main() -> None:
     parser.add_argument("artifact")
     parser.add_argument("--requests", type=int, default=2000)
     parser.add_argument("--clients", type=int, default=16)
+    add_output(parser)
     arguments = parser.parse_args()
     ports = free_port(), free_port()
     command = ["-m", "bonnx", "serve", arguments.artifact, "--port", str(ports[0]), "--timeout", "120"]
@@ -107,7 +115,8 @@ def main() -> None:
     command += ["--upstream", f"http://127.0.0.1:{ports[1]}/v1", "--upstream-model", "faulty"]
     with server(command, ports[0], "/health") as process:
         print("| requests | seconds | resident memory, MB | threads | open files |\n|---|---|---|---|---|")
-        asyncio.run(work(FaultyUpstream(), ports, arguments.requests, arguments.clients, process.pid))
+        figures = asyncio.run(work(FaultyUpstream(), ports, arguments.requests, arguments.clients, process.pid))
+    record("soak_upstream", figures, path=arguments.output)
 
 
 if __name__ == "__main__":
