@@ -22,6 +22,8 @@ from .performance_plot import Panel, draw, panel_of
 from .record import MEASUREMENTS, ROOT, read_runs
 
 WIDTH = 125
+# Above this load, a table says that other work ran.
+BUSY = 0.5
 PAGE, PLOT = ROOT / "docs/performance.md", ROOT / "docs/performance.svg"
 _TABLE = re.compile(
     r"<!-- table: (?P<benchmark>\w+) (?P<runs>[^>]+?) by (?P<column>\w+)(?P<where>(?:, \w+=\d+)*) -->\n"
@@ -109,6 +111,8 @@ def measured_on(run: Mapping[str, Any]) -> str:
         parts.append(
             ", ".join(f"{name} {rate:.0f} {units.get(name, 'GFLOP/s')}" for name, rate in run["rates"].items())
         )
+    if (run.get("load") or 0) > BUSY:
+        parts.append(f"other work ran, {run['load']:.1f} processes")
     if run["commit"]:
         parts.append(f"commit {run['commit'][:8]}{' with changes' if run['modified'] else ''}")
     if run.get("note"):

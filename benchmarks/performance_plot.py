@@ -24,6 +24,15 @@ _SHOWN: dict[tuple[str, str], tuple[str, str, dict[str, str]]] = {
             "ONNX Runtime GenAI int8": "ONNX Runtime\nGenAI int8",
         },
     ),
+    ("long", "prompt"): (
+        "Seconds to rank 4 answers after a long prompt",
+        "tokens of the prompt",
+        {
+            "bonnx fp32": "bonnx float32",
+            "bonnx int8": "bonnx int8",
+            "transformers float32": "transformers float32",
+        },
+    ),
 }
 _OURS = {"bonnx float32": "#2f81f7", "bonnx int8": "#d9480f"}
 _OTHERS = "#8b949e"
@@ -79,6 +88,8 @@ def draw(panels: list[Panel], path: Path) -> None:
 
 
 def _draw_panel(axes: Any, panel: Panel) -> None:
+    from matplotlib.ticker import LogLocator
+
     axes.set_xscale("log")
     axes.set_yscale("log")
     for label, seconds in panel.seconds.items():
@@ -89,6 +100,7 @@ def _draw_panel(axes: Any, panel: Panel) -> None:
     sizes = sorted({size for seconds in panel.seconds.values() for size in seconds})
     axes.set_xticks(sizes, [f"{size:,}" for size in sizes], minor=False)
     axes.set_xticks([], minor=True)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.yaxis.set_minor_formatter(lambda value, _: "")
     axes.set_title(panel.title, loc="left", fontweight="bold")

@@ -145,6 +145,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--opset-18", action="store_true", help="also time the graph with decomposed operators")
     parser.add_argument("--memory-of", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--artifacts", type=Path, help="folder that keeps the exported artifacts for later runs")
     add_output(parser)
     arguments = parser.parse_args()
     if arguments.memory_of:
@@ -166,11 +167,18 @@ class Models:
     plain: Any
 
 
+def artifact(arguments: argparse.Namespace, folder: Path, precision: str) -> Path:
+    return (arguments.artifacts or folder) / f"rank-{arguments.layers}-{precision}"
+
+
 def make(folder: Path, arguments: argparse.Namespace) -> Models:
     net = network(arguments.layers)
-    export_model(net, folder / "fp32", name="85M")
-    export_model(net, folder / "int8", name="85M", precision="int8", min_agreement=0.0)
-    artifacts = (bonnx.load(folder / name, provider="cpu", threads=arguments.threads) for name in ("fp32", "int8"))
+    for precision in ("fp32", "int8"):
+        if not (path := artifact(arguments, folder, precision)).exists():
+            options: dict[str, Any] = {"precision": precision, "min_agreement": 0.0}
+            export_model(net, path, name="85M", **options)
+    paths = (artifact(arguments, folder, precision) for precision in ("fp32", "int8"))
+    artifacts = (bonnx.load(path, provider="cpu", threads=arguments.threads) for path in paths)
     decomposed = None
     if arguments.opset_18:
         ir.save(dict(trace_graphs(net, Scoring(), opset=18))["rank"], folder / "18.onnx")
@@ -191,7 +199,7 @@ def compare(folder: Path, arguments: argparse.Namespace) -> None:
         figures = {way: {"way": way, **common, "seconds": value} for way, value in seconds.items()}
         for way, kind in ((OURS, "float32"), (OURS8, "int8")):
             figures[way]["share_of_rate"] = work(arguments.layers, count) / seconds[way] / fastest(rates, kind)
-        figures[OURS]["megabytes"] = peak_memory(folder / "fp32", count)
+        figures[OURS]["megabytes"] = peak_memory(artifact(arguments, folder, "fp32"), count)
         print(f"\nN = {count}: {figures[OURS]['megabytes']:.0f} MB for the call")
         for way, figure in figures.items():
             share = f"   {100 * figure['share_of_rate']:.0f}% of the matrix rate" if "share_of_rate" in figure else ""

@@ -1,8 +1,9 @@
 """The record of what was measured: one file of JSON lines, to which every benchmark appends its figures.
 
 A line is self-contained: what was run (`benchmark`, `command`, `commit`, and whether the code was `modified`), on what
-(`processor`, `flags`, `cores`, `versions`, and `rates` of the same run), and `figures`. Lines with the same `benchmark`
-and `run` are of one process, so only their figures may be compared as times. benchmarks/README.md explains the fields.
+(`processor`, `flags`, `cores`, the `load` by other work, `versions`, and `rates` of the same run), and `figures`. Lines
+with the same `benchmark` and `run` are of one process, so only their figures may be compared as times.
+benchmarks/README.md explains the fields.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "avx512_fp
 PACKAGES = ("torch", "onnxruntime", "onnxruntime-gpu", "transformers")
 # One for each process: when it began, in UTC.
 _RUN = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+# What else kept the machine busy: the mean number of processes that could run, in the minute before this one.
+_LOAD = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:
@@ -96,6 +99,7 @@ def _host() -> dict[str, Any]:
         "processor": processor,
         "flags": flags,
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "load": _LOAD,
         "versions": versions | {name: version for name in PACKAGES if (version := _version(name))},
     }
 

@@ -41,6 +41,7 @@ def test_a_line_says_what_ran_on_what(path):
     versions = {"python": platform.python_version(), "torch": importlib.metadata.version("torch")}
     assert versions.items() <= line["versions"].items()
     assert line["processor"]
+    assert line["load"] is None or line["load"] >= 0
     assert line["cores"] >= 1
     if (ROOT / ".git").exists():
         head = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
