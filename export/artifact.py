@@ -17,6 +17,7 @@ from bonnx.runtime.artifact.folder import CARD, MANIFEST, file_digest
 from bonnx.runtime.artifact.manifest import (
     PRECISIONS,
     SCHEMA_VERSION,
+    VERIFICATIONS,
     File,
     Graph,
     Limits,
@@ -25,6 +26,7 @@ from bonnx.runtime.artifact.manifest import (
     Precision,
     Scoring,
     TextRules,
+    Verification,
     seal,
 )
 from bonnx.runtime.engine.engine import make_engine
@@ -37,6 +39,7 @@ from .graphs.trace import DEFAULT_OPSET, OPSETS, trace_graphs
 from .graphs.vote import with_vote_weight
 from .graphs.write import write_graphs
 from .precision.quantize import quantized
+from .stages import Report, silent
 from .staging import check_output, staged
 from .verify.agreement import HeldOut, default_prompts, measure
 from .verify.run import verify_graphs
@@ -65,6 +68,8 @@ def export_model(
     overwrite: bool = False,
     seed: int = 0,
     reload: Callable[[], LanguageModel | TwoHeadedNetwork] | None = None,
+    verification: Verification = "full",
+    report: Report = silent,
 ) -> Manifest:
     """Export a model to a temporary folder, verify it, and then move it to `output`.
 
@@ -87,24 +92,34 @@ def export_model(
         seed: seeds the random inputs of the verification.
         reload: loads the model again. If given, `model` is consumed: its memory is freed as soon as possible, so that
             an export needs little more than the model's own size.
+        verification: `quick` runs every kind of check with fewer cases; the manifest says which it was.
+        report: is called with the name of each stage when it begins.
 
     Raises:
         ExportError: if the folder exists, the disk is full, or verification fails; nothing is left behind.
     """
     scoring, limits = with_vote_weight(scoring or default_scoring(model)), limits or Limits()
-    _check_options(model, scoring, limits, opset, precision, min_agreement)
+    _check_options(model, scoring, limits, opset, precision, min_agreement, verification)
     output, frugal = output.absolute(), reload is not None
     check_output(output, overwrite=overwrite)
+    quick = verification == "quick"
+    if precision != "fp32":
+        report(f"converting the weights to {precision}")
     computed = quantized(model, precision, consume=frugal)
     with staged(output) as folder:
-        graphs = write_graphs(trace_graphs(computed, scoring, opset=opset), folder, _SUFFIXES[precision])
-        parity = verify_graphs(computed, folder, graphs, scoring, limits, seed, frugal=frugal)
+        traced = trace_graphs(computed, scoring, opset=opset, report=report)
+        graphs = write_graphs(traced, folder, _SUFFIXES[precision])
+        parity = verify_graphs(
+            computed, folder, graphs, scoring, limits, seed, frugal=frugal, quick=quick, report=report
+        )
         text = _write_tokenizer(tokenizer, text or TextRules(), folder)
         manifest = _manifest(model.config, name, source, precision, scoring, limits, graphs, tokenizer, text, parity)
+        manifest = msgspec.structs.replace(manifest, verification=verification)
         if precision != "fp32":
-            prompts, origin = held_out or default_prompts(manifest, model.config, seed)
+            prompts, origin = held_out or default_prompts(manifest, model.config, seed, quick=quick)
             engine = make_engine(folder, manifest, SessionOptions(provider="cpu"))
-            agreement = measure(reload or (lambda: model), engine, prompts, source=origin, least=min_agreement)
+            load = reload or (lambda: model)
+            agreement = measure(load, engine, prompts, source=origin, least=min_agreement, report=report)
             manifest = msgspec.structs.replace(manifest, agreement=agreement)
         manifest = _write_manifest(manifest, folder)
     return manifest
@@ -135,12 +150,15 @@ def _check_options(
     opset: int,
     precision: Precision,
     min_agreement: float,
+    verification: Verification,
 ) -> None:
     check_scoring(model, scoring)
     if opset not in OPSETS:
         raise ExportError(f"opset: expected one of {', '.join(map(str, OPSETS))}; got {opset}")
     if precision not in PRECISIONS:
         raise ExportError(f"precision: expected one of {', '.join(PRECISIONS)}; got {precision!r}")
+    if verification not in VERIFICATIONS:
+        raise ExportError(f"verification: expected one of {', '.join(VERIFICATIONS)}; got {verification!r}")
     if not 0 <= min_agreement <= 1:
         raise ExportError(f"min_agreement: expected a share between 0 and 1; got {min_agreement}")
     _check_cache(model, limits)

@@ -57,6 +57,7 @@ def model_card(manifest: Manifest) -> str:
     lines += [
         "## Error against PyTorch in float64 with the same weights, measured at export",
         "",
+        *(["Every kind of check with fewer cases: `--verify quick`.", ""] if manifest.verification == "quick" else []),
         "| check | cases | ONNX Runtime's error | PyTorch's error | allowed |",
     ]
     lines += ["|---|---|---|---|---|"]

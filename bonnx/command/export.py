@@ -22,10 +22,11 @@ from bonnx.export.verify.agreement import HeldOut, read_held_out
 from bonnx.models.countdown import CHECKPOINT
 from bonnx.models.hub import download, parse_source
 from bonnx.models.opened import OpenedCheckpoint, open_checkpoint
-from bonnx.runtime.artifact.manifest import PRECISIONS, Aggregation, Manifest
+from bonnx.runtime.artifact.manifest import PRECISIONS, VERIFICATIONS, Aggregation, Manifest
 
 from ..errors import InputError
 from . import print_json
+from .stages import shown_stages
 
 __all__ = ["configure", "run"]
 
@@ -82,6 +83,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--seed", type=int, default=0, help="seed of the verification's random inputs (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--verify",
+        choices=VERIFICATIONS,
+        default="full",
+        help="quick: every kind of check with fewer cases, which the manifest and the model card then say",
     )
     parser.add_argument("--triton", type=Path, metavar="DIR", help="also write a model repository for Triton here")
     parser.add_argument(
@@ -153,9 +160,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.output is None and not shipped:
         raise InputError("--checkpoint needs -o/--output: the folder to write")
     output = _output(arguments)
-    # The demonstration may be run again and again; any other folder is replaced only when asked.
-    overwrite = arguments.overwrite or arguments.output is None
-    check_output(output, overwrite=overwrite)
+    check_output(output, overwrite=_overwrites(arguments))
     if arguments.triton is not None:
         check_repository(arguments.triton, output, overwrite=arguments.overwrite)
     opened, name, revision = _open(arguments)
@@ -171,23 +176,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"would write {output}{f' and {arguments.triton}' if arguments.triton else ''}", file=sys.stderr)
         return 0
     start = time.perf_counter()
-    manifest = export_model(
-        checkpoint.model,
-        output,
-        name=arguments.name or name,
-        source=checkpoint.source or revision,
-        scoring=checkpoint.scoring,
-        limits=checkpoint.limits,
-        tokenizer=checkpoint.tokenizer,
-        text=checkpoint.text,
-        opset=arguments.opset,
-        precision=arguments.precision,
-        held_out=held_out,
-        min_agreement=arguments.min_agreement,
-        overwrite=overwrite,
-        seed=arguments.seed,
-        reload=checkpoint.reload,
-    )
+    manifest = _export(arguments, checkpoint, output, name=name, revision=revision, held_out=held_out)
     print(f"wrote {output} and verified it in {time.perf_counter() - start:.0f} s", file=sys.stderr)
     models = None
     if arguments.triton is not None:
@@ -206,6 +195,42 @@ def run(arguments: argparse.Namespace) -> int:
     if demonstration:
         show(demonstration)
     return 0
+
+
+def _overwrites(arguments: argparse.Namespace) -> bool:
+    """The demonstration may be run again and again; any other folder is replaced only when asked."""
+    return arguments.overwrite or arguments.output is None
+
+
+def _export(
+    arguments: argparse.Namespace,
+    checkpoint: Checkpoint,
+    output: Path,
+    *,
+    name: str,
+    revision: str | None,
+    held_out: tuple[list[HeldOut], str] | None,
+) -> Manifest:
+    with shown_stages() as report:
+        return export_model(
+            checkpoint.model,
+            output,
+            name=arguments.name or name,
+            source=checkpoint.source or revision,
+            scoring=checkpoint.scoring,
+            limits=checkpoint.limits,
+            tokenizer=checkpoint.tokenizer,
+            text=checkpoint.text,
+            opset=arguments.opset,
+            precision=arguments.precision,
+            held_out=held_out,
+            min_agreement=arguments.min_agreement,
+            overwrite=_overwrites(arguments),
+            seed=arguments.seed,
+            reload=checkpoint.reload,
+            verification=arguments.verify,
+            report=report,
+        )
 
 
 def _describe(checkpoint: Checkpoint, source: str | Path) -> None:
@@ -243,7 +268,8 @@ def _held_out(arguments: argparse.Namespace, shipped: bool) -> tuple[list[HeldOu
     if arguments.held_out is not None:
         return read_held_out(arguments.held_out), arguments.held_out.name
     if shipped and arguments.precision != "fp32":
-        prompts = draw_prompts("agreement", HELD_OUT_PUZZLES)
+        count = HELD_OUT_PUZZLES // 5 if arguments.verify == "quick" else HELD_OUT_PUZZLES
+        prompts = draw_prompts("agreement", count)
         return [HeldOut(prompt) for prompt in prompts], "held-out puzzles"
     return None
 

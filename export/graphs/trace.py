@@ -18,6 +18,7 @@ from bonnx.runtime.artifact.manifest import Scoring
 
 from ..precision.products import VocabularyHead
 from ..precision.widen import widened
+from ..stages import Report, silent
 from . import experts, sampling, selection
 from .builder import Builder, finish, name_value
 from .decompose import decomposed_lightly
@@ -54,7 +55,12 @@ class _Traced(NamedTuple):
 
 
 def trace_graphs(
-    model: LanguageModel | TwoHeadedNetwork, scoring: Scoring, *, opset: int = DEFAULT_OPSET, whole: bool = False
+    model: LanguageModel | TwoHeadedNetwork,
+    scoring: Scoring,
+    *,
+    opset: int = DEFAULT_OPSET,
+    whole: bool = False,
+    report: Report = silent,
 ) -> Iterator[tuple[str, ir.Model]]:
     """Yield the graphs of a model in inference mode by name, weights included.
 
@@ -63,26 +69,31 @@ def trace_graphs(
     One with a vocabulary head has `generate`, `prefill` and `decode`. The graphs are made one at a time, so
     that those already written need not stay in memory.
 
-    With `whole`, which is for tests, every layer is traced, even if it is like another one.
+    With `whole`, which is for tests, every layer is traced, even if it is like another one. `report` is told what is
+    traced.
     """
     functions = [*sampling.FUNCTIONS, *selection.FUNCTIONS, *experts.FUNCTIONS]
-    for name, graph in _graphs(model, scoring, opset, whole):
+    for name, graph in _graphs(model, scoring, opset, whole, report):
         yield name, finish(graph, functions, opset)
         del graph
 
 
 def _graphs(
-    model: LanguageModel | TwoHeadedNetwork, scoring: Scoring, opset: int, whole: bool
+    model: LanguageModel | TwoHeadedNetwork, scoring: Scoring, opset: int, whole: bool, report: Report
 ) -> Iterator[tuple[str, ir.Graph]]:
     trunk = Trunk(model, scoring, fused=opset >= 23).eval()
     width = None if isinstance(model, LanguageModel) else trunk.config.embed_dim
     traced = _Traced(trunk, opset, None if whole else Repetition(trunk))
     if trunk.config.has_scorer:
+        report("tracing score")
         yield "score", _trace_score(traced, width, scoring)
+        report("tracing rank")
         yield "rank", _trace_rank(traced, width, scoring)
+        report("tracing rank after a cached prompt")
         yield "rank_prefill", _trace_rank_prefill(traced, width)
         yield "rank_cached", _trace_rank_cached(traced, width, scoring)
     if isinstance(model, LanguageModel) and model.config.vocabulary_head:
+        report("tracing generate")
         head = VocabularyHead(model)
         prompt_pass, token_pass = _trace_prompt_pass(traced, head), _trace_token_pass(traced, head)
         passes = (widened(prompt_pass.clone(), ir.DataType.FLOAT16), widened(token_pass.clone(), ir.DataType.FLOAT16))

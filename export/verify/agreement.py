@@ -27,12 +27,13 @@ from bonnx.runtime.selection.aggregate import aggregate, best_of_n
 from bonnx.runtime.text.padding import pad
 from bonnx.runtime.text.reader import Item
 
-from .exact import score_rows
+from ..stages import Report, silent
+from .candidates import score_candidates
 from .questions import draw_questions
 
 __all__ = ["HeldOut", "default_prompts", "measure", "read_held_out"]
 
-CANDIDATES, NEW_TOKENS, PROMPTS = 16, 64, 50
+CANDIDATES, NEW_TOKENS, PROMPTS, QUICK_PROMPTS = 16, 64, 50, 20
 _AS_GOOD = 0.01
 # Enough tokens for the longest built-in question and answer with any tokenizer.
 _QUESTION_TOKENS = 512
@@ -90,21 +91,22 @@ def _lines(path: Path) -> list[HeldOut]:
 
 
 def default_prompts(
-    manifest: Manifest, config: LanguageModelConfig | NetworkConfig, seed: int
+    manifest: Manifest, config: LanguageModelConfig | NetworkConfig, seed: int, *, quick: bool = False
 ) -> tuple[list[HeldOut], str]:
     """Return default prompts for when the user gives none, and a name for them.
 
     They are questions if the model reads text; otherwise noise, which is a weak test. A model that generates draws the
-    candidates itself.
+    candidates itself. `quick` gives fewer of them.
     """
+    count = QUICK_PROMPTS if quick else PROMPTS
     generates = isinstance(config, LanguageModelConfig) and config.vocabulary_head
     text, longest = manifest.text, manifest.limits.max_tokens
     header = manifest.scoring.gate_tokens
     # A gate reads what a chat template writes.
     silent = bool(header) and text.chat_template is None
     if manifest.tokenizer is None or text.unknown == "refuse" or longest < _QUESTION_TOKENS or silent:
-        return _noise(config, longest, seed, header), "random tokens"
-    questions = draw_questions(PROMPTS, CANDIDATES, seed)
+        return _noise(config, longest, seed, header, count), "random tokens"
+    questions = draw_questions(count, CANDIDATES, seed)
     if generates:
         return [HeldOut(question) for question, _ in questions], "built-in questions"
     if text.chat_template is None:
@@ -114,11 +116,11 @@ def default_prompts(
 
 
 def _noise(
-    config: LanguageModelConfig | NetworkConfig, longest: int, seed: int, header: Sequence[int]
+    config: LanguageModelConfig | NetworkConfig, longest: int, seed: int, header: Sequence[int], count: int
 ) -> list[HeldOut]:
     """Return random prompts and candidates; `header` ends each prompt."""
     rng, questions = np.random.default_rng(seed), []
-    for _ in range(PROMPTS):
+    for _ in range(count):
         length = int(rng.integers(1, max(1, min(24, longest // 2)) + 1))
         if isinstance(config, LanguageModelConfig):
             ids = rng.integers(0, config.vocab_size, (CANDIDATES + 1, length))
@@ -137,6 +139,7 @@ def measure(
     *,
     source: str,
     least: float,
+    report: Report = silent,
 ) -> Agreement:
     """Let the artifact and the float32 model select from the same candidates, and compare their choices.
 
@@ -146,6 +149,7 @@ def measure(
         cases: the prompts.
         source: where the prompts come from, for messages and the manifest.
         least: minimum share of selections that must be as good as float32's, 0 to 1.
+        report: is told what begins.
 
     Raises:
         ExportError: if the share is lower.
@@ -157,8 +161,10 @@ def measure(
             f"held-out prompt {without} has no candidates, and this model cannot generate any; expected an object with "
             "'prompt' and 'candidates' on each line"
         )
+    report(f"selecting for {len(cases)} held-out prompts with ONNX Runtime")
     selected = [_select(engine, case, number) for number, case in enumerate(cases)]
     engine.close()
+    report("scoring their candidates with PyTorch in float32")
     model, scoring = load(), engine.manifest.scoring
     same = as_good = 0
     errors: list[Any] = []
@@ -208,16 +214,12 @@ def _select(engine: Engine, case: HeldOut, number: int) -> tuple[Item, list[Any]
 def _scores(
     model: LanguageModel | TwoHeadedNetwork, engine: Engine, prompt: Item, candidates: list[Any], scoring: Scoring
 ) -> Any:
-    """Return the float32 model's candidate scores (num_candidates,), computed from whole rows."""
+    """Return the float32 model's candidate scores (num_candidates,)."""
     if not engine.manifest.has_scorer:
-        values, mask = pad([np.concatenate([prompt, tokens]) for tokens in candidates], scoring.pad_token)
-        # The score of a token is the certainty of the position before it.
-        own = slice(len(prompt) - 1, -1)
-        certainties = score_rows(model, values, scoring, mask)[1][:, None, own]
-        return aggregate(certainties, mask[:, None, len(prompt) :], np.ones((1, 1, 1)), scoring.aggregation)[0][:, 0]
+        _, mask = pad(candidates, scoring.pad_token)
+        certainties = score_candidates(model, np.asarray(prompt), candidates, scoring)[:, None]
+        return aggregate(certainties, mask[:, None], np.ones((1, 1, 1)), scoring.aggregation)[0][:, 0]
     request = read_request(engine, prompt, candidates)
-    values, mask = pad([np.concatenate([request.prompt, item]) for item in request.rows.items], scoring.pad_token)
-    _, scores = score_rows(model, values, scoring, mask)
-    candidate_scores = scores[:, None, len(request.prompt) :]
+    scores = score_candidates(model, request.prompt, request.rows.items, scoring)[:, None]
     method = scoring.aggregation.removeprefix("step_")
-    return aggregate(candidate_scores, request.mask[:, None], request.steps[:, None], method)[0][:, 0]
+    return aggregate(scores, request.mask[:, None], request.steps[:, None], method)[0][:, 0]

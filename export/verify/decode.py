@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from bonnx.errors import ExportError
 from bonnx.runtime.engine.session import Session
-from bonnx.runtime.generate.decoding import decode_all
+from bonnx.runtime.generate.decoding import decode_all, prefill
 from bonnx.runtime.generate.options import CheckedOptions
 
 from .draws import edge_width, expected_token, log_softmax, uniform
 from .parity import Array, Checker
 
-__all__ = ["check_decode"]
+__all__ = ["HostCase", "check_decode"]
+
+
+class HostCase(NamedTuple):
+    """A prompt (P,) int64, and if no draw hinges on rounding, the outputs of `generate` for it."""
+
+    prompt: Array
+    request: CheckedOptions
+    outputs: dict[str, Array] | None
 
 
 class _Recording:
@@ -34,18 +42,46 @@ class _Recording:
         return outputs
 
 
-def check_decode(checker: Checker, prompt: Array, request: CheckedOptions, outputs: dict[str, Array] | None) -> None:
-    """Check the host's loop over `prefill` and `decode` for a single prompt.
+class _Read:
+    """In place of `prefill`, gives what it gave before, and in place of `decode` holds no inputs."""
 
-    At any precision, every token must be the one that the seed draws from the graphs' own logits. If `outputs` of
-    `generate` are given, which requires that no draw hinges on rounding, the candidates must be the same.
+    def __init__(self, outputs: dict[str, Any]) -> None:
+        self._outputs = outputs
+
+    def values(self, _: dict[str, Any], *, logits: bool = False) -> dict[str, Any]:
+        """Return the recorded outputs."""
+        return self._outputs
+
+    def hold(self, _: dict[str, Any]) -> dict[str, Any]:
+        """Return nothing."""
+        return {}
+
+
+def check_decode(checker: Checker, cases: Sequence[HostCase]) -> None:
+    """Check the host's loop over `prefill` and `decode` for single prompts.
+
+    At any precision, every token must be the one that the seed draws from the graphs' own logits. If a case has the
+    outputs of `generate`, the candidates must be the same.
 
     Raises:
         ExportError: if a token, a score or a candidate's end differs.
     """
-    recorded = {name: _Recording(checker.session(name)) for name in ("prefill", "decode")}
-    *_, last = decode_all(recorded.__getitem__, prompt, request, None, None)  # type: ignore[arg-type]
-    for n, position, logits in _logits_of(recorded["prefill"].logits, recorded["decode"].logits, last.lengths):
+    # One graph after the other: their weights are never in memory together.
+    alone: dict[str, Any] = {"prefill": checker.session("prefill"), "decode": _Read({})}
+    read = [prefill(alone.__getitem__, prompt, request, request.n, logits=True)[0] for prompt, request, _ in cases]
+    del alone
+    checker.close("prefill")
+    for case, outputs in zip(cases, read, strict=True):
+        _check(checker, case, outputs)
+    checker.close("decode")
+
+
+def _check(checker: Checker, case: HostCase, read: dict[str, Any]) -> None:
+    prompt, request, outputs = case
+    decode = _Recording(checker.session("decode"))
+    sessions: dict[str, Any] = {"prefill": _Read(read), "decode": decode}
+    *_, last = decode_all(sessions.__getitem__, prompt, request, None, None)
+    for n, position, logits in _logits_of(read["logits"].numpy()[0], decode.logits, last.lengths):
         drawn, label = int(last.tokens[n, position]), f"decode, candidate {n}, token {position}"
         token, margin = expected_token(logits, uniform(request.seed, prompt, position, n), request)
         if token != drawn and margin > edge_width(0.0, request):
@@ -64,12 +100,12 @@ def check_decode(checker: Checker, prompt: Array, request: CheckedOptions, outpu
         checker.near("scores", "decode, scores", last.scores[n, :length], outputs["scores"][n, 0, :length])
 
 
-def _logits_of(first: Sequence[Array], others: Sequence[Array], lengths: Array) -> Iterator[tuple[int, int, Array]]:
+def _logits_of(first: Array, others: Sequence[Array], lengths: Array) -> Iterator[tuple[int, int, Array]]:
     """Yield each candidate and position with the logits (V,) float64 that its token was drawn from."""
     for position in range(int(lengths.max())):
         # One prefill row serves all candidates; after that, each candidate that reached this position has its own row.
         rows = np.flatnonzero(lengths >= position)
         for row, n in enumerate(rows):
             if lengths[n] > position:
-                logits = first[0][0] if position == 0 else others[position - 1][row, 0]
+                logits = first if position == 0 else others[position - 1][row, 0]
                 yield int(n), position, logits.astype(np.float64)

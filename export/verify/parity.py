@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from bonnx.runtime.selection.aggregate import aggregate, elect
 
 from ..graphs.selection import plain_selection
 from .exact import Exact, Outputs, Tolerances
-from .inputs import padding_mask, put_header
+from .inputs import Drawn, Inputs, Padding
 from .reference import MatMulNBits
 
 __all__ = ["Case", "Checker", "check_structure"]
@@ -31,11 +32,10 @@ Array = NDArray[Any]
 
 # Relative tolerance between an aggregation or vote in the graph and in NumPy, for the same scores.
 _ARITHMETIC = 1e-5
-# (prompt length, candidate length, candidates, batch): every axis is 1 at least once; some sizes are odd, some long.
-_SHAPES = [(1, 1, 1, 1), (1, 7, 5, 1), (9, 1, 3, 2), (33, 5, 1, 3), (5, 3, 17, 2), (13, 11, 4, 1), (101, 29, 2, 1)]
-_RANDOM_SHAPES, _LONG = 12, 257
 # Models with more parameters get fewer shapes, and skip the reference evaluator, which copies every weight.
 _LARGE = 100_000_000
+# Products of smaller models gain nothing from a second thread, whose waiting takes processor time.
+_SMALL = 10_000_000
 
 
 def check_structure(path: Path) -> None:
@@ -82,12 +82,15 @@ class Checker:
         scoring: Scoring,
         limits: Limits,
         seed: int = 0,
+        *,
+        quick: bool = False,
     ) -> None:
         self.model, self.folder, self.graphs, self.scoring, self.limits = model.eval(), folder, graphs, scoring, limits
-        self.ids = isinstance(model, LanguageModel)
         self.network = model.network if isinstance(model, LanguageModel) else model
-        self.is_large = sum(p.numel() for p in model.parameters()) > _LARGE
-        self.rng = np.random.default_rng(seed)
+        size = sum(p.numel() for p in model.parameters())
+        self.is_large, self.threads = size > _LARGE, 1 if size < _SMALL else None
+        self.rng, self.quick = np.random.default_rng(seed), quick
+        self.inputs = Inputs(model, scoring, limits, self.rng)
         self.exact, self.tolerances = Exact(model, scoring), Tolerances()
         self.recorded: dict[str, Array] = {}
         self._sessions: dict[str, Session] = {}
@@ -96,8 +99,12 @@ class Checker:
 
     def cases(self) -> list[Case]:
         """Return every case, with PyTorch's outputs already computed."""
-        cases = [*self._rank("rank, right padding", "right"), *self._rank("rank, left padding", "left")]
-        cases += [*self._rank("rank, no padding", "none"), *self._score()]
+        shapes = [*self.inputs.shapes(large=self.is_large, quick=self.quick)]
+        # The same rows padded on either side, and whole ones, which `score` reads too.
+        ragged = [self.draw(*shape, ragged=True) for shape in shapes]
+        whole = [self.draw(*shape, ragged=False) for shape in shapes]
+        cases = [*self._rank("rank, right padding", ragged, "right"), *self._rank("rank, left padding", ragged, "left")]
+        cases += [*self._rank("rank, no padding", whole, "none"), *self._score(whole)]
         cases += [] if self.is_large else [self._reference()]
         self.compute()
         return cases
@@ -125,124 +132,72 @@ class Checker:
         parity = [self.parity(check, values, kinds[check]) for check, values in differences.items()]
         return [*parity, self.parity("score, backbone", self._backbones, "backbone")] if self._backbones else parity
 
-    def case(self, prompt: int, length: int, count: int, batch: int, padding: str) -> tuple[dict[str, Array], Array]:
-        """Draw random feeds for `rank`, and an array (count, batch, length) float64 for the exact scores.
+    def draw(self, prompt: int, length: int, count: int, batch: int, *, ragged: bool) -> Drawn:
+        """Draw prompts and candidates; `compute` fills in what PyTorch makes of them."""
+        drawn = self.inputs.draw(prompt, length, count, batch, ragged=ragged)
+        # Batches of rows of equal length, so that none needs padding.
+        by_length = defaultdict[int, list[tuple[int, int]]](list)
+        for n, b in drawn.places:
+            by_length[len(drawn.row(n, b))].append((n, b))
+        for places in by_length.values():
 
-        `compute` fills in the scores; padding stays 0.
-        """
-        feeds = self.feeds(prompt, length, count, batch, padding)
-        suffix = "ids" if self.ids else "embeds"
-        prompts, candidates = feeds[f"prompt_{suffix}"], feeds[f"candidate_{suffix}"]
-        prompt_mask, mask = feeds["prompt_mask"], feeds["candidate_mask"]
-        expected = np.zeros(mask.shape)
-        # Batch rows of equal length, so that none needs padding.
-        lengths = prompt_mask.sum(1) + mask.sum(2)
-        for length in np.unique(lengths):
-            places = np.argwhere(lengths == length)
-            rows = [
-                np.concatenate([prompts[b][prompt_mask[b] > 0], candidates[n, b][mask[n, b] > 0]]) for n, b in places
-            ]
+            def put(exact: Outputs, places: list[tuple[int, int]] = places) -> None:
+                drawn.scores |= zip(places, exact.scores.numpy(), strict=True)
+                if not ragged:
+                    drawn.backbones |= zip(places, exact.backbone.numpy(), strict=True)
 
-            def put(exact: Outputs, places: Array = places) -> None:
-                for (n, b), scores in zip(places, exact.scores.numpy(), strict=True):
-                    expected[n, b][mask[n, b] > 0] = scores[prompt_mask[b].sum() :]
+            self._pending.append((np.stack([drawn.row(n, b) for n, b in places]), put))
+        return drawn
 
-            self._pending.append((np.stack(rows), put))
-        return feeds, expected
-
-    def feeds(self, prompt: int, length: int, count: int, batch: int, padding: str) -> dict[str, Array]:
-        """Draw random feeds for `rank`; with a gate, each prompt has a header that it reads."""
-        header = np.array(self.scoring.gate_tokens, np.int64)
-        prompt = max(prompt, len(header))
-        rng, axis = self.rng, ([] if self.ids else [self.network.config.embed_dim])
-        prompt_size = (
-            np.full(batch, prompt) if padding == "none" else rng.integers(max(1, len(header)), prompt + 1, batch)
-        )
-        sizes = np.full((count, batch), length) if padding == "none" else rng.integers(1, length + 1, (count, batch))
-        if self._stretches(prompt + length):
-            sizes = np.broadcast_to(sizes[:1], sizes.shape)
-        suffix = "ids" if self.ids else "embeds"
-        feeds = {f"prompt_{suffix}": self._draw(batch, prompt, *axis)}
-        feeds["prompt_mask"] = padding_mask(prompt_size, prompt, padding)
-        for row, mask in zip(feeds[f"prompt_{suffix}"], feeds["prompt_mask"], strict=True):
-            put_header(rng, self.scoring.gate_tokens, row, np.flatnonzero(mask))
-        feeds |= {f"candidate_{suffix}": self._draw(count, batch, length, *axis)}
-        return feeds | {"candidate_mask": padding_mask(sizes, length, padding)} | plain_selection()
-
-    def _stretches(self, length: int) -> bool:
-        """Whether rotary frequencies depend on a row's length; `rank` uses those of the longest candidate for all."""
-        scaling = self.network.config.rope_scaling
-        return scaling is not None and scaling.depends_on_length and length > scaling.original_max_positions
-
-    def _draw(self, *shape: int) -> Array:
-        if self.ids:
-            assert isinstance(self.model, LanguageModel)
-            return self.rng.integers(0, self.model.config.vocab_size, shape)
-        return self.rng.standard_normal(shape, np.float32)
-
-    def _shapes(self) -> Iterator[tuple[int, int, int, int]]:
-        longest = max(2, min(_LONG, self.limits.max_tokens // 2))
-        for prompt, length, count, batch in _SHAPES[:4] if self.is_large else _SHAPES:
-            yield min(prompt, longest), min(length, longest), count, batch
-        yield longest, longest, 2, 1
-        for _ in range(3 if self.is_large else _RANDOM_SHAPES):
-            prompt, length = self.rng.integers(1, min(24, longest) + 1, 2)
-            count, batch = self.rng.integers(1, [9, 4])
-            yield int(prompt), int(length), int(count), int(batch)
-
-    def _rank(self, name: str, padding: str) -> Iterator[Case]:
-        for number, shape in enumerate(self._shapes()):
-            feeds, expected = self.case(*shape, padding)
+    def _rank(self, name: str, drawn: Sequence[Drawn], padding: Padding) -> Iterator[Case]:
+        for number, rows in enumerate(drawn):
+            feeds = self.inputs.feeds(rows, padding)
             kept = f"rank/{padding}{number + 1}" if number in (1, 4) else None
+            yield Case(name, "rank", feeds, partial(self._judge_rank, name, rows, feeds, kept), "scores")
 
-            def judge(
-                outputs: dict[str, Array],
-                label: str = f"{name} {shape}",
-                feeds: dict[str, Array] = feeds,
-                expected: Array = expected,
-                kept: str | None = kept,
-            ) -> float:
-                worst = self.near("scores", label, outputs["scores"], expected)
-                self._same_choice(label, feeds, outputs, expected)
-                if kept is not None:
-                    self.record(kept, feeds, outputs, scores=expected)
-                return worst
+    def _judge_rank(
+        self, name: str, rows: Drawn, feeds: dict[str, Array], kept: str | None, outputs: dict[str, Array]
+    ) -> float:
+        expected = rows.expected(feeds["candidate_mask"])
+        label = f"{name} {(*rows.widths, *expected.shape[:2])}"
+        worst = self.near("scores", label, outputs["scores"], expected)
+        self._same_choice(label, feeds, outputs, expected)
+        if kept is not None:
+            self.record(kept, feeds, outputs, scores=expected)
+        return worst
 
-            yield Case(name, "rank", feeds, judge, "scores")
-
-    def _score(self) -> Iterator[Case]:
-        """Run the same rows through `score` unpadded, padded on the right, and padded on the left."""
-        for number, (_, length, count, batch) in enumerate(self._shapes()):
-            axis = [] if self.ids else [self.network.config.embed_dim]
-            length = max(length, len(self.scoring.gate_tokens))
-            row, extra = self._draw(count * batch, length, *axis), int(self.rng.integers(1, 6))
-            for tokens in row:
-                put_header(self.rng, self.scoring.gate_tokens, tokens, np.arange(length))
-            size = count * batch, length
-            exact = {"scores": np.zeros(size), "backbone": np.zeros((*size, self.network.config.hidden_size))}
-
-            def put(outputs: Outputs, exact: dict[str, Array] = exact) -> None:
-                exact["scores"][:], exact["backbone"][:] = outputs.scores.numpy(), outputs.backbone.numpy()
-
-            self._pending.append((row, put))
+    def _score(self, drawn: Sequence[Drawn]) -> Iterator[Case]:
+        """Run the beginnings of rows through `score` unpadded, padded on the right, and padded on the left."""
+        for number, rows in enumerate(drawn):
+            whole = np.stack([rows.row(n, b) for n, b in rows.places])
+            length = rows.widths[1]
+            if self.scoring.gate_tokens or self.inputs.stretches(whole.shape[1]):
+                # What follows decides where a gate reads, and frequencies that depend on the length.
+                length = whole.shape[1]
+            row, extra = whole[:, :length], int(self.rng.integers(1, 6))
             for left in (0, extra):
                 right = extra if left == 0 and number % 2 else 0
-                widths = [(0, 0), (left, right), *[(0, 0) for _ in axis]]
-                mask = np.pad(np.ones((count * batch, length), np.int64), widths[:2])
-                feeds = {"input_ids" if self.ids else "inputs_embeds": np.pad(row, widths), "attention_mask": mask}
-                feeds |= {"num_candidates": np.array(count), **plain_selection()}
+                widths = [(0, 0), (left, right), *[(0, 0)] * (whole.ndim - 2)]
+                mask = np.pad(np.ones(row.shape[:2], np.int64), widths[:2])
+                feeds = {"input_ids" if self.inputs.ids else "inputs_embeds": np.pad(row, widths)}
+                feeds |= {"attention_mask": mask, "num_candidates": np.array(len(rows.candidates)), **plain_selection()}
                 kept = "score/4" if number == 1 and left else None
-                judge = partial(self._judge_score, feeds, exact, slice(left, left + length), kept)
+                judge = partial(self._judge_score, feeds, rows, slice(left, left + length), kept)
                 yield Case("score, padded and unpadded", "score", feeds, judge, "scores")
 
     def _judge_score(
         self,
         feeds: dict[str, Array],
-        exact: dict[str, Array],
+        rows: Drawn,
         real: slice,
         kept: str | None,
         outputs: dict[str, Array],
     ) -> float:
+        length = real.stop - real.start
+        exact = {
+            name: np.stack([values[place][:length] for place in rows.places])
+            for name, values in (("scores", rows.scores), ("backbone", rows.backbones))
+        }
         worst = self.near("scores", "score", outputs["scores"][:, real, 0], exact["scores"])
         backbone = outputs["backbone"][:, real]
         self._backbones.append(self.near("backbone", "score, backbone", backbone, exact["backbone"]))
@@ -254,7 +209,8 @@ class Checker:
 
     def _reference(self) -> Case:
         """Run ONNX's reference evaluator on a small case of `rank` in which two of three candidates share an answer."""
-        feeds, expected = self.case(3, 2, 3, 1, "right")
+        rows = self.draw(3, 2, 3, 1, ragged=True)
+        feeds = self.inputs.feeds(rows, "right")
         feeds |= {"answer_ids": np.array([[5], [0], [5]]), "vote": np.array(1)}
 
         def judge(_: dict[str, Array]) -> float:
@@ -265,6 +221,7 @@ class Checker:
             if outputs["best_index"] != best:
                 raise ExportError(f"reference evaluator: the graph selected {outputs['best_index']}; expected {best}")
             self.compare("reference evaluator, vote", outputs["group_scores"], groups)
+            expected = rows.expected(feeds["candidate_mask"])
             return self.near("scores", "reference evaluator", outputs["scores"], expected)
 
         return Case("ONNX reference evaluator", "rank", feeds, judge, "scores")
@@ -273,7 +230,8 @@ class Checker:
         """Return a graph's session, opened at first use."""
         if name not in self._sessions:
             graph = self.graphs[name]
-            self._sessions[name] = Session(self.folder / graph.file, graph, SessionOptions(provider="cpu"))
+            options = SessionOptions(provider="cpu", threads=self.threads)
+            self._sessions[name] = Session(self.folder / graph.file, graph, options)
         return self._sessions[name]
 
     def close(self, name: str) -> None:

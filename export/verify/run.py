@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import nn
 from bonnx.models.network import LanguageModel, TwoHeadedNetwork
 from bonnx.runtime.artifact.manifest import Graph, Limits, Parity, Scoring
 
+from ..stages import Report, silent
 from .cached import CachedRankings
 from .generate import check_generation
 from .parity import Checker, check_structure
@@ -31,6 +33,8 @@ def verify_graphs(
     seed: int,
     *,
     frugal: bool,
+    quick: bool = False,
+    report: Report = silent,
 ) -> list[Parity]:
     """Check the written graphs against PyTorch at the same precision, and record some cases for `bonnx verify`.
 
@@ -42,6 +46,8 @@ def verify_graphs(
         limits: the maximum length of the test inputs.
         seed: seeds the random inputs.
         frugal: free the model's memory as soon as PyTorch has computed the expected outputs.
+        quick: run every kind of check with fewer cases.
+        report: is told what begins.
 
     Returns:
         One result for each check.
@@ -49,22 +55,42 @@ def verify_graphs(
     Raises:
         ExportError: if a graph is not valid ONNX, or an output differs from PyTorch's by more than the tolerance.
     """
+    report("checking the structure of the graphs")
     for graph in graphs.values():
         check_structure(folder / graph.file)
-    checker = Checker(computed, folder, graphs, scoring, limits, seed)
-    scores = checker.network.config.has_scorer
+    checker = Checker(computed, folder, graphs, scoring, limits, seed, quick=quick)
+    with _threads(checker.threads):
+        parity = _run(checker, frugal, report)
+    np.savez_compressed(folder / "golden.npz", **checker.recorded)  # type: ignore[arg-type]
+    return parity
+
+
+def _run(checker: Checker, frugal: bool, report: Report) -> list[Parity]:
+    computed, scores = checker.model, checker.network.config.has_scorer
+    report("computing rows with PyTorch in float64 and in the graphs' arithmetic")
     cached = CachedRankings(checker) if scores else None
     cases = [*checker.cases(), *selection_cases(checker)] if scores else []
     generates = isinstance(computed, LanguageModel) and computed.config.vocabulary_head
     if frugal and not generates:
         _free(computed)
+    report("comparing score and rank")
     parity = checker.run(cases)
     if cached is not None:
         parity.append(cached.check())
     if generates:
-        parity += check_generation(checker)
-    np.savez_compressed(folder / "golden.npz", **checker.recorded)  # type: ignore[arg-type]
+        parity += check_generation(checker, report)
     return parity
+
+
+@contextlib.contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """Limit PyTorch's threads, if a count is given."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _free(model: nn.Module) -> None:

@@ -24,7 +24,7 @@ def selection_cases(checker: Checker) -> list[Case]:
 def _aggregations(checker: Checker) -> Iterator[Case]:
     for code, name in enumerate(AGGREGATIONS):
         for stepwise in (False, True):
-            feeds = checker.feeds(4, 9, 6, 3, "right")
+            feeds = checker.inputs.random_feeds(4, 9, 6, 3)
             feeds["candidate_mask"][checker.rng.integers(6), 0] = 0
             feeds["aggregation"] = np.array(code)
             if stepwise:
@@ -43,8 +43,8 @@ def _judge_aggregation(checker: Checker, name: str, feeds: dict[str, Array], out
 def _votes(checker: Checker) -> Iterator[Case]:
     """Yield cases in which none, some or all candidates have answers, with answer ids of any size."""
     for code, name in enumerate(VOTES):
-        for answered in (0.0, 1.0, 0.7):
-            feeds = checker.feeds(3, 5, 7, 3, "right")
+        for answered in (0.7,) if checker.quick else (0.0, 1.0, 0.7):
+            feeds = checker.inputs.random_feeds(3, 5, 7, 3)
             feeds["candidate_mask"][checker.rng.integers(7), 0] = 0
             ids = checker.rng.integers(0, 2**62, 3)[checker.rng.integers(3, size=(7, 3))]
             feeds["answer_ids"] = np.where(checker.rng.random(ids.shape) < answered, ids, -ids - 1)

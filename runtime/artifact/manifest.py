@@ -15,6 +15,7 @@ __all__ = [
     "MANIFEST",
     "PRECISIONS",
     "SCHEMA_VERSION",
+    "VERIFICATIONS",
     "VOTES",
     "Aggregation",
     "Agreement",
@@ -28,6 +29,7 @@ __all__ = [
     "Scoring",
     "TextRules",
     "Value",
+    "Verification",
     "seal",
     "seal_is_intact",
 ]
@@ -46,6 +48,8 @@ Aggregation: TypeAlias = Literal[
 VOTES = ("score", "weighted", "majority")
 Precision: TypeAlias = Literal["fp32", "fp16", "bf16", "int8", "int4"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+Verification: TypeAlias = Literal["full", "quick"]
+VERIFICATIONS: tuple[Verification, ...] = get_args(Verification)
 _SEAL = re.compile(rb'"seal": "([0-9a-f]{64})"')
 _BLANK = b"0" * 64
 
@@ -212,6 +216,8 @@ class Manifest(_Frozen, frozen=True, kw_only=True, forbid_unknown_fields=True):
     files: dict[str, File]
     parity: list[Parity]
     """Against PyTorch with the weights of the same precision."""
+    verification: Verification = "full"
+    """`quick`: every kind of check, with fewer cases."""
     agreement: Agreement | None = None
     """None at fp32."""
     tools: dict[str, str]

@@ -69,6 +69,30 @@ def test_every_option_of_the_network_passes_the_verification(name, tmp_path, rng
     assert within(ranking.candidate_scores, scores.mean()[None], RUNTIME)
 
 
+def test_quickly_verified_means_every_kind_of_check_with_fewer_cases(language_model, tmp_path):
+    stages = []
+    full, quick = (
+        export_model(
+            language_model, tmp_path / kind, name=kind, precision="int8", verification=kind, report=stages.append
+        )
+        for kind in ("full", "quick")
+    )
+    assert stages[: len(stages) // 2] == [x.replace("20 held-out", "50 held-out") for x in stages[len(stages) // 2 :]]
+    cases = {p.check: p.cases for p in full.parity}
+    fewer = {p.check: p.cases for p in quick.parity}
+    assert fewer.keys() == cases.keys()
+    assert all(fewer[check] <= cases[check] for check in cases)
+    assert 3 * sum(fewer.values()) < sum(cases.values())
+    assert (full.verification, quick.verification) == ("full", "quick")
+    assert (full.agreement.prompts, quick.agreement.prompts) == (50, 20)
+    assert "--verify quick" in (tmp_path / "quick" / "README.md").read_text()
+    assert "--verify quick" not in (tmp_path / "full" / "README.md").read_text()
+    for kind in ("full", "quick"):
+        assert bonnx.verify(tmp_path / kind)[1]
+    with pytest.raises(ExportError, match="verification: expected one of full, quick; got 'some'"):
+        export_model(language_model, tmp_path / "some", name="some", verification="some")
+
+
 def test_longrope_rotates_each_candidate_by_its_own_length(tmp_path, rng):
     torch.manual_seed(int(rng.integers(2**31)))
     scaling = {"kind": "longrope", "factor": 4.0, "original_max_positions": 12, "attention_factor": 1.2}
@@ -133,8 +157,10 @@ def test_a_failed_verification_writes_nothing_and_keeps_the_old_artifact(edited,
 
 def test_another_selection_is_noticed(network, small):
     checker = parity.Checker(network, small, read_verified(small).graphs, Scoring(), read_verified(small).limits)
-    feeds, expected = checker.case(3, 2, 4, 1, "none")
+    rows = checker.draw(3, 2, 4, 1, ragged=False)
     checker.compute()
+    feeds = checker.inputs.feeds(rows, "none")
+    expected = rows.expected(feeds["candidate_mask"])
     outputs = checker.run_graph("rank", feeds)
     outputs["best_index"] = (outputs["best_index"] + 1) % 4
     with pytest.raises(ExportError, match="the graph selected"):
