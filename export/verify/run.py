@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import gc
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 
 from bonnx.models.network import LanguageModel, TwoHeadedNetwork
 from bonnx.runtime.artifact.manifest import Graph, Limits, Parity, Scoring
@@ -20,6 +17,7 @@ from .cached import CachedRankings
 from .generate import check_generation
 from .parity import Checker, check_structure
 from .selection import selection_cases
+from .spill import free, spill
 
 __all__ = ["verify_graphs"]
 
@@ -67,12 +65,16 @@ def verify_graphs(
 
 def _run(checker: Checker, frugal: bool, report: Report) -> list[Parity]:
     computed, scores = checker.model, checker.network.config.has_scorer
+    generates = isinstance(computed, LanguageModel) and computed.config.vocabulary_head
     report("computing rows with PyTorch in float64 and in the graphs' arithmetic")
+    # PyTorch has to compute what is generated, too, but needs only one layer at a time in memory.
+    forget = spill(computed, checker.folder) if frugal and generates else None
     cached = CachedRankings(checker) if scores else None
     cases = [*checker.cases(), *selection_cases(checker)] if scores else []
-    generates = isinstance(computed, LanguageModel) and computed.config.vocabulary_head
-    if frugal and not generates:
-        _free(computed)
+    if forget is not None:
+        forget()
+    elif frugal:
+        free(computed)
     report("comparing score and rank")
     parity = checker.run(cases)
     if cached is not None:
@@ -91,16 +93,3 @@ def _threads(count: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _free(model: nn.Module) -> None:
-    """Free a module's memory, even if the tracer still holds references to its tensors."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        storage = tensor.untyped_storage()
-        tensor.data = torch.empty(0)
-        if storage.resizable():
-            storage.resize_(0)
-    gc.collect()
-    # The C library keeps freed memory in its own pools; glibc can be asked to return it to the system.
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
