@@ -12,105 +12,121 @@ Shapes: N candidates, S queries per candidate and kv head; the others as in `lay
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bonnx.models.block import capped
+from bonnx.models.config import NetworkConfig
 
+from .blocks import attention_kind
+from .builder import DOMAIN
 from .layers import MASKED, additive
 
 __all__ = [
     "CandidateAttention",
-    "allowed",
-    "attend",
-    "attend_prefix",
+    "RowAttention",
+    "attend_one",
     "attend_prompt",
     "attend_self",
-    "readable",
+    "seen_by_one",
     "shared_keys",
     "shared_values",
 ]
 
 
-def allowed(real: Tensor, positions: Tensor, window: int | None) -> Tensor:
-    """Mask (B, T) -> (B, T, T), True where query i may attend to key j; every query may attend to itself."""
-    index = torch.arange(real.shape[1])
-    causal = index[:, None] >= index[None]
-    readable = causal & real[:, None]
-    if window is not None:
-        readable = readable & (positions[:, :, None] - positions[:, None] < window)
-    return readable | (index[:, None] == index[None])
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, cap: float | None) -> Tensor:
-    """Attention of rows: q (B, Q, H, K), k and v (B, T, G, K), additive mask (B, Q, T) -> (B, Q, H * K).
-
-    `cap` limits the logits, as in `NetworkConfig.attention_cap`, here and below.
-
-    The query heads that share a kv head are rows of one matrix, so keys are never repeated.
-    """
-    rows, length, heads, size = q.shape
-    kv_heads, total = k.shape[2], k.shape[1]
-    group = heads // kv_heads
-    q = q.reshape(rows, length, kv_heads, group * size).transpose(1, 2).reshape(rows, kv_heads, length * group, size)
-    logits = _limited(q @ k.permute(0, 2, 3, 1), cap).reshape(rows, kv_heads, length, group, total)
-    weights = (logits + mask[:, None, :, None]).softmax(-1).reshape(rows, kv_heads, length * group, total)
-    out = (weights @ v.transpose(1, 2)).reshape(rows, kv_heads, length, group * size)
-    return out.transpose(1, 2).reshape(rows, length, heads * size)
-
-
-def readable(positions: Tensor, before: int, length: int, window: int | None) -> Tensor:
-    """Which keys the last `length` queries may read, padding aside, for `attend_prefix`.
-
-    Positions (B, before + length) -> bool (1, length, before + length) without a window, else (B, ...).
-    """
-    index = torch.arange(before + length)
-    causal = (index.narrow(0, before, length)[:, None] >= index[None])[None]
-    if window is None:
-        return causal
-    return causal & (positions.narrow(1, before, length)[:, :, None] - positions[:, None] < window)
-
-
-def attend_prefix(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, cap: float | None) -> Tensor:
-    """Attention of the last P tokens of rows to all T tokens.
+class RowAttention:
+    """The attention of the last P positions of rows to all T, for one sliding window.
 
     Args:
-        q: (B, P, H, K).
-        keys: from `shared_keys`, which holds the padding mask.
+        window: of the layers that use it, or None.
+        positions: (B, T).
+        new: those of the queries, (B, P).
+        config: of the network.
+    """
+
+    def __init__(self, window: int | None, positions: Tensor, new: Tensor, config: NetworkConfig) -> None:
+        self.positions, self.new, self.kind = positions, new, attention_kind(config, window)
+
+    def __call__(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Attend to all positions up to one's own.
+
+        Args:
+            q: (B, P, H, K).
+            keys: from `shared_keys`, which holds the padding mask.
+            values: from `shared_values`.
+
+        Returns:
+            (B, P, H * K).
+        """
+        rows, length, heads, size = q.shape
+        kv_heads, group = keys.shape[1], heads // keys.shape[1]
+        # The query heads that share a kv head are rows of one matrix, so keys are never repeated.
+        q = q.reshape(rows, length, kv_heads, group * size).transpose(1, 2)
+        q = q.reshape(rows, kv_heads, length * group, size)
+        out = _call(self.kind.name("attend_rows"), (q, keys, values, self.positions, self.new), q)
+        out = out.reshape(rows, kv_heads, length, group * size)
+        return out.transpose(1, 2).reshape(rows, length, heads * size)
+
+
+def _call(function: str, inputs: tuple[Tensor, ...], like: Tensor) -> Tensor:
+    """Call a function of `blocks.py`, whose output has the shape and type of `like`."""
+    out: Tensor = torch.onnx.ops.symbolic(f"{DOMAIN}::{function}", inputs, {}, dtype=like.dtype, shape=like.shape)
+    return out
+
+
+def seen_by_one(positions: Tensor, place: Tensor, window: int | None) -> Tensor:
+    """Which of T positions (B, T) the query at index `place` (B,) sees: a mask (B, 1, 1 + T) for `attend_one`."""
+    index = torch.arange(positions.shape[1])[None]
+    seen = index <= place[:, None]
+    if window is not None:
+        seen = seen & (positions.gather(1, place[:, None]) - positions < window)
+    return F.pad(additive(seen | (index == place[:, None])), (1, 0))[:, None]
+
+
+def attend_one(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, cap: float | None) -> Tensor:
+    """Attention of one query of each row, without blocks.
+
+    Args:
+        q: (B, 1, H, K).
+        keys: from `shared_keys`.
         values: from `shared_values`.
-        mask: additive, (1 or B, P, T + 1).
-        cap: as in `attend`.
+        mask: from `seen_by_one`.
+        cap: limits the logits, as in `NetworkConfig.attention_cap`, here and below.
 
     Returns:
-        (B, P, H * K).
+        (B, 1, H * K).
     """
-    rows, length, heads, size = q.shape
-    kv_heads, total = keys.shape[1], keys.shape[3]
-    group = heads // kv_heads
-    q = q.reshape(rows, length, kv_heads, group * size).transpose(1, 2).reshape(rows, kv_heads, length * group, size)
-    # The last key is for a candidate's own attention: nothing of it is read here.
-    padding_and_own = torch.tensor([1.0, MASKED]).expand(rows, kv_heads, length * group, 2)
-    logits = _with_extra(q, padding_and_own, keys, cap).reshape(rows, kv_heads, length, group, total)
-    weights = (logits + mask[:, None, :, None]).softmax(-1).reshape(rows, kv_heads, length * group, total)
-    out = (weights @ values).reshape(rows, kv_heads, length, group * size)
-    return out.transpose(1, 2).reshape(rows, length, heads * size)
+    rows, _, heads, size = q.shape
+    kv_heads, group = keys.shape[1], heads // keys.shape[1]
+    q = q.reshape(rows, kv_heads, group, size)
+    # The first key is for a candidate's own attention: nothing of it is read here, not even if all others are padding.
+    padding_and_own = torch.tensor([1.0, 2 * MASKED]).expand(rows, kv_heads, group, 2)
+    weights = (_with_extra(q, padding_and_own, keys, cap) + mask[:, None]).softmax(-1)
+    return (weights @ values).reshape(rows, 1, heads * size)
 
 
-def shared_keys(k: Tensor, real: Tensor) -> Tensor:
-    """A prompt's rotated keys (B, P, G, K) and its mask (B, P) bool -> (B, G, K + 2, P + 1) for `attend_prompt`.
+def shared_keys(k: Tensor, real: Tensor, past: Tensor | None = None, before: int = 0) -> Tensor:
+    """A prompt's rotated keys (B, P, G, K) and its mask (B, P) bool -> (B, G, K + 2, 1 + P) for `attend_prompt`.
 
-    Row K holds the padding mask; the last row and column are for the candidate's own attention.
+    Row K holds the padding mask; the last row and the first column are for the candidate's own attention. With `past`,
+    keys (B, G, K + 2, 1 + S) of the tokens before, of which the first `before` count, these come first.
     """
     batch, length, kv_heads, size = k.shape
     padding = additive(real)[:, None, None].expand(batch, kv_heads, 1, length)
     blank = torch.zeros(batch, kv_heads, 1, length)
     extra = torch.tensor([0.0] * (size + 1) + [1.0])[:, None].expand(batch, kv_heads, size + 2, 1)
-    return torch.cat([torch.cat([k.permute(0, 2, 3, 1), padding, blank], 2), extra], 3)
+    earlier = [] if past is None else [past.narrow(3, 1, before)]
+    return torch.cat([extra, *earlier, torch.cat([k.permute(0, 2, 3, 1), padding, blank], 2)], 3)
 
 
-def shared_values(v: Tensor) -> Tensor:
-    """A prompt's values (B, P, G, K) -> (B, G, P + 1, K); the last row is 0, since `attend_prompt` adds that value."""
-    v = v.transpose(1, 2)
-    return torch.cat([v, torch.zeros_like(v[:, :, :1])], 2)
+def shared_values(v: Tensor, past: Tensor | None = None, before: int = 0) -> Tensor:
+    """A prompt's values (B, P, G, K) -> (B, G, 1 + P, K); `past` and `before` are as in `shared_keys`.
+
+    The first row is 0, since `attend_prompt` adds that value.
+    """
+    batch, _, kv_heads, size = v.shape
+    earlier = [] if past is None else [past.narrow(2, 1, before)]
+    return torch.cat([torch.zeros(batch, kv_heads, 1, size), *earlier, v.transpose(1, 2)], 2)
 
 
 def attend_self(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cap: float | None) -> tuple[Tensor, Tensor]:
@@ -155,7 +171,7 @@ def attend_prompt(
         self_logit: (B, G, M, 1), its log-sum-exp.
         keys: from `shared_keys`.
         values: from `shared_values`.
-        reach: additive sliding-window mask, (B, 1, L, 1, P) where the M queries are L positions of R heads.
+        reach: additive sliding-window mask, (B, 1, 1, 1 + P), or None.
         cap: as in `attend`.
 
     Returns:
@@ -163,10 +179,9 @@ def attend_prompt(
     """
     logits = _with_extra(q, torch.cat([torch.ones_like(self_logit), self_logit], 3), keys, cap)
     if reach is not None:
-        near = logits[..., :-1].reshape(*logits.shape[:2], reach.shape[2], -1, reach.shape[-1]) + reach
-        logits = torch.cat([near.reshape(logits[..., :-1].shape), logits[..., -1:]], 3)
+        logits = logits + reach
     weights = logits.softmax(-1)
-    out: Tensor = weights @ values + weights[..., -1:] * self_out
+    out: Tensor = weights @ values + weights[..., :1] * self_out
     return out
 
 
@@ -187,28 +202,23 @@ def _with_extra(q: Tensor, extra: Tensor, keys: Tensor, cap: float | None) -> Te
 
 
 class CandidateAttention:
-    """The attention of candidates for one sliding window, with its masks.
+    """The attention of candidates for one sliding window.
 
     Args:
         window: of the layers that use it, or None.
         prompt_positions: (B, P).
         real: the candidates' mask, (B, N, C) bool.
         positions: the candidates' positions, (B, N * C).
-        cap: as in `attend`.
+        config: of the network.
     """
 
     def __init__(
-        self, window: int | None, prompt_positions: Tensor, real: Tensor, positions: Tensor, cap: float | None
+        self, window: int | None, prompt_positions: Tensor, real: Tensor, positions: Tensor, config: NetworkConfig
     ) -> None:
-        self.cap = cap
+        self.kind = attention_kind(config, window)
         self.batch, self.count, self.length = real.shape
-        rows = self.batch * self.count
-        own = additive(allowed(real.reshape(rows, -1), positions.reshape(rows, -1), window))
-        self.own = own.reshape(self.batch, 1, self.count, self.length, 1, self.length)
-        self.reach = None
-        if window is not None:
-            near = positions[:, :, None] - prompt_positions[:, None] < window
-            self.reach = additive(near)[:, None, :, None]
+        self.padding = additive(real)[:, None, :, None, None]
+        self.positions, self.prompt_positions = positions.reshape(real.shape), prompt_positions
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Attend to the candidates' own tokens and to the prompt's.
@@ -225,20 +235,11 @@ class CandidateAttention:
         """
         batch, count, length, (kv_heads, size) = self.batch, self.count, self.length, k.shape[2:]
         group = q.shape[2] // kv_heads
-        flat = (batch, kv_heads, count * length * group, size)
         q = q.reshape(batch, count * length, kv_heads, group * size).transpose(1, 2)
+        q = q.reshape(batch, kv_heads, count, length * group, size)
         k = k.reshape(batch, count, length, kv_heads, size).permute(0, 3, 1, 4, 2)
         v = v.reshape(batch, count, length, kv_heads, size).permute(0, 3, 1, 2, 4)
-        own_q = q.reshape(batch, kv_heads, count, length * group, size)
-        self_out, self_logit = attend_self(own_q, k, v, self.own, self.cap)
-        out = attend_prompt(
-            q.reshape(flat),
-            self_out.reshape(flat),
-            self_logit.reshape(*flat[:3], 1),
-            keys,
-            values,
-            self.reach,
-            self.cap,
-        )
+        inputs = (q, k, v, self.padding, keys, values, self.positions, self.prompt_positions)
+        out = _call(self.kind.name("attend_candidates"), inputs, q)
         out = out.reshape(batch, kv_heads, count * length, group * size)
         return out.transpose(1, 2).reshape(batch, count * length, kv_heads * group * size)

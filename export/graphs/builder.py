@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
-from onnx_ir.passes.common import InlinePass
+from onnx_ir.passes.common import CommonSubexpressionEliminationPass, InlinePass
 
 __all__ = ["DOMAIN", "IR_VERSION", "Builder", "finish", "name_value"]
 
@@ -84,6 +84,14 @@ class Builder:
         for output, parameter in zip(outputs, inputs[1:], strict=True):
             output.type = parameter.type
         return ir.Graph(inputs, outputs, nodes=self.nodes, initializers=self.initializers, name=self.name)
+
+    def as_function(self, name: str, inputs: Sequence[ir.Value], outputs: Sequence[ir.Value]) -> ir.Function:
+        """Return the collected nodes as a function, which has nodes instead of initializers."""
+        constants = [ir.node("Constant", [], {"value": value.const_value}) for value in self.initializers]
+        for value, constant in zip(self.initializers, constants, strict=True):
+            value.replace_all_uses_with(constant.outputs[0])
+        graph = ir.Graph(inputs, outputs, nodes=[*constants, *self.nodes], name=name)
+        return ir.Function(DOMAIN, name, graph=graph, attributes=[])
 
     def extend(self, graph: ir.Graph) -> None:
         """Append the collected nodes and initializers to a graph."""
@@ -159,16 +167,21 @@ def _complete(loop: ir.Node, graph: ir.Graph) -> None:
 
 
 def finish(graph: ir.Graph, functions: Sequence[Any], opset: int) -> ir.Model:
-    """Make a model of a graph: functions are inlined, and every value and node gets a unique name."""
+    """Make a model of a graph; functions, onnxscript's or ours, are inlined, and all names become unique."""
     graph.opset_imports.update({"": opset, DOMAIN: 1})
     ir_functions = []
     for function in functions:
-        proto = function.to_function_proto()
-        proto.domain = DOMAIN
-        ir_functions.append(ir.from_proto(proto))
-        ir_functions[-1].opset_imports.update({"": opset, DOMAIN: 1})
+        if not isinstance(function, ir.Function):
+            proto = function.to_function_proto()
+            proto.domain = DOMAIN
+            function = ir.from_proto(proto)
+        function.opset_imports.update({"": opset, DOMAIN: 1})
+        ir_functions.append(function)
     model = ir.Model(graph, ir_version=IR_VERSION, functions=ir_functions)
     InlinePass()(model)
+    # Those that nothing called are still there.
+    model.functions.clear()
+    CommonSubexpressionEliminationPass()(model)
     for part in [graph, *graph.subgraphs()]:
         for node in [node for node in part if node.op_type == "Loop"]:
             _complete(node, part)

@@ -11,10 +11,19 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..precision.products import VocabularyHead
-from .attention import allowed, attend, attend_prompt, attend_self, shared_keys, shared_values
+from .attention import (
+    RowAttention,
+    attend_one,
+    attend_prompt,
+    attend_self,
+    seen_by_one,
+    shared_keys,
+    shared_values,
+)
 from .layers import Layer, Trunk, additive
 
 __all__ = ["PromptPass", "TokenPass"]
@@ -33,32 +42,34 @@ class PromptPass(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
         """Ids and mask (B, P) int64, padded on either side -> logits (B, V), then keys and values, layer by layer.
 
-        Keys are (B, G, K + 2, P + 1) and values (B, G, P + 1, K); see `attention.py`.
+        Keys are (B, G, K + 2, 1 + P) and values (B, G, 1 + P, K); see `attention.py`.
         """
         trunk = self.trunk
         batch, length = attention_mask.shape
         real = attention_mask > 0
         positions = (real.to(torch.int64).cumsum(1) - 1).clamp(min=0)
         rotations = trunk.rotations(positions)
-        masks = trunk.for_each_window(lambda window: additive(allowed(real, positions, window)))
+        attention = trunk.for_each_window(lambda window: RowAttention(window, positions, positions, trunk.config))
         x = trunk.embed(input_ids)
         x = trunk.project(x.reshape(batch * length, x.shape[-1]))
         cache: list[Tensor] = []
-        *before_last, last_layer = zip(trunk.layers, rotations, masks, strict=True)
-        for layer, rotation, mask in before_last:
+        *before_last, last_layer = zip(trunk.layers, rotations, attention, strict=True)
+        for layer, rotation, attend in before_last:
             assert isinstance(layer, Layer)
             x = trunk.enter(x)
             y = layer.attention_norm(x)
             q, k, v = layer.queries(y, batch, rotation), layer.keys(y, batch, rotation), layer.values(y, batch)
             cache += [shared_keys(k, real), shared_values(v)]
-            x = layer.finish(x, attend(q, k, v, mask, layer.cap).reshape(batch * length, layer.heads * layer.size))
+            out = attend(q, *cache[-2:])
+            x = layer.finish(x, out.reshape(batch * length, layer.heads * layer.size))
         # Only each prompt's last token is needed from the last layer.
-        layer, rotation, mask = last_layer
+        layer, rotation, attend = last_layer
         assert isinstance(layer, Layer)
         x = trunk.enter(x)
         y = layer.attention_norm(x)
         k, v = layer.keys(y, batch, rotation), layer.values(y, batch)
-        cache += [shared_keys(k, real), shared_values(v)]
+        keys, values = shared_keys(k, real), shared_values(v)
+        cache += [keys, values]
         last = (real.to(torch.int64) * (torch.arange(length) + 1)).amax(1).clamp(min=1) - 1
         rows = torch.arange(batch) * length + last
         x, y = x.index_select(0, rows), y.index_select(0, rows)
@@ -67,8 +78,8 @@ class PromptPass(nn.Module):
             return of_positions.flatten(0, 1).index_select(0, rows)[:, None]
 
         q = layer.queries(y, batch, rotation and (at_last(rotation[0]), at_last(rotation[1])))
-        attended = attend(q, k, v, at_last(mask), layer.cap)
-        x = layer.finish(x, attended.reshape(batch, layer.heads * layer.size))
+        seen = seen_by_one(positions, last, attend.kind.window)
+        x = layer.finish(x, attend_one(q, keys, values, seen, layer.cap).reshape(batch, layer.heads * layer.size))
         logits = self.head(trunk.final_norm(x))
         return (logits, *cache) if trunk.config.has_scorer else (logits, _certainty(logits), *cache)
 
@@ -135,10 +146,11 @@ def _certainty(logits: Tensor) -> Tensor:
 def _window(
     window: int | None, attention_mask: Tensor, position: Tensor, done: int
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Additive window masks of the newest token: over its candidate (1, 1, T + 1) and the prompts (B, 1, 1, 1, P)."""
+    """Additive window masks of the newest token: over its candidate (1, 1, T + 1) and the prompts (B, 1, 1, 1 + P)."""
     if window is None:
         return None, None
     near = additive(torch.arange(done, -1, -1) < window)
     prompt_positions = (attention_mask > 0).to(torch.int64).cumsum(1) - 1
-    reach = additive(position[:, None] - prompt_positions < window)
-    return near[None, None], reach[:, None, None, None]
+    # The first key is not the prompt's.
+    reach = F.pad(additive(position[:, None] - prompt_positions < window), (1, 0))
+    return near[None, None], reach[:, None, None]

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from bonnx.models.rotary import Rotation
 
-from .attention import CandidateAttention, allowed, attend, shared_keys, shared_values
-from .gate import candidate_outputs, last_header, row_at, with_row
-from .layers import Layer, Trunk, additive, part
+from .attention import CandidateAttention, RowAttention, attend_one, seen_by_one, shared_keys, shared_values
+from .gate import candidate_outputs, last_header, with_row
+from .layers import Layer, Trunk, part
 
 __all__ = ["RankGraph"]
 
@@ -43,18 +43,20 @@ class RankGraph(nn.Module):
         candidate_positions = steps.clamp(min=0).reshape(batch, count * length)
         prompt_positions = (real.to(torch.int64).cumsum(1) - 1).clamp(min=0)
         rotations = trunk.rotations(torch.cat([prompt_positions, candidate_positions], 1))
-        masks = trunk.for_each_window(lambda window: additive(allowed(real, prompt_positions, window)))
-        attention = trunk.for_each_window(
+        of_prompt = trunk.for_each_window(
+            lambda window: RowAttention(window, prompt_positions, prompt_positions, trunk.config)
+        )
+        of_candidates = trunk.for_each_window(
             lambda window: CandidateAttention(
-                window, prompt_positions, candidate_real, candidate_positions, trunk.config.attention_cap
+                window, prompt_positions, candidate_real, candidate_positions, trunk.config
             )
         )
 
         embedded = trunk.embed(candidate).transpose(0, 1)
         x = torch.cat([trunk.embed(prompt), embedded.reshape(batch, count * length, embedded.shape[-1])], 1)
         x = trunk.project(x.reshape(batch * total, x.shape[-1]))
-        *before_last, last = zip(trunk.layers, rotations, masks, attention, strict=True)
-        for layer, rotation, mask, attend_candidates in before_last:
+        *before_last, last = zip(trunk.layers, rotations, of_prompt, of_candidates, strict=True)
+        for layer, rotation, attend_prompt, attend_candidates in before_last:
             assert isinstance(layer, Layer)
             x = trunk.enter(x)
             y = layer.attention_norm(x)
@@ -65,8 +67,8 @@ class RankGraph(nn.Module):
                 k[:, prompt_length:],
                 v[:, prompt_length:],
             )
-            first = attend(q[:, :prompt_length], first_k, first_v, mask, layer.cap)
             keys, values = shared_keys(first_k, real), shared_values(first_v)
+            first = attend_prompt(q[:, :prompt_length], keys, values)
             rest = attend_candidates(q[:, prompt_length:], k, v, keys, values)
             x = layer.finish(x, torch.cat([first, rest], 1).reshape(batch * total, layer.heads * layer.size))
         return self._last_layer(prompt, real, candidate_real, x, *last)
@@ -79,7 +81,7 @@ class RankGraph(nn.Module):
         x: Tensor,
         layer: nn.Module,
         rotation: Rotation | None,
-        mask: Tensor,
+        attend_prompt: RowAttention,
         attend_candidates: CandidateAttention,
     ) -> tuple[Tensor, ...]:
         """Compute the last layer, of the prompt only its keys and values and the row that a gate reads; then score."""
@@ -104,7 +106,8 @@ class RankGraph(nn.Module):
         keys, values = shared_keys(first_k, real), shared_values(first_v)
         out = attend_candidates(q[:, read:], k[:, length:], v[:, length:], keys, values)
         if read:
-            first = attend(q[:, :1], first_k, first_v, row_at(mask, place), layer.cap)
+            seen = seen_by_one(attend_prompt.positions, place, attend_prompt.kind.window)
+            first = attend_one(q[:, :1], keys, values, seen, layer.cap)
             out = torch.cat([first, out.reshape(batch, rows, -1)], 1)
         x = layer.finish(
             x.reshape(batch * (read + rows), -1), out.reshape(batch * (read + rows), layer.heads * layer.size)

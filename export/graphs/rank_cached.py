@@ -13,14 +13,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bonnx.models.rotary import Rotation
 
-from .attention import CandidateAttention, attend_prefix, readable, shared_keys, shared_values
-from .gate import candidate_outputs, gate_after_layer, row_at
-from .layers import Layer, Trunk, additive
+from .attention import CandidateAttention, RowAttention, attend_one, seen_by_one, shared_keys, shared_values
+from .gate import candidate_outputs, gate_after_layer
+from .layers import Layer, Trunk
 
 __all__ = ["RankCachedGraph", "RankPrefillGraph"]
 
@@ -52,28 +51,26 @@ class RankPrefillGraph(nn.Module):
         before = prompt_mask.shape[1] - length
         real = prompt_mask > 0
         positions = (real.to(torch.int64).cumsum(1) - 1).clamp(min=0)
-        rotations = trunk.rotations(positions.narrow(1, before, length))
-        # The last key is no token; `attend_prefix` masks it.
-        masks = trunk.for_each_window(
-            lambda window: F.pad(additive(readable(positions, before, length, window)), (0, 1))
-        )
+        new = positions.narrow(1, before, length)
+        rotations = trunk.rotations(new)
+        attention = trunk.for_each_window(lambda window: RowAttention(window, positions, new, trunk.config))
         x = trunk.embed(inputs)
         x = trunk.project(x.reshape(batch * length, x.shape[-1]))
         cache: list[Tensor] = []
-        for i, (layer, rotation, mask) in enumerate(zip(trunk.layers, rotations, masks, strict=True)):
+        for i, (layer, rotation, attend) in enumerate(zip(trunk.layers, rotations, attention, strict=True)):
             assert isinstance(layer, Layer)
             x = trunk.enter(x)
             y = layer.attention_norm(x)
             k, v = layer.keys(y, batch, rotation), layer.values(y, batch)
-            keys = torch.cat([past[2 * i].narrow(3, 0, before), shared_keys(k, real.narrow(1, before, length))], 3)
-            values = torch.cat([past[2 * i + 1].narrow(2, 0, before), shared_values(v)], 2)
+            keys = shared_keys(k, real.narrow(1, before, length), past[2 * i], before)
+            values = shared_values(v, past[2 * i + 1], before)
             cache += [keys, values]
             # Nothing reads the last layer's output.
-            if i < len(masks) - 1:
-                out = attend_prefix(layer.queries(y, batch, rotation), keys, values, mask, layer.cap)
+            if i < len(attention) - 1:
+                out = attend(layer.queries(y, batch, rotation), keys, values)
                 x = layer.finish(x, out.reshape(batch * length, layer.heads * layer.size))
             elif trunk.header:
-                cache.append(_gate(trunk, layer, x, y, rotation, mask, before, cache[-2:], past[-2:]))
+                cache.append(_gate(trunk, layer, x, y, rotation, attend, before, cache[-2:], past[-2:]))
         return tuple(cache)
 
 
@@ -83,7 +80,7 @@ def _gate(
     x: Tensor,
     y: Tensor,
     rotation: Rotation | None,
-    mask: Tensor,
+    attention: RowAttention,
     before: int,
     cache: Sequence[Tensor],
     past: Sequence[Tensor],
@@ -96,7 +93,7 @@ def _gate(
         x: the residual stream that enters it, (B * P, D).
         y: the same, normed.
         rotation: of the new tokens.
-        mask: additive, of `attend_prefix`.
+        attention: of the layer.
         before: number of tokens in the past.
         cache: keys and values of the layer.
         past: coefficients (B, O), and where the gate reads, (B,) int64.
@@ -105,10 +102,8 @@ def _gate(
     batch, (keys, values) = position.shape[0], cache
     x, y = (t.reshape(batch, -1, t.shape[1]) for t in (x, y))
     place = (position - before).clamp(min=0, max=x.shape[1] - 1)
-    row = row_at(mask.expand(batch, -1, -1), place)
-    new = gate_after_layer(
-        trunk, layer, x, y, rotation, place, lambda q: attend_prefix(q, keys, values, row, layer.cap)
-    )
+    seen = seen_by_one(attention.positions, before + place, attention.kind.window)
+    new = gate_after_layer(trunk, layer, x, y, rotation, place, lambda q: attend_one(q, keys, values, seen, layer.cap))
     return torch.where((position >= before)[:, None], new, gate)
 
 
@@ -143,9 +138,7 @@ class RankCachedGraph(nn.Module):
         prompt_positions = (real.to(torch.int64).cumsum(1) - 1).clamp(min=0)
         rotations = trunk.rotations(positions)
         attention = trunk.for_each_window(
-            lambda window: CandidateAttention(
-                window, prompt_positions, candidate_real, positions, trunk.config.attention_cap
-            )
+            lambda window: CandidateAttention(window, prompt_positions, candidate_real, positions, trunk.config)
         )
         x = trunk.embed(candidate).transpose(0, 1)
         x = trunk.project(x.reshape(rows, x.shape[-1]))

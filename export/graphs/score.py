@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .attention import allowed, attend
+from .attention import RowAttention, shared_keys, shared_values
 from .gate import gate_of_rows, last_header
-from .layers import Layer, Trunk, additive
+from .layers import Layer, Trunk
 
 __all__ = ["ScoreGraph"]
 
@@ -29,15 +29,16 @@ class ScoreGraph(nn.Module):
         real = attention_mask > 0
         positions = (real.to(torch.int64).cumsum(1) - 1).clamp(min=0)
         rotations = trunk.rotations(positions)
-        masks = trunk.for_each_window(lambda window: additive(allowed(real, positions, window)))
+        attention = trunk.for_each_window(lambda window: RowAttention(window, positions, positions, trunk.config))
         x = trunk.embed(inputs)
         x = trunk.project(x.reshape(rows * length, x.shape[-1]))
-        for layer, rotation, mask in zip(trunk.layers, rotations, masks, strict=True):
+        for layer, rotation, attend in zip(trunk.layers, rotations, attention, strict=True):
             assert isinstance(layer, Layer)
             x = trunk.enter(x)
             y = layer.attention_norm(x)
             q, k, v = layer.queries(y, rows, rotation), layer.keys(y, rows, rotation), layer.values(y, rows)
-            x = layer.finish(x, attend(q, k, v, mask, layer.cap).reshape(rows * length, layer.heads * layer.size))
+            out = attend(q, shared_keys(k, real), shared_values(v))
+            x = layer.finish(x, out.reshape(rows * length, layer.heads * layer.size))
         normed = trunk.final_norm(x)
         backbone, labels = normed.reshape(rows, length, trunk.config.hidden_size), trunk.labels(normed)
         gate = gate_of_rows(trunk, backbone, last_header(inputs, real, trunk.header)) if trunk.header else None

@@ -20,6 +20,7 @@ from ..precision.products import VocabularyHead
 from ..precision.widen import widened
 from ..stages import Report, silent
 from . import experts, sampling, selection
+from .blocks import attention_functions
 from .builder import Builder, finish, name_value
 from .decompose import decomposed_lightly
 from .exporter import exported_quickly
@@ -73,8 +74,10 @@ def trace_graphs(
     traced.
     """
     functions = [*sampling.FUNCTIONS, *selection.FUNCTIONS, *experts.FUNCTIONS]
+    network = model.config.network if isinstance(model, LanguageModel) else model.config
     for name, graph in _graphs(model, scoring, opset, whole, report):
-        yield name, finish(graph, functions, opset)
+        # A model keeps its functions, so each gets its own.
+        yield name, finish(graph, [*functions, *attention_functions(network)], opset)
         del graph
 
 

@@ -7,7 +7,13 @@ from bonnx.errors import InputError
 from ..checks import ARGUMENTS, ArgumentNames
 from .manifest import Manifest
 
-__all__ = ["TooLargeError", "check_size", "estimate_memory"]
+__all__ = ["CANDIDATES_BLOCK", "CANDIDATE_BLOCK", "ROWS_BLOCK", "TooLargeError", "check_size", "estimate_memory"]
+
+# Attention is computed in blocks of so many positions of a row. Larger blocks leave the processor's caches, smaller
+# ones make its products slower.
+ROWS_BLOCK = 128
+# The same for candidates after a prompt: positions of all candidates together, and at least of each.
+CANDIDATES_BLOCK, CANDIDATE_BLOCK = 512, 16
 
 
 class TooLargeError(InputError):
@@ -60,6 +66,13 @@ def estimate_memory(manifest: Manifest, rows: int, prompt: int, length: int) -> 
     heads, hidden, width = map(manifest.size, ("num_heads", "hidden_size", "embed_dim"))
     inner = manifest.size("ffn_inner") if manifest.network.get("ffn_inner") else 4 * hidden
     tokens = prompt + rows * length
-    # Logits and weights of the attention, both float32, and the widest linear layers.
-    attention = 2 * heads * max(prompt * prompt, rows * length * (prompt + 1)) + heads * rows * length * length
+    # Logits and weights of the attention of a block, and of a candidate's block with its own tokens, in float32.
+    of_prompt = 2 * min(ROWS_BLOCK, prompt) * prompt
+    if prompt:
+        block = rows * min(length, max(CANDIDATES_BLOCK // rows, CANDIDATE_BLOCK))
+        of_candidates = block * (2 * (prompt + 1) + 4 * length)
+    else:
+        # Whole rows.
+        of_candidates = 2 * rows * min(ROWS_BLOCK, length) * length
+    attention = heads * max(of_prompt, of_candidates)
     return 4 * (attention + tokens * (3 * inner + 6 * hidden + width))

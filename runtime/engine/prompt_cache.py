@@ -19,7 +19,7 @@ __all__ = ["PREFILL", "RANK_CACHED", "PromptCache", "as_past", "nothing_read"]
 
 T = TypeVar("T")
 PREFILL, RANK_CACHED = "rank_prefill", "rank_cached"
-# A prompt is read in pieces of this many tokens: the memory of a piece is that of its attention to all before it.
+# A prompt is read in pieces of this many tokens: the linear layers take the memory of a piece.
 _PIECE = 512
 
 

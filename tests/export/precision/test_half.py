@@ -126,8 +126,8 @@ def test_a_graph_keeps_16_bits_and_no_half_overflows(massive, precision):
     model = ir.to_proto(graph)
     kind = onnx.TensorProto.FLOAT16 if precision == "fp16" else onnx.TensorProto.BFLOAT16
     kinds = [t.data_type for t in model.graph.initializer if len(t.dims) == 2]
-    # The entry and seven products a layer, and the scorer's.
-    assert sorted(kinds) == sorted([kind] * 15 + [onnx.TensorProto.FLOAT] * 2)
+    # The entry and seven products a layer; the scorer's, and the first column of the shared keys.
+    assert sorted(kinds) == sorted([kind] * 15 + [onnx.TensorProto.FLOAT] * 3)
     rows = torch.randn(3, 4, 24)
     feeds = {"inputs_embeds": rows.numpy(), "attention_mask": np.ones((3, 4), np.int64), "num_candidates": np.array(3)}
     feeds |= plain_selection()
