@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 from collections.abc import Hashable, Iterable
 from pathlib import Path
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from bonnx.runtime.artifact.folder import WEIGHTS
 from bonnx.runtime.artifact.manifest import Graph, Value
 
-__all__ = ["write_graphs"]
+__all__ = ["raw_bytes", "write_graphs"]
 
 # Smaller tensors stay in the graph, so that a program that only reads shapes needs no second file. Alignment in bytes.
 _EXTERNAL_FROM, _ALIGNMENT = 1024, 64
@@ -67,21 +68,34 @@ class _Weights:
         if key is not None and key in self._known:
             _, (offset, length) = self._known[key]
         else:
-            offset, length = self._put(tensor.numpy())
+            # Alive until its bytes are written.
+            whole = raw.detach().contiguous() if isinstance(raw, torch.Tensor) else np.ascontiguousarray(tensor.numpy())
+            offset, length = self._put(_bytes(whole))
             if key is not None:
                 self._known[key] = raw, (offset, length)
         shape = ir.Shape(tensor.shape.numpy())
         return ir.ExternalTensor(WEIGHTS, offset, length, tensor.dtype, shape=shape, name=name)
 
-    def _put(self, array: NDArray[Any]) -> tuple[int, int]:
-        # Views the bytes without a copy if they are contiguous.
-        data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+    def _put(self, data: memoryview) -> tuple[int, int]:
         digest = hashlib.sha256(data).hexdigest()
         if digest not in self._places:
             self._file.write(b"\0" * (-self._file.tell() % _ALIGNMENT))
             self._places[digest] = (self._file.tell(), len(data))
             self._file.write(data)
         return self._places[digest]
+
+
+def raw_bytes(storage: torch.UntypedStorage) -> memoryview:
+    """View a storage's bytes; unlike `numpy`, this lets it be resized later."""
+    return memoryview((ctypes.c_uint8 * storage.nbytes()).from_address(storage.data_ptr()))
+
+
+def _bytes(whole: torch.Tensor | NDArray[Any]) -> memoryview:
+    """View the bytes of a contiguous tensor or array, which must outlive the view."""
+    if isinstance(whole, torch.Tensor):
+        begin = whole.storage_offset() * whole.itemsize
+        return raw_bytes(whole.untyped_storage())[begin : begin + whole.nbytes]
+    return whole.reshape(-1).view(np.uint8).data
 
 
 def _value(value: ir.Value) -> Value:

@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..graphs.write import raw_bytes
+
 __all__ = ["free", "spill"]
 
 # Bytes: smaller tensors stay in memory. Alignment as in the artifact's weights.
@@ -35,7 +37,7 @@ def spill(model: nn.Module, folder: Path) -> Callable[[], None]:
             for address, storage in storages.items():
                 file.write(b"\0" * (-file.tell() % _ALIGNMENT))
                 places[address] = file.tell()
-                file.write(torch.empty(0, dtype=torch.uint8).set_(storage).numpy().data)
+                file.write(raw_bytes(storage))
             if not places:
                 return lambda: None
             file.flush()
