@@ -25,6 +25,7 @@ from ..graphs.selection import plain_selection
 from .exact import Exact, Outputs, Tolerances
 from .inputs import Drawn, Inputs, Padding
 from .reference import MatMulNBits
+from .spill import trim
 
 __all__ = ["Case", "Checker", "check_structure"]
 
@@ -237,6 +238,7 @@ class Checker:
     def close(self, name: str) -> None:
         """Close a graph's session to free its memory."""
         self._sessions.pop(name, None)
+        trim()
 
     def run_graph(self, name: str, feeds: dict[str, Array]) -> dict[str, Array]:
         """Run a graph and return all of its outputs."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..graphs.write import raw_bytes
 
-__all__ = ["free", "spill"]
+__all__ = ["free", "spill", "trim"]
 
 # Bytes: smaller tensors stay in memory. Alignment as in the artifact's weights.
 _LEAST, _ALIGNMENT = 2**16, 64
@@ -54,9 +54,13 @@ def spill(model: nn.Module, folder: Path) -> Callable[[], None]:
     for storage in storages.values():
         if storage.resizable():
             storage.resize_(0)
-    _trim()
+    # The last references to storages that cannot be resized.
+    del storage
+    storages.clear()
+    trim()
 
     def forget() -> None:
+        trim()
         if hasattr(mmap, "MADV_DONTNEED"):
             mapped.madvise(mmap.MADV_DONTNEED)
 
@@ -70,7 +74,7 @@ def free(model: nn.Module) -> None:
         tensor.data = torch.empty(0)
         if storage.resizable():
             storage.resize_(0)
-    _trim()
+    trim()
 
 
 def _tensors(model: nn.Module) -> Iterator[Tensor]:
@@ -79,7 +83,8 @@ def _tensors(model: nn.Module) -> Iterator[Tensor]:
             yield tensor
 
 
-def _trim() -> None:
+def trim() -> None:
+    """Return freed memory to the system."""
     gc.collect()
     # The C library keeps freed memory in its own pools; glibc can be asked to return it to the system.
     with contextlib.suppress(OSError, AttributeError):
