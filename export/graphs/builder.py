@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import builtins
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from itertools import count
 from typing import Any
 
@@ -110,8 +110,8 @@ class Builder:
     def hoist(self, graph: ir.Graph) -> None:
         """Move a graph's initializers into this builder, reusing one of the same name and content.
 
-        Nodes that only transpose or cast an initializer move too: outside a loop, a runtime folds them once for all
-        their readers.
+        Nodes that only transpose, cast or join initializers move too: outside a loop, a runtime folds them once for
+        all their readers.
         """
         by_name = {value.name: value for value in self.initializers}
         for name, value in list(graph.initializers.items()):
@@ -125,7 +125,7 @@ class Builder:
                 value.name = f"{self.name}/{len(self.initializers)}/{name}"
             self.initializers.append(value)
         fixed, existing = {*self.initializers}, {_change(node): node for node in self.nodes}
-        for node in [node for node in graph if _change(node) is not None and node.inputs[0] in fixed]:
+        for node in [node for node in graph if _change(node) is not None and fixed.issuperset(node.inputs)]:
             same = existing.get(_change(node))
             if same is not None:
                 node.outputs[0].replace_all_uses_with(same.outputs[0])
@@ -133,13 +133,13 @@ class Builder:
             self.nodes += [] if same is not None else [node]
 
 
-def _change(node: ir.Node) -> tuple[ir.Value | None, Any] | None:
-    """Return a key that is equal for equal `Transpose` or `Cast` nodes; None for other operators."""
-    attribute = {"Transpose": "perm", "Cast": "to"}.get(node.op_type)
+def _change(node: ir.Node) -> Hashable:
+    """Return a key that is equal for equal `Transpose`, `Cast` or `Concat` nodes; None for other operators."""
+    attribute = {"Transpose": "perm", "Cast": "to", "Concat": "axis"}.get(node.op_type)
     if attribute is None:
         return None
     value = node.attributes[attribute].value
-    return node.inputs[0], tuple(value) if attribute == "perm" else value
+    return tuple(node.inputs), tuple(value) if attribute == "perm" else value
 
 
 def _content(value: ir.Value) -> NDArray[Any]:

@@ -120,9 +120,9 @@ class TokenPass(nn.Module):
             near, reach = windows[i]
             x = trunk.enter(x)
             y = layer.attention_norm(x)
-            q, k = layer.queries(y, rows, rotation), layer.keys(y, rows, rotation)
+            q, k, v = layer.of_few(y, rows, rotation)
             candidate_k = torch.cat([candidate_k, k.reshape(count, batch, kv_heads, 1, size)], 3)
-            candidate_v = torch.cat([candidate_v, layer.values(y, rows).reshape(count, batch, kv_heads, 1, size)], 3)
+            candidate_v = torch.cat([candidate_v, v.reshape(count, batch, kv_heads, 1, size)], 3)
             grown += [candidate_k, candidate_v]
             q = q.reshape(count, batch, kv_heads, group, size)
             self_out, self_logit = attend_self(q, candidate_k.transpose(3, 4), candidate_v, near, layer.cap)
@@ -131,7 +131,7 @@ class TokenPass(nn.Module):
             )
             out = attend_prompt(q, self_out, self_logit, keys, values, reach, layer.cap)
             out = out.reshape(batch, kv_heads, count, group, size).permute(2, 0, 1, 3, 4)
-            x = layer.finish(x, out.reshape(rows, layer.heads * size))
+            x = layer.finish(x, out.reshape(rows, layer.heads * size), few=True)
         normed = trunk.final_norm(x)
         logits = self.head(normed)
         scores = trunk.score(trunk.labels(normed)) if trunk.config.has_scorer else _certainty(logits)

@@ -25,7 +25,7 @@ from bonnx.models.scorer_kinds import GatedScorer
 from bonnx.runtime.artifact.manifest import Scoring
 
 from ..precision.linear import Linear8
-from ..precision.products import QuantizedNorm, product
+from ..precision.products import QuantizedNorm, joint, product
 from .builder import DOMAIN
 from .experts import ExpertsProduct
 
@@ -74,6 +74,22 @@ class Layer(nn.Module):
             self.q_norm.weight.data = attention.q_norm.weight.detach() * scale
             self.k_norm = attention.k_norm
 
+    def of_few(self, x: Tensor, rows: int, rotation: Rotation | None) -> tuple[Tensor, Tensor, Tensor]:
+        """`queries`, `keys` and `values` of a few rows, as one product and one rotation where that is possible."""
+        y = joint([self.q, self.k, self.v], x)
+        if y is None:
+            return self.queries(x, rows, rotation), self.keys(x, rows, rotation), self.values(x, rows)
+        of_queries, of_keys = self.heads * self.size, self.kv_heads * self.size
+        if self.q_norm is None:
+            both, v = torch.split(y, [of_queries + of_keys, of_keys], 1)
+            turned = self._rotated(both, rows, self.heads + self.kv_heads, None, rotation)
+            q, k = torch.split(turned, [self.heads, self.kv_heads], 2)
+        else:
+            q, k, v = torch.split(y, [of_queries, of_keys, of_keys], 1)
+            q = self._rotated(q, rows, self.heads, self.q_norm, rotation)
+            k = self._rotated(k, rows, self.kv_heads, self.k_norm, rotation)
+        return q, k, v.reshape(rows, -1, self.kv_heads, self.size)
+
     def queries(self, x: Tensor, rows: int, rotation: Rotation | None) -> Tensor:
         """Normed x (B * T, D), B, cos and sin (B, T, R/2) -> rotated and scaled queries (B, T, H, K)."""
         return self._rotated(self.q(x), rows, self.heads, self.q_norm, rotation)
@@ -109,14 +125,19 @@ class Layer(nn.Module):
             return flat.reshape(rows, length, heads, self.size)
         return rotate(x, cos[:, :, None], sin[:, :, None])
 
-    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
-        """Residual stream x (M, D), attention output (M, H * K) -> (M, D) after the feed-forward network."""
+    def finish(self, x: Tensor, attended: Tensor, *, few: bool = False) -> Tensor:
+        """Residual stream x (M, D), attention output (M, H * K) -> (M, D) after the feed-forward network.
+
+        `few` says that there are few rows, for which one product for gate and up is faster.
+        """
         x = x + self.attention_out_norm(self.out(attended))
         y = self.ffn_norm(x)
         if self.experts is not None:
             y = self.experts(y)
         else:
-            y = self.down(ACTIVATIONS[self.activation](self.gate(y)) * self.up(y))
+            both = joint([self.gate, self.up], y) if few else None
+            gate, up = (self.gate(y), self.up(y)) if both is None else both.chunk(2, 1)
+            y = self.down(ACTIVATIONS[self.activation](gate) * up)
         out: Tensor = x + self.ffn_out_norm(y)
         return out
 

@@ -314,7 +314,9 @@ def _keep_fusable(graph: ir.Graph) -> None:
         (cast,) = product.outputs[0].consumers()
         (scaled,) = cast.outputs[0].consumers()
         assert scaled.op_type == "Mul"
-        scaled.replace_input_with(1, b.Mul(one, scaled.inputs[1]))
+        times_one = ir.node("Mul", [one, scaled.inputs[1]])
+        scaled.replace_input_with(1, times_one.outputs[0])
+        graph.insert_before(scaled, [times_one])
     for value in b.initializers:
         graph.register_initializer(value)
     graph.insert_before(graph[0], b.nodes)

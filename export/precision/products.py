@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ __all__ = [
     "QuantizedNorm",
     "SplitProduct",
     "VocabularyHead",
+    "joint",
     "product",
 ]
 
@@ -111,14 +113,17 @@ class Product8(_Biased):
 
     def forward(self, x: Tensor) -> Tensor:
         """(M, in) -> (M, out)."""
+        return self.add(self.times(x, self.weight.t() if self.shared else self.weight, self.scale))
+
+    def times(self, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+        """The product with any weights (in, out) int8 and their scale (out,)."""
         rows = None
         if x.dtype != torch.uint8:
             rows = x.abs().amax(-1, keepdim=True).clamp(min=MIN_SCALE)
             x = _node("QuantizeLinear", (x / rows, self.step, self.zero), torch.uint8, x.shape)
-        weight = self.weight.t() if self.shared else self.weight
         integers = _node("MatMulInteger", (x, weight, self.zero), torch.int32, (x.shape[0], weight.shape[1]))
-        y = integers.to(torch.float32) * self.scale
-        return self.add(y if rows is None else y * rows)
+        y = integers.to(torch.float32) * scale
+        return y if rows is None else y * rows
 
 
 class Product4(_Biased):
@@ -150,6 +155,40 @@ class SplitProduct(nn.Module):
         """(M, in) -> (M, out)."""
         out: Tensor = self.others(x * self.kept) + self.wide(x.index_select(1, self.outliers))
         return out
+
+
+def joint(parts: Sequence[nn.Module], x: Tensor) -> Tensor | None:
+    """Compute several products of the same input, and so of the same outliers, as one with the outputs side by side.
+
+    For few rows one product takes less time than several; for many, cutting the output costs more than it saves. The
+    graph puts the weights together, which a runtime does once, when it loads it.
+
+    Args:
+        parts: the products.
+        x: (M, in).
+
+    Returns:
+        (M, total), or None for products of different kinds, and for those of 16 and 4 bits.
+    """
+    first = parts[0]
+    if {type(part) for part in parts} != {type(first)}:
+        return None
+    if isinstance(first, SplitProduct):
+        others = joint([part.get_submodule("others") for part in parts], x * first.kept)
+        wide = joint([part.get_submodule("wide") for part in parts], x.index_select(1, first.outliers))
+        return None if others is None or wide is None else others + wide
+    if not isinstance(first, Product32 | Product8):
+        return None
+    weight = torch.cat([part.get_parameter("weight") for part in parts], 1)
+    biases = [part.bias for part in parts if isinstance(part, _Biased)]
+    if isinstance(first, Product8):
+        y = first.times(x, weight, torch.cat([part.get_parameter("scale") for part in parts]))
+    else:
+        y = x @ weight
+    if all(bias is None for bias in biases):
+        return y
+    widths = [part.get_parameter("weight").shape[1] for part in parts]
+    return y + torch.cat([torch.zeros(n) if b is None else b for b, n in zip(biases, widths, strict=True)])
 
 
 class QuantizedNorm(nn.Module):
