@@ -3,7 +3,7 @@
 `python -m benchmarks.long ARTIFACT [ARTIFACT ...] CHECKPOINT` ranks candidates of random tokens after prompts of random
 tokens, with each artifact and with transformers (the checkpoint's backbone in float32, sdpa, the prompt's cache shared
 by all candidates). Each has a process of its own, and they take turns; a time is the median, and memory the largest
-resident set of a call above what was resident before it.
+resident set of a call above that of the loaded model.
 """
 
 from __future__ import annotations
@@ -59,9 +59,11 @@ def of_transformers(folder: str, threads: int) -> Ranker:
 def work(kind: str, folder: str, threads: int) -> None:
     """Rank what comes on standard input, and answer with seconds and megabytes."""
     rank = (of_transformers if kind == TRANSFORMERS else of_bonnx)(folder, threads)
+    # Reads the weights into memory.
+    rank([10] * 16, [[10] * 4])
+    before = _resident("VmRSS")
     for line in sys.stdin:
         prompt, candidates = json.loads(line)
-        before = _resident("VmRSS")
         # The largest resident set is counted from here on.
         Path("/proc/self/clear_refs").write_text("5")
         start = time.perf_counter()
