@@ -148,8 +148,8 @@ class _Part(Builder):
         return self.ReduceMin(counts, self.ints(0), keepdims=1)
 
     def near(self, queries: Any, keys: Any) -> Any:
-        """Whether keys at positions (B, T) lie in the window of queries at (B, S): (B, S, T)."""
-        distance = self.Sub(self.Unsqueeze(queries, self.ints(2)), self.Unsqueeze(keys, self.ints(1)))
+        """Whether keys at positions (..., T) lie in the window of queries at (..., S): (..., S, T)."""
+        distance = self.Sub(self.Unsqueeze(queries, self.ints(-1)), self.Unsqueeze(keys, self.ints(-2)))
         return self.Less(distance, self.int(self._window))
 
     def reached(self, queries: Any, keys: Any) -> Any:
@@ -247,7 +247,9 @@ def _attend_rows(kind: AttentionKind) -> ir.Function:
     end = body.Add(begin, size)
     rows = body.Mul(first, group)
     queries = body.cut(q, rows, body.Add(rows, body.Mul(size, group)), 2)
-    own = body.cut(keys, body.Add(begin, one), body.Add(end, one), 3)
+    # Behind the first key, which is no token's.
+    place = body.Add(begin, one), body.Add(end, one)
+    own = body.cut(keys, *place, 3)
     own_keys, padding = body.cut(own, body.ints(0), size_of_head, 2), body.cut(own, size_of_head, body.ints(-1), 2)
     mask, near, start = body.Add(causal, padding), None, None
     if kind.window is not None:
@@ -259,7 +261,7 @@ def _attend_rows(kind: AttentionKind) -> ir.Function:
     mask = body.Unsqueeze(body.Where(same, body.float(0.0), mask), body.ints(3))
     axes = body.Shape(queries, start=0, end=2), size, group, body.ints(-1)
     logits = body.masked(body.limited(body.MatMul(queries, own_keys)), mask, axes)
-    out, logit = body.itself(logits, body.cut(values, body.Add(begin, one), body.Add(end, one), 2))
+    out, logit = body.itself(logits, body.cut(values, *place, 2))
     block = body.merged(queries, out, logit, *body.from_shared(keys, values, start, begin), near, axes)
     joined = b.in_blocks(body, number, block, q, count, size, length)
     return b.as_function(kind.name("attend_rows"), inputs, [joined])
@@ -295,10 +297,7 @@ def _attend_candidates(kind: AttentionKind) -> ir.Function:
     near = None
     if kind.window is not None:
         placed = body.cut(positions, begin, end, 2)
-        distance = body.Sub(
-            body.Unsqueeze(placed, b.ints(3)), body.Unsqueeze(body.cut(positions, zero, end, 2), b.ints(2))
-        )
-        inside = body.where_not(body.Less(distance, b.int(kind.window)))
+        inside = body.where_not(body.near(placed, body.cut(positions, zero, end, 2)))
         mask = body.Add(mask, body.Unsqueeze(inside, b.ints(1, 4)))
         lowest = body.Unsqueeze(body.ReduceMin(placed, b.ints(1, 2), keepdims=0), one)
         start = body.first_near(prompt_positions, lowest)
