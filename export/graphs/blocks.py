@@ -7,6 +7,10 @@ graph does not grow with the length. A sliding window reads the keys of its wind
 The logits of a block of a prompt are not masked: its attention to itself is computed first and then merged with the
 attention to all keys before it, as `attention.py` describes.
 
+A block computes its numbers from shapes that it reads itself, and not from the same numbers outside of the loop: only
+so does ONNX Runtime compute them on the host when the tensors are on a GPU. Otherwise every block would copy them to
+the GPU and back.
+
 Shapes: B rows, G kv heads, R query heads of each, K head size, T keys, P queries of rows; N candidates, C tokens of
 each; S positions of a block.
 """
@@ -94,6 +98,11 @@ class _Part(Builder):
         """Entries `begin` to `end`, 1-D tensors of one number, along an axis."""
         return self.Slice(x, begin, end, self.ints(axis))
 
+    def always(self, x: Any) -> Any:
+        """True, computed from the shape of x: a loop's condition that is on the host, whose loop reads it."""
+        axis = self.Shape(x, start=0, end=1)
+        return self.Squeeze(self.Equal(axis, axis))
+
     def limited(self, logits: Any) -> Any:
         """Limit logits, if there is a cap."""
         if self.kind.cap is None:
@@ -141,6 +150,14 @@ class _Part(Builder):
         weights = self.Softmax(logits, axis=-1)
         return self.Add(self.MatMul(weights, values), self.Mul(self.cut(weights, zero, one, -1), out))
 
+    def of_keys(self, positions: Any) -> Any:
+        """The positions (B, T) of tokens -> those of their shared keys (B, T + 1), whose first is before all windows.
+
+        So what `first_near` counts is the place of a key, and no other number depends on it that a GPU would compute.
+        """
+        shape = self.Concat(self.Shape(positions, start=0, end=1), self.ints(1), axis=0)
+        return self.Concat(self.Expand(self.int(-_END), shape), positions, axis=1)
+
     def first_near(self, positions: Any, lowest: Any) -> Any:
         """How many positions (B, T) at the beginning lie before the window of all queries, the lowest at (B, 1)."""
         before = self.LessOrEqual(positions, self.Sub(lowest, self.int(self._window)))
@@ -158,12 +175,10 @@ class _Part(Builder):
         return self.Unsqueeze(mask, self.ints(1, 3))
 
     def from_shared(self, keys: Any, values: Any, begin: Any, end: Any) -> tuple[Any, Any]:
-        """Shared keys and values of the tokens `begin` to `end`, their extra one included."""
-        one = self.ints(1)
+        """Shared keys and values from the place `begin`, or the first, up to `end`, the extra one included."""
         if begin is None:
-            end = self.Add(end, one)
             return self.cut(keys, self.ints(0), end, 3), self.cut(values, self.ints(0), end, 2)
-        parts = [(self.ints(0), one), (self.Add(begin, one), self.Add(end, one))]
+        parts = [(self.ints(0), self.ints(1)), (begin, end)]
         return (
             self.Concat(*(self.cut(keys, *part, 3) for part in parts), axis=3),
             self.Concat(*(self.cut(values, *part, 2) for part in parts), axis=2),
@@ -199,7 +214,7 @@ class _Part(Builder):
         """
         condition, lead = ir.val("condition", ir.DataType.BOOL, []), self.leading
         # The axis of blocks is there twice until the next reshape: ONNX's reference evaluator does not add it.
-        goes_on, stacked = body.Identity(condition), body.Unsqueeze(block, self.ints(0))
+        goes_on, stacked = body.always(q), body.Unsqueeze(block, self.ints(0))
         goes_on.type, stacked.type = condition.type, ir.TensorType(_FLOAT)
         graph = ir.Graph([number, condition], [goes_on, stacked], nodes=body.nodes, name=body.name)
         blocks = self.Loop(self.Squeeze(count), self.constant(np.array(True)), body=graph)
@@ -235,34 +250,35 @@ def _attend_rows(kind: AttentionKind) -> ir.Function:
     group, one, size_of_head = b.ints(kind.group), b.ints(1), b.ints(kind.size)
     # What all layers share is computed from inputs that they share, so that the graph has it once.
     length = b.Shape(new_positions, start=1, end=2)
-    before = b.Sub(b.Shape(positions, start=1, end=2), length)
     count, size = _divided(b, length, b.ints(ROWS_BLOCK))
     row = b.Range(b.int(0), b.Squeeze(size), b.int(1))
     column = b.Unsqueeze(row, one)
     same, causal = b.Equal(row, column), b.where_not(b.LessOrEqual(row, column))
 
-    number = ir.val("number", _INT, [])
-    first = body.Min(body.Mul(number, size), body.Sub(length, size))
-    begin = body.Add(before, first)
-    end = body.Add(begin, size)
+    number, of_block = ir.val("number", _INT, []), body.Shape(row)
+    new = body.Shape(new_positions, start=1, end=2)
+    first = body.Min(body.Mul(number, of_block), body.Sub(new, of_block))
+    begin = body.Add(body.Sub(body.Shape(positions, start=1, end=2), new), first)
+    end = body.Add(begin, of_block)
     rows = body.Mul(first, group)
-    queries = body.cut(q, rows, body.Add(rows, body.Mul(size, group)), 2)
+    queries = body.cut(q, rows, body.Add(rows, body.Mul(of_block, group)), 2)
     # Behind the first key, which is no token's.
     place = body.Add(begin, one), body.Add(end, one)
     own = body.cut(keys, *place, 3)
     own_keys, padding = body.cut(own, body.ints(0), size_of_head, 2), body.cut(own, size_of_head, body.ints(-1), 2)
     mask, near, start = body.Add(causal, padding), None, None
     if kind.window is not None:
-        of_queries = body.cut(new_positions, first, body.Add(first, size), 1)
-        start = body.first_near(positions, body.cut(of_queries, body.ints(0), one, 1))
+        of_queries = body.cut(new_positions, first, body.Add(first, of_block), 1)
+        of_keys = b.of_keys(positions)
+        start = body.first_near(of_keys, body.cut(of_queries, body.ints(0), one, 1))
         mask = body.Add(mask, body.Unsqueeze(body.where_not(body.near(of_queries, of_queries)), one))
-        near = body.reached(of_queries, body.cut(positions, start, begin, 1))
+        near = body.reached(of_queries, body.cut(of_keys, start, place[0], 1))
     # Every query may attend to itself, even if it is padding.
     mask = body.Unsqueeze(body.Where(same, body.float(0.0), mask), body.ints(3))
-    axes = body.Shape(queries, start=0, end=2), size, group, body.ints(-1)
+    axes = body.Shape(queries, start=0, end=2), of_block, group, body.ints(-1)
     logits = body.masked(body.limited(body.MatMul(queries, own_keys)), mask, axes)
     out, logit = body.itself(logits, body.cut(values, *place, 2))
-    block = body.merged(queries, out, logit, *body.from_shared(keys, values, start, begin), near, axes)
+    block = body.merged(queries, out, logit, *body.from_shared(keys, values, start, place[0]), near, axes)
     joined = b.in_blocks(body, number, block, q, count, size, length)
     return b.as_function(kind.name("attend_rows"), inputs, [joined])
 
@@ -280,17 +296,17 @@ def _attend_candidates(kind: AttentionKind) -> ir.Function:
     inputs = [ir.Value(name=name) for name in names]
     q, own_keys, own_values, padding, keys, values, positions, prompt_positions = inputs
     group, one = b.ints(kind.group), b.ints(1)
-    candidates, length = b.Shape(positions, start=1, end=2), b.Shape(positions, start=2, end=3)
-    most = b.Max(b.Div(b.ints(CANDIDATES_BLOCK), candidates), b.ints(CANDIDATE_BLOCK))
+    length = b.Shape(positions, start=2, end=3)
+    most = b.Max(b.Div(b.ints(CANDIDATES_BLOCK), b.Shape(positions, start=1, end=2)), b.ints(CANDIDATE_BLOCK))
     count, size = _divided(b, length, most)
-    index = b.Range(b.int(0), b.Squeeze(length), b.int(1))
-    lead = b.Shape(q, start=0, end=2)
+    index, row = (b.Range(b.int(0), b.Squeeze(end), b.int(1)) for end in (length, size))
 
-    number = ir.val("number", _INT, [])
-    begin = body.Min(body.Mul(number, size), body.Sub(length, size))
-    end, zero = body.Add(begin, size), body.ints(0)
+    number, of_block = ir.val("number", _INT, []), body.Shape(row)
+    begin = body.Min(body.Mul(number, of_block), body.Sub(body.Shape(index), of_block))
+    end, zero = body.Add(begin, of_block), body.ints(0)
     rows = body.Mul(begin, group)
-    queries = body.cut(q, rows, body.Add(rows, body.Mul(size, group)), 3)
+    queries = body.cut(q, rows, body.Add(rows, body.Mul(of_block, group)), 3)
+    lead, candidates = body.Shape(queries, start=0, end=2), body.Shape(queries, start=2, end=3)
     before, of_queries = body.cut(index, zero, end, 0), body.cut(index, begin, end, 0)
     causal = body.LessOrEqual(before, body.Unsqueeze(of_queries, one))
     mask = body.Add(body.Unsqueeze(body.where_not(causal), one), body.cut(padding, zero, end, 5))
@@ -300,12 +316,13 @@ def _attend_candidates(kind: AttentionKind) -> ir.Function:
         inside = body.where_not(body.near(placed, body.cut(positions, zero, end, 2)))
         mask = body.Add(mask, body.Unsqueeze(inside, b.ints(1, 4)))
         lowest = body.Unsqueeze(body.ReduceMin(placed, b.ints(1, 2), keepdims=0), one)
-        start = body.first_near(prompt_positions, lowest)
-        near = body.reached(body.Reshape(placed, b.ints(0, -1)), body.cut(prompt_positions, start, b.ints(_END), 1))
-        keys, values = body.from_shared(keys, values, start, b.ints(_END - 1))
+        of_keys = b.of_keys(prompt_positions)
+        start = body.first_near(of_keys, lowest)
+        near = body.reached(body.Reshape(placed, b.ints(0, -1)), body.cut(of_keys, start, b.ints(_END), 1))
+        keys, values = body.from_shared(keys, values, start, b.ints(_END))
     rest = b.ints(-1)
     logits = body.limited(body.MatMul(queries, body.cut(own_keys, zero, end, 4)))
-    logits = body.masked(logits, mask, (lead, candidates, size, group, rest))
+    logits = body.masked(logits, mask, (lead, candidates, of_block, group, rest))
     out, logit = body.itself(logits, body.cut(own_values, zero, end, 3))
     flat = b.ints(0, 0, -1, kind.size)
     joint = body.merged(
@@ -315,7 +332,7 @@ def _attend_candidates(kind: AttentionKind) -> ir.Function:
         keys,
         values,
         near,
-        (lead, b.Mul(candidates, size), group, rest),
+        (lead, body.Mul(candidates, of_block), group, rest),
     )
     block = body.Reshape(joint, body.Shape(queries))
     joined = b.in_blocks(body, number, block, q, count, size, length)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from onnxscript import opset18, script
 
 from .builder import Builder, name_value
-from .vote import best_of_n, elect, share
+from .vote import answer_rows, best_of_n, elect, share
 
 __all__ = ["FUNCTIONS", "aggregate", "append_selection", "plain_selection"]
 
@@ -74,7 +74,7 @@ def aggregate(scores, mask, step_mask, aggregation):  # type: ignore[no-untyped-
     return op.Where(invalid, nan, value)
 
 
-FUNCTIONS = (aggregate, best_of_n, share, elect)
+FUNCTIONS = (aggregate, best_of_n, share, answer_rows, elect)
 
 
 def append_selection(

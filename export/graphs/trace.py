@@ -121,7 +121,10 @@ def _trace_score(traced: _Traced, width: int | None, scoring: Scoring) -> ir.Gra
     graph.inputs.append(count)
     b = Builder("selection")
     mask, scores = graph.inputs[1], graph.outputs[1]
-    shape = b.Concat(b.Unsqueeze(count, b.ints(0)), b.ints(-1), b.Shape(mask, start=1), axis=0)
+    length = b.Shape(mask, start=1)
+    # Not `Unsqueeze`, which ONNX Runtime would run on a GPU, copying the count there and the result back.
+    counts = b.Add(count, b.Sub(length, length))
+    shape = b.Concat(counts, b.ints(-1), length, axis=0)
     append_selection(graph, b, b.Reshape(scores, shape), b.Reshape(mask, shape), scoring.vote_weight)
     return graph
 

@@ -26,7 +26,7 @@ from bonnx.runtime.artifact.manifest import Scoring
 
 from .builder import DOMAIN
 
-__all__ = ["best_of_n", "elect", "share", "with_vote_weight"]
+__all__ = ["answer_rows", "best_of_n", "elect", "share", "with_vote_weight"]
 
 # Any, because the operators' type variables are too narrow for the values that onnxscript infers.
 op: Any = opset18
@@ -73,6 +73,21 @@ def share(candidate_scores, answer_ids):  # type: ignore[no-untyped-def]
 
 
 @script(this, default_opset=opset18)
+def answer_rows(group):  # type: ignore[no-untyped-def]
+    """Number each prompt's answers from 0 on: ids (N, B) int64 -> (N, B) int64, equal where the ids are equal.
+
+    By sorting, because ONNX Runtime has `Unique` on the CPU only.
+    """
+    axis = op.Constant(value_ints=[0])
+    by_size, order = op.TopK(group, op.Shape(group, start=0, end=1), axis=0)
+    # Each entry beside the one before it; the first beside itself.
+    first = op.Slice(by_size, axis, op.Constant(value_ints=[1]), axis)
+    before = op.Concat(first, op.Slice(by_size, axis, op.Constant(value_ints=[-1]), axis), axis=0)
+    number = op.CumSum(op.Cast(op.Not(op.Equal(by_size, before)), to=7), op.Constant(value_int=0))
+    return op.ScatterElements(order, order, number, axis=0)
+
+
+@script(this, default_opset=opset18)
 def elect(candidate_scores, weights, answer_ids, vote):  # type: ignore[no-untyped-def]
     """Select the winner by score or by vote.
 
@@ -98,13 +113,12 @@ def elect(candidate_scores, weights, answer_ids, vote):  # type: ignore[no-untyp
     answered = op.And(op.And(usable, op.GreaterOrEqual(ids, zero_index)), op.Greater(vote, zero_index))
     voting = op.Greater(op.ReduceMax(op.Cast(answered, to=1), axis, keepdims=1), zero)
     group = op.Where(answered, ids, op.Constant(value_int=-1))
-    # A table with one row per id, so that time and memory grow linearly with N.
-    different, _, row, _ = op.Unique(group)
-    row = op.Reshape(row, shape)
+    row = answer_rows(group)
     weight = op.Where(op.Equal(vote, op.Constant(value_int=2)), one, weights)
     # In double precision the sum is exact unless the scores' magnitudes differ widely, so the order does not matter.
     weight = op.Cast(op.Where(answered, weight, zero), to=11)
-    blank = op.Expand(op.Cast(zero, to=11), op.Concat(op.Shape(different), op.Shape(candidate_scores, start=1), axis=0))
+    # A table with a row for each answer, so that time and memory hardly grow faster than N.
+    blank = op.Expand(op.Cast(zero, to=11), shape)
     sums = op.GatherElements(op.ScatterElements(blank, row, weight, axis=0, reduction="add"), row, axis=0)
     group_scores = op.Where(voting, op.Where(answered, op.Cast(sums, to=1), nan), candidate_scores)
 
