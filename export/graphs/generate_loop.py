@@ -4,6 +4,9 @@ The loop reads the prompts' keys and values from the outer scope, so they are ne
 has ended or been pruned leaves the loop's rows at the next token and costs nothing more. There is a single loop because
 ONNX Runtime packs weights for a loop's body, but not for a loop nested in another, which makes that half as fast.
 
+Every option is one value for all prompts or one for each. All prompts have rows for as many candidates as any of them
+has; those that a prompt does not have never run.
+
 Shapes: N candidates, n of them running, B prompts, T tokens so far; the others as in `layers.py`.
 """
 
@@ -22,6 +25,7 @@ from .loop_state import (
     ROWS,
     TABLE,
     LoopInputs,
+    Options,
     RunningRows,
     Tables,
     cache_values,
@@ -29,7 +33,8 @@ from .loop_state import (
     table_values,
 )
 from .loop_weights import localize_integer_weights
-from .sampling import draw_token, prompt_stream, random_uniform
+from .prompt_options import draw_options, option, per_prompt, read_options
+from .sampling import DrawRules, draw_token, prompt_stream, random_uniform
 from .selection import aggregate
 from .vote import best_of_n
 
@@ -50,10 +55,8 @@ RESULTS: dict[str, list[str]] = {
 
 def generate_graph(prompt_pass: ir.Graph, token_pass: ir.Graph, config: NetworkConfig, pad_token: int) -> ir.Graph:
     """Combine the traced passes of `generate_passes.py`, which are consumed, into one graph, ready for `finish`."""
-    kinds: dict[str, tuple[ir.DataType, list[str]]] = {name: (INT, []) for name in LoopInputs._fields}
-    kinds |= {name: (FLOAT, []) for name in ("temperature", "top_p", "prune_keep")}
-    kinds["stop_tokens"] = (INT, ["stops"])
-    inputs = LoopInputs(*(ir.val(name, dtype, shape) for name, (dtype, shape) in kinds.items()))
+    stops = ir.val("stop_tokens", INT, ["stops"])
+    inputs = LoopInputs(*(stops if name == "stop_tokens" else option(name) for name in LoopInputs._fields))
     ids, mask = prompt_pass.inputs
     logits, *cache = prompt_pass.outputs
     certainty = None if config.has_scorer else cache.pop(0)
@@ -61,26 +64,32 @@ def generate_graph(prompt_pass: ir.Graph, token_pass: ir.Graph, config: NetworkC
     for part in (prompt_pass, token_pass):
         b.hoist(part)
     b.adopt(prompt_pass)
-    count = b.Unsqueeze(inputs.num_candidates, b.ints(0))
-    grid = b.Concat(count, b.Shape(ids, start=0, end=1), axis=0)
-    numbers = b.Expand(b.Unsqueeze(b.Range(b.int(0), inputs.num_candidates, b.int(1)), b.ints(1)), grid)
-    stream = b.call(prompt_stream, ids, mask, inputs.seed)
+    batch = b.Shape(ids, start=0, end=1)
+    options = read_options(b, inputs, batch)
+    rules = draw_options(b, (inputs.temperature, inputs.top_k, inputs.top_p), batch)
+    most = b.ReduceMax(options.num_candidates, keepdims=0)
+    count = b.Unsqueeze(most, b.ints(0))
+    grid = b.Concat(count, batch, axis=0)
+    numbers = b.Expand(b.Unsqueeze(b.Range(b.int(0), most, b.int(1)), b.ints(1)), grid)
+    exists = b.Less(numbers, options.num_candidates)
+    stream = b.call(prompt_stream, ids, mask, per_prompt(b, inputs.seed, batch))
     uniform = b.call(random_uniform, stream, b.int(0), numbers)
     wide = b.Expand(logits, b.Concat(count, b.Shape(logits), axis=0))
-    tokens, log_probs = b.call(draw_token, wide, uniform, inputs.temperature, inputs.top_k, inputs.top_p)
-    no, yes = (b.Expand(b.constant(np.array(value)), grid) for value in (False, True))
+    tokens, log_probs = b.call(draw_token, wide, uniform, *rules)
+    no = b.Expand(b.constant(np.array(False)), grid)
     nothing = b.Concat(grid, b.ints(0), axis=0)
     no_ids, no_values = (b.Expand(zero, nothing) for zero in (b.int(0), b.float(0)))
     head = b.ints(config.num_kv_heads, 0, config.size_of_head)
     empty_cache = b.Expand(b.float(0), b.Concat(grid, head, axis=0))
-    rows = RunningRows(tokens, log_probs, yes, numbers)
-    tables = Tables(no_ids, no_values, no_values, b.Expand(b.int(0), grid), yes, no, b.int(0))
+    running = b.And(exists, b.Greater(options.max_new_tokens, b.int(0)))
+    rows = RunningRows(tokens, log_probs, running, numbers)
+    tables = Tables(no_ids, no_values, no_values, b.Expand(b.int(0), grid), exists, no, b.int(0))
     carried = [*rows, *tables, *[empty_cache] * (2 * config.num_layers)]
-    some = b.Greater(inputs.max_new_tokens, b.int(0))
-    body = _body(inputs, token_pass, mask, stream, cache, config, pad_token, certainty)
+    body = _body(options, rules, token_pass, mask, stream, cache, config, pad_token, certainty)
     localize_integer_weights(body)
-    outputs = b.loop(inputs.max_new_tokens, some, carried, body)
-    results = _results(b, inputs, _own_scores(b, Tables(*outputs[len(rows) :][: len(tables)]), certainty))
+    outputs = b.loop(b.ReduceMax(options.max_new_tokens, keepdims=0), _any(b, running), carried, body)
+    tables = _own_scores(b, Tables(*outputs[len(rows) :][: len(tables)]), certainty)
+    results = _results(b, options, tables, exists)
     for name, value in results.items():
         name_value(value, name, FLOAT if name in ("scores", "log_probs", "candidate_scores") else INT, RESULTS[name])
     return ir.Graph(
@@ -89,7 +98,8 @@ def generate_graph(prompt_pass: ir.Graph, token_pass: ir.Graph, config: NetworkC
 
 
 def _body(
-    inputs: LoopInputs,
+    options: Options,
+    rules: DrawRules,
     token_pass: ir.Graph,
     mask: ir.Value,
     stream: ir.Value,
@@ -110,7 +120,7 @@ def _body(
     tokens, log_probs, running, numbers = compacted
     done = b.Add(iteration, b.int(1))
     uniform = b.call(random_uniform, stream, done, numbers)
-    drawn, drawn_log_probs = b.call(draw_token, logits, uniform, inputs.temperature, inputs.top_k, inputs.top_p)
+    drawn, drawn_log_probs = b.call(draw_token, logits, uniform, *rules)
     if certainty is None:
         # A token whose logits defined no distribution makes its score NaN, so that the candidate cannot win.
         scores = b.Where(b.IsNaN(log_probs), b.float(np.nan), scores)
@@ -124,13 +134,13 @@ def _body(
     computed = b.Add(tables.computed, b.ReduceProd(b.Shape(tokens), keepdims=0))
     sequences, all_scores, all_log_probs = grown_tables
     tables = Tables(sequences, all_scores, all_log_probs, lengths, tables.kept, tables.pruned, computed)
-    running = b.And(running, b.Not(_stops(b, inputs, tokens)))
-    kept = _prune(b, inputs, done, _own_scores(b, tables, certainty))
+    running = b.And(running, b.Not(_stops(b, options.stop_tokens, tokens)))
+    kept = _prune(b, options, done, _own_scores(b, tables, certainty))
     stays = b.Greater(b.GatherElements(b.Cast(kept, to=INT), numbers, axis=0), b.int(0))
     nobody = b.Expand(b.int(0), b.Shape(kept))
     dropped = b.ScatterElements(nobody, numbers, b.Cast(b.And(running, b.Not(stays)), to=INT), axis=0)
     pruned = b.Or(tables.pruned, b.Greater(dropped, b.int(0)))
-    running = b.And(running, stays)
+    running = b.And(b.And(running, stays), b.Less(done, options.max_new_tokens))
     tables = tables._replace(kept=kept, pruned=pruned)
     rows = RunningRows(b.Where(running, drawn, pad), drawn_log_probs, running, b.Identity(numbers))
     return b.body(carried, [_any(b, running), *rows, *tables, *grown])
@@ -212,33 +222,34 @@ def _append(b: Builder, table: ir.Value, new: ir.Value, numbers: ir.Value, fill:
     return joined
 
 
-def _prune(b: Builder, inputs: LoopInputs, done: ir.Value, tables: Tables) -> ir.Value:
+def _prune(b: Builder, options: Options, done: ir.Value, tables: Tables) -> ir.Value:
     """Speculative rejection (Sun et al., 2024) by the running score: which (N, B) survive, ended ones included."""
-    every = b.Max(inputs.prune_every, b.int(1))
-    due = b.And(b.Greater(inputs.prune_every, b.int(0)), b.Equal(b.Mod(done, every), b.int(0)))
+    due = b.Equal(b.Mod(done, options.prune_every), b.int(0))
     then, otherwise = Builder("prune"), Builder("keep")
     branches = {}
-    for builder, kept in ((then, _keep_best(then, inputs, tables)), (otherwise, otherwise.Identity(tables.kept))):
+    for builder, kept in ((then, _keep_best(then, options, due, tables)), (otherwise, otherwise.Identity(tables.kept))):
         kept.dtype = BOOL
         branches[builder] = ir.Graph(
             [], [kept], nodes=builder.nodes, initializers=builder.initializers, name=builder.name
         )
-    chosen: ir.Value = b.If(due, then_branch=branches[then], else_branch=branches[otherwise])
+    chosen: ir.Value = b.If(_any(b, due), then_branch=branches[then], else_branch=branches[otherwise])
     return chosen
 
 
-def _keep_best(b: Builder, inputs: LoopInputs, tables: Tables) -> ir.Value:
-    """(N, B) bool: the best fraction `prune_keep` of the surviving candidates, rounded up."""
-    scores = _aggregate(b, inputs, tables, _mask(b, tables))
+def _keep_best(b: Builder, options: Options, due: ir.Value, tables: Tables) -> ir.Value:
+    """(N, B) bool: the best fraction `prune_keep` of the surviving candidates, rounded up, of the prompts `due` (B)."""
+    scores = _aggregate(b, options, tables, _mask(b, tables))
     low = b.float(-np.inf)
     scores = b.Where(b.And(tables.kept, b.Not(b.IsNaN(scores))), scores, low)
     _, order = b.TopK(scores, b.Shape(scores, start=0, end=1), axis=0, _outputs=2)
-    ranks = b.Unsqueeze(b.Range(b.int(0), inputs.num_candidates, b.int(1)), b.ints(1))
+    count = b.Squeeze(b.Shape(scores, start=0, end=1), b.ints(0))
+    ranks = b.Unsqueeze(b.Range(b.int(0), count, b.int(1)), b.ints(1))
     place = b.ScatterElements(order, order, b.Expand(ranks, b.Shape(scores)), axis=0)
     surviving = b.ReduceSum(b.Cast(tables.kept, to=FLOAT), b.ints(0), keepdims=1)
     # Rounding may put a product that should be whole slightly above it.
-    limit = b.Ceil(b.Sub(b.Mul(surviving, inputs.prune_keep), b.float(1e-4)))
-    kept: ir.Value = b.And(tables.kept, b.Less(place, b.Max(b.Cast(limit, to=INT), b.int(1))))
+    limit = b.Ceil(b.Sub(b.Mul(surviving, options.prune_keep), b.float(1e-4)))
+    best = b.Less(place, b.Max(b.Cast(limit, to=INT), b.int(1)))
+    kept: ir.Value = b.And(tables.kept, b.Or(b.Not(due), best))
     return kept
 
 
@@ -259,30 +270,30 @@ def _mask(b: Builder, tables: Tables) -> ir.Value:
     return mask
 
 
-def _aggregate(b: Builder, inputs: LoopInputs, tables: Tables, mask: ir.Value) -> ir.Value:
+def _aggregate(b: Builder, options: Options, tables: Tables, mask: ir.Value) -> ir.Value:
     """Aggregate the tables' scores to candidate scores (N, B)."""
-    at_step = b.Or(b.Equal(tables.sequences, inputs.step_token), b.Less(inputs.step_token, b.int(0)))
-    scores: ir.Value = b.call(aggregate, tables.scores, mask, b.Cast(at_step, to=INT), inputs.aggregation)
+    at_step = b.Or(b.Equal(tables.sequences, options.step_token), b.Less(options.step_token, b.int(0)))
+    scores: ir.Value = b.call(aggregate, tables.scores, mask, b.Cast(at_step, to=INT), options.aggregation)
     return scores
 
 
-def _stops(b: Builder, inputs: LoopInputs, tokens: ir.Value) -> ir.Value:
-    """Whether each token (...) ends its candidate."""
-    # -1 is not a token; it keeps the list from being empty.
-    stops = b.Concat(inputs.stop_tokens, b.ints(-1), axis=0)
-    equal = b.Cast(b.Equal(b.Unsqueeze(tokens, b.ints(-1)), stops), to=FLOAT)
+def _stops(b: Builder, stop_tokens: ir.Value, tokens: ir.Value) -> ir.Value:
+    """Whether each token (...) ends its candidate; its last axes and those of `stop_tokens`, but for S, broadcast."""
+    equal = b.Cast(b.Equal(b.Unsqueeze(tokens, b.ints(-1)), stop_tokens), to=FLOAT)
     is_stop: ir.Value = b.Greater(b.ReduceMax(equal, b.ints(-1), keepdims=0), b.float(0))
     return is_stop
 
 
-def _results(b: Builder, inputs: LoopInputs, tables: Tables) -> dict[str, ir.Value]:
-    """Compute the graph's outputs."""
+def _results(b: Builder, options: Options, tables: Tables, exists: ir.Value) -> dict[str, ir.Value]:
+    """Compute the graph's outputs; `exists` (N, B) bool says which candidates the prompts have."""
     mask = _mask(b, tables)
-    ended = b.Mul(b.Cast(_stops(b, inputs, tables.sequences), to=INT), mask)
+    stops = b.Unsqueeze(options.stop_tokens, b.ints(1))
+    ended = b.Mul(b.Cast(_stops(b, stops, tables.sequences), to=INT), mask)
     # Indices into `FINISH_REASONS`.
     reasons = b.Where(tables.pruned, b.int(2), b.Max(b.ReduceMax(ended, b.ints(2), keepdims=0), b.int(0)))
+    reasons = b.Where(exists, reasons, b.int(-1))
     selectable = b.Mul(mask, b.Cast(b.Not(b.Unsqueeze(tables.pruned, b.ints(2))), to=INT))
-    candidate_scores = _aggregate(b, inputs, tables, selectable)
+    candidate_scores = _aggregate(b, options, tables, selectable)
     best = b.call(best_of_n, candidate_scores)
     index = b.Unsqueeze(b.Max(best, b.int(0)), b.ints(0, 2))
     shape = b.Concat(b.ints(1), b.Shape(tables.sequences, start=1), axis=0)

@@ -18,6 +18,7 @@ __all__ = [
     "ROWS",
     "TABLE",
     "LoopInputs",
+    "Options",
     "RunningRows",
     "Tables",
     "cache_values",
@@ -30,7 +31,7 @@ ROWS, TABLE = ["running", "batch"], ["num_candidates", "batch", "length"]
 
 
 class LoopInputs(NamedTuple):
-    """The graph inputs that control generation: scalars, and the list of stop tokens."""
+    """The graph inputs that control generation: one value for all prompts, or (B) values, and the stop tokens."""
 
     num_candidates: ir.Value
     max_new_tokens: ir.Value
@@ -43,6 +44,25 @@ class LoopInputs(NamedTuple):
     step_token: ir.Value
     prune_every: ir.Value
     prune_keep: ir.Value
+
+
+class Options(NamedTuple):
+    """`LoopInputs` as the loop reads them: one value for each prompt."""
+
+    num_candidates: ir.Value
+    """(B) int64."""
+    max_new_tokens: ir.Value
+    """(B) int64."""
+    stop_tokens: ir.Value
+    """(B, S) int64, negative where a prompt has fewer."""
+    aggregation: ir.Value
+    """(B, 1) int64."""
+    step_token: ir.Value
+    """(B, 1) int64, negative to read every position."""
+    prune_every: ir.Value
+    """(B) int64, above any length for never."""
+    prune_keep: ir.Value
+    """(B) float32."""
 
 
 class RunningRows(NamedTuple):

@@ -7,16 +7,38 @@ of N = 16. Counters are mixed with the finalizer of MurmurHash3 (Appleby, 2011),
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
+import onnx_ir as ir
 from onnxscript import opset18, script
 from onnxscript.values import Opset
 
-__all__ = ["FUNCTIONS", "draw_token", "prompt_stream", "random_uniform"]
+__all__ = ["FUNCTIONS", "DrawRules", "draw_rules", "draw_token", "prompt_stream", "random_uniform"]
 
 # Any, because the operators' type variables are too narrow for the values that onnxscript infers.
 op: Any = opset18
 this: Any = Opset("bonnx", 1)
+
+
+class DrawRules(NamedTuple):
+    """How each prompt's tokens are drawn, from `draw_rules`, and which ways of drawing any prompt of the run needs."""
+
+    heat: ir.Value
+    """(B, 1) float32: the finite temperature, 1 where the most likely token is selected."""
+    top_k: ir.Value
+    """(B, 1) int64."""
+    share: ir.Value
+    """(B, 1) float32 in (0, 1]: the probability of `top_p`."""
+    sampled: ir.Value
+    """(B, 1) bool: drawn by chance; otherwise the most likely token is selected."""
+    filtered: ir.Value
+    """(B, 1) bool: drawn by chance among the tokens that top-k and top-p keep."""
+    any_greedy: ir.Value
+    """bool scalar, as are the next three."""
+    any_sampled: ir.Value
+    any_filtered: ir.Value
+    any_whole: ir.Value
+    """Whether any prompt's tokens are drawn by chance from all."""
 
 
 @script(this, default_opset=opset18)
@@ -31,7 +53,7 @@ def mix(x):  # type: ignore[no-untyped-def]
 
 @script(this, default_opset=opset18)
 def prompt_stream(input_ids, attention_mask, seed):  # type: ignore[no-untyped-def]
-    """The key of each prompt's random stream: ids, mask (B, P) and seed, int64 -> (B) int64 below 2**32."""
+    """The key of each prompt's random stream: ids and mask (B, P), seed (B), int64 -> (B) int64 below 2**32."""
     zero = op.Constant(value_int=0)
     word = op.Constant(value_int=4294967296)
     axis = op.Constant(value_ints=[1])
@@ -61,15 +83,55 @@ def random_uniform(stream, position, candidates):  # type: ignore[no-untyped-def
 
 
 @script(this, default_opset=opset18)
-def draw_from_likely(probabilities, log_all, point, top_k, share):  # type: ignore[no-untyped-def]
+def any_of(values):  # type: ignore[no-untyped-def]
+    """Whether any of the bools is true: a bool scalar."""
+    return op.Greater(op.ReduceMax(op.Cast(values, to=1), keepdims=0), op.Constant(value_float=0.0))
+
+
+@script(this, default_opset=opset18)
+def draw_rules(temperature, top_k, top_p):  # type: ignore[no-untyped-def]
+    """Prepare the options of a draw, once for all tokens.
+
+    Args:
+        temperature: (B) float32; below 1e-5, or NaN, the most likely token is selected.
+        top_k: (B) int64; 0 or less keeps all.
+        top_p: (B) float32 in (0, 1]; keeps the smallest set of most likely tokens that has at least this probability,
+            and always at least one token.
+
+    Returns:
+        the fields of `DrawRules`.
+    """
+    column = op.Constant(value_ints=[1])
+    one = op.Constant(value_float=1.0)
+    tiny = op.Constant(value_float=1.1754943508222875e-38)
+    # Not `Less`, so that NaN is greedy too.
+    sampled = op.Unsqueeze(op.GreaterOrEqual(temperature, op.Constant(value_float=1e-5)), column)
+    # Divided by infinity, the log-probability -inf would become NaN.
+    finite = op.Min(op.Unsqueeze(temperature, column), op.Constant(value_float=3.4028234663852886e38))
+    heat = op.Where(sampled, finite, one)
+    rank = op.Unsqueeze(top_k, column)
+    shares = op.Unsqueeze(top_p, column)
+    share = op.Where(op.Greater(shares, tiny), shares, tiny)
+    narrow = op.Or(op.Greater(rank, op.Constant(value_int=0)), op.Less(share, one))
+    filtered = op.And(sampled, narrow)
+    whole = any_of(op.And(sampled, op.Not(narrow)))
+    return heat, rank, share, sampled, filtered, any_of(op.Not(sampled)), any_of(sampled), any_of(filtered), whole
+
+
+@script(this, default_opset=opset18)
+def draw_from_likely(probabilities, log_all, point, top_k, share, filtered):  # type: ignore[no-untyped-def]
     """Draw one token of each row among those that top-k and top-p keep.
+
+    Every sum is a running one, which adds in order: so a row's result does not depend on how many tokens the other
+    rows keep.
 
     Args:
         probabilities: (N, B, V) float32, at the temperature.
         log_all: (N, B, V) float32, the log-probabilities by which tokens are ordered.
         point: (N, B, 1) float32 in [0, 1), where the cumulative distribution is inverted.
-        top_k: int64 scalar; 0 keeps all.
-        share: float32 scalar in (0, 1], the probability of `top_p`.
+        top_k: (B, 1) int64; 0 or less keeps all.
+        share: (B, 1) float32 in (0, 1], the probability of `top_p`.
+        filtered: (B, 1) bool: the rows whose result is used.
 
     Returns:
         (N, B, 1) int64.
@@ -82,13 +144,18 @@ def draw_from_likely(probabilities, log_all, point, top_k, share):  # type: igno
     # Tokens less likely than (1 - share) / V sum to less than 1 - share, so none of them is kept; half of that bound
     # leaves a margin for rounding.
     floor = op.Div(op.Mul(op.Sub(one, share), op.Constant(value_float=0.5)), op.Cast(size, to=1))
-    likely = op.ReduceSum(op.Cast(op.GreaterOrEqual(probabilities, floor), to=1), last, keepdims=0)
-    most = op.Max(op.Cast(op.ReduceMax(likely, keepdims=0), to=7), op.Constant(value_int=1))
-    kept_count = op.Min(op.Where(by_rank, top_k, most), size)
+    likely = op.ReduceSum(op.Cast(op.GreaterOrEqual(probabilities, floor), to=1), last, keepdims=1)
+    count = op.Where(by_rank, op.Cast(op.Min(top_k, size), to=1), op.Max(likely, one))
+    most = op.ReduceMax(op.Where(filtered, count, one), keepdims=0)
+    kept_count = op.Reshape(op.Cast(most, to=7), op.Constant(value_ints=[1]))
     _, order = op.TopK(log_all, kept_count, axis=-1)
     by_size = op.GatherElements(probabilities, order, axis=2)
     # With top-k, probabilities are renormalized over the k tokens; otherwise they stay as they are.
-    by_size = op.Div(by_size, op.Where(by_rank, op.ReduceSum(by_size, last, keepdims=1), one))
+    places = op.Range(op.Constant(value_int=0), op.Cast(most, to=7), op.Constant(value_int=1))
+    within_rank = op.Or(op.Not(by_rank), op.Less(places, top_k))
+    by_size = op.Where(within_rank, by_size, zero_real)
+    kept_sum = op.Gather(op.CumSum(by_size, op.Constant(value_int=2)), last, axis=2)
+    by_size = op.Div(by_size, op.Where(by_rank, kept_sum, one))
     before = op.CumSum(by_size, op.Constant(value_int=2), exclusive=1)
     inside = op.Where(op.Or(op.Less(before, share), op.GreaterOrEqual(share, one)), by_size, zero_real)
     sums = op.CumSum(inside, op.Constant(value_int=2))
@@ -125,43 +192,39 @@ def draw_from_all(probabilities, point):  # type: ignore[no-untyped-def]
 
 
 @script(this, default_opset=opset18)
-def draw_token(logits, uniform, temperature, top_k, top_p):  # type: ignore[no-untyped-def]
-    """Draw one token of each row by inverting the cumulative distribution.
+def draw_token(  # type: ignore[no-untyped-def]
+    logits, uniform, heat, top_k, share, sampled, filtered, any_greedy, any_sampled, any_filtered, any_whole
+):
+    """Draw one token of each row by inverting the cumulative distribution, each prompt's by its own options.
 
-    Args:
-        logits: (N, B, V) float32.
-        uniform: (N, B) float32 in [0, 1).
-        temperature: float32 scalar; below 1e-5, or NaN, the most likely token is selected.
-        top_k: int64 scalar; 0 keeps all.
-        top_p: float32 scalar in (0, 1]; keeps the smallest set of most likely tokens that has at least this
-            probability, and always at least one token.
-
-    Returns:
-        tokens (N, B) int64 and their log-probabilities (N, B) float32 at temperature 1, before top-k and top-p. Where
-        NaN or infinite logits define no distribution, the log-probability is NaN and the token arbitrary.
+    Logits (N, B, V) and uniform numbers (N, B) in [0, 1), float32, and `DrawRules` -> tokens (N, B) int64 and their
+    log-probabilities (N, B) float32 at temperature 1, before top-k and top-p. Where NaN or infinite logits define no
+    distribution, the log-probability is NaN and the token arbitrary. Only what some prompt needs is computed.
     """
     last = op.Constant(value_ints=[-1])
+    nothing = op.Unsqueeze(op.Constant(value_ints=[0]), op.Constant(value_ints=[1, 2]))
     log_all = op.LogSoftmax(logits, axis=-1)
-    # Not `Less`, so that NaN is greedy too.
-    greedy = op.Not(op.GreaterOrEqual(temperature, op.Constant(value_float=1e-5)))
-    if greedy:
-        token = op.Cast(op.ArgMax(logits, axis=-1, keepdims=1), to=7)
+    if any_greedy:  # noqa: SIM108 - onnxscript has no conditional expressions
+        likeliest = op.Cast(op.ArgMax(logits, axis=-1, keepdims=1), to=7)
     else:
-        # Divided by infinity, the log-probability -inf would become NaN.
-        finite = op.Min(temperature, op.Constant(value_float=3.4028234663852886e38))
-        probabilities = op.Softmax(op.Div(log_all, finite), axis=-1)
+        likeliest = op.Cast(nothing, to=7)
+    if any_sampled:
+        probabilities = op.Softmax(op.Div(log_all, heat), axis=-1)
         point = op.Unsqueeze(uniform, last)
-        tiny = op.Constant(value_float=1.1754943508222875e-38)
-        share = op.Where(op.Greater(top_p, tiny), top_p, tiny)
-        by_rank = op.Greater(top_k, op.Constant(value_int=0))
-        filtered = op.Or(by_rank, op.Less(share, op.Constant(value_float=1.0)))
-        if filtered:
-            drawn = op.Cast(draw_from_likely(probabilities, log_all, point, top_k, share), to=7)
+        if any_filtered:
+            kept = op.Cast(draw_from_likely(probabilities, log_all, point, top_k, share, filtered), to=7)
         else:
-            drawn = op.Cast(draw_from_all(probabilities, point), to=7)
-        token = op.Cast(drawn, to=7)
+            kept = op.Cast(nothing, to=7)
+        if any_whole:  # noqa: SIM108
+            free = op.Cast(draw_from_all(probabilities, point), to=7)
+        else:
+            free = op.Cast(nothing, to=7)
+        drawn = op.Cast(op.Where(filtered, kept, free), to=7)
+    else:
+        drawn = op.Cast(nothing, to=7)
+    token = op.Where(sampled, drawn, likeliest)
     log_probability = op.GatherElements(log_all, token, axis=2)
     return op.Squeeze(token, last), op.Squeeze(log_probability, last)
 
 
-FUNCTIONS = (mix, prompt_stream, random_uniform, draw_from_likely, draw_from_all, draw_token)
+FUNCTIONS = (mix, prompt_stream, random_uniform, any_of, draw_rules, draw_from_likely, draw_from_all, draw_token)

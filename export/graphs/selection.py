@@ -34,7 +34,7 @@ def aggregate(scores, mask, step_mask, aggregation):  # type: ignore[no-untyped-
         scores: (N, B, T) float32.
         mask: (N, B, T) int64, above 0 where a token is real.
         step_mask: broadcastable to (N, B, T), int64, above 0 where a step ends.
-        aggregation: int64 scalar.
+        aggregation: broadcastable to (N, B, 1), int64.
 
     Returns:
         candidate_scores (N, B) float32.
@@ -61,17 +61,17 @@ def aggregate(scores, mask, step_mask, aggregation):  # type: ignore[no-untyped-
     # ONNX Runtime lacks Where on booleans.
     read = op.Or(op.And(several, ends), op.And(op.Not(several), is_last))
 
-    count = op.ReduceSum(op.Cast(read, to=1), last_axis, keepdims=0)
-    mean = op.Div(op.ReduceSum(op.Where(read, scores, zero), last_axis, keepdims=0), count)
-    smallest = op.ReduceMin(op.Where(read, scores, high), last_axis, keepdims=0)
-    largest = op.ReduceMax(op.Where(read, scores, low), last_axis, keepdims=0)
-    product = op.ReduceProd(op.Where(read, scores, one), last_axis, keepdims=0)
+    count = op.ReduceSum(op.Cast(read, to=1), last_axis, keepdims=1)
+    mean = op.Div(op.ReduceSum(op.Where(read, scores, zero), last_axis, keepdims=1), count)
+    smallest = op.ReduceMin(op.Where(read, scores, high), last_axis, keepdims=1)
+    largest = op.ReduceMax(op.Where(read, scores, low), last_axis, keepdims=1)
+    product = op.ReduceProd(op.Where(read, scores, one), last_axis, keepdims=1)
     value = op.Where(op.Equal(aggregation, op.Constant(value_int=2)), smallest, mean)
     value = op.Where(op.Equal(aggregation, op.Constant(value_int=3)), largest, value)
     value = op.Where(op.Equal(aggregation, op.Constant(value_int=4)), product, value)
     spoiled = op.Cast(op.And(read, op.IsNaN(scores)), to=1)
-    invalid = op.Or(op.Greater(op.ReduceMax(spoiled, last_axis, keepdims=0), zero), op.Not(op.Greater(count, zero)))
-    return op.Where(invalid, nan, value)
+    invalid = op.Or(op.Greater(op.ReduceMax(spoiled, last_axis, keepdims=1), zero), op.Not(op.Greater(count, zero)))
+    return op.Squeeze(op.Where(invalid, nan, value), last_axis)
 
 
 FUNCTIONS = (aggregate, best_of_n, share, answer_rows, elect)

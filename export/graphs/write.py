@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from bonnx.runtime.artifact.folder import WEIGHTS
 from bonnx.runtime.artifact.manifest import Graph, Value
 
+from .prompt_options import PER_PROMPT
+
 __all__ = ["raw_bytes", "write_graphs"]
 
 # Smaller tensors stay in the graph, so that a program that only reads shapes needs no second file. Alignment in bytes.
@@ -47,7 +49,8 @@ def write_graphs(models: Iterable[tuple[str, ir.Model]], folder: Path, suffix: s
             (folder / file).write_bytes(ir.to_proto(model).SerializeToString())
             inputs, outputs = ([_value(v) for v in values] for values in (model.graph.inputs, model.graph.outputs))
             opset = model.graph.opset_imports[""]
-            graphs[name] = Graph(file=file, opset=opset, inputs=inputs, outputs=outputs)
+            per_prompt = [str(value.name) for value in model.graph.inputs if PER_PROMPT in value.meta]
+            graphs[name] = Graph(file=file, opset=opset, inputs=inputs, outputs=outputs, per_prompt=per_prompt)
             # Free the graph before the next one is traced.
             del model
     return graphs

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import product
 from typing import NamedTuple
 
@@ -36,12 +36,22 @@ _HOPELESS = 0.01
 
 
 class _Run(NamedTuple):
-    """One run of `generate`: prompts and mask (B, P), and the outputs."""
+    """One run of `generate`: prompts and mask (B, P), a request for each prompt, and the outputs."""
 
     prompts: Array
     mask: Array
-    request: CheckedOptions
+    requests: list[CheckedOptions]
     outputs: dict[str, Array]
+
+    def candidates(self) -> Iterator[tuple[int, int]]:
+        """Yield every candidate and its prompt."""
+        return ((n, b) for b, request in enumerate(self.requests) for n in range(request.n))
+
+    def column(self, b: int) -> dict[str, Array]:
+        """Return one prompt's part of the outputs, (n, 1, ...) and (1)."""
+        names = ("sequences", "lengths", "scores", "finish_reasons", "candidate_scores")
+        parts = {name: self.outputs[name][: self.requests[b].n, b : b + 1] for name in names}
+        return parts | {"best_index": self.outputs["best_index"][b : b + 1]}
 
     def row(self, n: int, b: int) -> tuple[Array, Array]:
         """Return a candidate's prompt (P,) and tokens (length,)."""
@@ -82,12 +92,12 @@ def check_generation(checker: Checker, report: Report) -> list[Parity]:
             values = run.outputs["log_probs"][n, b, :length]
             log_probs.append(checker.near("log_probs", f"{label}, log-probabilities", values, exact.log_probs))
             _check_tokens(checker, run, n, b, exact.draws, label)
-        _check_selection(checker, run.request, run.outputs)
-        for b in range(len(run.prompts)):
-            alone = {name: _column(value, b) for name, value in run.outputs.items()}
-            certain = all(_is_certain(checker, run.request, rows[n, b].draws) for n in range(run.request.n))
-            certain = certain and not _is_close_race(checker, run.request, alone)
-            hosts.append(HostCase(run.prompts[b][run.mask[b] > 0], run.request, alone if certain else None))
+        for b, request in enumerate(run.requests):
+            alone = run.column(b)
+            _check_selection(checker, request, alone)
+            certain = all(_is_certain(checker, request, rows[n, b].draws) for n in range(request.n))
+            certain = certain and not _is_close_race(checker, request, alone)
+            hosts.append(HostCase(run.prompts[b][run.mask[b] > 0], request, alone if certain else None))
     report("comparing prefill and decode")
     check_decode(checker, hosts)
     results = {
@@ -97,13 +107,14 @@ def check_generation(checker: Checker, report: Report) -> list[Parity]:
     return [checker.parity(check, differences, kind) for check, (kind, differences) in results.items()]
 
 
-def _run(checker: Checker, case: tuple[Array, Array, CheckedOptions]) -> _Run:
+def _run(checker: Checker, case: tuple[Array, Array, list[CheckedOptions]]) -> _Run:
     return _Run(*case, checker.run_graph("generate", generate_feeds(*case, None)))
 
 
 def _case(
     checker: Checker, shape: tuple[int, int, int, int], temperature: float, top_k: int, top_p: float, prune: int
-) -> tuple[Array, Array, CheckedOptions]:
+) -> tuple[Array, Array, list[CheckedOptions]]:
+    """Draw prompts, mask and requests; the first request is as large and draws as it is told, the others vary."""
     batch, longest, count, new = shape
     assert isinstance(checker.model, LanguageModel)
     vocabulary, rng = checker.model.config.vocab_size, checker.rng
@@ -111,22 +122,24 @@ def _case(
     sizes = rng.integers(1, longest + 1, batch)
     mask = (np.arange(longest) >= longest - sizes[:, None]).astype(np.int64)
     stops = tuple(int(token) for token in rng.integers(0, vocabulary, min(vocabulary // 4, 200)))
-    seed = int(rng.integers(-(2**62), 2**62))
     aggregation: Aggregation = "last" if checker.network.config.has_scorer else "mean"
-    request = CheckedOptions(count, new, temperature, top_k, top_p, seed, stops, aggregation, prune, 0.5)
-    return rng.integers(0, vocabulary, (batch, longest)), mask, request
-
-
-def _column(value: Array, b: int) -> Array:
-    """Return one prompt's part of an output."""
-    return value[:, b : b + 1] if value.ndim > 1 else value
+    requests = []
+    for b in range(batch):
+        seed = int(rng.integers(-(2**62), 2**62))
+        requests.append(
+            CheckedOptions(count, new, temperature, top_k, top_p, seed, stops, aggregation, prune, 0.5 + 0.1 * b)
+        )
+        temperature, top_k, top_p, prune = _DRAWS[int(rng.integers(len(_DRAWS)))]
+        count, new = int(rng.integers(1, shape[2] + 1)), int(rng.integers(1, shape[3] + 1))
+        stops = stops[: int(rng.integers(len(stops) + 1))]
+    return rng.integers(0, vocabulary, (batch, longest)), mask, requests
 
 
 def _read(checker: Checker, runs: Sequence[_Run]) -> list[dict[tuple[int, int], _ExactValues]]:
     """Recompute the candidates of each run as whole rows in PyTorch, by candidate and prompt; update the tolerance."""
     places = defaultdict[int, list[tuple[int, int, int]]](list)
     for r, run in enumerate(runs):
-        for n, b in np.ndindex(run.outputs["lengths"].shape):
+        for n, b in run.candidates():
             prompt, tokens = run.row(n, b)
             places[len(prompt) + len(tokens)].append((r, n, b))
     batches = [np.stack([np.concatenate(runs[r].row(n, b)) for r, n, b in group]) for group in places.values()]
@@ -145,7 +158,7 @@ def _read(checker: Checker, runs: Sequence[_Run]) -> list[dict[tuple[int, int], 
         log_probs, near = (log_softmax(x)[np.arange(len(tokens)), tokens] for x in (wide, narrow))
         checker.tolerances.update("logits", wide, narrow)
         checker.tolerances.update("log_probs", log_probs, near)
-        rows[r][n, b] = _ExactValues(scores, log_probs, _draws(wide, runs[r].request, prompt, n))
+        rows[r][n, b] = _ExactValues(scores, log_probs, _draws(wide, runs[r].requests[b], prompt, n))
     return rows
 
 
@@ -170,18 +183,18 @@ def _is_clear(checker: Checker, run: _Run, n: int, b: int) -> bool:
     """Whether `_is_certain` holds for a candidate that `_read` has not seen."""
     prompt, tokens = run.row(n, b)
     logits = checker.exact.rounded_logits(np.concatenate([prompt, tokens]), slice(len(prompt) - 1, -1))
-    return _is_certain(checker, run.request, _draws(logits, run.request, prompt, n))
+    return _is_certain(checker, run.requests[b], _draws(logits, run.requests[b], prompt, n))
 
 
 def _check_tokens(checker: Checker, run: _Run, n: int, b: int, draws: Sequence[tuple[int, float]], label: str) -> None:
     _, tokens = run.row(n, b)
-    edge = edge_width(checker.tolerances.allowed("logits"), run.request)
+    edge = edge_width(checker.tolerances.allowed("logits"), run.requests[b])
     for position, (token, margin) in enumerate(draws):
         if token != tokens[position] and margin > edge:
             raise ExportError(
                 f"{label}: token {position} is {tokens[position]}; expected {token} from PyTorch's logits and the seed"
             )
-    _check_end(run.request, label, tokens, FINISH_REASONS[run.outputs["finish_reasons"][n, b]])
+    _check_end(run.requests[b], label, tokens, FINISH_REASONS[run.outputs["finish_reasons"][n, b]])
 
 
 def _check_end(request: CheckedOptions, label: str, tokens: Array, reason: str) -> None:
@@ -229,9 +242,14 @@ def _is_close_race(checker: Checker, request: CheckedOptions, outputs: dict[str,
 
 def _clear_share(checker: Checker, runs: Sequence[_Run], read: Sequence[dict[tuple[int, int], _ExactValues]]) -> float:
     """The share of draws at temperature 1, from all tokens, that rounding cannot change."""
-    edge = edge_width(checker.tolerances.allowed("logits"), runs[0].request)
-    plain = [rows for run, rows in zip(runs, read, strict=True) if run.request.temperature == 1]
-    margins = [margin for rows in plain for exact in rows.values() for _, margin in exact.draws]
+    edge = edge_width(checker.tolerances.allowed("logits"), runs[0].requests[0])
+    plain = [
+        exact
+        for run, rows in zip(runs, read, strict=True)
+        for (_, b), exact in rows.items()
+        if run.requests[b].temperature == 1
+    ]
+    margins = [margin for exact in plain for _, margin in exact.draws]
     return float(np.mean([margin > edge for margin in margins])) if margins else 1.0
 
 
@@ -246,14 +264,14 @@ def _record(checker: Checker, share: float) -> None:
         if temperature > 0 and tries * share ** (batch * count * new) < _HOPELESS:
             continue
         for _ in range(tries):
-            prompts, mask, request = _case(checker, shape, temperature, 0, 1.0, 0)
-            run = _run(checker, (prompts, mask, dataclasses.replace(request, stop_tokens=())))
-            if all(_is_clear(checker, run, n, b) for n, b in np.ndindex(run.outputs["lengths"].shape)):
+            prompts, mask, (request, *_) = _case(checker, shape, temperature, 0, 1.0, 0)
+            run = _run(checker, (prompts, mask, [dataclasses.replace(request, stop_tokens=())] * batch))
+            if all(_is_clear(checker, run, n, b) for n, b in run.candidates()):
                 checker.record("generate/1", generate_feeds(*run[:3], None), run.outputs)
                 return
     if not checker.network.config.has_scorer:
         # `bonnx verify` needs a case, and `rank` has none.
-        prompts, mask, request = _case(checker, _SHAPES[1], 1.0, 0, 1.0, 0)
+        prompts, mask, (request, *_) = _case(checker, _SHAPES[1], 1.0, 0, 1.0, 0)
         feeds = {"input_ids": prompts, "attention_mask": mask, **request.drawing()}
         feeds |= {"num_candidates": np.array(1), "seed": np.array(request.seed)}
         outputs = checker.run_graph("prefill", feeds)

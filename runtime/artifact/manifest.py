@@ -73,6 +73,8 @@ class Graph(_Frozen, frozen=True, kw_only=True, forbid_unknown_fields=True):
     opset: int
     inputs: list[Value]
     outputs: list[Value]
+    per_prompt: list[str] = []
+    """Inputs declared as scalars that also take one value for each prompt, (batch). Older artifacts have none."""
 
 
 class File(_Frozen, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -166,7 +166,7 @@ class Session:
         masks = [array for name, array in feeds.items() if name.endswith("mask") and name != "step_mask"]
         tokens = sum(mask.size for mask in masks)
         if "max_new_tokens" in feeds:
-            tokens += len(masks[0]) * int(feeds["num_candidates"]) * int(feeds["max_new_tokens"])
+            tokens += len(masks[0]) * int(feeds["num_candidates"].max()) * int(feeds["max_new_tokens"].max())
         return work() if tokens * self._weights.size < _BRIEF else interruptibly(work, stop)
 
     def _bound(

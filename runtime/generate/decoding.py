@@ -261,8 +261,18 @@ def most_likely(logits: Array, count: int) -> tuple[Array, Array]:
         return order.astype(np.int64), (np.take_along_axis(wide, order, -1) - log_sum).astype(np.float32)
 
 
-def generate_feeds(prompts: Array, mask: Array, options: CheckedOptions, step_token: int | None) -> dict[str, Array]:
-    """The inputs of `generate`: prompts and their mask (B, P) int64."""
+def generate_feeds(
+    prompts: Array, mask: Array, options: Sequence[CheckedOptions], step_token: int | None
+) -> dict[str, Array]:
+    """The inputs of `generate`: prompts and their mask (B, P) int64, and the options of each prompt."""
+    each = [_options_feeds(prompt_options, step_token) for prompt_options in options]
+    # One value for all prompts where they agree, which is all that older artifacts take.
+    shared = {name: _shared(np.stack([feeds[name] for feeds in each])) for name in each[0]}
+    return {"input_ids": prompts, "attention_mask": mask, "stop_tokens": _stop_tokens(options), **shared}
+
+
+def _options_feeds(options: CheckedOptions, step_token: int | None) -> dict[str, Array]:
+    """The inputs of `generate` for the options of one prompt, each a scalar."""
     name = options.aggregation
     whole = {
         "num_candidates": options.n,
@@ -272,11 +282,19 @@ def generate_feeds(prompts: Array, mask: Array, options: CheckedOptions, step_to
         "step_token": step_token if is_stepwise(name) and step_token is not None else -1,
         "prune_every": options.prune_every,
     }
-    return {
-        "input_ids": prompts,
-        "attention_mask": mask,
-        "stop_tokens": np.array(options.stop_tokens, np.int64),
-        "prune_keep": np.array(options.prune_keep, np.float32),
-        **{key: np.array(value, np.int64) for key, value in whole.items()},
-        **options.drawing(),
-    }
+    feeds = {key: np.array(value, np.int64) for key, value in whole.items()}
+    return feeds | {"prune_keep": np.array(options.prune_keep, np.float32)} | options.drawing()
+
+
+def _shared(values: Array) -> Array:
+    """The one value of (B), or all of them if they differ."""
+    # Not `values[0]`, which is no array.
+    first: Array = values[0, ...]
+    return first if (values == first).all() else values
+
+
+def _stop_tokens(options: Sequence[CheckedOptions]) -> Array:
+    """The stop tokens of all prompts (stops) int64; those of one prompt have its number, from 1, in the upper half."""
+    for_all = set.intersection(*(set(each.stop_tokens) for each in options))
+    own = [(b << 32) + token for b, each in enumerate(options, 1) for token in {*each.stop_tokens} - for_all]
+    return np.array([*sorted(for_all), *sorted(own)], np.int64)

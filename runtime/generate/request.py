@@ -25,17 +25,12 @@ class GenerateRequest:
     Attributes:
         prompt: (P,) int64.
         options: how to generate.
-        joins: whether it may run together with others.
+        key: only requests with equal keys run together; None for one that runs alone.
     """
 
     prompt: Array
     options: CheckedOptions
-    joins: bool = True
-
-    @property
-    def key(self) -> Hashable:
-        # The options are scalars of the graph. So is the seed, from which each prompt still draws different numbers.
-        return self.options if self.joins else None
+    key: Hashable
 
     @property
     def shape(self) -> Shape:
@@ -61,9 +56,14 @@ def read_request(engine: Engine, prompt: Item, options: GenerateOptions) -> Gene
     engine.session("generate")
     ids = engine.reader.prompt(prompt)
     checked = options_within(engine, ids, options, engine.manifest.limits.max_tokens - len(ids))
-    return GenerateRequest(
-        ids, checked, len(ids) + checked.max_new_tokens <= engine.joint_limit and not checked.needs_host
-    )
+    joins = len(ids) + checked.max_new_tokens <= engine.joint_limit and not checked.needs_host
+    return GenerateRequest(ids, checked, _key(engine, checked) if joins else None)
+
+
+def _key(engine: Engine, options: CheckedOptions) -> Hashable:
+    """The key of a request that may run together with others."""
+    # Graphs of older artifacts take one value of each option for all prompts.
+    return "generate" if engine.manifest.graphs["generate"].per_prompt else options
 
 
 def options_within(engine: Engine, prompt: Array, options: GenerateOptions, room: int) -> CheckedOptions:

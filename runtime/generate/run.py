@@ -24,17 +24,18 @@ _Decode = Callable[[list[int], list[int], str | None], str] | None
 
 def run_together(engine: Engine, requests: Sequence[GenerateRequest], stop: Stop | None = None) -> list[Generation]:
     """Generate for requests of equal keys in one run; `best_index` is -1 where nothing can win."""
-    options, scoring = requests[0].options, engine.manifest.scoring
-    if options.needs_host:
+    scoring = engine.manifest.scoring
+    if requests[0].options.needs_host:
         return [_in_a_loop(engine, request, stop) for request in requests]
     prompts, mask = pad([request.prompt for request in requests], scoring.pad_token)
-    feeds = generate_feeds(prompts, mask, options, scoring.step_token)
+    feeds = generate_feeds(prompts, mask, [request.options for request in requests], scoring.step_token)
     outputs = engine.session("generate").run(feeds, _OUTPUTS, stop)
     tokens, lengths, scores, log_probs, reasons, candidate_scores, best = outputs
     results = []
     for b, request in enumerate(requests):
+        options = request.options
         parts = (tokens, scores, log_probs, lengths, candidate_scores, reasons)
-        rows = zip(*(array[:, b] for array in parts), strict=True)
+        rows = zip(*(array[: options.n, b] for array in parts), strict=True)
         candidates = [make_candidate(_decode(engine, options), request.prompt, *row) for row in rows]
         # Each token of a candidate is read once, for its score.
         computed = int(lengths[:, b].sum())

@@ -130,7 +130,7 @@ def _generate(
     for row, real, context in zip(ids, mask, contexts, strict=True):
         row[width - len(context) :], real[width - len(context) :] = context, 1
     options = dataclasses.replace(tree.options, n=count, seed=_seed(int(tree.options.seed), again))
-    feeds = generate_feeds(ids, mask, options, tree.step_token)
+    feeds = generate_feeds(ids, mask, [options] * len(contexts), tree.step_token)
     names = ["sequences", "lengths", "scores", "log_probs", "finish_reasons", "computed_tokens"]
     tokens, lengths, scores, log_probs, reasons, computed = tree.engine.session("generate").run(feeds, names, tree.stop)
     tree.cost.prompt_tokens += sum(map(len, contexts))

@@ -15,7 +15,7 @@ from ..engine.session import Stop
 
 __all__ = ["MOST_STOPS", "GraphRequest", "check_feeds", "check_shapes"]
 
-# The minimum and maximum of each scalar, by its name.
+# The minimum and maximum of each value, by the input's name.
 _RANGES: dict[str, tuple[float, float]] = {
     "aggregation": (0, len(AGGREGATIONS) - 1),
     "vote": (0, len(VOTES) - 1),
@@ -65,7 +65,7 @@ def check_shapes(name: str, graph: Graph, shapes: Mapping[str, list[int]], limit
     Args:
         name: name of the graph.
         graph: its inputs name the axes.
-        shapes: the shape of every input, of the rank that the graph declares.
+        shapes: the shape of every input, of the rank that the graph declares, or (batch) for one value for each prompt.
         limits: the model's limits.
 
     Raises:
@@ -73,7 +73,8 @@ def check_shapes(name: str, graph: Graph, shapes: Mapping[str, list[int]], limit
     """
     axes: dict[str, tuple[int, str]] = {}
     for value in graph.inputs:
-        for axis, size in zip(value.shape, shapes[value.name], strict=True):
+        declared = ["batch"] if value.name in graph.per_prompt and shapes[value.name] else value.shape
+        for axis, size in zip(declared, shapes[value.name], strict=True):
             if size == 0 and axis != "stops":
                 raise InputError(f"{value.name}: expected at least one element; got the shape {shapes[value.name]}")
             if not isinstance(axis, str):
@@ -107,13 +108,20 @@ def check_feeds(graph: str, feeds: dict[str, Array], engine: Engine) -> Shape:
         InputError: a size or a value is out of bounds.
     """
     for name, array in feeds.items():
-        if name in _RANGES and not _RANGES[name][0] <= array.item() <= _RANGES[name][1]:
-            raise InputError(f"{name}: expected {_RANGES[name][0]:g} to {_RANGES[name][1]:g}; got {array.item()!r}")
+        if name in _RANGES:
+            least, most = _RANGES[name]
+            # Not `array < least`, so that NaN is refused too.
+            wrong = array[~((array >= least) & (array <= most))].ravel()
+            if wrong.size:
+                raise InputError(f"{name}: expected {least:g} to {most:g}; got {wrong[0].item()!r}")
         if name.endswith("_mask") and ((array != 0) & (array != 1)).any():
             raise InputError(f"{name}: expected 0 or 1 everywhere; got {array[(array != 0) & (array != 1)][0]}")
         if name.endswith("ids") and name != "answer_ids":
             _check_ids(name, array, engine.reader.vocabulary)
     prompts, shape = _shape(graph, feeds)
+    last = int((feeds["stop_tokens"] >> 32).max(initial=0)) if "stop_tokens" in feeds else 0
+    if last > prompts:
+        raise InputError(f"stop_tokens: the upper 32 bits name prompt {last}, counted from 1; there are {prompts}")
     limit = engine.memory_limit
     check_size(
         engine.manifest, shape.candidates, shape.prompt, shape.length, None if limit is None else limit // prompts
@@ -148,4 +156,5 @@ def _shape(graph: str, feeds: dict[str, Array]) -> tuple[int, Shape]:
                 )
         return prompts, Shape(count, 0, length)
     mask = feeds["attention_mask"]
-    return len(mask), Shape(int(feeds["num_candidates"]), mask.shape[1], int(feeds["max_new_tokens"]))
+    candidates, length = (int(feeds[name].max()) for name in ("num_candidates", "max_new_tokens"))
+    return len(mask), Shape(candidates, mask.shape[1], length)

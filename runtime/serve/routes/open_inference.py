@@ -100,13 +100,16 @@ def add(routes: fastapi.APIRouter, service: Service) -> None:
     @protocol.get("/models/{model}/versions/{version}", include_in_schema=False)
     @protocol.get("/models/{model}")
     async def metadata(model: str, version: str | None = None) -> dict[str, object]:
-        """A model's inputs and outputs; -1 is an axis of any length, [] a scalar."""
+        """A model's inputs and outputs; -1 is an axis of any length, [] a scalar.
+
+        An option for each prompt is [-1], for which a scalar may come too.
+        """
         graph = artifact.graphs[graph_of(model, version)]
         return {
             "name": model,
             "versions": ["1"],
             "platform": "onnxruntime_onnx",
-            "inputs": [_described(value) for value in graph.inputs],
+            "inputs": [_described(value, value.name in graph.per_prompt) for value in graph.inputs],
             "outputs": [_described(value) for value in graph.outputs],
         }
 
@@ -156,8 +159,8 @@ def _plain(message: str) -> str:
     return re.sub(r"/\S+", "...", message.partition("\n")[0])[:300]
 
 
-def _described(value: Value) -> dict[str, object]:
-    shape = [axis if isinstance(axis, int) else -1 for axis in value.shape]
+def _described(value: Value, per_prompt: bool = False) -> dict[str, object]:
+    shape = [-1] if per_prompt else [axis if isinstance(axis, int) else -1 for axis in value.shape]
     return {"name": value.name, "datatype": _DATATYPES[value.dtype], "shape": shape}
 
 
@@ -181,7 +184,7 @@ def _read(body: bytes, length: str | None, name: str, engine: Engine) -> tuple[_
             raise ApiError(400, f"inputs: '{tensor.name:.80}' is not wanted; expected {', '.join(declared)}")
         if tensor.name in shapes:
             raise ApiError(400, f"inputs: '{tensor.name}' appears twice; expected it once")
-        shapes[tensor.name] = _shape(tensor, declared[tensor.name])
+        shapes[tensor.name] = _shape(tensor, declared[tensor.name], tensor.name in graph.per_prompt)
     missing = [other for other in declared if other not in shapes]
     if missing:
         raise ApiError(400, f"inputs: {', '.join(missing)} not given")
@@ -194,18 +197,20 @@ def _read(body: bytes, length: str | None, name: str, engine: Engine) -> tuple[_
     return inference, feeds
 
 
-def _shape(tensor: _Tensor, value: Value) -> list[int]:
-    """An input's shape, checked against the graph's."""
+def _shape(tensor: _Tensor, value: Value, per_prompt: bool) -> list[int]:
+    """An input's shape, checked against the graph's, for which there may be one value for each prompt instead."""
     name, datatype = f"input '{tensor.name}'", _DATATYPES[value.dtype]
     if tensor.datatype != datatype:
         raise ApiError(400, f"{name}: expected datatype {datatype}; got {tensor.datatype:.40}")
     # Clients whose tensors have at least one axis send a scalar as a list of one.
     shape = [] if not value.shape and tensor.shape == [1] else tensor.shape
-    fits = len(shape) == len(value.shape) and all(
-        not isinstance(axis, int) or axis == size for axis, size in zip(value.shape, shape, strict=True)
+    fits = (per_prompt and len(shape) == 1) or (
+        len(shape) == len(value.shape)
+        and all(not isinstance(axis, int) or axis == size for axis, size in zip(value.shape, shape, strict=True))
     )
     if not fits:
-        raise ApiError(400, f"{name}: expected the shape {value.shape}; got {tensor.shape!s:.100}")
+        expected = "[] or [batch]" if per_prompt else value.shape
+        raise ApiError(400, f"{name}: expected the shape {expected}; got {tensor.shape!s:.100}")
     return shape
 
 

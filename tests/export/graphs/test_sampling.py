@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from onnx.reference import ReferenceEvaluator
 
 from bonnx.export.graphs.builder import Builder, finish, name_value
+from bonnx.export.graphs.prompt_options import draw_options, option, per_prompt
 from bonnx.export.graphs.sampling import FUNCTIONS, draw_token, prompt_stream, random_uniform
 from bonnx.export.verify.draws import uniform
 from tests.tolerance import RUNTIME, within
@@ -31,17 +32,19 @@ def finished(inputs, outputs, builder):
 def generator():
     b = Builder("generator")
     inputs = [ir.val("ids", INT, ["batch", "length"]), ir.val("mask", INT, ["batch", "length"])]
-    inputs += [ir.val("seed", INT, []), ir.val("step", INT, []), ir.val("candidates", INT, ROWS)]
+    inputs += [option("seed"), ir.val("step", INT, []), ir.val("candidates", INT, ROWS)]
     ids, mask, seed, step, candidates = inputs
-    drawn = b.call(random_uniform, b.call(prompt_stream, ids, mask, seed), step, candidates)
+    stream = b.call(prompt_stream, ids, mask, per_prompt(b, seed, b.Shape(ids, start=0, end=1)))
+    drawn = b.call(random_uniform, stream, step, candidates)
     return finished(inputs, [name_value(drawn, "uniform", FLOAT, ROWS)], b)
 
 
 def draw():
     b = Builder("draw")
     inputs = [ir.val("logits", FLOAT, [*ROWS, "vocabulary"]), ir.val("uniform", FLOAT, ROWS)]
-    inputs += [ir.val("temperature", FLOAT, []), ir.val("top_k", INT, []), ir.val("top_p", FLOAT, [])]
-    tokens, log_probs = b.call(draw_token, *inputs)
+    inputs += [option(name) for name in ("temperature", "top_k", "top_p")]
+    rules = draw_options(b, inputs[2:], b.Shape(inputs[1], start=1, end=2))
+    tokens, log_probs = b.call(draw_token, *inputs[:2], *rules)
     outputs = [name_value(tokens, "tokens", INT, ROWS), name_value(log_probs, "log_probs", FLOAT, ROWS)]
     return finished(inputs, outputs, b)
 
@@ -214,6 +217,41 @@ def test_extreme_options_are_what_they_come_near_to(engine, rng):
         assert np.array_equal(run(temperature, 1, 1.0), likely)
         # Every token has the same share, within what 1e6 divided by 1e30 leaves.
         assert np.array_equal(run(temperature, 0, 1.0), np.floor(points * 40)), temperature
+
+
+@settings(max_examples=150)
+@given(data=st.data())
+def test_prompts_draw_together_what_they_draw_alone(data):
+    """Bit for bit: options, seeds and the numbers of tokens that are kept differ from prompt to prompt."""
+    batch, seed = data.draw(st.integers(1, 6)), data.draw(st.integers(0, 2**32))
+    vocabulary, count = data.draw(st.sampled_from([1, 7, 130, 1000])), data.draw(st.integers(1, 9))
+    rng = np.random.default_rng(seed)
+    logits = (rng.standard_normal((count, batch, vocabulary)) * rng.choice([0.1, 3, 20])).astype(np.float32)
+    points = (rng.integers(0, 2**23, (count, batch)) / 2**23).astype(np.float32)
+    temperature = rng.choice([*GREEDY, 1e-5, 0.3, 1, 1, 1, 4, math.inf], batch)
+    top_k, top_p = rng.choice([-4, 0, 0, 1, 3, 50, MOST], batch), rng.choice([1e-46, 0.3, 0.95, 1, 1, 1.5], batch)
+    tokens, log_probs = drawn(logits, points, temperature, top_k, top_p)
+    for b in range(batch):
+        alone = slice(b, b + 1)
+        own = drawn(logits[:, alone], points[:, alone], temperature[b], top_k[b], top_p[b])
+        assert np.array_equal(tokens[:, alone], own[0])
+        assert np.array_equal(log_probs[:, alone], own[1])
+    prompts, mask = rng.integers(0, 1000, (batch, 5)), np.ones((batch, 5), np.int64)
+    seeds, step = rng.integers(-(2**63), 2**63 - 1, batch), int(rng.integers(100))
+    together, _ = uniforms(prompts, mask, seeds, step, count)
+    for b in range(batch):
+        own = uniforms(prompts[b : b + 1], mask[:1], seeds[b], step, count)[0]
+        assert np.array_equal(together[:, b : b + 1], own)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_as_many_options_as_prompts_are_expected(batch, rng):
+    logits, points = rng.standard_normal((2, batch, 9)), rng.random((2, batch))
+    one = drawn(logits, points, top_k=2)[0]
+    assert np.array_equal(drawn(logits, points, top_k=[2])[0], one)
+    assert np.array_equal(drawn(logits, points, top_k=[2] * batch)[0], one)
+    with pytest.raises(Exception, match=r"cannot be reshaped|invalid expand shape|incompatible dimensions"):
+        drawn(logits, points, top_k=[2, 2])
 
 
 @pytest.mark.parametrize("temperature", [1e-5, 3e-5, 1e-3])

@@ -62,6 +62,11 @@ def post(client, graph, feeds, *, binary=False, change=None):
     return client.post(f"/v2/models/tiny_{graph}/infer", content=head + blobs, headers=headers)
 
 
+def tensors_of(answer):
+    assert answer.status_code == 200, answer.text
+    return {output["name"]: np.reshape(output["data"], output["shape"]) for output in answer.json()["outputs"]}
+
+
 @pytest.mark.parametrize("binary", [True, False])
 @pytest.mark.parametrize("graph", ["rank", "score", "generate"])
 def test_every_axis_of_every_tensor_is_checked(client, engine, graph, binary):
@@ -80,6 +85,52 @@ def test_every_axis_of_every_tensor_is_checked(client, engine, graph, binary):
             shape[place] = 0
             answer = post(client, graph, feeds | {value.name: np.ones(shape, np.int64)}, binary=binary)
             assert "expected at least one element" in answer.json()["error"]
+
+
+def test_options_for_each_prompt(client, engine):
+    """Two prompts that differ in every option: each as in a run of its own."""
+    names = [*engine.manifest.graphs["generate"].per_prompt]
+    metadata = client.get("/v2/models/tiny_generate").json()
+    assert {value["name"] for value in metadata["inputs"] if value["shape"] == [-1]} == {*names, "stop_tokens"}
+    options = {"num_candidates": [3, 1], "max_new_tokens": [2, 6], "temperature": [0.5, 1.5], "top_k": [9, 0]}
+    options |= {"top_p": [1.0, 0.7], "seed": [2**62 + 3, -8], "aggregation": [4, 1], "step_token": [-1, 3]}
+    options |= {"prune_every": [1, 0], "prune_keep": [0.4, 0.6]}
+    assert {*options} == {*names}
+    feeds = good("generate")
+    each = {name: np.array(values, feeds[name].dtype) for name, values in options.items()}
+    stops = np.array([7, (2 << 32) + 5, *((1 << 32) + token for token in range(40, 90))])
+    outputs = tensors_of(post(client, "generate", feeds | each | {"stop_tokens": stops}))
+    for b in range(2):
+        own = [token & 0xFFFFFFFF for token in stops.tolist() if token >> 32 in (0, b + 1)]
+        alone = {name: values[b] for name, values in each.items()} | {"stop_tokens": np.array(own)}
+        alone |= {name: feeds[name][b : b + 1] for name in ("input_ids", "attention_mask")}
+        expected = tensors_of(post(client, "generate", feeds | alone))
+        count, _, length = expected["sequences"].shape
+        assert count == options["num_candidates"][b]
+        assert np.array_equal(outputs["sequences"][:count, b, :length], expected["sequences"][:, 0])
+        assert np.array_equal(outputs["lengths"][:count, b], expected["lengths"][:, 0])
+        assert np.array_equal(outputs["finish_reasons"][:count, b], expected["finish_reasons"][:, 0])
+        assert outputs["best_index"][b] == expected["best_index"][0]
+    assert outputs["finish_reasons"][:, 1].tolist()[1:] == [-1, -1]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"seed": np.array([1, 2, 3])}, "seed: its axis 'batch' is 3, that of input_ids 2; expected equal"),
+        ({"top_k": np.ones((2, 1), np.int64)}, "'top_k': expected the shape [] or [batch]; got [2, 1]"),
+        ({"top_k": np.ones(0, np.int64)}, "top_k: expected at least one element"),
+        ({"temperature": np.array([1, -1], np.float32)}, "temperature: expected 0 to 1e+30; got -1.0"),
+        ({"num_candidates": np.array([4, 5000])}, "5000 candidates"),
+        ({"max_new_tokens": np.array([60, 1])}, "this server takes at most 64 at once"),
+        ({"stop_tokens": np.array([5, (3 << 32) + 5])}, "the upper 32 bits name prompt 3, counted from 1; there are 2"),
+    ],
+    ids=["length", "rank", "empty", "range", "candidates", "tokens", "stop token"],
+)
+def test_options_for_each_prompt_that_do_not_fit(client, wrong, message):
+    answer = post(client, "generate", good("generate") | wrong)
+    assert answer.status_code == 400
+    assert message in answer.json()["error"]
 
 
 @pytest.mark.parametrize("graph", _BROADCAST)
