@@ -1,8 +1,8 @@
 """Adapt an artifact's graphs to Triton Inference Server: request axis first, no scalars, a fixed scoring rule.
 
 Triton batches requests along the first axis, which every input and output must have, and does not support scalars. So
-`rank` and `score` get the request axis first, by transposing inputs and outputs, and the artifact's scoring rule as
-constants. `generate`, whose options apply to a whole run, keeps its shapes and takes each option as a list of one.
+the graphs get the request axis first, by transposing inputs and outputs, and the artifact's scoring rule as constants.
+Each option of `generate` is a column, one value for each request.
 
 Shapes: N candidates, B requests, T tokens.
 """
@@ -23,16 +23,11 @@ from bonnx.runtime.selection.aggregate import aggregation_code, is_stepwise
 
 from ..graphs.builder import Builder, finish, name_value
 
-__all__ = ["batched", "triton_graphs"]
+__all__ = ["triton_graphs"]
 
 INT = ir.DataType.INT64
 # The options of `generate` that a request sets; the others are fixed by the artifact's rule or disabled.
 OPTIONS = ("num_candidates", "max_new_tokens", "temperature", "top_k", "top_p", "seed")
-
-
-def batched(name: str) -> bool:
-    """Whether Triton may batch requests for a graph."""
-    return name != "generate"
 
 
 def triton_graphs(artifact: Path, manifest: Manifest) -> Iterator[tuple[str, ir.Model]]:
@@ -151,12 +146,12 @@ def _score(interface: _Interface, scoring: Scoring) -> None:
 
 
 def _generate(interface: _Interface, scoring: Scoring) -> None:
-    """Keep the graph's shapes; each option and each scalar output becomes a list of one."""
-    graph, before, after = interface.graph, interface.before, interface.after
+    """Prompts (B, P), options (B, 1) -> sequences, scores, log_probs (B, N, T), lengths and others (B, N)."""
+    before, after = interface.before, interface.after
     for name in ("input_ids", "attention_mask"):
         interface.keep_input(name, ["batch", "prompt_length"])
     for name in OPTIONS:
-        interface.reshape_input(name, [1], lambda x: before.Squeeze(x, before.ints(0)))
+        interface.reshape_input(name, ["batch", 1], lambda x: before.Squeeze(x, before.ints(1)))
     step_token = scoring.step_token if is_stepwise(scoring.aggregation) else None
     stops = [token for token in (scoring.end_token, *scoring.stop_tokens) if token is not None]
     interface.replace_input("stop_tokens", np.array(stops, np.int64))
@@ -164,14 +159,16 @@ def _generate(interface: _Interface, scoring: Scoring) -> None:
     interface.replace_input("step_token", np.array(-1 if step_token is None else step_token, np.int64))
     interface.replace_input("prune_every", np.array(0, np.int64))
     interface.replace_input("prune_keep", np.array(1, np.float32))
-    for output in [*graph.outputs]:
-        assert output.shape is not None
-        name, shape = str(output.name), [axis if isinstance(axis, int) else str(axis.value) for axis in output.shape]
+    table = ["batch", "num_candidates", "length"]
+    for name in ("sequences", "lengths", "scores", "log_probs", "finish_reasons", "candidate_scores"):
         value = interface.take_output(name)
-        if shape:
-            interface.add_output(name, value, value, shape)
-        else:
-            interface.add_output(name, after.Unsqueeze(value, after.ints(0)), value, [1])
+        assert value.shape is not None
+        axes = table[: len(value.shape)]
+        interface.add_output(name, after.Transpose(value, perm=[1, 0, 2][: len(axes)]), value, axes)
+    best = interface.take_output("best_index")
+    interface.add_output("best_index", after.Unsqueeze(best, after.ints(1)), best, ["batch", 1])
+    winners = interface.take_output("best_sequence")
+    interface.add_output("best_sequence", winners, winners, ["batch", "length"])
     interface.close()
 
 

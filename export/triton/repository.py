@@ -13,7 +13,7 @@ from bonnx.runtime.artifact.folder import WEIGHTS, read_verified
 
 from ..staging import staged
 from ..verify.parity import check_structure
-from .graphs import batched, triton_graphs
+from .graphs import triton_graphs
 
 __all__ = ["check_repository", "write_repository"]
 
@@ -37,9 +37,12 @@ def write_repository(artifact: Path, repository: Path, *, overwrite: bool = Fals
 
     Raises:
         ArtifactError: if the artifact has changed since it was written.
-        ExportError: if the folder exists, the disk is full, or a graph is not valid ONNX; nothing is left behind.
+        ExportError: if the folder exists, the disk is full, a graph is not valid ONNX, or the artifact is older than
+            options for each prompt; nothing is left behind.
     """
     manifest = read_verified(artifact)
+    if "generate" in manifest.graphs and not manifest.graphs["generate"].per_prompt:
+        raise ExportError(f"{artifact}: its 'generate' takes one value of each option for all prompts; export it again")
     check_repository(repository, artifact, overwrite=overwrite)
     names: list[str] = []
     with staged(repository.absolute()) as folder:
@@ -53,8 +56,7 @@ def write_repository(artifact: Path, repository: Path, *, overwrite: bool = Fals
             weights = weights.rename(version / WEIGHTS)
             (version / GRAPH).write_bytes(ir.to_proto(model).SerializeToString())
             check_structure(version / GRAPH)
-            config = _config(name, model.graph, _MAX_BATCH_SIZE if batched(graph) else 0)
-            (folder / name / CONFIG).write_text(config, encoding="utf-8")
+            (folder / name / CONFIG).write_text(_config(name, model.graph), encoding="utf-8")
             names.append(name)
         for name in names[:-1]:
             _link(weights, folder / name / "1" / WEIGHTS)
@@ -98,27 +100,25 @@ def _link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _config(name: str, graph: ir.Graph, max_batch_size: int) -> str:
+def _config(name: str, graph: ir.Graph) -> str:
     """Return the content of `config.pbtxt`, as defined by `ModelConfig` in Triton's model_config.proto."""
     lines = [
         f"{_MARK} To tune it, see docs/triton.md.",
         f'name: "{name}"',
         'backend: "onnxruntime"',
         f'default_model_filename: "{GRAPH}"',
-        f"max_batch_size: {max_batch_size}",
-        *(_tensor("input", value, max_batch_size > 0) for value in graph.inputs),
-        *(_tensor("output", value, max_batch_size > 0) for value in graph.outputs),
+        f"max_batch_size: {_MAX_BATCH_SIZE}",
+        *(_tensor("input", value) for value in graph.inputs),
+        *(_tensor("output", value) for value in graph.outputs),
         "instance_group [ { kind: KIND_AUTO, count: 1 } ]",
+        f"dynamic_batching {{ max_queue_delay_microseconds: {_MAX_QUEUE_DELAY} }}",
     ]
-    if max_batch_size:
-        lines.append(f"dynamic_batching {{ max_queue_delay_microseconds: {_MAX_QUEUE_DELAY} }}")
     return "\n".join(lines) + "\n"
 
 
-def _tensor(kind: str, value: ir.Value, is_batched: bool) -> str:
+def _tensor(kind: str, value: ir.Value) -> str:
     """Return an entry for a tensor; the request axis is implicit."""
     assert value.shape is not None
     assert value.dtype is not None
-    sizes = [axis if isinstance(axis, int) else -1 for axis in value.shape][1 if is_batched else 0 :]
-    dims = ", ".join(map(str, sizes))
+    dims = ", ".join(str(axis) if isinstance(axis, int) else "-1" for axis in value.shape[1:])
     return f'{kind} [ {{ name: "{value.name}", data_type: {_TYPES[value.dtype]}, dims: [ {dims} ] }} ]'

@@ -130,7 +130,8 @@ def test_configs_agree_with_schema_graphs_and_manifest(artifact):
     for name, graph in zip(artifact.names, graphs, strict=True):
         config, session = artifact.configs[graph], artifact.sessions[graph]
         assert (config.name, config.backend, config.default_model_filename) == (name, "onnxruntime", "model.onnx")
-        assert (config.max_batch_size > 0) == (graph != "generate") == config.HasField("dynamic_batching")
+        assert config.max_batch_size > 0
+        assert config.HasField("dynamic_batching")
         folder = artifact.repository / name / "1"
         assert sorted(path.name for path in folder.iterdir()) == ["model.onnx", "weights.bin"]
         assert (folder / "weights.bin").read_bytes() == (artifact.folder / "onnx/weights.bin").read_bytes()
@@ -143,10 +144,10 @@ def test_configs_agree_with_schema_graphs_and_manifest(artifact):
                 assert np_to_triton_dtype(np.dtype(known[value.name])) == ORT[other.type]
                 shape = [axis if isinstance(axis, int) else -1 for axis in other.shape]
                 # Triton's rules: the axis of requests is variable and not listed; no tensor is a scalar.
-                assert [*value.dims] == (shape if graph == "generate" else shape[1:])
+                assert [*value.dims] == shape[1:]
                 assert value.dims
                 assert not value.HasField("reshape")
-                assert graph == "generate" or shape[0] == -1
+                assert shape[0] == -1
 
 
 def test_rank(artifact, rng):
@@ -217,30 +218,42 @@ def test_score(artifact, rng):
 
 @pytest.mark.parametrize("artifact", ["last", "mean of steps"], indirect=True)
 def test_generate(artifact, rng):
-    prompts = [draw(rng, artifact, 6) for _ in range(2)]
+    prompts = [draw(rng, artifact, 6) for _ in range(3)]
     ids, mask = padded(rng, prompts)
-    options = {"max_new_tokens": 10, "top_k": 120, "top_p": 0.97, "temperature": 0.8, "seed": int(rng.integers(2**31))}
-    feeds = {"input_ids": ids, "attention_mask": mask, "num_candidates": np.array([16])}
-    feeds |= {k: np.array([v], np.float32 if isinstance(v, float) else np.int64) for k, v in options.items()}
+    options = {"n": [16, 3, 1], "max_new_tokens": [10, 17, 4], "top_k": [120, 0, 7], "top_p": [0.97, 1.0, 0.5]}
+    options |= {"temperature": [0.8, 1.3, 0.0], "seed": rng.integers(2**31, size=3).tolist()}
+    columns = {"num_candidates" if name == "n" else name: np.array(values)[:, None] for name, values in options.items()}
+    floats = ("temperature", "top_p")
+    feeds = {name: column.astype(np.float32 if name in floats else np.int64) for name, column in columns.items()}
+    feeds |= {"input_ids": ids, "attention_mask": mask}
     served = artifact.infer("generate", feeds)
-    computed = 0
     for b, prompt in enumerate(prompts):
-        expected = artifact.model.generate(prompt, n=16, **options)
-        computed += expected.computed_tokens
+        expected = artifact.model.generate(prompt, **{name: values[b] for name, values in options.items()})
+        single, count = artifact.infer("generate", alone(feeds, b)), options["n"][b]
         for n, candidate in enumerate(expected.candidates):
-            length = int(served["lengths"][n, b])
-            assert served["sequences"][n, b, :length].tolist() == candidate.tokens.tolist()
-            assert within(served["scores"][n, b, :length], candidate.scores, RUNTIME)
-            reason = bonnx.FINISH_REASONS[served["finish_reasons"][n, b]]
-            assert reason == candidate.finish_reason
+            length = int(served["lengths"][b, n])
+            assert served["sequences"][b, n, :length].tolist() == candidate.tokens.tolist()
+            assert single["sequences"][0, n, :length].tolist() == candidate.tokens.tolist()
+            assert within(served["scores"][b, n, :length], candidate.scores, RUNTIME)
+            assert within(served["log_probs"][b, n, :length], candidate.log_probs, RUNTIME)
+            assert bonnx.FINISH_REASONS[served["finish_reasons"][b, n]] == candidate.finish_reason
+        assert not served["lengths"][b, count:].any()
+        assert np.isnan(served["candidate_scores"][b, count:]).all()
         scores = np.array([candidate.score for candidate in expected.candidates], np.float32)
-        assert within(served["candidate_scores"][:, b], scores, RUNTIME)
-        assert served["best_index"][b] == expected.best_index
+        assert within(served["candidate_scores"][b, :count], scores, RUNTIME)
+        assert served["best_index"][b].tolist() == [expected.best_index]
         best = served["best_sequence"][b, : len(expected.best.tokens)]
         assert best.tolist() == expected.best.tokens.tolist()
-    # Rows that only fill up the rectangle are read too.
-    assert served["computed_tokens"].shape == (1,)
-    assert served["computed_tokens"][0] >= computed
+
+
+def test_an_artifact_whose_options_are_for_all_prompts_is_refused(tiny, tmp_path):
+    shutil.copytree(tiny, tmp_path / "artifact")
+    manifest = read_verified(tiny)
+    graphs = {name: msgspec.structs.replace(graph, per_prompt=[]) for name, graph in manifest.graphs.items()}
+    (tmp_path / "artifact" / MANIFEST).write_bytes(seal(msgspec.structs.replace(manifest, graphs=graphs)))
+    with pytest.raises(ExportError, match="one value of each option for all prompts; export it again"):
+        write_repository(tmp_path / "artifact", tmp_path / "repository")
+    assert not (tmp_path / "repository").exists()
 
 
 def test_weights_lie_on_the_disk_once(artifact):
