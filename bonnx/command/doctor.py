@@ -1,4 +1,4 @@
-"""`bonnx doctor`: show what is installed and what is wrong with it. Needs only Python."""
+"""`bonnx doctor`: show what is installed and what is wrong with it. Without an artifact it needs only Python."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.machinery import PathFinder
+from pathlib import Path
 from typing import TypedDict
 
+from bonnx.errors import BonnxError, ProviderError
 from bonnx.runtime.engine.providers import FLAVOURS, installed_flavours
 
 from . import print_json
@@ -26,8 +28,12 @@ _MODULES = {"onnxruntime-gpu": "onnxruntime"}
 _PATH = "import sys, json; sys.path[:] = json.loads(sys.argv[1]);"
 _IMPORT = f"{_PATH} import importlib; print(importlib.import_module(sys.argv[2]).__file__ or '')"
 _RUNTIME = (
-    f"{_PATH} from bonnx.runtime.engine.providers import runtime_module; from bonnx.errors import ProviderError\n"
-    "try: print(json.dumps({'providers': runtime_module().get_available_providers()}))\n"
+    f"{_PATH} from bonnx.runtime.engine.providers import cuda_fault, runtime_module\n"
+    "from bonnx.errors import ProviderError\n"
+    "try:\n"
+    "    runtime = runtime_module()\n"
+    "    faults = [fault for fault in [cuda_fault(runtime)] if fault]\n"
+    "    print(json.dumps({'providers': runtime.get_available_providers(), 'problems': faults}))\n"
     "except ProviderError as e: print(json.dumps({'problems': [str(e)]}))"
 )
 _SECONDS = 120
@@ -57,8 +63,18 @@ class Extra(TypedDict):
     install: str
 
 
+class OnCuda(TypedDict):
+    """A graph's nodes by where they run, and what is copied: see `bonnx.runtime.engine.placement.Placement`."""
+
+    cuda: int
+    host: int
+    without: dict[str, int]
+    copies: int
+    body_copies: int
+
+
 class Diagnosis(TypedDict):
-    """What is installed, and what is wrong with it."""
+    """What is installed, and what is wrong with it; and where the nodes of an artifact's graphs run on CUDA."""
 
     ok: bool
     python: str
@@ -66,14 +82,22 @@ class Diagnosis(TypedDict):
     packages: dict[str, str | None]
     providers: list[str]
     extras: dict[str, Extra]
+    graphs: dict[str, OnCuda]
     problems: list[str]
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments: none."""
+    """Declare the argument."""
+    parser.add_argument(
+        "artifact",
+        nargs="?",
+        type=Path,
+        help="also show which nodes of its graphs run on CUDA and how much is copied, as ONNX Runtime decides when it "
+        "loads them; needs onnxruntime-gpu",
+    )
 
 
-def diagnose() -> Diagnosis:
+def diagnose(artifact: Path | None = None) -> Diagnosis:
     """Versions, providers, what each extra lacks, and problems with what to do about each."""
     packages, problems = _required()
     with ThreadPoolExecutor(4) as pool:
@@ -90,6 +114,13 @@ def diagnose() -> Diagnosis:
         *failures,
     ]
     problems += [problem for package in packages for problem in package.problems]
+    graphs: dict[str, OnCuda] = {}
+    # If ONNX Runtime itself is broken, its problem says all.
+    if artifact is not None and not report.get("problems"):
+        try:
+            graphs = _placed(artifact, report.get("providers", []))
+        except BonnxError as e:
+            problems.append(str(e))
     return {
         "ok": not problems,
         "python": platform.python_version(),
@@ -97,8 +128,23 @@ def diagnose() -> Diagnosis:
         "packages": {**{package.name: package.version for package in packages}, **installed_flavours()},
         "providers": report.get("providers", []),
         "extras": _extras(packages),
+        "graphs": graphs,
         "problems": list(dict.fromkeys(problems)),
     }
+
+
+def _placed(artifact: Path, providers: list[str]) -> dict[str, OnCuda]:
+    """Where the nodes of each graph run."""
+    # Needs packages, which may be missing.
+    from bonnx.runtime.engine.placement import place_artifact
+
+    if "CUDAExecutionProvider" not in providers:
+        raise ProviderError(
+            f"where the nodes of {artifact} run on CUDA needs onnxruntime-gpu; this ONNX Runtime has "
+            f"{', '.join(providers) or 'no providers'} only: run `pip uninstall -y onnxruntime`, then "
+            "`pip install bonnx[gpu]`"
+        )
+    return {name: OnCuda(**asdict(placement)) for name, placement in place_artifact(artifact).items()}
 
 
 def _required() -> tuple[list[_Package], list[str]]:
@@ -204,7 +250,7 @@ def _ask(code: str, *arguments: str) -> tuple[str, str | None]:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the diagnosis; exit 1 if something is wrong."""
-    diagnosis = diagnose()
+    diagnosis = diagnose(arguments.artifact)
     if arguments.json:
         print_json(diagnosis)
         return 0 if diagnosis["ok"] else 1
@@ -217,7 +263,20 @@ def run(arguments: argparse.Namespace) -> int:
     for name, entry in diagnosis["extras"].items():
         state = f"missing {', '.join(entry['missing'])}: {entry['install']}" if entry["missing"] else "installed"
         print(f"  {name:<20} {state}")
+    _print_graphs(diagnosis["graphs"])
     for problem in diagnosis["problems"]:
         print(f"problem: {problem}")
     print("ok" if diagnosis["ok"] else "not ok")
     return 0 if diagnosis["ok"] else 1
+
+
+def _print_graphs(graphs: dict[str, OnCuda]) -> None:
+    if not graphs:
+        return
+    print("graphs                 on CUDA   on the CPU   no kernel   copies   copies in bodies")
+    for name, placed in graphs.items():
+        numbers = placed["cuda"], placed["host"], sum(placed["without"].values()), placed["copies"]
+        print(f"  {name:<20} {'{:>7} {:>12} {:>11} {:>8}'.format(*numbers)} {placed['body_copies']:>18}")
+    without = sorted({operator for placed in graphs.values() for operator in placed["without"]})
+    if without:
+        print(f"  no CUDA kernel       {', '.join(without)}")

@@ -136,6 +136,21 @@ def test_a_broken_onnx_runtime(site, breaks, message):
     assert report["providers"] == []
 
 
+def test_cuda_that_cannot_be_loaded(site):
+    """ONNX Runtime calls its provider available even if a library of CUDA is missing."""
+    code = "__version__, cuda_version = '1.31.1', '13.0'\n"
+    code += RUNTIME.replace("['", "['CUDAExecutionProvider', '")
+    install(site, "onnxruntime-gpu", "1.31.1", code)
+    install(site, "nvidia-cublas-cu12", "12.4.5", None)
+    install(site, "nvidia-cudnn-cu12", "9.1", None)
+    report = diagnosis(site)
+    assert report["providers"] == ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    (problem,) = report["problems"]
+    assert problem.startswith("onnxruntime-gpu 1.31.1 cannot use CUDA: ")
+    assert "libonnxruntime_providers_shared.so: cannot open shared object file" in problem
+    assert "built for CUDA 13, and installed are nvidia-cublas-cu12 12.4.5, nvidia-cudnn-cu12 9.1; run" in problem
+
+
 def test_other_packages_that_are_broken(site):
     install(site, "onnxruntime", "1.32.0", RUNTIME)
     install(site, "torch", "2.10.0", "raise OSError('libtorch.so: cannot open')")
