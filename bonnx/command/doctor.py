@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from importlib.machinery import PathFinder
 from pathlib import Path
-from typing import TypedDict
+from typing import TypedDict, cast
 
 from bonnx.errors import BonnxError, ProviderError
 from bonnx.runtime.engine.providers import FLAVOURS, installed_flavours
@@ -144,7 +144,7 @@ def _placed(artifact: Path, providers: list[str]) -> dict[str, OnCuda]:
             f"{', '.join(providers) or 'no providers'} only: run `pip uninstall -y onnxruntime`, then "
             "`pip install bonnx[gpu]`"
         )
-    return {name: OnCuda(**asdict(placement)) for name, placement in place_artifact(artifact).items()}
+    return {name: cast(OnCuda, asdict(placement)) for name, placement in place_artifact(artifact).items()}
 
 
 def _required() -> tuple[list[_Package], list[str]]:
