@@ -101,7 +101,7 @@ def test_extras_that_pages_install_exist(page):
     extras = importlib.metadata.metadata("bonnx").get_all("Provides-Extra")
     named = {name for names in re.findall(r"pip install [^`\n]*\[([\w,]+)\]", read(page)) for name in names.split(",")}
     # Other packages have extras, too.
-    assert named - {"grpc"} <= set(extras)
+    assert named - {"cuda", "cudnn", "grpc"} <= set(extras)
 
 
 def test_the_architecture_shows_every_folder():

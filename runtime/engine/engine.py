@@ -7,7 +7,9 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from bonnx.errors import ArtifactError, InputError
+import msgspec
+
+from bonnx.errors import ArtifactError, InputError, ProviderError
 
 from ..artifact.folder import locate, read_verified
 from ..artifact.manifest import Manifest
@@ -150,7 +152,7 @@ def open_engine(
 
 def make_engine(folder: Path, manifest: Manifest, options: SessionOptions, prompt_cache: int = PROMPT_CACHE) -> Engine:
     """The engine of a folder whose manifest has been read."""
-    sessions, reader = SessionPool(folder, manifest, options), _reader(folder, manifest)
+    sessions, reader = SessionPool(folder, manifest, _fitting(manifest, options)), _reader(folder, manifest)
     # One graph is loaded now, so that an unavailable provider is reported at once.
     provider, limit = sessions("rank" if manifest.has_scorer else "generate").provider, options.memory_limit
     return Engine(
@@ -162,6 +164,19 @@ def make_engine(folder: Path, manifest: Manifest, options: SessionOptions, promp
         prompt_cache=prompt_cache,
         close=sessions.close,
     )
+
+
+def _fitting(manifest: Manifest, options: SessionOptions) -> SessionOptions:
+    """Refuse CUDA for an artifact with 8-bit products; `auto` chooses the CPU for it."""
+    if manifest.precision not in ("int8", "int4") or options.provider == "cpu":
+        return options
+    if options.provider == "cuda":
+        raise ProviderError(
+            f"provider='cuda' was requested, but '{manifest.name}' is {manifest.precision}, and ONNX Runtime "
+            "has no CUDA kernel for its 8-bit products: each would run on the CPU, with copies to and fro; export the "
+            "model at fp16 or fp32 for CUDA, or use provider='cpu'"
+        )
+    return msgspec.structs.replace(options, provider="cpu")
 
 
 def _reader(folder: Path, manifest: Manifest) -> Reader:

@@ -120,7 +120,7 @@ class Session:
         return stop
 
     def run(self, feeds: dict[str, Array], outputs: list[str], stop: Stop | None = None) -> list[Array]:
-        """Run the graph; on CUDA the inputs are bound once and only the requested outputs are copied to the host.
+        """Run the graph; on CUDA only the requested outputs are copied to the host.
 
         A run whose `stop` is set to terminate raises an exception at its next operator.
         """
@@ -129,7 +129,7 @@ class Session:
         if self.provider != "cuda":
             result = self._interruptibly(lambda: self._session.run(outputs, feeds, stop), feeds, stop)
         else:
-            held = self.hold(feeds)
+            held = self._wrap(feeds)
             values = self._interruptibly(lambda: self._bound(held, outputs, stop), feeds, stop)
             result = [value.numpy() for value in values]
         self._weights.check()
@@ -137,7 +137,13 @@ class Session:
 
     def hold(self, arrays: dict[str, Array]) -> dict[str, HeldArray]:
         """Copies of arrays where the session runs, for `values`."""
-        place = (self.provider, self.options.device_id) if self.provider == "cuda" else ("cpu", 0)
+        return self._wrap(arrays, *((self.provider, self.options.device_id) if self.provider == "cuda" else ()))
+
+    def _wrap(self, arrays: dict[str, Array], *place: str | int) -> dict[str, HeldArray]:
+        """Copies of arrays, on the host unless another place is given.
+
+        Binding copies those that the graph reads on CUDA; numbers that it reads on the host, such as a loop's, stay.
+        """
         make = self._runtime.OrtValue.ortvalue_from_numpy
         # Not ascontiguousarray, which turns a scalar into an array of one element.
         return {name: make(np.asarray(array, order="C"), *place) for name, array in arrays.items()}
@@ -147,7 +153,7 @@ class Session:
     ) -> dict[str, HeldArray]:
         """Run on arrays or held values; every output stays where it was computed."""
         arrays = {name: value for name, value in feeds.items() if isinstance(value, np.ndarray)}
-        held = {**feeds, **self.hold(arrays)}
+        held = {**feeds, **self._wrap(arrays)}
         outputs = [value.name for value in self.graph.outputs if logits or value.name != "logits"]
         handle = stop or self.make_stop()
 

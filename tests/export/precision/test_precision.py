@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import bonnx
-from bonnx import ExportError, InputError
+from bonnx import ExportError, InputError, ProviderError
 from bonnx.export.artifact import export_model
 from bonnx.export.precision.linear import Linear4, Linear8
 from bonnx.export.precision.quantize import quantized
@@ -25,6 +25,7 @@ from bonnx.models.config import LanguageModelConfig, NetworkConfig
 from bonnx.models.network import LanguageModel
 from bonnx.runtime.artifact.folder import read_verified
 from bonnx.runtime.artifact.manifest import Scoring
+from bonnx.runtime.engine import session
 from bonnx.runtime.engine.engine import open_engine
 from bonnx.runtime.generate.decoding import decode_all
 from bonnx.runtime.generate.request import read_request
@@ -58,6 +59,20 @@ def test_an_int8_artifact_says_so_and_verifies(int8, tiny):
         assert {entry.domain for entry in model.opset_import} <= {"", "ai.onnx"}
     _, checks = verify(int8)
     assert len(checks) >= 8
+
+
+def test_an_int8_artifact_runs_on_the_cpu_only(int8, monkeypatch):
+    with pytest.raises(ProviderError, match="has no CUDA kernel for its 8-bit products"):
+        bonnx.load(int8, provider="cuda")
+    asked, original = [], session._providers
+
+    def providers(runtime, options):
+        asked.append(options.provider)
+        return original(runtime, options)
+
+    monkeypatch.setattr(session, "_providers", providers)
+    assert bonnx.load(int8).provider == "cpu"
+    assert asked == ["cpu"]
 
 
 @pytest.mark.parametrize(

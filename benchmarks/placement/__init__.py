@@ -1,0 +1,1 @@
+"""Where ONNX Runtime would place the graphs' nodes on CUDA, without a GPU."""
