@@ -146,18 +146,16 @@ def attend_self(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cap: float
     if mask is not None:
         shape = logits.shape
         logits = (logits.reshape(*shape[:-2], mask.shape[-3], -1, shape[-1]) + mask).reshape(shape)
-    # A softmax written out, because the log-sum-exp needs its intermediate values.
-    top = logits.amax(-1, keepdim=True)
-    # Below about exp(-80) numbers are denormal, and processors are many times slower on those.
-    raised = (logits - top).clamp(min=-80.0).exp()
-    mass = raised.sum(-1, keepdim=True)
-    return (raised / mass) @ v, top + mass.log()
+    weights = logits.softmax(-1)
+    # The largest weight is 1 / sum(exp(logits - largest)).
+    return weights @ v, logits.amax(-1, keepdim=True) - weights.amax(-1, keepdim=True).log()
 
 
 def attend_prompt(
     q: Tensor,
     self_out: Tensor,
     self_logit: Tensor,
+    ones: Tensor,
     keys: Tensor,
     values: Tensor,
     reach: Tensor | None,
@@ -169,6 +167,7 @@ def attend_prompt(
         q: (B, G, M, K), the queries of all candidates.
         self_out: (B, G, M, K), the output of `attend_self`.
         self_logit: (B, G, M, 1), its log-sum-exp.
+        ones: (B, G, M, 1), which all layers share.
         keys: from `shared_keys`.
         values: from `shared_values`.
         reach: additive sliding-window mask, (B, 1, 1, 1 + P), or None.
@@ -177,7 +176,7 @@ def attend_prompt(
     Returns:
         (B, G, M, K).
     """
-    logits = _with_extra(q, torch.cat([torch.ones_like(self_logit), self_logit], 3), keys, cap)
+    logits = _with_extra(q, torch.cat([ones, self_logit], 3), keys, cap)
     if reach is not None:
         logits = logits + reach
     weights = logits.softmax(-1)

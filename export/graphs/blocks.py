@@ -120,16 +120,11 @@ class _Part(Builder):
         return self.Reshape(self.Add(self.Reshape(logits, shape), mask), self.Shape(logits))
 
     def itself(self, logits: Any, values: Any) -> tuple[Any, Any]:
-        """Masked logits (..., M, T), values (..., T, K) -> the output, and the log-sum-exp of the logits (..., M, 1).
-
-        A softmax written out, because the log-sum-exp needs its intermediate values.
-        """
-        last = self.ints(-1)
-        top = self.ReduceMax(logits, last, keepdims=1)
-        # Below about exp(-80) numbers are denormal, and processors are many times slower on those.
-        raised = self.Exp(self.Max(self.Sub(logits, top), self.float(-80.0)))
-        mass = self.ReduceSum(raised, last, keepdims=1)
-        return self.MatMul(self.Div(raised, mass), values), self.Add(top, self.Log(mass))
+        """Masked logits (..., M, T), values (..., T, K) -> the output, and the logits' log-sum-exp (..., M, 1)."""
+        last, weights = self.ints(-1), self.Softmax(logits, axis=-1)
+        # The largest weight is 1 / sum(exp(logits - largest)).
+        top, largest = (self.ReduceMax(x, last, keepdims=1) for x in (logits, weights))
+        return self.MatMul(weights, values), self.Sub(top, self.Log(largest))
 
     def merged(self, q: Any, out: Any, logit: Any, keys: Any, values: Any, near: Any, axes: Sequence[Any]) -> Any:
         """Merge the attention of queries (..., M, K) to shared keys with their own, an output and its log-sum-exp.

@@ -182,35 +182,48 @@ def _network(
         parameter.replace_all_uses_with(value)
     outputs = list(token_pass.outputs)
     b.adopt(token_pass)
-    for i, node in enumerate(b.nodes):
+    appends, nodes = list[ir.Node](), list[ir.Node]()
+    for node in b.nodes:
         reads_cache = node.op_type in ("Concat", "Shape") and node.inputs[0] in candidate_cache
         if reads_cache and node.op_type == "Concat":
-            b.nodes[i] = _joined(node, kept_rows)
-            outputs[outputs.index(node.outputs[0])] = b.nodes[i].outputs[0]
-        elif reads_cache and node.attributes["end"].as_int() <= len(ROWS):
+            appends.append(node)
+            # Keys, then values: nothing reads the one before the other is there.
+            if len(appends) == 2:
+                nodes.append(_joined(appends, kept_rows))
+                for append, value in zip(appends, nodes[-1].outputs, strict=True):
+                    outputs[outputs.index(append.outputs[0])] = value
+                appends = []
+            continue
+        if reads_cache and node.attributes["end"].as_int() <= len(ROWS):
             # The traced graph may read the number of rows from the cache, which still holds the dropped ones.
             node.replace_input_with(0, tokens)
+        nodes.append(node)
+    b.nodes = nodes
     return outputs
 
 
-def _joined(node: ir.Node, kept_rows: tuple[ir.Value, ir.Value]) -> ir.Node:
-    """Turn `Concat(cache, new)` into an `If`: each branch copies the cache once, and only one of them gathers rows."""
-    cache, new = node.inputs
-    assert cache is not None
-    assert new is not None
+def _joined(nodes: list[ir.Node], kept_rows: tuple[ir.Value, ir.Value]) -> ir.Node:
+    """Turn `Concat(cache, new)`s into an `If`: each branch copies a cache once, and only one of them gathers rows.
+
+    One for the keys and the values of a layer, because a runtime starts each `If` anew.
+    """
     fewer, index = kept_rows
-    axis = node.attributes["axis"].as_int()
     branches = {}
     for name in ("then_branch", "else_branch"):
-        b, source = Builder(f"{node.name}/{name}"), cache
-        if name == "then_branch":
-            rows = b.Reshape(cache, b.Concat(b.ints(-1), b.Shape(cache, start=2), axis=0))
-            source = b.Gather(rows, index, axis=0)
-        output = b.Concat(source, new, axis=axis)
-        output.dtype = FLOAT
-        branches[name] = ir.Graph([], [output], nodes=b.nodes, initializers=b.initializers, name=b.name)
-    chosen = ir.node("If", [fewer], branches)
-    node.outputs[0].replace_all_uses_with(chosen.outputs[0])
+        b, outputs = Builder(f"{nodes[0].name}/{name}"), []
+        for node in nodes:
+            source, new = node.inputs
+            assert source is not None
+            assert new is not None
+            if name == "then_branch":
+                rows = b.Reshape(source, b.Concat(b.ints(-1), b.Shape(source, start=2), axis=0))
+                source = b.Gather(rows, index, axis=0)
+            outputs.append(b.Concat(source, new, axis=node.attributes["axis"].as_int()))
+            outputs[-1].dtype = FLOAT
+        branches[name] = ir.Graph([], outputs, nodes=b.nodes, initializers=b.initializers, name=b.name)
+    chosen = ir.node("If", [fewer], branches, num_outputs=len(nodes))
+    for node, output in zip(nodes, chosen.outputs, strict=True):
+        node.outputs[0].replace_all_uses_with(output)
     return chosen
 
 

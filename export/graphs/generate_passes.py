@@ -112,6 +112,8 @@ class TokenPass(nn.Module):
         rotations = trunk.rotations(positions.reshape(rows, 1))
         windows = trunk.for_each_window(lambda window: _window(window, attention_mask, lengths + done, done))
         x = trunk.project(trunk.embed(tokens.reshape(rows)))
+        heads, kv_heads = trunk.config.num_heads, trunk.config.num_kv_heads
+        ones = torch.ones(batch, kv_heads, count * (heads // kv_heads), 1)
         grown: list[Tensor] = []
         for i, (layer, rotation) in enumerate(zip(trunk.layers, rotations, strict=True)):
             assert isinstance(layer, Layer)
@@ -129,7 +131,7 @@ class TokenPass(nn.Module):
             q, self_out, self_logit = (
                 t.permute(1, 2, 0, 3, 4).reshape(batch, kv_heads, count * group, -1) for t in (q, self_out, self_logit)
             )
-            out = attend_prompt(q, self_out, self_logit, keys, values, reach, layer.cap)
+            out = attend_prompt(q, self_out, self_logit, ones, keys, values, reach, layer.cap)
             out = out.reshape(batch, kv_heads, count, group, size).permute(2, 0, 1, 3, 4)
             x = layer.finish(x, out.reshape(rows, layer.heads * size), few=True)
         normed = trunk.final_norm(x)

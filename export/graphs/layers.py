@@ -75,28 +75,29 @@ class Layer(nn.Module):
             self.k_norm = attention.k_norm
 
     def of_few(self, x: Tensor, rows: int, rotation: Rotation | None) -> tuple[Tensor, Tensor, Tensor]:
-        """`queries`, `keys` and `values` of a few rows, as one product and one rotation where that is possible."""
-        y = joint([self.q, self.k, self.v], x)
-        if y is None:
-            return self.queries(x, rows, rotation), self.keys(x, rows, rotation), self.values(x, rows)
+        """Queries, keys and values of one token of a few rows, by one product and one rotation where possible.
+
+        They are (B, 1, heads * K): for so few numbers a change of shape takes as long as computing them.
+        """
         of_queries, of_keys = self.heads * self.size, self.kv_heads * self.size
-        if self.q_norm is None:
-            both, v = torch.split(y, [of_queries + of_keys, of_keys], 1)
+        y = joint([self.q, self.k, self.v], x)
+        if y is not None and self.q_norm is None:
+            both, v = torch.split(y.reshape(rows, 1, of_queries + 2 * of_keys), [of_queries + of_keys, of_keys], 2)
             turned = self._rotated(both, rows, self.heads + self.kv_heads, None, rotation)
-            q, k = torch.split(turned, [self.heads, self.kv_heads], 2)
-        else:
-            q, k, v = torch.split(y, [of_queries, of_keys, of_keys], 1)
-            q = self._rotated(q, rows, self.heads, self.q_norm, rotation)
-            k = self._rotated(k, rows, self.kv_heads, self.k_norm, rotation)
-        return q, k, v.reshape(rows, -1, self.kv_heads, self.size)
+            q, k = torch.split(turned, [of_queries, of_keys], 2)
+            return q, k, v
+        parts = [self.q(x), self.k(x), self.v(x)] if y is None else torch.split(y, [of_queries, of_keys, of_keys], 1)
+        q = self._rotated(parts[0], rows, self.heads, self.q_norm, rotation)
+        k = self._rotated(parts[1], rows, self.kv_heads, self.k_norm, rotation)
+        return q, k, parts[2].reshape(rows, 1, of_keys)
 
     def queries(self, x: Tensor, rows: int, rotation: Rotation | None) -> Tensor:
         """Normed x (B * T, D), B, cos and sin (B, T, R/2) -> rotated and scaled queries (B, T, H, K)."""
-        return self._rotated(self.q(x), rows, self.heads, self.q_norm, rotation)
+        return self._split(self._rotated(self.q(x), rows, self.heads, self.q_norm, rotation), self.heads)
 
     def keys(self, x: Tensor, rows: int, rotation: Rotation | None) -> Tensor:
         """Normed x (B * T, D), B, cos and sin (B, T, R/2) -> rotated keys (B, T, G, K)."""
-        return self._rotated(self.k(x), rows, self.kv_heads, self.k_norm, rotation)
+        return self._split(self._rotated(self.k(x), rows, self.kv_heads, self.k_norm, rotation), self.kv_heads)
 
     def values(self, x: Tensor, rows: int) -> Tensor:
         """Normed x (B * T, D) and B -> values (B, T, G, K)."""
@@ -104,26 +105,26 @@ class Layer(nn.Module):
         return v.reshape(rows, -1, self.kv_heads, self.size)
 
     def _rotated(self, x: Tensor, rows: int, heads: int, norm: nn.Module | None, rotation: Rotation | None) -> Tensor:
-        if norm is not None and self.norm_all:
-            x = norm(x)
+        """(B * T, heads * K), B -> (B, T, heads * K)."""
         # The rotation knows the length, which keeps the shape free of a division.
-        x = x.reshape(rows, -1 if rotation is None else rotation[0].shape[1], heads, self.size)
-        if norm is not None and not self.norm_all:
-            x = norm(x)
+        length = -1 if rotation is None else rotation[0].shape[1]
+        if norm is not None:
+            x = norm(x) if self.norm_all else norm(x.reshape(rows, length, heads, self.size))
+        x = x.reshape(rows, length, heads * self.size)
         if rotation is None:
             return x
         cos, sin = rotation
         if self.fused:
-            length, size = cos.shape[1], 2 * cos.shape[2]
-            flat: Tensor = torch.onnx.ops.rotary_embedding(
-                x.reshape(rows, length, heads * self.size),
-                cos,
-                sin,
-                num_heads=heads,
-                rotary_embedding_dim=0 if size == self.size else size,
+            size = 2 * cos.shape[2]
+            rotated: Tensor = torch.onnx.ops.rotary_embedding(
+                x, cos, sin, num_heads=heads, rotary_embedding_dim=0 if size == self.size else size
             )
-            return flat.reshape(rows, length, heads, self.size)
-        return rotate(x, cos[:, :, None], sin[:, :, None])
+            return rotated
+        return rotate(self._split(x, heads), cos[:, :, None], sin[:, :, None]).flatten(2)
+
+    def _split(self, x: Tensor, heads: int) -> Tensor:
+        """(B, T, heads * K) -> (B, T, heads, K)."""
+        return x.reshape(*x.shape[:2], heads, self.size)
 
     def finish(self, x: Tensor, attended: Tensor, *, few: bool = False) -> Tensor:
         """Residual stream x (M, D), attention output (M, H * K) -> (M, D) after the feed-forward network.
