@@ -79,6 +79,8 @@ def check_generation(checker: Checker, report: Report) -> list[Parity]:
     cases = [*zip(_SHAPES[1:], _DRAWS, strict=True)] if checker.quick else [*product(_SHAPES, _DRAWS)]
     report("generating")
     runs = [_run(checker, _case(checker, shape, *options)) for shape, options in cases]
+    # Loading it once more for `_record` takes less time than its memory is worth.
+    checker.close("generate")
     report("computing what was generated with PyTorch in float64")
     read = _read(checker, runs)
     _record(checker, _clear_share(checker, runs, read))
