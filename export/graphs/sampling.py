@@ -202,27 +202,26 @@ def draw_token(  # type: ignore[no-untyped-def]
     distribution, the log-probability is NaN and the token arbitrary. Only what some prompt needs is computed.
     """
     last = op.Constant(value_ints=[-1])
-    nothing = op.Unsqueeze(op.Constant(value_ints=[0]), op.Constant(value_ints=[1, 2]))
     log_all = op.LogSoftmax(logits, axis=-1)
-    if any_greedy:  # noqa: SIM108 - onnxscript has no conditional expressions
-        likeliest = op.Cast(op.ArgMax(logits, axis=-1, keepdims=1), to=7)
-    else:
-        likeliest = op.Cast(nothing, to=7)
     if any_sampled:
         probabilities = op.Softmax(op.Div(log_all, heat), axis=-1)
         point = op.Unsqueeze(uniform, last)
         if any_filtered:
-            kept = op.Cast(draw_from_likely(probabilities, log_all, point, top_k, share, filtered), to=7)
+            kept = draw_from_likely(probabilities, log_all, point, top_k, share, filtered)
+            if any_whole:
+                chosen = op.Cast(op.Where(filtered, kept, draw_from_all(probabilities, point)), to=7)
+            else:
+                chosen = op.Cast(kept, to=7)
+            drawn = op.Cast(chosen, to=7)
         else:
-            kept = op.Cast(nothing, to=7)
-        if any_whole:  # noqa: SIM108
-            free = op.Cast(draw_from_all(probabilities, point), to=7)
+            drawn = op.Cast(draw_from_all(probabilities, point), to=7)
+        if any_greedy:
+            mixed = op.Cast(op.Where(sampled, drawn, op.ArgMax(logits, axis=-1, keepdims=1)), to=7)
         else:
-            free = op.Cast(nothing, to=7)
-        drawn = op.Cast(op.Where(filtered, kept, free), to=7)
+            mixed = op.Cast(drawn, to=7)
+        token = op.Cast(mixed, to=7)
     else:
-        drawn = op.Cast(nothing, to=7)
-    token = op.Where(sampled, drawn, likeliest)
+        token = op.Cast(op.ArgMax(logits, axis=-1, keepdims=1), to=7)
     log_probability = op.GatherElements(log_all, token, axis=2)
     return op.Squeeze(token, last), op.Squeeze(log_probability, last)
 

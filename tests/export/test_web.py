@@ -61,6 +61,22 @@ CASES = {
         {"temperature": 1.3, "prune_every": 7, "prune_keep": 0.6, "step_token": STEP, "aggregation": MIN, "seed": 81},
     ),
     "no stop token": (TWO, {"stop_tokens": [], "max_new_tokens": 8, "aggregation": MEAN, "seed": 40}),
+    "options for each prompt": (
+        TWO,
+        {
+            "num_candidates": [2, 7],
+            "max_new_tokens": [19, 11],
+            "temperature": [0.8, 1.2],
+            "top_k": [0, 9],
+            "top_p": [1.0, 0.9],
+            "seed": [2**62 + 3, -7],
+            "stop_tokens": [END, STEP + 2**33],
+            "aggregation": [LAST, MIN],
+            "step_token": [-1, STEP],
+            "prune_every": [0, 5],
+            "prune_keep": [0.5, 0.6],
+        },
+    ),
     "one new token": (ONE, {"num_candidates": 3, "max_new_tokens": 1, "seed": 8}),
 }
 

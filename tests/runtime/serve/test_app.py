@@ -1,6 +1,7 @@
 """The server, over real HTTP, with the clients that people have."""
 
 import json
+import re
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ from tritonclient import http as triton
 import bonnx
 from bonnx.runtime.engine.engine import open_engine
 from bonnx.runtime.rank.request import read_request
+from bonnx.runtime.serve import Settings
 from tests.runtime.serve.servers import Process, served
 from tests.tolerance import RUNTIME, within
 
@@ -259,6 +261,28 @@ def test_many_at_once_get_what_each_gets_alone(url, model, rng):
         ).split()[1]
     )
     assert runs < 180
+
+
+def test_generations_of_all_kinds_run_together(engine, model, rng):
+    bodies = []
+    for _ in range(24):
+        body = {"prompt": str(rng.choice([PUZZLE, "13,14,2,6>26:", "5,6,7>42:"])), "n": int(rng.integers(1, 6))}
+        body |= {"seed": int(rng.integers(2**53)), "temperature": float(rng.choice([0, 0.7, 1.3]))}
+        body |= {"top_k": int(rng.choice([0, 5])), "top_p": float(rng.choice([1, 0.8]))}
+        body |= {"max_new_tokens": int(rng.integers(5, 30)), "aggregation": str(rng.choice(["last", "step_min"]))}
+        bodies.append(body | ({"stop": [[";"], ["="], []][rng.integers(3)]} if rng.random() < 0.5 else {}))
+    with served(engine, Settings(batch_wait=0.5, batch_waste=0.95)) as url, ThreadPoolExecutor(24) as pool:
+        answers = [*pool.map(lambda body: httpx.post(f"{url}/v1/best-of-n", json=body, timeout=60), bodies)]
+        metrics = httpx.get(f"{url}/metrics", timeout=60).text
+    for body, answer in zip(bodies, answers, strict=True):
+        assert answer.status_code == 200, answer.text
+        expected = model.generate(**body)
+        assert [c["text"] for c in answer.json()["candidates"]] == [c.text for c in expected.candidates]
+        assert within(
+            [c["score"] for c in answer.json()["candidates"]], [c.score for c in expected.candidates], RUNTIME
+        )
+    (runs,) = re.findall(r'^bonnx_run_requests_count{batcher="generate"} (\S+)$', metrics, re.MULTILINE)
+    assert float(runs) < 12
 
 
 # ---- the command
