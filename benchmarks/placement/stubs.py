@@ -88,6 +88,8 @@ def make_stubs(wheel: Path, folder: Path) -> Path:
         needed |= set(re.findall(r"\(NEEDED\).*\[(.+)\]", _output("readelf", "-d", str(provider))))
         symbols = _output("nm", "-D", "--undefined-only", str(provider))
         missing |= {name for name, _, library in re.findall(r" U (\w+)(@(\S+))?", symbols) if not _of_host(library)}
+        # Those of cuDNN are looked up by their names when they are first called.
+        missing |= {name.decode() for name in re.findall(rb"\0(cudnn[A-Z]\w+)(?=\0)", provider.read_bytes())}
     folder.mkdir(parents=True, exist_ok=True)
     for library in filter(_OURS.match, needed):
         version = re.search(r"\.so\.(\d+)", library)

@@ -24,6 +24,8 @@ __all__ = ["configure", "diagnose", "run"]
 
 # Modules whose names are not their packages'.
 _MODULES = {"onnxruntime-gpu": "onnxruntime"}
+# Versions that an extra does not install, but that work: these wheels for CUDA 12 fit graphs of opset 18.
+_FIT_TOO = {"onnxruntime-gpu": ">=1.23"}
 # Each runs in a separate process: an import may end it, and an imported module may hide the fault of another.
 _PATH = "import sys, json; sys.path[:] = json.loads(sys.argv[1]);"
 _IMPORT = f"{_PATH} import importlib; print(importlib.import_module(sys.argv[2]).__file__ or '')"
@@ -167,7 +169,7 @@ def _required() -> tuple[list[_Package], list[str]]:
         except importlib.metadata.PackageNotFoundError:
             if package.extra is None:
                 package.problems.append(f"{package.name} is not installed; run `pip install {package.name}`")
-        if package.version is not None and not _within(package.version, package.bounds):
+        if package.version is not None and not _within(package.version, _FIT_TOO.get(package.name, package.bounds)):
             package.problems.append(
                 f"{package.name} {package.version} is installed, {package.bounds} is needed; "
                 f"run `pip install '{package.name}{package.bounds}'`"

@@ -77,6 +77,8 @@ def cuda_fault(runtime: ModuleType) -> str | None:
         # The provider's own symbols are in this one, which it does not name.
         ctypes.CDLL(str(libraries / "libonnxruntime_providers_shared.so"), ctypes.RTLD_GLOBAL)
         ctypes.CDLL(str(libraries / "libonnxruntime_providers_cuda.so"))
+        # The provider loads it only when the first reduction runs.
+        ctypes.CDLL("libcudnn.so.9")
     except OSError as e:
         built = str(getattr(runtime, "cuda_version", "")).partition(".")[0]
         there = _cuda_packages()

@@ -151,6 +151,14 @@ def test_cuda_that_cannot_be_loaded(site):
     assert "built for CUDA 13, and installed are nvidia-cublas-cu12 12.4.5, nvidia-cudnn-cu12 9.1; run" in problem
 
 
+@pytest.mark.parametrize(("version", "fits"), [("1.26.0", True), ("1.22.0", False)])
+def test_wheels_for_cuda_12(site, version, fits):
+    install(site, "onnxruntime-gpu", version, RUNTIME)
+    report = diagnosis(site)
+    assert report["ok"] == fits
+    assert all(problem.startswith(f"onnxruntime-gpu {version} is installed, >=") for problem in report["problems"])
+
+
 def test_other_packages_that_are_broken(site):
     install(site, "onnxruntime", "1.32.0", RUNTIME)
     install(site, "torch", "2.10.0", "raise OSError('libtorch.so: cannot open')")
