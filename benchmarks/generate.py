@@ -43,12 +43,12 @@ COST = {"fp32": (4.0, "float32"), "fp16": (4.0, "float32"), "bf16": (4.0, "float
 COST |= {"int8": (1.0, "int8"), "int4": (0.625, "int8")}
 
 
-def language_model() -> LanguageModel:
+def language_model(layers: int = LAYERS) -> LanguageModel:
     torch.manual_seed(0)
     network = NetworkConfig(
         embed_dim=WIDTH,
         hidden_size=WIDTH,
-        num_layers=LAYERS,
+        num_layers=layers,
         num_heads=12,
         num_kv_heads=4,
         ffn_inner=2048,

@@ -29,7 +29,7 @@ options.log_severity_level = 0
 session = runtime.InferenceSession(
     sys.argv[2], options, providers=[("CUDAExecutionProvider", {"device_id": int(sys.argv[3])}), "CPUExecutionProvider"]
 )
-print(json.dumps([session.get_providers(), session.get_modelmeta().graph_name]))
+print(json.dumps([runtime.get_available_providers(), session.get_providers(), session.get_modelmeta().graph_name]))
 """
 _PLACED = re.compile(r"odes?(?:\(s\))? placed on \[(\w+)\]")
 _NODE = re.compile(r"VerifyEachNodeIsAssignedToAnEp\]\s+(\S+) \((.*)\)$")
@@ -76,7 +76,12 @@ def place(path: Path, device_id: int = 0) -> Placement:
     if done.returncode:
         lines = log.strip().splitlines()
         raise ProviderError(f"{path}: ONNX Runtime cannot load it: {lines[-1] if lines else done.returncode}")
-    providers, graph = json.loads(done.stdout.splitlines()[-1])
+    available, providers, graph = json.loads(done.stdout.splitlines()[-1])
+    if "CUDAExecutionProvider" not in available:
+        raise ProviderError(
+            f"{path}: where its nodes run on CUDA needs onnxruntime-gpu; this ONNX Runtime has "
+            f"{', '.join(available)} only"
+        )
     if providers[0] != "CUDAExecutionProvider":
         errors = re.findall(r"\[E:.*?\] (.*)", log)
         reason = errors[0].rpartition("with error: ")[2] if errors else "it gives no reason"

@@ -103,6 +103,13 @@ def test_a_session_that_fell_back_to_the_cpu(tiny, runtime):
         place_artifact(tiny)
 
 
+def test_a_runtime_for_the_cpu(tiny):
+    with pytest.raises(
+        ProviderError, match=r"needs onnxruntime-gpu; this ONNX Runtime has .*CPUExecutionProvider only"
+    ):
+        place_artifact(tiny)
+
+
 def test_the_doctor_needs_a_runtime_for_cuda(tiny):
     (problem,) = [text for text in diagnose(tiny)["problems"] if str(tiny) in text]
     assert re.search(r"run on CUDA needs onnxruntime-gpu; this ONNX Runtime has .*CPUExecutionProvider only", problem)
