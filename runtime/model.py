@@ -45,6 +45,7 @@ def load(
     device_id: int = 0,
     memory_limit: int | None = None,
     prompt_cache: int = PROMPT_CACHE,
+    cache_dir: str | os.PathLike[str] | None = None,
 ) -> Model:
     """Open an artifact.
 
@@ -56,6 +57,9 @@ def load(
         memory_limit: bytes that one call may take: a call that would need more is refused before it starts, and on
             CUDA the arena is limited to it.
         prompt_cache: bytes of keys and values that `Model.prepare` may keep; by default 512 MiB.
+        cache_dir: folder in which each graph is kept as ONNX Runtime optimized it for this processor, with its packed
+            weights (on the CPU only; a few times the size of the artifact). Loading is then faster, and the graphs, and
+            all processes that use the folder, share the memory of the weights. Not used by default.
 
     Raises:
         ArtifactError: not an artifact, or not as it was written.
@@ -69,6 +73,7 @@ def load(
         device_id=device_id,
         memory_limit=memory_limit,
         prompt_cache=prompt_cache,
+        cache_dir=cache_dir,
     )
     return Model(engine, os.fspath(path))
 

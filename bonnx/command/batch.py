@@ -57,6 +57,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--threads", type=int, help="CPU threads of one run; by default one for each physical core, on Ray 1"
     )
+    parser.add_argument(
+        "--cache-dir",
+        metavar="DIR",
+        help="keep optimized graphs and packed weights there: later loads are faster, and workers share their memory "
+        "(CPU only; default: no cache)",
+    )
     parser.add_argument("--ray", action="store_true", help="run on Ray Data: workers rank, this process writes")
     parser.add_argument(
         "--ray-address", metavar="ADDRESS", help="address of a running cluster; by default one is started here"
@@ -90,6 +96,7 @@ def run(arguments: argparse.Namespace) -> int:
         max_line=arguments.max_line,
         provider=arguments.provider,
         threads=1 if arguments.ray and arguments.threads is None else arguments.threads,
+        cache_dir=None if arguments.cache_dir is None else str(Path(arguments.cache_dir).absolute()),
     )
     work = _ray(arguments, task) if arguments.ray else here
     signals: list[int] = []

@@ -58,6 +58,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_upstream(parser)
     parser.add_argument("--provider", choices=["auto", "cpu", "cuda"], default="auto", help="where the model runs")
     parser.add_argument("--threads", type=int, help="CPU threads of one run; by default one for each physical core")
+    parser.add_argument(
+        "--cache-dir",
+        metavar="DIR",
+        help="keep optimized graphs and packed weights there: later loads are faster, and processes share their memory "
+        "(CPU only; default: no cache)",
+    )
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
@@ -77,7 +83,9 @@ def run(arguments: argparse.Namespace) -> int:
     """Generate and print."""
     prompts = _prompts(arguments)
     options = cast(GenerateOptions, {name: getattr(arguments, name) for name in DEFAULTS})
-    engine = open_engine(arguments.artifact, provider=arguments.provider, threads=arguments.threads)
+    engine = open_engine(
+        arguments.artifact, provider=arguments.provider, threads=arguments.threads, cache_dir=arguments.cache_dir
+    )
     bad = 0
     with ExitStack() as stack:
         answer = _answerer(engine, options, arguments, stack)

@@ -54,12 +54,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--provider", choices=["auto", "cpu", "cuda"], default="auto", help="where the model runs")
     parser.add_argument("--threads", type=int, help="CPU threads of one run; by default one for each physical core")
+    parser.add_argument(
+        "--cache-dir",
+        metavar="DIR",
+        help="keep optimized graphs and packed weights there: later loads are faster, and processes share their memory "
+        "(CPU only; default: no cache)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Rank and print."""
     prompt, candidates = _prompt(arguments), _candidates(arguments)
-    model = load(arguments.artifact, provider=arguments.provider, threads=arguments.threads)
+    model = load(
+        arguments.artifact, provider=arguments.provider, threads=arguments.threads, cache_dir=arguments.cache_dir
+    )
     ranking = model.rank(
         prompt,
         candidates,

@@ -40,6 +40,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--provider", choices=["auto", "cpu", "cuda"], default="auto", help="where the model runs")
     parser.add_argument("--threads", type=int, help="CPU threads of one run; by default one for each physical core")
     parser.add_argument(
+        "--cache-dir",
+        metavar="DIR",
+        help="keep optimized graphs and packed weights there: later loads are faster, and processes share their memory "
+        "(CPU only; default: no cache)",
+    )
+    parser.add_argument(
         "--memory-limit", type=int, metavar="BYTES", help="memory that one run may take; unlimited by default"
     )
     bounds = (
@@ -130,6 +136,7 @@ def _here(arguments: argparse.Namespace, settings: Settings) -> int:
         threads=arguments.threads,
         memory_limit=arguments.memory_limit,
         prompt_cache=settings.prompt_cache,
+        cache_dir=arguments.cache_dir,
     )
     server = make_server(
         create_app(engine, settings), most_connections=arguments.max_connections, grace=arguments.grace
@@ -159,7 +166,8 @@ def _on_ray(arguments: argparse.Namespace, settings: Settings) -> int:
     )
     read_verified(Path(arguments.artifact))
     artifact = str(Path(arguments.artifact).resolve())
-    application = deploy(artifact, settings, scale, memory_limit=arguments.memory_limit)
+    cache = None if arguments.cache_dir is None else str(Path(arguments.cache_dir).absolute())
+    application = deploy(artifact, settings, scale, memory_limit=arguments.memory_limit, cache_dir=cache)
     run_until_told(application, arguments.host, arguments.port, arguments.ray_address)
     return 0
 

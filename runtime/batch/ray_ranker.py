@@ -33,6 +33,7 @@ class Ranker:
         candidates: of the column with the candidates.
         provider: see `bonnx.load`.
         threads: of one run; give the actor as many cores.
+        cache_dir: see `bonnx.load`; actors of one node share the memory of its weights.
         **options: of `Model.rank`: `aggregation`, `partial`, `truncate`, `instruction`.
 
     Examples:
@@ -47,10 +48,11 @@ class Ranker:
         *,
         provider: Provider = "auto",
         threads: int | None = 1,
+        cache_dir: str | None = None,
         **options: Unpack[RankOptions],
     ) -> None:
         self._prompt, self._candidates, self._options = prompt, candidates, options
-        self._engine = open_engine(artifact, provider=provider, threads=threads)
+        self._engine = open_engine(artifact, provider=provider, threads=threads, cache_dir=cache_dir)
 
     def __call__(self, batch: dict[str, NDArray[np.object_]]) -> dict[str, object]:
         """The batch with `best_index`, `best`, `candidate_scores`, `margin` and `reason`.

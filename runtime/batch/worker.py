@@ -45,6 +45,7 @@ class Task:
         max_line: maximum length of a line in bytes.
         provider: see `bonnx.load`.
         threads: threads of one run.
+        cache_dir: see `bonnx.load`.
     """
 
     artifact: str
@@ -57,6 +58,7 @@ class Task:
     max_line: int = 16 * 2**20
     provider: Provider = "auto"
     threads: int | None = None
+    cache_dir: str | None = None
 
     def open(self) -> Source:
         """The input, by its name's ending.
@@ -108,7 +110,9 @@ class Worker:
 
     def __init__(self, task: Task, engine: Engine | None = None) -> None:
         self.task, self._source = task, task.open()
-        self._engine = engine or open_engine(task.artifact, provider=task.provider, threads=task.threads)
+        self._engine = engine or open_engine(
+            task.artifact, provider=task.provider, threads=task.threads, cache_dir=task.cache_dir
+        )
         self._engine.check_scorer("ranking")
 
     def read(self, chunk: Chunk) -> tuple[Chunk, Part, list[RankRequest | str]]:

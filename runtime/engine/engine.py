@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import msgspec
 
 from bonnx.errors import ArtifactError, InputError, ProviderError
 
-from ..artifact.folder import locate, read_verified
+from ..artifact.folder import WEIGHTS, locate, read_verified
 from ..artifact.manifest import Manifest
 from ..checks import check_path, check_whole
 from ..text.chat import ChatTemplate
@@ -50,8 +51,16 @@ class SessionPool:
                         f"{self._folder} has no graph '{name}', only {', '.join(sorted(self._manifest.graphs))}; "
                         "export the model again with a bonnx that writes it"
                     )
-                self._sessions[name] = Session(locate(self._folder, graph.file), graph, self._options)
+                path = locate(self._folder, graph.file)
+                self._sessions[name] = Session(path, graph, self._options, self._key(graph.file))
             return self._sessions[name]
+
+    def _key(self, file: str) -> str:
+        """Identify the contents of a graph's file and of the weights beside it."""
+        files = self._manifest.files
+        names = [file, f"{file.rpartition('/')[0]}/{WEIGHTS}"]
+        digests = [files[name].sha256 for name in names if name in files]
+        return hashlib.sha256(" ".join(digests).encode()).hexdigest()[:32]
 
     def close(self) -> None:
         """Free the memory of the loaded graphs; a graph is loaded again when it is next used."""
@@ -141,9 +150,16 @@ def open_engine(
     device_id: int = 0,
     memory_limit: int | None = None,
     prompt_cache: int = PROMPT_CACHE,
+    cache_dir: str | os.PathLike[str] | None = None,
 ) -> Engine:
     """Open an artifact: see `bonnx.load`, whose arguments and errors these are."""
-    options = SessionOptions(provider=provider, threads=threads, device_id=device_id, memory_limit=memory_limit)
+    options = SessionOptions(
+        provider=provider,
+        threads=threads,
+        device_id=device_id,
+        memory_limit=memory_limit,
+        cache_dir=None if cache_dir is None else str(check_path("cache_dir", cache_dir)),
+    )
     check_whole("prompt_cache", prompt_cache, 0)
     folder = check_path("path", path)
     manifest = read_verified(folder)

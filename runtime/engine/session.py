@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Literal, Protocol, TypeAlias, TypeVar
+from typing import Any, Literal, Protocol, TypeAlias, TypeVar
 
 import msgspec
 import numpy as np
@@ -19,6 +19,7 @@ from ..arrays import Array
 from ..artifact.folder import WEIGHTS
 from ..artifact.manifest import Graph
 from ..checks import check_whole, shown
+from .graph_cache import GraphCache
 from .providers import runtime_module
 
 __all__ = [
@@ -46,6 +47,7 @@ class SessionOptions(msgspec.Struct, frozen=True, kw_only=True):
     threads: int | None = None
     device_id: int = 0
     memory_limit: int | None = None
+    cache_dir: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.provider, str) or self.provider not in ("auto", "cpu", "cuda"):
@@ -73,22 +75,29 @@ class HeldArray(Protocol):
 
 
 class Session:
-    """One graph, ready to run. Safe to share between threads."""
+    """One graph, ready to run. Safe to share between threads.
 
-    def __init__(self, path: Path, graph: Graph, options: SessionOptions) -> None:
+    Args:
+        path: of the graph's file.
+        graph: the manifest's entry.
+        options: how to run.
+        key: identifies the contents of the graph and its weights; needed if the options name a `cache_dir`.
+    """
+
+    def __init__(self, path: Path, graph: Graph, options: SessionOptions, key: str = "") -> None:
         runtime = runtime_module()
         self.graph, self.options = graph, options
         self._runtime = runtime
         providers = _providers(runtime, options)
-        settings = runtime.SessionOptions()
-        settings.log_severity_level = 3
-        # 0 is one thread for each physical core; using every logical core slows matrix products.
-        settings.intra_op_num_threads = options.threads or 0
-        if not _has_vnni():
-            # Prevents overflow of 8-bit products on such processors; on others it would halve their speed.
-            settings.add_session_config_entry("session.x64quantprecision", "1")
+        settings, source = _settings(runtime, options), path
         try:
-            self._session = runtime.InferenceSession(str(path), settings, providers=providers)
+            # Other providers pack no weights, or keep them where no file can be mapped.
+            if options.cache_dir is not None and providers == [_NAMES["cpu"]]:
+                source = _optimized(runtime, path, options, key)
+                settings.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
+            self._session = runtime.InferenceSession(str(source), settings, providers=providers)
+        except InputError:
+            raise
         except Exception as e:  # ONNX Runtime raises its own subclasses of Exception
             raise ArtifactError(f"{path}: ONNX Runtime {runtime.__version__} cannot load it: {e}") from e
         self._weights = _MappedWeights(path.with_name(WEIGHTS), path)
@@ -254,6 +263,35 @@ class _MappedWeights:
                 f"{self._path} was overwritten while in use, so its results may be wrong: write a new artifact beside "
                 "the old one and rename it, then load the model again"
             )
+
+
+def _settings(runtime: ModuleType, options: SessionOptions) -> Any:
+    """ONNX Runtime's options of a session."""
+    settings = runtime.SessionOptions()
+    settings.log_severity_level = 3
+    # 0 is one thread for each physical core; using every logical core slows matrix products.
+    settings.intra_op_num_threads = options.threads or 0
+    if not _has_vnni():
+        # Prevents overflow of 8-bit products on such processors; on others it would halve their speed.
+        settings.add_session_config_entry("session.x64quantprecision", "1")
+    return settings
+
+
+def _optimized(runtime: ModuleType, path: Path, options: SessionOptions, key: str) -> Path:
+    """The graph from the cache; it is optimized first, if the cache does not have it."""
+    assert options.cache_dir is not None
+
+    def optimize(target: Path, weights: str) -> None:
+        settings = _settings(runtime, options)
+        settings.optimized_model_filepath = str(target)
+        prefix = "session.optimized_model_external_initializers"
+        settings.add_session_config_entry(f"{prefix}_file_name", weights)
+        settings.add_session_config_entry(f"{prefix}_min_size_in_bytes", "1024")
+        settings.add_session_config_entry("session.save_external_prepacked_constant_initializers", "1")
+        runtime.InferenceSession(str(path), settings, providers=[_NAMES["cpu"]])
+
+    cache = GraphCache(Path(options.cache_dir), runtime.__version__, str(_has_vnni()))
+    return cache.graph(key, optimize)
 
 
 def _providers(runtime: ModuleType, options: SessionOptions) -> list[str | tuple[str, dict[str, int]]]:

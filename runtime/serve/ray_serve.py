@@ -52,7 +52,14 @@ class Scale:
             raise InputError(f"cpus and gpus of a replica: expected at least 1 and 0; got {self.cpus} and {self.gpus}")
 
 
-def deploy(artifact: str, settings: Settings, scale: Scale, *, memory_limit: int | None = None) -> serve.Application:
+def deploy(
+    artifact: str,
+    settings: Settings,
+    scale: Scale,
+    *,
+    memory_limit: int | None = None,
+    cache_dir: str | None = None,
+) -> serve.Application:
     """The Ray Serve application, for `ray.serve.run`.
 
     Args:
@@ -60,6 +67,7 @@ def deploy(artifact: str, settings: Settings, scale: Scale, *, memory_limit: int
         settings: limits of each replica; `max_queue` requests wait at each.
         scale: number and resources of the replicas.
         memory_limit: see `bonnx.load`.
+        cache_dir: see `bonnx.load`; replicas of one node share the memory of its weights.
     """
 
     def build() -> fastapi.FastAPI:
@@ -71,6 +79,7 @@ def deploy(artifact: str, settings: Settings, scale: Scale, *, memory_limit: int
             provider=provider,
             threads=scale.cpus,
             memory_limit=memory_limit,
+            cache_dir=cache_dir,
             prompt_cache=settings.prompt_cache,
         )
         return create_app(engine, settings)
