@@ -6,7 +6,8 @@ size that the columns are for, with the values of other sizes where figures have
     <!-- table: long 2026-11-27T01:05:12Z by prompt, n=4 -->
     <!-- end of table -->
 
-So a new run shows on the page when its time is written there. The plot shows the same runs. The text around is by hand.
+So a new run shows on the page when its time is written there. The plot shows the first table of each benchmark and
+size. The text around is by hand.
 """
 
 from __future__ import annotations
@@ -121,9 +122,12 @@ def measured_on(run: Mapping[str, Any]) -> str:
 
 
 def panels(page: str, runs: Runs) -> list[Panel]:
-    """Return what the plot shows: the tables of the page that have a panel."""
-    tables = [read_table(match, runs) for match in _TABLE.finditer(page)]
-    return [panel for table in tables if (panel := panel_of(table.benchmark, table.column, table.figures))]
+    """Return what the plot shows: of the tables that have the same panel, the first on the page."""
+    tables: dict[tuple[str, str], Table] = {}
+    for match in _TABLE.finditer(page):
+        table = read_table(match, runs)
+        tables.setdefault((table.benchmark, table.column), table)
+    return [panel for table in tables.values() if (panel := panel_of(table.benchmark, table.column, table.figures))]
 
 
 def main() -> None:

@@ -58,8 +58,8 @@ def load(
             CUDA the arena is limited to it.
         prompt_cache: bytes of keys and values that `Model.prepare` may keep; by default 512 MiB.
         cache_dir: folder in which each graph is kept as ONNX Runtime optimized it for this processor, with its packed
-            weights (on the CPU only; a few times the size of the artifact). Loading is then faster, and the graphs, and
-            all processes that use the folder, share the memory of the weights. Not used by default.
+            weights (on the CPU only; a few times the size of the artifact). The graphs, and all processes that use the
+            folder, then share the memory of the weights. Not used by default.
 
     Raises:
         ArtifactError: not an artifact, or not as it was written.

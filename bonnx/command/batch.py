@@ -60,7 +60,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cache-dir",
         metavar="DIR",
-        help="keep optimized graphs and packed weights there: later loads are faster, and workers share their memory "
+        help="keep optimized graphs and packed weights there, so that all graphs and workers share their memory "
         "(CPU only; default: no cache)",
     )
     parser.add_argument("--ray", action="store_true", help="run on Ray Data: workers rank, this process writes")

@@ -57,7 +57,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cache-dir",
         metavar="DIR",
-        help="keep optimized graphs and packed weights there: later loads are faster, and processes share their memory "
+        help="keep optimized graphs and packed weights there, so that all graphs and processes share their memory "
         "(CPU only; default: no cache)",
     )
 

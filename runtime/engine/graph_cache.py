@@ -1,7 +1,7 @@
 """Graphs as ONNX Runtime optimized them for this processor, kept on disk with the weights as its kernels read them.
 
 Without this, every session packs weights of its own, in memory of its own. A packed weight that is in a file is mapped
-instead, so the sessions of all graphs, and all processes of a machine, share its memory, and loading packs nothing.
+instead, so the sessions of all graphs, and all processes of a machine, share its memory.
 
 The folder holds one folder for each kind of processor and version of ONNX Runtime; in it are a `.json` and an `.onnx`
 file for each graph, and `weights/`, a file for each weight with its packed forms, named by its sha256. Whatever is
