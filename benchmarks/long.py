@@ -61,7 +61,7 @@ def work(kind: str, folder: str, threads: int) -> None:
     rank = (of_transformers if kind == TRANSFORMERS else of_bonnx)(folder, threads)
     # Reads the weights into memory.
     rank([10] * 16, [[10] * 4])
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     for line in sys.stdin:
         prompt, candidates = json.loads(line)
         # The largest resident set is counted from here on.
@@ -69,10 +69,10 @@ def work(kind: str, folder: str, threads: int) -> None:
         start = time.perf_counter()
         rank(prompt, candidates)
         seconds = time.perf_counter() - start
-        print(json.dumps([seconds, (_resident("VmHWM") - before) / 1000]), flush=True)
+        print(json.dumps([seconds, (resident("VmHWM") - before) / 1000]), flush=True)
 
 
-def _resident(field: str) -> float:
+def resident(field: str) -> float:
     """A field of this process's status, in kB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(float(line.split()[1]) for line in lines if line.startswith(field))
