@@ -50,7 +50,8 @@ def test_a_table_holds_the_chosen_figures(run):
         key: pytest.approx(seconds[key], abs=1e-3, rel=1e-4) for key in measured
     }
     assert cells == {missing: "-"}
-    assert "memory 20 GB/s" in page
+    # Wherever the line is broken, which depends on the machine.
+    assert "memory 20 GB/s" in " ".join(page.split())
     assert drawn(page, runs) == page
 
 
