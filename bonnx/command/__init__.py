@@ -16,7 +16,7 @@ from .. import __version__
 from ..errors import BonnxError, InputError
 from .interrupt import STOPPED, Interrupt, interruptible
 
-__all__ = ["STOPPED", "main", "print_json", "print_text"]
+__all__ = ["STOPPED", "add_cache_dir", "main", "print_json", "print_text"]
 
 # Each module has `configure(parser)` and `run(arguments) -> exit code`; only the chosen one is imported.
 _COMMANDS = {
@@ -137,6 +137,17 @@ def _say(line: str) -> None:
         return
     with contextlib.suppress(OSError):
         print(line, file=sys.stderr, flush=True)
+
+
+def add_cache_dir(parser: argparse.ArgumentParser) -> None:
+    """Add the option of `bonnx.load`, as an absolute path: workers may run in other folders."""
+    parser.add_argument(
+        "--cache-dir",
+        metavar="DIR",
+        type=os.path.abspath,
+        help="keep optimized graphs and packed weights there, so that all graphs and processes share their memory "
+        "(CPU only; default: no cache)",
+    )
 
 
 def print_json(value: Mapping[str, object]) -> None:

@@ -18,7 +18,7 @@ from bonnx.runtime.selection.aggregate import aggregation_code
 from bonnx.runtime.selection.answers import extractor
 
 from ..errors import BonnxError, InputError
-from . import print_json
+from . import add_cache_dir, print_json
 
 __all__ = ["configure", "run"]
 
@@ -57,12 +57,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--threads", type=int, help="CPU threads of one run; by default one for each physical core, on Ray 1"
     )
-    parser.add_argument(
-        "--cache-dir",
-        metavar="DIR",
-        help="keep optimized graphs and packed weights there, so that all graphs and workers share their memory "
-        "(CPU only; default: no cache)",
-    )
+    add_cache_dir(parser)
     parser.add_argument("--ray", action="store_true", help="run on Ray Data: workers rank, this process writes")
     parser.add_argument(
         "--ray-address", metavar="ADDRESS", help="address of a running cluster; by default one is started here"
@@ -96,7 +91,7 @@ def run(arguments: argparse.Namespace) -> int:
         max_line=arguments.max_line,
         provider=arguments.provider,
         threads=1 if arguments.ray and arguments.threads is None else arguments.threads,
-        cache_dir=None if arguments.cache_dir is None else str(Path(arguments.cache_dir).absolute()),
+        cache_dir=arguments.cache_dir,
     )
     work = _ray(arguments, task) if arguments.ray else here
     signals: list[int] = []

@@ -29,7 +29,7 @@ from bonnx.runtime.search import METHODS
 from bonnx.runtime.text.reader import Item
 
 from ..errors import BonnxError, InputError, NoWinnerError, UpstreamError
-from . import print_json
+from . import add_cache_dir, print_json
 from .rank import parse_prompt
 from .upstream import add_upstream, answerer, upstream_settings
 
@@ -58,12 +58,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_upstream(parser)
     parser.add_argument("--provider", choices=["auto", "cpu", "cuda"], default="auto", help="where the model runs")
     parser.add_argument("--threads", type=int, help="CPU threads of one run; by default one for each physical core")
-    parser.add_argument(
-        "--cache-dir",
-        metavar="DIR",
-        help="keep optimized graphs and packed weights there, so that all graphs and processes share their memory "
-        "(CPU only; default: no cache)",
-    )
+    add_cache_dir(parser)
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:

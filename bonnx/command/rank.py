@@ -15,7 +15,7 @@ from bonnx.runtime.rank.result import Ranking
 from bonnx.runtime.text.reader import Item
 
 from ..errors import InputError
-from . import print_json, print_text
+from . import add_cache_dir, print_json, print_text
 
 __all__ = ["configure", "parse_prompt", "run"]
 
@@ -54,12 +54,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--provider", choices=["auto", "cpu", "cuda"], default="auto", help="where the model runs")
     parser.add_argument("--threads", type=int, help="CPU threads of one run; by default one for each physical core")
-    parser.add_argument(
-        "--cache-dir",
-        metavar="DIR",
-        help="keep optimized graphs and packed weights there, so that all graphs and processes share their memory "
-        "(CPU only; default: no cache)",
-    )
+    add_cache_dir(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -15,6 +15,7 @@ from bonnx.runtime.serve import Settings, create_app
 from bonnx.runtime.serve.server import bind_to, log_to_stderr, make_server
 
 from ..errors import InputError
+from . import add_cache_dir
 from .upstream import add_upstream, upstream_settings
 
 __all__ = ["configure", "run", "settings_of"]
@@ -39,12 +40,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--provider", choices=["auto", "cpu", "cuda"], default="auto", help="where the model runs")
     parser.add_argument("--threads", type=int, help="CPU threads of one run; by default one for each physical core")
-    parser.add_argument(
-        "--cache-dir",
-        metavar="DIR",
-        help="keep optimized graphs and packed weights there, so that all graphs and processes share their memory "
-        "(CPU only; default: no cache)",
-    )
+    add_cache_dir(parser)
     parser.add_argument(
         "--memory-limit", type=int, metavar="BYTES", help="memory that one run may take; unlimited by default"
     )
@@ -166,8 +162,7 @@ def _on_ray(arguments: argparse.Namespace, settings: Settings) -> int:
     )
     read_verified(Path(arguments.artifact))
     artifact = str(Path(arguments.artifact).resolve())
-    cache = None if arguments.cache_dir is None else str(Path(arguments.cache_dir).absolute())
-    application = deploy(artifact, settings, scale, memory_limit=arguments.memory_limit, cache_dir=cache)
+    application = deploy(artifact, settings, scale, memory_limit=arguments.memory_limit, cache_dir=arguments.cache_dir)
     run_until_told(application, arguments.host, arguments.port, arguments.ray_address)
     return 0
 

@@ -96,11 +96,13 @@ class GraphCache:
             with (scratch / "weights.bin").open("rb") as file:
                 for tensor in _tensors(model.graph):
                     if tensor.external_data:
-                        part = scratch / "part"
-                        part.write_bytes(_moved(tensor, file))
-                        name = file_digest(part)
+                        data = _moved(tensor, file)
+                        name = hashlib.sha256(data).hexdigest()
                         _set(tensor, "location", f"{_WEIGHTS}/{name}")
-                        _put(part, weights / name, name)
+                        # An intact file stays, since it may be mapped.
+                        if not (weights / name).exists() or file_digest(weights / name) != name:
+                            (scratch / "part").write_bytes(data)
+                            (scratch / "part").replace(weights / name)
                         names.add(name)
             (scratch / "moved.onnx").write_bytes(model.SerializeToString())
             entry = {"graph": file_digest(scratch / "moved.onnx"), "weights": sorted(names)}
@@ -110,12 +112,6 @@ class GraphCache:
             (scratch / "entry.json").replace(path.with_suffix(".json"))
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _put(part: Path, path: Path, digest: str) -> None:
-    """Move a file to its place, unless an intact one is there, which may be mapped."""
-    if not path.exists() or file_digest(path) != digest:
-        part.replace(path)
 
 
 def _moved(tensor: Any, file: Any) -> bytes:
