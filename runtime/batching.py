@@ -1,31 +1,40 @@
-"""Which requests run together: those of similar shape, and first the rankings of the same prompt.
+"""Which requests run together: those that cost less together than one by one.
 
 Prompts lie side by side on a graph's batch axis, each in its own slot. Rankings of the same prompt share its slot,
-one after another on the candidates' axis, so that the prompt is computed once.
+one after another on the candidates' axis, so that the prompt is computed once. The slots of a run are equally large,
+so requests of different sizes are padded.
+
+A run costs its tokens, padding included, and something that does not depend on them: every weight is read, every
+operator is called. Joining saves the latter, and the prompt where it is the same, and costs the padding. From a few
+hundred tokens on, a run costs in proportion to its tokens: joining two of them saves nothing, and both would wait
+for the later one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from .artifact.limits import TooLargeError
 
-__all__ = ["Batchable", "Shape", "TooLargeError", "batch_size", "padded_tokens", "plan"]
+__all__ = ["CALL_TOKENS", "Batchable", "Shape", "TooLargeError", "batch_size", "company", "padded_tokens", "plan"]
+
+# What a run costs beside its tokens, in tokens. On the CPU it was measured, with models of 3 and 135 million parameters
+# (`python -m benchmarks.joint`). On CUDA it is estimated: a GPU reads the weights faster, but computes yet faster.
+CALL_TOKENS = {"cpu": 30, "cuda": 512}
+# A request joins others only if that saves this share of what it costs by itself; those that wait longer for less
+# would not notice.
+_WORTH = 0.1
+# How many requests, next in order of size, are looked at for each run that is planned.
+_NEIGHBOURS = 64
 
 
-@dataclass(frozen=True)
-class Shape:
+class Shape(NamedTuple):
     """The size of a request: `candidates` of at most `length` tokens after a prompt of `prompt` tokens."""
 
     candidates: int
     prompt: int
     length: int
-
-
-# A request may join one of this many latest groups.
-_OPEN = 8
 
 
 class Batchable(Protocol):
@@ -59,42 +68,68 @@ def padded_tokens(slots: int, shape: Shape) -> int:
 class _Group:
     """Requests that run together, while they are collected."""
 
-    def __init__(self, request: Batchable, index: int) -> None:
-        self.key, self.indices = request.key, [index]
+    def __init__(self, first: Batchable) -> None:
+        self.shape = first.shape
         # Candidates in each prompt slot.
-        self.slots = {request.prompt_slot: request.shape.candidates}
-        self.shape, self.real_tokens = request.shape, request.shape.prompt + request.tokens
+        self.slots = {first.prompt_slot: self.shape.candidates}
 
-    def add(self, request: Batchable, index: int, fits: Callable[[int, Shape], bool], waste: float) -> bool:
-        """Add a request if the run stays within its bounds; whether it was added."""
-        if request.key is None or request.key != self.key:
-            return False
-        shape, shared = request.shape, request.prompt_slot in self.slots
-        in_slot = self.slots.get(request.prompt_slot, 0) + shape.candidates
-        slots = len(self.slots) + (not shared)
+    def with_one(self, request: Batchable) -> tuple[int, Shape]:
+        """The number of slots, and their shape, once a request is added."""
+        shape, in_slot = request.shape, self.slots.get(request.prompt_slot, 0)
         joint = Shape(
-            max(in_slot, self.shape.candidates),
+            max(in_slot + shape.candidates, self.shape.candidates),
             max(shape.prompt, self.shape.prompt),
             max(shape.length, self.shape.length),
         )
-        real_tokens = self.real_tokens + request.tokens + (0 if shared else shape.prompt)
-        if not fits(slots, joint) or real_tokens < (1 - waste) * padded_tokens(slots, joint):
-            return False
-        self.slots[request.prompt_slot] = in_slot
-        self.shape, self.real_tokens = joint, real_tokens
-        self.indices.append(index)
-        return True
+        return len(self.slots) + (not in_slot), joint
+
+    def add(self, request: Batchable) -> None:
+        _, self.shape = self.with_one(request)
+        self.slots[request.prompt_slot] = self.slots.get(request.prompt_slot, 0) + request.shape.candidates
 
 
-def plan(requests: Sequence[Batchable], fits: Callable[[int, Shape], bool], waste: float) -> list[list[int]]:
-    """Which requests run together: each group as indices in the order of the requests, and the groups likewise.
+def company(
+    requests: Sequence[Batchable], fits: Callable[[int, Shape], bool], cost: Callable[[int, Shape], float]
+) -> list[int]:
+    """Which requests run together with the first, as indices in the order of the requests, the first included.
 
-    The same requests give the same plan.
+    Those that save most join first. The same requests give the same company.
 
     Args:
         requests: at least one.
         fits: whether a run of a number of prompt slots, each of a shape, is allowed; a request by itself always is.
-        waste: maximum share of a joint run's tokens that may be padding, in [0, 1).
+        cost: of such a run, in any unit.
+    """
+    first, found = requests[0], [0]
+    if first.key is None:
+        return found
+    group = _Group(first)
+    taken = cost(1, group.shape)
+
+    def saves(request: Batchable, alone: float) -> float:
+        """What joining saves, as a share of what the request costs by itself."""
+        return (taken + alone - cost(*group.with_one(request))) / alone
+
+    pairs = []
+    for i, request in enumerate(requests):
+        if i and request.key == first.key:
+            alone = cost(1, request.shape)
+            if (saved := saves(request, alone)) >= _WORTH:
+                pairs.append((-saved, i, alone))
+    for _, i, alone in sorted(pairs):
+        if fits(*group.with_one(requests[i])) and saves(requests[i], alone) >= _WORTH:
+            group.add(requests[i])
+            taken = cost(len(group.slots), group.shape)
+            found.append(i)
+    return sorted(found)
+
+
+def plan(
+    requests: Sequence[Batchable], fits: Callable[[int, Shape], bool], cost: Callable[[int, Shape], float]
+) -> list[list[int]]:
+    """Divide requests into runs: each as indices in the order of the requests, and the runs likewise.
+
+    The same requests give the same plan. The arguments are those of `company`.
     """
     keys: dict[Hashable, int] = {}
     slots: dict[Hashable, int] = {}
@@ -103,23 +138,28 @@ def plan(requests: Sequence[Batchable], fits: Callable[[int, Shape], bool], wast
     for request in requests:
         keys.setdefault(request.key, len(keys))
         slots.setdefault(request.prompt_slot, len(slots))
-        size = request.shape.candidates * request.shape.length
+        size = padded_tokens(1, request.shape)
         sizes[request.prompt_slot] = max(sizes.get(request.prompt_slot, 0), size)
 
     def order(i: int) -> tuple[int, int, int]:
         slot = requests[i].prompt_slot
         return keys[requests[i].key], -sizes[slot], slots[slot]
 
-    groups: list[_Group] = []
-    for i in sorted(range(len(requests)), key=order):
-        if not any(group.add(requests[i], i, fits, waste) for group in groups[: -_OPEN - 1 : -1]):
-            groups.append(_Group(requests[i], i))
-    return sorted(sorted(group.indices) for group in groups)
+    left = sorted(range(len(requests)), key=order)
+    groups = []
+    while left:
+        near = left[:_NEIGHBOURS]
+        group = {near[i] for i in company([requests[i] for i in near], fits, cost)}
+        groups.append(sorted(group))
+        left = [i for i in near if i not in group] + left[_NEIGHBOURS:]
+    return sorted(groups)
 
 
 def batch_size(requests: Sequence[Batchable]) -> tuple[int, int]:
     """Tokens of a joint run: the real ones, and those that it computes."""
-    group = _Group(requests[0], 0)
-    for i, request in enumerate(requests[1:], 1):
-        group.add(request, i, lambda slots, shape: True, 1.0)
-    return group.real_tokens, padded_tokens(len(group.slots), group.shape)
+    group = _Group(requests[0])
+    for request in requests[1:]:
+        group.add(request)
+    prompts = {request.prompt_slot: request.shape.prompt for request in requests}
+    real = sum(prompts.values()) + sum(request.tokens for request in requests)
+    return real, padded_tokens(len(group.slots), group.shape)

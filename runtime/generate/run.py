@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from ..arrays import Array
+from ..batching import CALL_TOKENS, Shape
 from ..engine.engine import Engine
 from ..engine.session import Stop
 from ..text.padding import pad
@@ -15,7 +16,7 @@ from .options import CheckedOptions
 from .request import GenerateRequest
 from .result import FINISH_REASONS, Candidate, Generation
 
-__all__ = ["make_candidate", "run_together", "stream"]
+__all__ = ["cost", "make_candidate", "run_together", "stream"]
 
 _OUTPUTS = ["sequences", "lengths", "scores", "log_probs", "finish_reasons", "candidate_scores", "best_index"]
 # The text of token ids behind a prompt's, as `Tokenizer.decode`; None where there is no tokenizer.
@@ -41,6 +42,12 @@ def run_together(engine: Engine, requests: Sequence[GenerateRequest], stop: Stop
         computed = int(lengths[:, b].sum())
         results.append(Generation(int(best[b]), candidates, len(request.prompt), computed, options.aggregation))
     return results
+
+
+def cost(engine: Engine) -> Callable[[int, Shape], float]:
+    """For `company`: what a run costs at most, in tokens; every token of a completion is a call of the network."""
+    call = CALL_TOKENS[engine.provider]
+    return lambda slots, shape: slots * shape.prompt + shape.length * (call + slots * shape.candidates)
 
 
 def _in_a_loop(engine: Engine, request: GenerateRequest, stop: Stop | None) -> Generation:

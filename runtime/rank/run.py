@@ -11,8 +11,8 @@ from bonnx.errors import InputError, NoWinnerError
 
 from ..arrays import Array
 from ..artifact.limits import estimate_memory
-from ..batching import Shape, padded_tokens, plan
-from ..checks import check_number, check_whole, is_list, shown
+from ..batching import CALL_TOKENS, Shape, padded_tokens, plan
+from ..checks import check_whole, is_list, shown
 from ..engine.engine import Engine
 from ..engine.prompt_cache import RANK_CACHED
 from ..engine.session import Stop
@@ -21,23 +21,20 @@ from ..selection.gate import objectives_by_name
 from .request import RankRequest
 from .result import Ranking, winner
 
-__all__ = ["fits", "rank_all", "run_together"]
+__all__ = ["cost", "fits", "rank_all", "run_together"]
 
 _OUTPUTS = ["scores", "candidate_scores", "best_index", "group_scores"]
 # Inputs that `score` and `rank` share.
 _SHARED_INPUTS = ("step_mask", "aggregation", "answer_ids", "vote")
 
 
-def rank_all(
-    engine: Engine, requests: Sequence[RankRequest], *, tokens: int = 2048, waste: float = 0.2
-) -> list[Ranking | NoWinnerError]:
-    """Rank many requests, those of like shape in one run; scores differ from those of single runs by rounding only.
+def rank_all(engine: Engine, requests: Sequence[RankRequest], *, tokens: int = 2048) -> list[Ranking | NoWinnerError]:
+    """Rank many requests, together where that costs less; scores differ from those of single runs by rounding only.
 
     Args:
         engine: runs them.
         requests: made by `read_request`.
         tokens: maximum size of a joint run, padding included.
-        waste: maximum share of a joint run's tokens that may be padding, in [0, 1).
 
     Returns:
         for each request its ranking, or the error that says it has no winner.
@@ -48,9 +45,8 @@ def rank_all(
     if not is_list(requests) or not all(isinstance(request, RankRequest) for request in requests):
         raise InputError(f"requests: expected a list of what `read_request` made; got {shown(requests)}")
     check_whole("tokens", tokens, 1)
-    check_number("waste", waste, ge=0, lt=1)
     results: dict[int, Ranking | NoWinnerError] = {}
-    for indices in plan(requests, fits(engine, tokens), waste) if requests else []:
+    for indices in plan(requests, fits(engine, tokens), cost(engine)) if requests else []:
         results |= zip(indices, run_together(engine, [requests[i] for i in indices]), strict=True)
     return [results[i] for i in range(len(requests))]
 
@@ -62,10 +58,17 @@ def fits(engine: Engine, tokens: int) -> Callable[[int, Shape], bool]:
     def fits(slots: int, shape: Shape) -> bool:
         if padded_tokens(slots, shape) > tokens or shape.candidates > limits.max_candidates:
             return False
-        needed = slots * estimate_memory(engine.manifest, shape.candidates, shape.prompt, shape.length)
-        return memory is None or needed <= memory
+        if memory is None:
+            return True
+        return slots * estimate_memory(engine.manifest, shape.candidates, shape.prompt, shape.length) <= memory
 
     return fits
+
+
+def cost(engine: Engine) -> Callable[[int, Shape], float]:
+    """For `plan`: what a run costs, in tokens."""
+    call = CALL_TOKENS[engine.provider]
+    return lambda slots, shape: call + padded_tokens(slots, shape)
 
 
 def run_together(

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from ..batching import Batchable, Shape, batch_size, padded_tokens, plan
+from ..batching import Batchable, Shape, batch_size, company, padded_tokens
 from ..engine.session import Stop
 
 __all__ = ["Batcher", "DeadlineError", "Observer", "QueueFullError"]
@@ -85,12 +85,12 @@ class Batcher:
     Args:
         name: passed to the observer.
         run: runs requests of equal keys together, and returns a result or an error for each.
-        fits: see `plan`.
+        fits: see `company`.
+        cost: see `company`.
         stop: makes the handle that stops a run.
         observer: receives the measurements.
         max_waiting: maximum number of waiting requests.
         patience: seconds that the oldest request may wait for others at any load.
-        waste: see `plan`.
     """
 
     def __init__(
@@ -98,15 +98,15 @@ class Batcher:
         name: str,
         run: Callable[[Sequence[Batchable], Stop], Sequence[object]],
         fits: Callable[[int, Shape], bool],
+        cost: Callable[[int, Shape], float],
         stop: Callable[[], Stop],
         observer: Observer,
         *,
         max_waiting: int,
         patience: float,
-        waste: float,
     ) -> None:
-        self.name, self._run, self._fits, self._stop, self._observer = name, run, fits, stop, observer
-        self._max_waiting, self._patience, self._waste = max_waiting, patience, waste
+        self.name, self._run, self._fits, self._cost, self._stop, self._observer = name, run, fits, cost, stop, observer
+        self._max_waiting, self._patience = max_waiting, patience
         self._waiting: list[_Pending] = []
         self._running: tuple[list[_Pending], Stop] | None = None
         self._ready = threading.Condition()
@@ -216,8 +216,7 @@ class Batcher:
 
     def _choose(self, waiting: list[_Pending]) -> list[_Pending]:
         """The requests that run together with the oldest."""
-        groups = plan([entry.request for entry in waiting], self._fits, self._waste)
-        return [waiting[i] for i in groups[0]]
+        return [waiting[i] for i in company([entry.request for entry in waiting], self._fits, self._cost)]
 
     def _run_together(self, entries: list[_Pending]) -> None:
         """Run the requests that are still awaited together, or one by one if that fails."""

@@ -69,7 +69,7 @@ class Service:
                 engine.session(name)
         self.generates = "generate" in engine.manifest.graphs
         self._make_stop = engine.session("rank" if engine.manifest.has_scorer else "generate").make_stop
-        self._ranking = self._batcher("rank", ranking.fits(engine, settings.batch_tokens))
+        self._ranking = self._batcher("rank", ranking.fits(engine, settings.batch_tokens), ranking.cost(engine))
         within = ranking.fits(engine, settings.max_tokens)
 
         def few_candidates(slots: int, shape: Shape) -> bool:
@@ -77,22 +77,22 @@ class Service:
             return slots * shape.candidates <= settings.batch_candidates and within(slots, shape)
 
         # A queue of its own, so that rankings need not wait for long generations.
-        self._generating = self._batcher("generate", few_candidates)
+        self._generating = self._batcher("generate", few_candidates, generation.cost(engine))
         self._readers = ThreadPoolExecutor(2, "bonnx-read")
         self._streamers = ThreadPoolExecutor(settings.max_streams, "bonnx-stream")
         self._streams = 0
         self.broken = False
 
-    def _batcher(self, name: str, fits: Callable[[int, Shape], bool]) -> Batcher:
+    def _batcher(self, name: str, fits: Callable[[int, Shape], bool], cost: Callable[[int, Shape], float]) -> Batcher:
         return Batcher(
             name,
             self._run,
             fits,
+            cost,
             self._make_stop,
             self.metrics,
             max_waiting=self.settings.max_queue,
             patience=self.settings.batch_wait,
-            waste=self.settings.batch_waste,
         )
 
     def close(self) -> None:

@@ -44,8 +44,6 @@ class Settings:
     """Maximum size of rankings that run together, including padding."""
     batch_candidates: int = 128
     """Maximum number of candidates that are generated together."""
-    batch_waste: float = 0.2
-    """Maximum share of a joint run's tokens that may be padding."""
     cors_origins: tuple[str, ...] = ()
     """Web pages that may call the server, such as `https://example.org`; `*` is every one."""
     model_name: str | None = None
@@ -76,8 +74,6 @@ class Settings:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < 1e6:
                 raise InputError(f"{name}: expected seconds, at least {least:g}; got {value!r}")
-        if not 0 <= self.batch_waste < 1:
-            raise InputError(f"batch_waste: expected at least 0 and below 1; got {self.batch_waste!r}")
         if self.model_name is not None and not self.model_name:
             raise InputError("model_name: expected at least one character; got an empty name")
         if self.api_key is not None and not self.api_key:

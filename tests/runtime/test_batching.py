@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import bonnx
-from bonnx.runtime.batching import Shape, padded_tokens, plan
+from bonnx.runtime.batching import CALL_TOKENS, Shape, company, padded_tokens, plan
 from bonnx.runtime.engine.engine import open_engine
 from bonnx.runtime.engine.session import Session
 from bonnx.runtime.rank.request import read_request
@@ -105,9 +105,7 @@ def test_text_together(countdown, rng):
         steps = rng.integers(1, 60, (3, rng.integers(1, 4), 3))
         candidates = ["".join(f"{a}+{b}={c};" for a, b, c in candidate) for candidate in steps]
         requests.append((str(rng.choice(prompts)), candidates, {}))
-    found = rank_all(
-        engine, [read_request(engine, prompt, candidates) for prompt, candidates, _ in requests], waste=0.5
-    )
+    found = rank_all(engine, [read_request(engine, prompt, candidates) for prompt, candidates, _ in requests])
     for a, request in zip(found, requests, strict=True):
         check_same(a, alone(model, request))
 
@@ -140,31 +138,66 @@ def pieces(draw):
     return found
 
 
-@given(pieces(), st.integers(1, 400), st.floats(0, 0.9))
-def test_a_plan_holds_every_request_once_within_its_bounds(requests, limit, waste):
+def joint_run(members):
+    """Slots and shape of a run of some requests."""
+    columns = dict.fromkeys((work.prompt_slot for work in members), 0)
+    for work in members:
+        columns[work.prompt_slot] += work.shape.candidates
+    shapes = [work.shape for work in members]
+    shape = Shape(max(columns.values()), max(s.prompt for s in shapes), max(s.length for s in shapes))
+    return len(columns), shape
+
+
+@given(pieces(), st.integers(1, 400), st.integers(0, 50))
+def test_a_plan_holds_every_request_once_within_its_bounds(requests, limit, call):
     fits = lambda columns, shape: padded_tokens(columns, shape) <= limit  # noqa: E731
-    groups = plan(requests, fits, waste)
+    cost = lambda columns, shape: call + padded_tokens(columns, shape)  # noqa: E731
+    groups = plan(requests, fits, cost)
     assert sorted(i for group in groups for i in group) == list(range(len(requests)))
-    assert groups == sorted(map(sorted, groups)) == plan(requests, fits, waste)
+    assert groups == sorted(map(sorted, groups)) == plan(requests, fits, cost)
     for group in groups:
         if len(group) == 1:
             continue
         members = [requests[i] for i in group]
         assert len({work.key for work in members}) == 1
         assert members[0].key is not None
-        columns = {work.prompt_slot: 0 for work in members}
-        for work in members:
-            columns[work.prompt_slot] += work.shape.candidates
-        prompts = {work.prompt_slot: work.shape.prompt for work in members}
-        whole = len(columns) * (
-            max(prompts.values()) + max(columns.values()) * max(work.shape.length for work in members)
-        )
-        real = sum(prompts.values()) + sum(work.tokens for work in members)
-        assert whole <= limit
-        assert real >= (1 - waste) * whole - 1e-6
+        assert fits(*joint_run(members))
+        # Together they take less than one by one.
+        assert cost(*joint_run(members)) < sum(cost(1, work.shape) for work in members)
+
+
+@given(pieces(), st.integers(1, 400), st.integers(0, 50))
+def test_the_first_request_is_never_kept_waiting(requests, limit, call):
+    fits = lambda columns, shape: padded_tokens(columns, shape) <= limit  # noqa: E731
+    cost = lambda columns, shape: call + padded_tokens(columns, shape)  # noqa: E731
+    found = company(requests, fits, cost)
+    assert found[0] == 0
+    assert found == sorted({*found})
+    if len(found) > 1:
+        assert fits(*joint_run([requests[i] for i in found]))
 
 
 def test_requests_of_one_shape_fill_runs_to_the_limit():
     requests = [SizedRequest("last", i, 4, 10, 5, 20) for i in range(32)]
-    groups = plan(requests, lambda columns, shape: padded_tokens(columns, shape) <= 240, 0.0)
+    fits = lambda columns, shape: padded_tokens(columns, shape) <= 240  # noqa: E731
+    groups = plan(requests, fits, lambda columns, shape: 10 + padded_tokens(columns, shape))
     assert [len(group) for group in groups] == [8] * 4
+
+
+def test_large_requests_run_alone_unless_they_share_their_prompt():
+    cost = lambda columns, shape: CALL_TOKENS["cpu"] + padded_tokens(columns, shape)  # noqa: E731
+    fits = lambda columns, shape: padded_tokens(columns, shape) <= 2048  # noqa: E731
+    apart = [SizedRequest("last", i, 4, 100, 50, 200) for i in range(4)]
+    assert plan(apart, fits, cost) == [[0], [1], [2], [3]]
+    together = [SizedRequest("last", 0, 4, 100, 50, 200) for _ in range(4)]
+    assert plan(together, fits, cost) == [[0, 1, 2, 3]]
+
+
+def test_those_of_like_lengths_join():
+    cost = lambda columns, shape: CALL_TOKENS["cpu"] + padded_tokens(columns, shape)  # noqa: E731
+    lengths = [20, 5, 19, 6, 20, 5]
+    requests = [SizedRequest("last", i, 4, 10, length, 4 * length) for i, length in enumerate(lengths)]
+    fits = lambda columns, shape: padded_tokens(columns, shape) <= 2048  # noqa: E731
+    assert plan(requests, fits, cost) == [[0, 2, 4], [1, 3, 5]]
+    assert company(requests, fits, cost) == [0, 2, 4]
+    assert company(requests[1:], fits, cost) == [0, 2, 4]

@@ -186,7 +186,6 @@ def test_models_and_requests(puzzle_engine, small):
     check(lambda v: rank_all(puzzle_engine, v), listed, "requests", optional=False)
     requests = [read_request(puzzle_engine, PUZZLE, CANDIDATES)] * 2
     check(lambda v: rank_all(puzzle_engine, requests, tokens=v), whole(1), "tokens", optional=False)
-    check(lambda v: rank_all(puzzle_engine, requests, waste=v), real(lambda v: 0 <= v < 1), "waste", optional=False)
     check(puzzle_engine.reader.pieces, listed, "tokens", optional=False)
     for value in junk():
         for call in (bonnx.load, bonnx.verify):

@@ -271,7 +271,7 @@ def test_generations_of_all_kinds_run_together(engine, model, rng):
         body |= {"top_k": int(rng.choice([0, 5])), "top_p": float(rng.choice([1, 0.8]))}
         body |= {"max_new_tokens": int(rng.integers(5, 30)), "aggregation": str(rng.choice(["last", "step_min"]))}
         bodies.append(body | ({"stop": [[";"], ["="], []][rng.integers(3)]} if rng.random() < 0.5 else {}))
-    with served(engine, Settings(batch_wait=0.5, batch_waste=0.95)) as url, ThreadPoolExecutor(24) as pool:
+    with served(engine, Settings(batch_wait=0.5)) as url, ThreadPoolExecutor(24) as pool:
         answers = [*pool.map(lambda body: httpx.post(f"{url}/v1/best-of-n", json=body, timeout=60), bodies)]
         metrics = httpx.get(f"{url}/metrics", timeout=60).text
     for body, answer in zip(bodies, answers, strict=True):

@@ -53,10 +53,11 @@ class Model:
 def make():
     made = []
 
-    def make(most=100, tokens=8, patience=0.0, waste=0.5):
+    def make(most=100, tokens=8, patience=0.0):
         model, observer = Model(), Observer()
         fits = lambda columns, shape: padded_tokens(columns, shape) <= tokens  # noqa: E731
-        batcher = Batcher("test", model.run, fits, Stop, observer, max_waiting=most, patience=patience, waste=waste)
+        cost = lambda columns, shape: 1 + padded_tokens(columns, shape)  # noqa: E731
+        batcher = Batcher("test", model.run, fits, cost, Stop, observer, max_waiting=most, patience=patience)
         made.append((batcher, model))
         return batcher, model, observer
 
