@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -12,9 +13,10 @@ import time
 import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-__all__ = ["Load", "free_port", "load", "server"]
+__all__ = ["Load", "free_port", "load", "processor_seconds", "server"]
 
 
 @dataclass
@@ -26,12 +28,14 @@ class Load:
         times: latency of each answered request, in seconds.
         statuses: number of answers by status; 0 for a broken connection.
         bodies: body of each answer with a status other than 200.
+        processor: seconds of processor time that the server took, if the caller knows.
     """
 
     seconds: float
     times: list[float] = field(default_factory=list)
     statuses: dict[int, int] = field(default_factory=dict)
     bodies: list[bytes] = field(default_factory=list)
+    processor: float = float("nan")
 
     @property
     def rate(self) -> float:
@@ -49,6 +53,16 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def processor_seconds(process: subprocess.Popen[bytes]) -> float:
+    """Processor time of a process, user and system; NaN where there is no /proc."""
+    file = Path(f"/proc/{process.pid}/stat")
+    if not file.exists():
+        return float("nan")
+    # The name, in parentheses, may hold anything.
+    fields = file.read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 @contextlib.contextmanager

@@ -30,11 +30,15 @@ _NEIGHBOURS = 64
 
 
 class Shape(NamedTuple):
-    """The size of a request: `candidates` of at most `length` tokens after a prompt of `prompt` tokens."""
+    """The size of a request: `candidates` of at most `length` tokens after a prompt of `prompt` tokens.
+
+    The first `kept` tokens of the prompt were computed before.
+    """
 
     candidates: int
     prompt: int
     length: int
+    kept: int = 0
 
 
 class Batchable(Protocol):
@@ -62,7 +66,7 @@ class Batchable(Protocol):
 
 def padded_tokens(slots: int, shape: Shape) -> int:
     """Tokens that a run computes, padding included."""
-    return slots * (shape.prompt + shape.candidates * shape.length)
+    return slots * (shape.prompt - shape.kept + shape.candidates * shape.length)
 
 
 class _Group:
@@ -80,6 +84,7 @@ class _Group:
             max(in_slot + shape.candidates, self.shape.candidates),
             max(shape.prompt, self.shape.prompt),
             max(shape.length, self.shape.length),
+            min(shape.kept, self.shape.kept),
         )
         return len(self.slots) + (not in_slot), joint
 
@@ -156,10 +161,10 @@ def plan(
 
 
 def batch_size(requests: Sequence[Batchable]) -> tuple[int, int]:
-    """Tokens of a joint run: the real ones, and those that it computes."""
+    """Tokens of a joint run without those that are kept from before: the real ones, and with padding."""
     group = _Group(requests[0])
     for request in requests[1:]:
         group.add(request)
-    prompts = {request.prompt_slot: request.shape.prompt for request in requests}
+    prompts = {request.prompt_slot: request.shape.prompt - request.shape.kept for request in requests}
     real = sum(prompts.values()) + sum(request.tokens for request in requests)
     return real, padded_tokens(len(group.slots), group.shape)

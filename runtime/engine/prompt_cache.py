@@ -1,4 +1,4 @@
-"""The keys and values of prompts that were read ahead, so that ranking computes only what comes after them."""
+"""The keys and values of prompts, and of what prompts begin with, so that ranking computes only what comes after."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import numpy as np
 from ..arrays import Array
 from ..artifact.manifest import Graph, Manifest
 from ..selection.gate import last_header
+from .beginnings import BLOCK, Beginnings, block_keys
 from .session import HeldArray, Session, Stop
 
 __all__ = ["PREFILL", "RANK_CACHED", "PromptCache", "as_past", "nothing_read"]
@@ -38,10 +39,14 @@ def as_past(values: Mapping[str, T]) -> dict[str, T]:
 
 @dataclass(eq=False)
 class _Entry:
-    """A prompt and its keys and values, by the names of `rank_cached`'s inputs; they come when `ready` is set."""
+    """A prompt and its keys and values, by the names of `rank_cached`'s inputs; they come when `ready` is set.
+
+    `beginning` is the number of its last block, if it is what several prompts begin with.
+    """
 
     prompt: Array
     size: int
+    beginning: int | None = None
     values: dict[str, HeldArray] = field(default_factory=dict)
     ready: threading.Event = field(default_factory=threading.Event)
 
@@ -69,6 +74,7 @@ class PromptCache:
         self._lock = threading.Lock()
         # The one used last is at the end.
         self._entries: list[_Entry] = []
+        self._beginnings = Beginnings()
 
     @property
     def size(self) -> int:
@@ -86,11 +92,40 @@ class PromptCache:
         return {PREFILL, RANK_CACHED} <= {*self._manifest.graphs} and self._bytes(length) <= self._limit
 
     def covers(self, prompt: Array) -> bool:
-        """Whether at least half of a prompt, (P,) int64 or (P, embed_dim) float32, is kept or is being read."""
-        _, shared = self._best(prompt)
+        """Whether at least half of a prompt, (P,) int64 or (P, embed_dim) float32, was read ahead or is being read."""
+        _, shared = self._best(prompt, ahead=True)
         return 0 < len(prompt) <= 2 * shared and self.keeps(len(prompt))
 
-    def read(self, prompt: Array, stop: Stop | None = None) -> dict[str, HeldArray]:
+    def shared(self, prompt: Array, least: int) -> int:
+        """How many tokens of a prompt to continue from with `after`: what others began with, too. The prompt is noted.
+
+        What is kept already is preferred to a little more that would have to be read.
+
+        Args:
+            prompt: (P,) int64 or (P, embed_dim) float32.
+            least: number of tokens that are worth a run of their own.
+
+        Returns:
+            0 if it shares fewer than these with earlier ones, or less than half of it.
+        """
+        if self._manifest.scoring.gate_tokens or len(prompt) < least:
+            # A gate reads the last header of a prompt, which the beginning does not hold.
+            return 0
+        keys = [*block_keys(prompt)]
+        seen = self._beginnings.note(keys) * BLOCK
+        with self._lock:
+            kept = {entry.beginning for entry in self._entries}
+        count = next((i + 1 for i in reversed(range(len(keys))) if keys[i] in kept), 0) * BLOCK
+        if seen >= count + least:
+            count = seen
+        return count if len(prompt) <= 2 * count and self.keeps(count) else 0
+
+    def after(self, prompt: Array, beginning: int, stop: Stop | None = None) -> dict[str, HeldArray]:
+        """As `read`, but only the first `beginning` tokens of the prompt are kept, which other prompts share."""
+        values = self.read(prompt[:beginning], stop, beginning=True)
+        return values if beginning == len(prompt) else self._continue(prompt, beginning, values, stop)
+
+    def read(self, prompt: Array, stop: Stop | None = None, *, beginning: bool = False) -> dict[str, HeldArray]:
         """The keys and values of a prompt, where the graphs run; they are kept if there is room.
 
         A prompt that another thread reads is waited for.
@@ -98,6 +133,7 @@ class PromptCache:
         Args:
             prompt: (P,) int64 or (P, embed_dim) float32, with P > 0.
             stop: ends the run.
+            beginning: whether it is what several prompts begin with; it then stays beside those.
         """
         begun, shared = self._best(prompt)
         if begun is not None and shared == len(prompt) == len(begun.prompt):
@@ -107,7 +143,7 @@ class PromptCache:
                 return begun.values
         # A copy: the caller may fill the same array with another prompt.
         prompt = prompt.copy()
-        entry = _Entry(prompt, self._bytes(len(prompt)))
+        entry = _Entry(prompt, self._bytes(len(prompt)), [*block_keys(prompt)][-1] if beginning else None)
         self._make_room(entry)
         try:
             if begun is not None:
@@ -127,12 +163,17 @@ class PromptCache:
         self._supersede(entry)
         return entry.values
 
-    def _best(self, prompt: Array) -> tuple[_Entry | None, int]:
-        """The entry that has most of a prompt's beginning, and how many tokens of it."""
+    def _best(self, prompt: Array, ahead: bool = False) -> tuple[_Entry | None, int]:
+        """The entry that has most of a prompt's beginning, and how many tokens of it.
+
+        With `ahead`, one that is the beginning of several does not count.
+        """
         with self._lock:
             # Of several, one that ends where the prompt does, else the one used last.
             shared = [
-                (entry.shared(prompt), len(entry.prompt) == len(prompt), i) for i, entry in enumerate(self._entries)
+                (entry.shared(prompt), len(entry.prompt) == len(prompt), i)
+                for i, entry in enumerate(self._entries)
+                if not ahead or entry.beginning is None
             ]
             count, _, i = max(shared, default=(0, False, 0))
             return (self._entries[i], count) if count else (None, 0)
@@ -192,9 +233,14 @@ class PromptCache:
                 self._entries.remove(entry)
 
     def _supersede(self, new: _Entry) -> None:
-        """Drop the entries that a new one begins with: what is shared can be had from it."""
+        """Drop the entries that a new one begins with: what is shared can be had from it.
+
+        What several prompts begin with stays, and so do the entries that it continues.
+        """
         with self._lock:
-            if new in self._entries:
+            if new in self._entries and new.beginning is None:
                 self._entries = [
-                    entry for entry in self._entries if entry is new or entry.shared(new.prompt) < len(entry.prompt)
+                    entry
+                    for entry in self._entries
+                    if entry is new or entry.beginning is not None or entry.shared(new.prompt) < len(entry.prompt)
                 ]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 
 from bonnx.errors import InputError
@@ -48,10 +46,4 @@ def with_shared_gate(scoring: Scoring, rows: EncodedRows, names: ArgumentNames) 
     # The end of the prompt and the beginning of a candidate may form a header together.
     if at >= 0 and all(last_header(np.concatenate([tail, item]), header) < 0 for item in rows.items):
         return rows
-    items = [np.concatenate([prompt, item]) if len(item) else item for item in rows.items]
-    ends = rows.ends
-    if ends is not None:
-        before = np.zeros(len(prompt), np.bool_)
-        ends = [np.concatenate([before, end]) if len(end) else end for end in ends]
-    skip = [len(prompt) + count if len(item) else 0 for count, item in zip(rows.skip, rows.items, strict=True)]
-    return dataclasses.replace(rows, prompt=prompt[:0], items=items, ends=ends, skip=skip)
+    return rows.after(0)

@@ -12,7 +12,7 @@ from bonnx.errors import InputError
 
 from ..arrays import Array
 from ..artifact.limits import check_size
-from ..batching import Shape
+from ..batching import CALL_TOKENS, Shape
 from ..checks import ARGUMENTS, ArgumentNames, check_flag, check_some
 from ..engine.engine import Engine
 from ..selection.aggregate import aggregation_code, is_stepwise
@@ -50,6 +50,8 @@ class RankRequest:
         steps: (N, T) int64, 1 where the aggregation may read, or (1, 1) for everywhere.
         joins: whether it may run together with others.
         continues: whether the prompt was read ahead, so that only the candidates are computed.
+        beginning: number of the prompt's first tokens that other prompts share, and that are kept for all of them; 0 if
+            it has nothing to do with others.
         prompt_slot: equal for requests of the same prompt, which share its slot.
     """
 
@@ -62,6 +64,7 @@ class RankRequest:
     steps: Array
     joins: bool = True
     continues: bool = False
+    beginning: int = 0
     prompt_slot: Hashable = field(init=False)
 
     def __post_init__(self) -> None:
@@ -75,13 +78,21 @@ class RankRequest:
 
     @property
     def key(self) -> Hashable:
-        # Without a prompt to share, or after one that was read ahead, another graph runs.
-        joins = self.joins and len(self.prompt) and not self.continues
-        return (self.aggregation, self.ballot.vote) if joins else None
+        if not self.joins or not len(self.prompt):
+            # Without a prompt to share another graph runs.
+            return None
+        # After a prompt that is kept another graph runs, too: it reads one prompt.
+        after = (self.prompt_slot, self.beginning) if self.kept else None
+        return self.aggregation, self.ballot.vote, after
+
+    @property
+    def kept(self) -> int:
+        """Number of the prompt's tokens that need not be computed."""
+        return len(self.prompt) if self.continues else self.beginning
 
     @property
     def shape(self) -> Shape:
-        return Shape(len(self.values), len(self.prompt), self.values.shape[1])
+        return Shape(len(self.values), len(self.prompt), self.values.shape[1], self.kept)
 
     @property
     def tokens(self) -> int:
@@ -101,8 +112,11 @@ def read_request(
     vote: str = "score",
     answers: Answers | None = None,
     names: ArgumentNames = ARGUMENTS,
+    share: bool = False,
 ) -> RankRequest:
     """Read and check a prompt and its candidates; the arguments are those of `Model.rank`, and their names for errors.
+
+    With `share`, what the prompt and earlier ones begin with is kept for those to come.
 
     Raises:
         InputError: an argument is invalid; it is named.
@@ -118,11 +132,20 @@ def read_request(
     rows = with_shared_gate(scoring, rows, names)
     ballot = make_ballot(vote, answers, candidates, names.candidates, rows.unreadable, scoring)
     values, mask = pad_rows(engine, rows, names)
-    steps = readable_positions(engine, name, rows, values, step_masks)
     assert rows.prompt is not None
     joins = len(rows.prompt) + values.shape[1] <= engine.joint_limit
-    continues = joins and engine.prompts.covers(rows.prompt)
-    return RankRequest(candidates, name, ballot, rows, values, mask, steps, joins, continues)
+    continues, beginning = joins and engine.prompts.covers(rows.prompt), 0
+    if share and joins and not continues:
+        call = CALL_TOKENS[engine.provider]
+        # Reading a beginning takes a run of its own.
+        beginning = engine.prompts.shared(rows.prompt, 2 * call)
+        if beginning and (len(values) - 1) * (len(rows.prompt) - beginning) <= call:
+            # To compute the rest of the prompt with every candidate takes less than another run, and prompts that
+            # differ only there run together.
+            rows = rows.after(beginning)
+            values, mask = pad(rows.items, engine.manifest.scoring.pad_token)
+    steps = readable_positions(engine, name, rows, values, step_masks)
+    return RankRequest(candidates, name, ballot, rows, values, mask, steps, joins, continues, beginning)
 
 
 def pad_rows(engine: Engine, rows: EncodedRows, names: ArgumentNames) -> tuple[Array, Array]:

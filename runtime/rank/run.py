@@ -118,10 +118,12 @@ def _run(engine: Engine, first: RankRequest, feeds: dict[str, Array], stop: Stop
     if not len(first.prompt):
         # The prompt's last token is merged with each candidate's first one, so no tokens are shared.
         return engine.session("score").run(_feeds_of_score(feeds, suffix), outputs, stop)
-    if not first.continues:
+    if not first.kept:
         return engine.session("rank").run(feeds, outputs, stop)
     del feeds[f"prompt_{suffix}"]
-    values = engine.session(RANK_CACHED).values({**feeds, **engine.prompts.read(first.prompt, stop)}, stop=stop)
+    prompts = engine.prompts
+    cache = prompts.read(first.prompt, stop) if first.continues else prompts.after(first.prompt, first.beginning, stop)
+    values = engine.session(RANK_CACHED).values({**feeds, **cache}, stop=stop)
     return [values[name].numpy() for name in outputs]
 
 

@@ -37,7 +37,7 @@ class Metrics:
             "bonnx_run_seconds", "One run of the model", ["batcher"], buckets=_SECONDS, registry=registry
         )
         self._real = Counter(
-            "bonnx_tokens", "Tokens requested; for a generation the maximum", ["batcher"], registry=registry
+            "bonnx_tokens", "Tokens to compute; for a generation the maximum", ["batcher"], registry=registry
         )
         self._padded = Counter("bonnx_padded_tokens", "The same, padding included", ["batcher"], registry=registry)
 

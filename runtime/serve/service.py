@@ -65,7 +65,7 @@ class Service:
         self.upstream = None if settings.upstream is None else _open(settings.upstream)
         for name in engine.manifest.graphs:
             # Loaded now: a file that is replaced while the server runs changes nothing.
-            if self.upstream is not None or name not in (PREFILL, RANK_CACHED):
+            if settings.prompt_cache or name not in (PREFILL, RANK_CACHED):
                 engine.session(name)
         self.generates = "generate" in engine.manifest.graphs
         self._make_stop = engine.session("rank" if engine.manifest.has_scorer else "generate").make_stop
@@ -183,7 +183,9 @@ class Service:
         """Read what is to be ranked; an error is returned if no candidate can be read."""
         try:
             options = {"instruction": ranked.instruction, **options}
-            return read_rank_request(self.engine, ranked.prompt, ranked.candidates, **options, names=ranked.names)
+            return read_rank_request(
+                self.engine, ranked.prompt, ranked.candidates, **options, names=ranked.names, share=True
+            )
         except NoneReadableError as e:
             return e
 

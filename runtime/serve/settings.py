@@ -51,7 +51,7 @@ class Settings:
     best_of: int = 16
     """Completions to sample for a chat or text completion that does not say."""
     prompt_cache: int = PROMPT_CACHE
-    """Maximum size of the prompts' keys and values that are kept for the next request, with an upstream."""
+    """Maximum size of the keys and values of prompts, and of what prompts begin with, that are kept; 0 for none."""
     upstream: UpstreamSettings | None = None
     """The server that completions are sampled from; None to generate with the artifact."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,6 +59,21 @@ class EncodedRows:
     ends: list[NDArray[np.bool_]] | None
     unreadable: dict[int, str]
     cut: int = 0
+
+    def after(self, count: int) -> EncodedRows:
+        """The same rows with a prompt of `count` tokens: the rest of it is at the beginning of each row, to be skipped.
+
+        A row without tokens stays empty.
+        """
+        assert self.prompt is not None
+        prompt, rest = self.prompt[:count], self.prompt[count:]
+        items = [np.concatenate([rest, item]) if len(item) else item for item in self.items]
+        ends = self.ends
+        if ends is not None:
+            before = np.zeros(len(rest), np.bool_)
+            ends = [np.concatenate([before, end]) if len(end) else end for end in ends]
+        skip = [len(rest) + skipped if len(item) else 0 for skipped, item in zip(self.skip, self.items, strict=True)]
+        return replace(self, prompt=prompt, items=items, ends=ends, skip=skip)
 
 
 @dataclass
