@@ -112,7 +112,10 @@ class PageReader:
             self._url = process.url.removeprefix("http://")
 
     def _javascript(self, block: CodeBlock) -> None:
-        raise NotImplementedError("a block of JavaScript needs packages: run it in tests/export/test_web.py")
+        raise NotImplementedError("a block of JavaScript needs packages: run it in tests/js/test_module.py")
+
+    def _html(self, block: CodeBlock) -> None:
+        raise NotImplementedError("a page needs a browser")
 
     def _shell(self, code: str, block: CodeBlock, *options: str) -> None:
         command = [shutil.which("bash"), *options, "-c", _PRELUDE + code]

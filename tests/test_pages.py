@@ -79,7 +79,7 @@ def test_the_reasons_of_skipped_blocks_name_tests_that_exist(page):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_files_and_folders_in_backticks_exist(page):
-    folders = "benchmarks|bonnx|docs|export|models|runtime|tests|tools"
+    folders = "benchmarks|bonnx|docs|export|js|models|runtime|tests|tools"
     named = re.findall(rf"`((?:{folders})/[a-z_\d/.]*)`", read(page))
     assert [path for path in named if not (ROOT / path).exists()] == []
 
@@ -112,4 +112,4 @@ def test_the_architecture_shows_every_folder():
         shown.add("/".join(above))
     packages = ("bonnx", "runtime", "export", "models")
     folders = {path.parent.relative_to(ROOT).as_posix() for name in packages for path in ROOT.glob(f"{name}/**/*.py")}
-    assert shown == folders | {"tests", "benchmarks", "docs"}
+    assert shown == folders | {"js", "tests", "benchmarks", "docs"}

@@ -18,15 +18,10 @@ import bonnx
 from bonnx.models.countdown.vocabulary import END, PAD, STEP, encode
 from bonnx.runtime.artifact.manifest import Scoring, TextRules
 from tests.export.graphs.test_vote import vote_model
+from tests.npm import PACKAGES, PAGE, install
 from tests.tolerance import RUNTIME, within
 
-PAGE = Path(__file__).parents[2] / "docs/graphs.md"
-# The versions are those of the page.
-PACKAGES = re.search(r"`npm install ([^`]+)`", PAGE.read_text(encoding="utf-8"))[1].split()
 SCRIPT = Path(__file__).with_name("graph.mjs")
-# How npm says that it got no answer. Any other error, such as a version that is gone, is a failure.
-UNREACHABLE = {"EAI_AGAIN", "ECONNREFUSED", "ECONNRESET", "EHOSTUNREACH", "ENETUNREACH", "ENOTCACHED", "ENOTFOUND"}
-UNREACHABLE |= {"ECONNECTIONTIMEOUT", "EIDLETIMEOUT", "ERESPONSETIMEOUT", "ETIMEDOUT", "ETRANSFERTIMEOUT"}
 LAST, MEAN, MIN = 0, 1, 2
 
 DEFAULTS = {
@@ -108,20 +103,8 @@ def to_array(plain):
 @pytest.fixture(scope="module")
 def npm_folder(tmp_path_factory):
     """Where Node finds the packages of the page, for a script that lies in it."""
-    for program in ("node", "npm"):
-        if shutil.which(program) is None:
-            pytest.skip(f"{program} is not installed")
     folder = tmp_path_factory.mktemp("npm")
-    # Without a package.json npm would look for one in the folders above.
-    (folder / "package.json").write_text("{}")
-    options = ["--json", "--no-audit", "--no-fund", "--ignore-scripts", "--prefer-offline", "--fetch-retries=1"]
-    command = [shutil.which("npm"), "install", *options, "--fetch-retry-mintimeout=1000", *PACKAGES]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
-    if done.returncode:
-        code = re.search(r'"code": "(\w+)"', done.stdout)
-        if code and code[1] in UNREACHABLE:
-            pytest.skip(f"the npm registry is not reachable: {code[1]}")
-        pytest.fail(done.stdout + done.stderr)
+    install(folder, PACKAGES)
     yield folder
     # 150 MB, and pytest keeps the folders of its last runs.
     shutil.rmtree(folder / "node_modules")
