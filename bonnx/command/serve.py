@@ -58,7 +58,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         ("max-streams", int, "STREAMS", "maximum number of generations that are streamed at once"),
         ("batch-tokens", int, "TOKENS", "maximum size of rankings that run together"),
         ("batch-candidates", int, "CANDIDATES", "maximum number of candidates that are generated together"),
-        ("prompt-cache", int, "BYTES", "keys and values of prompts, and of what prompts begin with, to keep for the next requests"),
+        ("prompt-cache", int, "BYTES", "keys and values of prompts and their beginnings to keep for the next requests"),
         ("batch-wait", float, "SECONDS", "time to wait for more requests while the model is idle"),
     )
     for name, kind, unit, what in bounds:
