@@ -24,6 +24,10 @@ from .gate import with_shared_gate
 __all__ = ["RankOptions", "RankRequest", "pad_rows", "read_request", "readable_positions"]
 
 
+# A shared beginning is kept if it has this many times the tokens that a run costs beside its own.
+_WORTH = 4
+
+
 class RankOptions(TypedDict, total=False):
     """How to rank: the options of `Model.rank`."""
 
@@ -137,8 +141,8 @@ def read_request(
     continues, beginning = joins and engine.prompts.covers(rows.prompt), 0
     if share and joins and not continues:
         call = CALL_TOKENS[engine.provider]
-        # Reading a beginning takes a run of its own.
-        beginning = engine.prompts.shared(rows.prompt, 2 * call)
+        # Reading a beginning takes a run of its own, which must cost little beside what is read.
+        beginning = engine.prompts.shared(rows.prompt, _WORTH * call)
         if beginning and (len(values) - 1) * (len(rows.prompt) - beginning) <= call:
             # To compute the rest of the prompt with every candidate takes less than another run, and prompts that
             # differ only there run together.

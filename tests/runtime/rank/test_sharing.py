@@ -12,7 +12,7 @@ from bonnx.runtime.rank.request import read_request
 from bonnx.runtime.rank.run import rank_all, run_together
 from tests.runtime.test_batching import check_same
 
-LEAST = 2 * CALL_TOKENS["cpu"]
+LEAST = 4 * CALL_TOKENS["cpu"]
 RULES = ["last", "mean", "min", "max", "prod", "step_last", "step_mean", "step_min"]
 
 
@@ -92,7 +92,7 @@ def test_random_requests_in_random_company_get_what_they_get_alone(sharing, plai
 
 
 def test_embeddings_and_scores_that_are_nan(small, rng, monkeypatch):
-    monkeypatch.setitem(CALL_TOKENS, "cpu", BLOCK // 2)
+    monkeypatch.setitem(CALL_TOKENS, "cpu", BLOCK // 4)
     engine, plain = open_engine(small), bonnx.load(small, prompt_cache=0)
     draw = lambda count: rng.standard_normal((count, 12)).astype(np.float32)  # noqa: E731
     beginning, jobs, expected = draw(BLOCK), [], []
