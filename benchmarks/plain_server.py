@@ -30,6 +30,9 @@ class RankBody(pydantic.BaseModel):
     candidates: list[str] | list[list[int]] | None = None
     n: int | None = None
     seed: int = 0
+    max_new_tokens: int | None = None
+    temperature: float = 1.0
+    top_p: float = 1.0
 
 
 @app.post("/v1/best-of-n")
@@ -39,7 +42,8 @@ def best_of_n(body: RankBody) -> dict[str, Any]:
         ranking = model.rank(body.prompt, body.candidates)
         return {"best_index": ranking.best_index, "scores": ranking.candidate_scores.tolist()}
     assert body.n is not None
-    generation = model.generate(body.prompt, n=body.n, seed=body.seed)
+    options = body.model_dump(include={"n", "seed", "max_new_tokens", "temperature", "top_p"})
+    generation = model.generate(body.prompt, **options)
     return {"best_index": generation.best_index, "texts": [candidate.text for candidate in generation.candidates]}
 
 

@@ -10,6 +10,9 @@ bonnx serve that joins nothing and keeps nothing.
 `shared`: each request ranks one candidate of 32 tokens, and 16 requests share a prompt of 384 tokens, as when each
 worker of a pool scores its own completion. `system`: 4 candidates of 16 tokens after 512 tokens that all prompts begin
 with and 32 of its own; `judge`: the same, but one candidate of 32 tokens.
+
+`--work mixed` generates for requests of which no two are alike: prompts of different lengths, 1 to 16 candidates of at
+most 8 to 64 tokens (`--most-tokens`), each with its own seed, temperature and top-p.
 """
 
 from __future__ import annotations
@@ -28,16 +31,28 @@ from benchmarks.rates import measure_rates
 from benchmarks.record import add_output, record
 from bonnx.models.countdown.puzzle import draw_solution
 
-WORK = ("rank", "generate", "shared", "system", "judge")
+WORK = ("rank", "generate", "shared", "system", "judge", "mixed")
 # These rank ids.
 IDS = ("shared", "system", "judge")
 SERVERS = ("bonnx serve", "plain")
 ONE_BY_ONE = "one by one"
 
 
-def bodies(work: str, count: int = 256) -> list[dict[str, Any]]:
+def bodies(work: str, count: int = 256, most_tokens: int = 64) -> list[dict[str, Any]]:
     """Draw requests for Countdown puzzles, with 4 candidates to rank or 4 to generate; or of random ids."""
     rng = random.Random(0)
+    if work == "mixed":
+        return [
+            {
+                "prompt": draw_solution(rng, 4)[0].prompt,
+                "n": rng.choice([1, 1, 2, 4, 8, 16]),
+                "max_new_tokens": rng.randrange(8, most_tokens + 1),
+                "seed": rng.randrange(2**53),
+                "temperature": rng.choice([0.0, 0.7, 1.0, 1.3]),
+                "top_p": rng.choice([1.0, 0.9]),
+            }
+            for _ in range(count)
+        ]
     draw = lambda length: [rng.randrange(1000) for _ in range(length)]  # noqa: E731
     if work in ("system", "judge"):
         beginning, (candidates, length) = draw(512), (4, 16) if work == "system" else (1, 32)
@@ -75,7 +90,7 @@ def random_model(folder: Path) -> str:
 
 def measure(name: str, artifact: str, work: str, arguments: argparse.Namespace) -> Iterator[tuple[int, Load]]:
     """Measure one server with each number of clients."""
-    port, requests = free_port(), bodies(work)
+    port, requests = free_port(), bodies(work, most_tokens=arguments.most_tokens)
     command = ["-m", "bonnx", "serve", artifact, "--port", str(port)]
     command += ["--timeout", str(arguments.timeout)]
     if name == ONE_BY_ONE:
@@ -103,6 +118,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--ids", metavar="ARTIFACT", help="what ranks ids; by default a random model")
     parser.add_argument("--one-by-one", action="store_true", help="also measure bonnx serve without joint runs")
+    parser.add_argument("--most-tokens", type=int, default=64, help="of a mixed request (default: %(default)s)")
     parser.add_argument(
         "--timeout",
         type=float,

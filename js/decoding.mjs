@@ -6,6 +6,7 @@
  * @module
  */
 
+import { BonnxError } from "./errors.mjs";
 import { aggregate, bestOf, isStepwise } from "./selection.mjs";
 import { breathe } from "./sessions.mjs";
 
@@ -92,7 +93,15 @@ export async function* decodeAll(sessions, prompt, options, stepToken, ends, sig
   const drawing = drawingFeeds(sessions, options);
   const mask = sessions.int64(prompt.map(() => 1), [1, prompt.length]);
   const graphs = sessions.manifest.graphs;
-  const promptNames = graphs.prefill.outputs.map((value) => value.name).filter((name) => name.startsWith("prompt_") || name === "stream");
+  if (!graphs.decode.inputs.some(({ name }) => name === "sources")) {
+    throw new BonnxError("schema", "the graph decode was written by an earlier version of bonnx; export the model again");
+  }
+  // Nothing of the prompt has been read.
+  const zeros = (shape) => sessions.float32(new Float32Array(shape.reduce((a, b) => a * b)), shape);
+  const past = graphs.prefill.inputs
+    .filter(({ name }) => /^past_(?:key|value)\./.test(name))
+    .map(({ name, shape }) => [name, zeros(shape.map((size) => (typeof size === "number" ? size : 1)))]);
+  const promptNames = graphs.prefill.outputs.map((value) => value.name).filter((name) => /^prompt_(?:key|value)\.|^stream$/.test(name));
   const certain = graphs.prefill.outputs.some((value) => value.name === "certainty");
   const first = await sessions.run(
     "prefill",
@@ -102,13 +111,17 @@ export async function* decodeAll(sessions, prompt, options, stepToken, ends, sig
       num_candidates: sessions.int64(n),
       seed: sessions.int64(options.seed),
       ...drawing,
+      past_hash: sessions.int64([0], [1]),
+      ...Object.fromEntries(past),
     },
     ["tokens", "log_probs", ...(certain ? ["certainty"] : []), ...promptNames],
     signal,
   );
   const fixed = { attention_mask: mask, ...drawing, ...Object.fromEntries(promptNames.map((name) => [name, first[name]])) };
   const cached = graphs.decode.inputs.filter(({ name }) => /^(?:key|value)\./.test(name));
-  let cache = Object.fromEntries(cached.map(({ name, shape }) => [name, sessions.float32(new Float32Array(0), [n, 1, shape[2], 0, shape[4]])]));
+  let cache = Object.fromEntries(cached.map(({ name, shape }) => [name, sessions.float32(new Float32Array(0), [1, shape[1], 0, shape[3]])]));
+  // Which row of the last run each row continues; a row that has read nothing may continue any.
+  let sources = Array(n).fill(0);
   let tokens = Array.from(first.tokens.data, Number);
   let logProbs = Array.from(first.log_probs.data);
   // Without a scorer, the score of a token is the certainty of the distribution that it was drawn from.
@@ -117,7 +130,9 @@ export async function* decodeAll(sessions, prompt, options, stepToken, ends, sig
   const wanted = [certain ? "certainties" : "scores", "next_tokens", "log_probs", ...cached.map(({ name }) => `grown_${name}`)];
   for (let length = 1; length <= maxNewTokens; length += 1) {
     const rows = numbers.length;
-    const feeds = { ...fixed, ...cache, tokens: sessions.int64(tokens, [rows, 1]), numbers: sessions.int64(numbers, [rows, 1]) };
+    const perRow = { tokens, numbers, sources, prompts: Array(rows).fill(0), lengths: Array(rows).fill(length - 1) };
+    const named = Object.entries(perRow).map(([name, values]) => [name, sessions.int64(values, [rows])]);
+    const feeds = { ...fixed, ...cache, ...Object.fromEntries(named) };
     const outputs = await sessions.run("decode", feeds, wanted, signal);
     growing.add(numbers, tokens, scores ?? Array.from(outputs.scores.data), logProbs);
     if (options.pruneEvery && length % options.pruneEvery === 0) growing.prune();
@@ -133,7 +148,8 @@ export async function* decodeAll(sessions, prompt, options, stepToken, ends, sig
     tokens = going.map((row) => Number(outputs.next_tokens.data[row]));
     logProbs = going.map((row) => outputs.log_probs.data[row]);
     scores = certain ? going.map((row) => outputs.certainties.data[row]) : null;
-    cache = Object.fromEntries(cached.map(({ name }) => [name, taken(sessions, outputs[`grown_${name}`], going)]));
+    sources = going;
+    cache = Object.fromEntries(cached.map(({ name }) => [name, outputs[`grown_${name}`]]));
   }
 }
 
@@ -146,14 +162,4 @@ export function drawingFeeds(sessions, { temperature, topK, topP }) {
     // A share that float32 rounds to 0 still holds the most likely token.
     top_p: sessions.float32(Math.max(topP, 1.1754943508222875e-38)),
   };
-}
-
-/** The rows of a tensor that go on. */
-function taken(sessions, tensor, rows) {
-  const [count, ...rest] = tensor.dims;
-  if (rows.length === count) return tensor;
-  const size = tensor.data.length / count;
-  const data = new Float32Array(size * rows.length);
-  rows.forEach((row, i) => data.set(tensor.data.subarray(row * size, (row + 1) * size), i * size));
-  return sessions.float32(data, [rows.length, ...rest]);
 }

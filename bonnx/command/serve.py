@@ -55,9 +55,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
             "maximum size of a request, including padding and everything that it may generate",
         ),
         ("max-queue", int, "REQUESTS", "maximum number of waiting requests; further ones are answered with 429"),
-        ("max-streams", int, "STREAMS", "maximum number of generations that are streamed at once"),
+        ("max-searches", int, "SEARCHES", "maximum number of searches by the model that run at once"),
         ("batch-tokens", int, "TOKENS", "maximum size of rankings that run together"),
-        ("batch-candidates", int, "CANDIDATES", "maximum number of candidates that are generated together"),
+        ("batch-candidates", int, "CANDIDATES", "maximum number of candidates that grow in one batch"),
+        (
+            "generation-memory",
+            int,
+            "BYTES",
+            "maximum size of the keys and values of all generations that run at once; others wait",
+        ),
         ("prompt-cache", int, "BYTES", "keys and values of prompts and their beginnings to keep for the next requests"),
         ("batch-wait", float, "SECONDS", "time to wait for more requests while the model is idle"),
     )

@@ -136,16 +136,14 @@ def attend_self(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cap: float
         q: (..., S, K).
         k: (..., K, T).
         v: (..., T, K).
-        mask: additive, (..., C, 1, T) where the S queries are C positions of R heads; None if nothing is masked.
+        mask: additive, broadcast to (..., S, T); None if nothing is masked.
         cap: as in `attend`.
 
     Returns:
         The output (..., S, K) and the log-sum-exp of the logits (..., S, 1).
     """
     logits = _limited(q @ k, cap)
-    if mask is not None:
-        shape = logits.shape
-        logits = (logits.reshape(*shape[:-2], mask.shape[-3], -1, shape[-1]) + mask).reshape(shape)
+    logits = logits if mask is None else logits + mask
     weights = logits.softmax(-1)
     # The largest weight is 1 / sum(exp(logits - largest)).
     return weights @ v, logits.amax(-1, keepdim=True) - weights.amax(-1, keepdim=True).log()

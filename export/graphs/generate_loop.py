@@ -34,7 +34,7 @@ from .loop_state import (
 )
 from .loop_weights import localize_integer_weights
 from .prompt_options import draw_options, option, per_prompt, read_options
-from .sampling import DrawRules, draw_token, prompt_stream, random_uniform
+from .sampling import DrawRules, draw_token, prompt_hash, prompt_stream, random_uniform
 from .selection import aggregate
 from .vote import best_of_n
 
@@ -72,7 +72,8 @@ def generate_graph(prompt_pass: ir.Graph, token_pass: ir.Graph, config: NetworkC
     grid = b.Concat(count, batch, axis=0)
     numbers = b.Expand(b.Unsqueeze(b.Range(b.int(0), most, b.int(1)), b.ints(1)), grid)
     exists = b.Less(numbers, options.num_candidates)
-    stream = b.call(prompt_stream, ids, mask, per_prompt(b, inputs.seed, batch))
+    hashed = b.call(prompt_hash, ids, mask, b.int(0))
+    stream = b.call(prompt_stream, hashed, per_prompt(b, inputs.seed, batch))
     uniform = b.call(random_uniform, stream, b.int(0), numbers)
     wide = b.Expand(logits, b.Concat(count, b.Shape(logits), axis=0))
     tokens, log_probs = b.call(draw_token, wide, uniform, *rules)

@@ -13,7 +13,7 @@ import onnx_ir as ir
 from onnxscript import opset18, script
 from onnxscript.values import Opset
 
-__all__ = ["FUNCTIONS", "DrawRules", "draw_rules", "draw_token", "prompt_stream", "random_uniform"]
+__all__ = ["FUNCTIONS", "DrawRules", "draw_rules", "draw_token", "prompt_hash", "prompt_stream", "random_uniform"]
 
 # Any, because the operators' type variables are too narrow for the values that onnxscript infers.
 op: Any = opset18
@@ -52,28 +52,40 @@ def mix(x):  # type: ignore[no-untyped-def]
 
 
 @script(this, default_opset=opset18)
-def prompt_stream(input_ids, attention_mask, seed):  # type: ignore[no-untyped-def]
-    """The key of each prompt's random stream: ids and mask (B, P), seed (B), int64 -> (B) int64 below 2**32."""
+def prompt_hash(input_ids, attention_mask, past):  # type: ignore[no-untyped-def]
+    """Hash prompts: ids (B, P), their mask (B, T >= P), the hash of the T - P tokens before (B), int64 -> (B) int64.
+
+    A sum over the prompt's tokens, to which padding adds nothing on either side; below 2**32.
+    """
     zero = op.Constant(value_int=0)
     word = op.Constant(value_int=4294967296)
     axis = op.Constant(value_ints=[1])
+    real = op.Cast(op.Greater(attention_mask, zero), to=7)
+    places = op.CumSum(real, op.Constant(value_int=1))
+    total = op.Shape(attention_mask, start=1)
+    first = op.Sub(total, op.Shape(input_ids, start=1))
+    new_places = op.Slice(places, first, total, axis)
+    new_real = op.Slice(real, first, total, axis)
+    tokens = op.Add(op.Cast(input_ids, to=12), mix(op.Cast(new_places, to=12)))
+    hashed = op.Mul(op.Cast(mix(tokens), to=7), new_real)
+    return op.Mod(op.Add(op.ReduceSum(hashed, axis, keepdims=0), past), word)
+
+
+@script(this, default_opset=opset18)
+def prompt_stream(hashed, seed):  # type: ignore[no-untyped-def]
+    """The key of each prompt's random stream: `prompt_hash` (B) and seed (B), int64 -> (B) int64 below 2**32."""
+    word = op.Constant(value_int=4294967296)
     # The result of `Mod` has the divisor's sign, so negative seeds map to distinct words.
     low = op.Mod(seed, word)
     high = op.Mod(op.Div(op.Sub(seed, low), word), word)
     start = mix(op.Add(op.Cast(high, to=12), op.Cast(op.Constant(value_int=0x9E3779B9), to=12)))
     start = mix(op.BitwiseXor(op.Cast(low, to=12), start))
-    real = op.Cast(op.Greater(attention_mask, zero), to=7)
-    places = op.CumSum(real, op.Constant(value_int=1))
-    tokens = op.Add(op.Cast(input_ids, to=12), mix(op.Cast(places, to=12)))
-    # A sum over the prompt's tokens, to which padding adds nothing on either side.
-    hashed = op.Mul(op.Cast(mix(tokens), to=7), real)
-    total = op.Cast(op.Mod(op.ReduceSum(hashed, axis, keepdims=0), word), to=12)
-    return op.Cast(mix(op.BitwiseXor(total, start)), to=7)
+    return op.Cast(mix(op.BitwiseXor(op.Cast(hashed, to=12), start)), to=7)
 
 
 @script(this, default_opset=opset18)
 def random_uniform(stream, position, candidates):  # type: ignore[no-untyped-def]
-    """Uniform in [0, 1): stream (B) int64, position int64 scalar, candidates (N, B) int64 -> (N, B) float32."""
+    """Uniform in [0, 1): stream (B), position scalar or (B), candidates (N, B), int64 -> (N, B) float32."""
     moved = op.Mul(op.Cast(position, to=12), op.Cast(op.Constant(value_int=0x9E3779B1), to=12))
     row = mix(op.Add(op.Cast(stream, to=12), moved))
     number = op.Mul(op.Cast(candidates, to=12), op.Cast(op.Constant(value_int=0x85EBCA77), to=12))
@@ -119,7 +131,7 @@ def draw_rules(temperature, top_k, top_p):  # type: ignore[no-untyped-def]
 
 
 @script(this, default_opset=opset18)
-def draw_from_likely(probabilities, log_all, point, top_k, share, filtered):  # type: ignore[no-untyped-def]
+def draw_from_likely(probabilities, log_all, point, top_k, share):  # type: ignore[no-untyped-def]
     """Draw one token of each row among those that top-k and top-p keep.
 
     Every sum is a running one, which adds in order: so a row's result does not depend on how many tokens the other
@@ -131,7 +143,6 @@ def draw_from_likely(probabilities, log_all, point, top_k, share, filtered):  # 
         point: (N, B, 1) float32 in [0, 1), where the cumulative distribution is inverted.
         top_k: (B, 1) int64; 0 or less keeps all.
         share: (B, 1) float32 in (0, 1], the probability of `top_p`.
-        filtered: (B, 1) bool: the rows whose result is used.
 
     Returns:
         (N, B, 1) int64.
@@ -146,12 +157,23 @@ def draw_from_likely(probabilities, log_all, point, top_k, share, filtered):  # 
     floor = op.Div(op.Mul(op.Sub(one, share), op.Constant(value_float=0.5)), op.Cast(size, to=1))
     likely = op.ReduceSum(op.Cast(op.GreaterOrEqual(probabilities, floor), to=1), last, keepdims=1)
     count = op.Where(by_rank, op.Cast(op.Min(top_k, size), to=1), op.Max(likely, one))
-    most = op.ReduceMax(op.Where(filtered, count, one), keepdims=0)
+    most = op.ReduceMax(count, keepdims=0)
     kept_count = op.Reshape(op.Cast(most, to=7), op.Constant(value_ints=[1]))
-    _, order = op.TopK(log_all, kept_count, axis=-1)
+    # Finding a few tokens is many times as fast as finding thousands, and a few nearly always suffice.
+    few = op.Min(kept_count, op.Constant(value_ints=[256]))
+    _, first = op.TopK(log_all, few, axis=-1)
+    covered = op.CumSum(op.GatherElements(probabilities, first, axis=2), op.Constant(value_int=2))
+    reaches = op.GreaterOrEqual(op.Gather(covered, last, axis=2), share)
+    within_few = op.Or(op.And(by_rank, op.LessOrEqual(top_k, few)), op.And(op.Not(by_rank), reaches))
+    if any_of(op.Not(op.Or(within_few, op.Equal(few, kept_count)))):
+        _, all_likely = op.TopK(log_all, kept_count, axis=-1)
+        order = op.Cast(all_likely, to=7)
+    else:
+        order = op.Cast(first, to=7)
     by_size = op.GatherElements(probabilities, order, axis=2)
     # With top-k, probabilities are renormalized over the k tokens; otherwise they stay as they are.
-    places = op.Range(op.Constant(value_int=0), op.Cast(most, to=7), op.Constant(value_int=1))
+    width = op.Squeeze(op.Shape(order, start=2), op.Constant(value_ints=[0]))
+    places = op.Range(op.Constant(value_int=0), width, op.Constant(value_int=1))
     within_rank = op.Or(op.Not(by_rank), op.Less(places, top_k))
     by_size = op.Where(within_rank, by_size, zero_real)
     kept_sum = op.Gather(op.CumSum(by_size, op.Constant(value_int=2)), last, axis=2)
@@ -207,7 +229,17 @@ def draw_token(  # type: ignore[no-untyped-def]
         probabilities = op.Softmax(op.Div(log_all, heat), axis=-1)
         point = op.Unsqueeze(uniform, last)
         if any_filtered:
-            kept = draw_from_likely(probabilities, log_all, point, top_k, share, filtered)
+            # Only for the prompts that need it; in the others' place there is any token.
+            needs = op.Squeeze(filtered, last)
+            likely = draw_from_likely(
+                op.Compress(probabilities, needs, axis=1),
+                op.Compress(log_all, needs, axis=1),
+                op.Compress(point, needs, axis=1),
+                op.Compress(top_k, needs, axis=0),
+                op.Compress(share, needs, axis=0),
+            )
+            place = op.Sub(op.CumSum(op.Cast(needs, to=7), op.Constant(value_int=0)), op.Constant(value_int=1))
+            kept = op.Gather(likely, op.Max(place, op.Constant(value_int=0)), axis=1)
             if any_whole:
                 chosen = op.Cast(op.Where(filtered, kept, draw_from_all(probabilities, point)), to=7)
             else:
@@ -226,4 +258,14 @@ def draw_token(  # type: ignore[no-untyped-def]
     return op.Squeeze(token, last), op.Squeeze(log_probability, last)
 
 
-FUNCTIONS = (mix, prompt_stream, random_uniform, any_of, draw_rules, draw_from_likely, draw_from_all, draw_token)
+FUNCTIONS = (
+    mix,
+    prompt_hash,
+    prompt_stream,
+    random_uniform,
+    any_of,
+    draw_rules,
+    draw_from_likely,
+    draw_from_all,
+    draw_token,
+)

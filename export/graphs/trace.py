@@ -25,7 +25,7 @@ from .builder import Builder, finish, name_value
 from .decompose import decomposed_lightly
 from .exporter import exported_quickly
 from .generate_loop import generate_graph
-from .generate_passes import PromptPass, TokenPass
+from .generate_passes import PromptPass, RowsPass, TokenPass
 from .layers import Trunk
 from .prefill_decode import decode_graph, prefill_graph
 from .rank import RankGraph
@@ -99,10 +99,11 @@ def _graphs(
         report("tracing generate")
         head = VocabularyHead(model)
         prompt_pass, token_pass = _trace_prompt_pass(traced, head), _trace_token_pass(traced, head)
-        passes = (widened(prompt_pass.clone(), ir.DataType.FLOAT16), widened(token_pass.clone(), ir.DataType.FLOAT16))
+        passes = (widened(prompt_pass, ir.DataType.FLOAT16), widened(token_pass, ir.DataType.FLOAT16))
         yield "generate", generate_graph(*passes, trunk.config, scoring.pad_token)
-        yield "prefill", prefill_graph(prompt_pass)
-        yield "decode", decode_graph(token_pass)
+        report("tracing prefill and decode")
+        yield "prefill", prefill_graph(_trace_prompt_pass(traced, head, past=True))
+        yield "decode", decode_graph(_trace_rows_pass(traced, head))
 
 
 def _example(*shape: int, width: int | None = None) -> Tensor:
@@ -187,13 +188,18 @@ def _prompt_shape(traced: _Traced, name: str, length: int) -> tuple[int, ...]:
     return (2, heads, size + 2, length + 1) if name.startswith("prompt_key") else (2, heads, length + 1, size)
 
 
-def _trace_prompt_pass(traced: _Traced, head: VocabularyHead) -> ir.Graph:
-    examples = {"input_ids": _example(2, 5), "attention_mask": torch.ones(2, 5, dtype=torch.int64)}
+def _trace_prompt_pass(traced: _Traced, head: VocabularyHead, *, past: bool = False) -> ir.Graph:
+    new, total = (4, 9) if past else (5, 5)
+    examples = {"input_ids": _example(2, new), "attention_mask": torch.ones(2, total, dtype=torch.int64)}
     prompt = ["batch", "prompt_length"]
+    axes: list[Sequence[str | None]] = [["batch", "new_length"] if past else prompt, prompt]
+    for name, names in _cache_axes(traced.layers, candidates=False) if past else ():
+        examples[name.replace("prompt", "past")] = torch.zeros(_prompt_shape(traced, name, 6))
+        axes.append([axis and axis.replace("prompt", "past") for axis in names])
     outputs: dict[str, Sequence[str | None]] = {"logits": ["batch"]}
     outputs |= {} if traced.trunk.config.has_scorer else {"certainty": ["batch"]}
     outputs |= dict(_cache_axes(traced.layers, candidates=False))
-    return _trace(traced, PromptPass(traced.trunk, head), examples, [prompt, prompt], outputs)
+    return _trace(traced, PromptPass(traced.trunk, head), examples, axes, outputs)
 
 
 def _trace_token_pass(traced: _Traced, head: VocabularyHead) -> ir.Graph:
@@ -214,6 +220,34 @@ def _trace_token_pass(traced: _Traced, head: VocabularyHead) -> ir.Graph:
         if not name.startswith("prompt")
     }
     return _trace(traced, TokenPass(traced.trunk, head), examples, axes, outputs)
+
+
+def _trace_rows_pass(traced: _Traced, head: VocabularyHead) -> ir.Graph:
+    config = traced.trunk.config
+    heads, size = config.num_kv_heads, config.size_of_head
+    rows: list[str | None] = ["rows"]
+    examples = {
+        "tokens": _example(7),
+        "prompts": torch.zeros(7, dtype=torch.int64),
+        "lengths": torch.zeros(7, dtype=torch.int64),
+        "ages": torch.arange(4, -1, -1),
+        "places": torch.zeros(2, 3, dtype=torch.int64),
+        "back": torch.zeros(7, dtype=torch.int64),
+        "attention_mask": torch.ones(2, 5, dtype=torch.int64),
+    }
+    axes: list[list[str | None]] = [rows, rows, rows, ["ages"], ["batch", "width"], rows, ["batch", "prompt_length"]]
+    own, grown = ["rows", None, "own_length"], ["rows", None, "grown_length"]
+    outputs: dict[str, Sequence[str | None]] = {"scores" if config.has_scorer else "certainties": rows, "logits": rows}
+    for i in traced.layers:
+        for kind in ("key", "value"):
+            shape = _prompt_shape(traced, f"prompt_{kind}", 5)
+            examples[f"prompt_{kind}.{i}"] = torch.zeros(shape)
+            axes.append(dict(_cache_axes([i], candidates=False))[f"prompt_{kind}.{i}"])
+        for kind in ("key", "value"):
+            examples[f"{kind}.{i}"] = torch.zeros(7, heads, 4, size)
+            axes.append([*own])
+            outputs[f"grown_{kind}.{i}"] = grown
+    return _trace(traced, RowsPass(traced.trunk, head), examples, axes, outputs)
 
 
 def _cache_axes(layers: Iterable[int], *, candidates: bool) -> Iterator[tuple[str, list[str | None]]]:

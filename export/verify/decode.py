@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bonnx.errors import ExportError
-from bonnx.runtime.engine.session import Session
-from bonnx.runtime.generate.decoding import decode_all, prefill
+from bonnx.runtime.engine.session import Session, Stop
+from bonnx.runtime.generate.continuous import ContinuousBatch, Joining, ReadPrompt, read_prompts
 from bonnx.runtime.generate.options import CheckedOptions
 
 from .draws import edge_width, expected_token, log_softmax, uniform
@@ -35,26 +35,11 @@ class _Recording:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._session, name)
 
-    def values(self, feeds: dict[str, Any], *, logits: bool = False) -> dict[str, Any]:
+    def values(self, feeds: dict[str, Any], *, logits: bool = False, stop: Stop | None = None) -> dict[str, Any]:
         """Run the session and keep the logits."""
-        outputs = self._session.values(feeds, logits=True)
+        outputs = self._session.values(feeds, logits=True, stop=stop)
         self.logits.append(outputs["logits"].numpy())
         return outputs
-
-
-class _Read:
-    """In place of `prefill`, gives what it gave before, and in place of `decode` holds no inputs."""
-
-    def __init__(self, outputs: dict[str, Any]) -> None:
-        self._outputs = outputs
-
-    def values(self, _: dict[str, Any], *, logits: bool = False) -> dict[str, Any]:
-        """Return the recorded outputs."""
-        return self._outputs
-
-    def hold(self, _: dict[str, Any]) -> dict[str, Any]:
-        """Return nothing."""
-        return {}
 
 
 def check_decode(checker: Checker, cases: Sequence[HostCase]) -> None:
@@ -67,21 +52,30 @@ def check_decode(checker: Checker, cases: Sequence[HostCase]) -> None:
         ExportError: if a token, a score or a candidate's end differs.
     """
     # One graph after the other: their weights are never in memory together.
-    alone: dict[str, Any] = {"prefill": checker.session("prefill"), "decode": _Read({})}
-    read = [prefill(alone.__getitem__, prompt, request, request.n, logits=True)[0] for prompt, request, _ in cases]
-    del alone
+    joining = [Joining(prompt, request) for prompt, request, _ in cases]
+    read = [prompt for each in joining for prompt in _read(checker.session("prefill"), each)]
     checker.close("prefill")
-    for case, outputs in zip(cases, read, strict=True):
-        _check(checker, case, outputs)
+    for case, each, prompt in zip(cases, joining, read, strict=True):
+        _check(checker, case, each, prompt)
     checker.close("decode")
 
 
-def _check(checker: Checker, case: HostCase, read: dict[str, Any]) -> None:
+def _read(prefill: Session, joining: Joining) -> list[ReadPrompt]:
+    """Read a prompt in two pieces, if it has as many tokens."""
+    if half := len(joining.prompt) // 2:
+        read_prompts(prefill, [joining], half)
+    return read_prompts(prefill, [joining], logits=True)
+
+
+def _check(checker: Checker, case: HostCase, joining: Joining, read: ReadPrompt) -> None:
     prompt, request, outputs = case
-    decode = _Recording(checker.session("decode"))
-    sessions: dict[str, Any] = {"prefill": _Read(read), "decode": decode}
-    *_, last = decode_all(sessions.__getitem__, prompt, request, None, None)
-    for n, position, logits in _logits_of(read["logits"].numpy()[0], decode.logits, last.lengths):
+    decode: Any = _Recording(checker.session("decode"))
+    batch = ContinuousBatch(decode, None)
+    last = batch.join(read, joining)
+    while batch.rows:
+        batch.step()
+    assert read.logits is not None
+    for n, position, logits in _logits_of(read.logits, decode.logits, last.lengths):
         drawn, label = int(last.tokens[n, position]), f"decode, candidate {n}, token {position}"
         token, margin = expected_token(logits, uniform(request.seed, prompt, position, n), request)
         if token != drawn and margin > edge_width(0.0, request):
@@ -107,5 +101,5 @@ def _logits_of(first: Array, others: Sequence[Array], lengths: Array) -> Iterato
         rows = np.flatnonzero(lengths >= position)
         for row, n in enumerate(rows):
             if lengths[n] > position:
-                logits = first if position == 0 else others[position - 1][row, 0]
+                logits = first if position == 0 else others[position - 1][row]
                 yield int(n), position, logits.astype(np.float64)

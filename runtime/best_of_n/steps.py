@@ -25,7 +25,7 @@ from bonnx.errors import InputError
 from ..arrays import Array
 from ..checks import shown
 from ..engine.engine import Engine
-from ..generate.decoding import DEADLINE, LENGTH, STOP
+from ..generate.growing import DEADLINE, LENGTH, STOP
 from ..search.method import Method
 from ..search.methods import METHODS
 from ..search.tree import Branch, Tree

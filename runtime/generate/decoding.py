@@ -5,7 +5,6 @@ Unlike in a run of `generate`, the host sees every token: for streaming, a deadl
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -14,114 +13,12 @@ import numpy as np
 from ..arrays import Array
 from ..checks import check_number
 from ..engine.session import HeldArray, Session
-from ..selection.aggregate import aggregate_tokens, aggregation_code, is_stepwise
+from ..selection.aggregate import aggregation_code, is_stepwise
+from .continuous import ContinuousBatch, Joining, ReadPrompt, check_decode, read_prompts
+from .growing import Growing
 from .options import CheckedOptions
-from .result import FINISH_REASONS
 
-__all__ = [
-    "DEADLINE",
-    "LENGTH",
-    "PRUNED",
-    "STOP",
-    "CachedRows",
-    "Growing",
-    "clock",
-    "decode_all",
-    "generate_feeds",
-    "most_likely",
-    "prefill",
-    "survivors",
-]
-
-LENGTH, STOP, PRUNED, DEADLINE = range(len(FINISH_REASONS))
-
-
-class Growing:
-    """Candidates of one prompt while they grow.
-
-    Attributes:
-        tokens: (n, T) int64; 0 beyond a candidate's length.
-        scores: (n, T) float32.
-        log_probs: (n, T) float32.
-        lengths: (n,) int64.
-        reasons: (n,) int64, an index into `FINISH_REASONS`, or -1 while a candidate grows.
-        kept: (n,) bool, whether it has survived every pruning.
-        computed: tokens that the network has read.
-        top_tokens: (n, T, k) int64, the most likely tokens at each place; k is 0 unless they are asked for.
-        top_log_probs: (n, T, k) float32, of each of them.
-
-    Args:
-        options: how to generate.
-        step_token: ends a step, for the step aggregations.
-        ends: whether the last of a candidate's tokens (length,) completes a stop text; only tokens end them without it.
-    """
-
-    def __init__(
-        self, options: CheckedOptions, step_token: int | None, ends: Callable[[Array], bool] | None = None
-    ) -> None:
-        n = options.n
-        self._ends = ends
-        self.options, self.step_token = options, step_token
-        self.tokens = np.zeros((n, 0), np.int64)
-        self.scores, self.log_probs = np.zeros((2, n, 0), np.float32)
-        self.lengths, self.reasons = np.zeros(n, np.int64), np.full(n, -1)
-        self.kept = np.ones(n, bool)
-        self.computed = 0
-        self.top_tokens, self.top_log_probs = np.zeros((n, 0, 0), np.int64), np.zeros((n, 0, 0), np.float32)
-
-    def add(self, numbers: Array, tokens: Array, scores: Array, log_probs: Array) -> None:
-        """One token of each running candidate: all (rows,)."""
-        # As in the graph: a token drawn from no distribution makes a candidate that cannot win.
-        scores = np.where(np.isnan(log_probs), np.float32(np.nan), scores)
-        self._append(numbers, tokens=tokens, scores=scores, log_probs=log_probs)
-        self.lengths[numbers] += 1
-        self.computed += len(numbers)
-        self.reasons[numbers[np.isin(tokens, self.options.stop_tokens)]] = STOP
-        if self._ends is not None:
-            for number in numbers[self.reasons[numbers] < 0]:
-                if self._ends(self.tokens[number, : self.lengths[number]]):
-                    self.reasons[number] = STOP
-
-    def add_top(self, numbers: Array, tokens: Array, log_probs: Array) -> None:
-        """The most likely tokens at the place of the last token of some candidates: (rows, k) or (1, k)."""
-        if not self.top_tokens.shape[2]:
-            self.top_tokens, self.top_log_probs = (
-                np.zeros((len(self.lengths), 0, tokens.shape[1]), array.dtype) for array in (tokens, log_probs)
-            )
-        self._append(numbers, top_tokens=tokens, top_log_probs=log_probs)
-
-    def _append(self, numbers: Array, **arrays: Array) -> None:
-        """Append a column to each of these arrays: 0 but for the candidates `numbers`."""
-        for name, new in arrays.items():
-            old = getattr(self, name)
-            column = np.zeros((len(old), 1, *old.shape[2:]), old.dtype)
-            column[numbers, 0] = new
-            setattr(self, name, np.concatenate([old, column], 1))
-
-    def select(self) -> tuple[Array, int]:
-        """Each candidate's score (n,) as it stands, NaN for a pruned one, and the best index, -1 if nothing can win."""
-        mask = np.arange(self.tokens.shape[1]) < self.lengths[:, None]
-        return self._select(mask & (self.reasons != PRUNED)[:, None])
-
-    def _select(self, mask: Array) -> tuple[Array, int]:
-        return aggregate_tokens(self.scores, mask, self.tokens, self.step_token, self.options.aggregation)
-
-    def prune(self) -> None:
-        """Keep the best of those that are still kept, ended ones included, as `generate` does."""
-        scores, _ = self._select(np.arange(self.tokens.shape[1]) < self.lengths[:, None])
-        self.kept = survivors(scores, self.kept, self.options.prune_keep)
-        self.reasons[(self.reasons < 0) & ~self.kept] = PRUNED
-
-
-def survivors(scores: Array, kept: Array, keep: float) -> Array:
-    """Which candidates survive a pruning, (n,) bool: the best share of those in `kept`, rounded as in the graph."""
-    ranked = np.where(kept & ~np.isnan(scores), scores, -np.inf)
-    order = np.argsort(-ranked, kind="stable")
-    limit = max(1, math.ceil(np.float32(kept.sum()) * np.float32(keep) - np.float32(1e-4)))
-    place = np.empty_like(order)
-    place[order] = np.arange(len(order))
-    going: Array = kept & (place < limit)
-    return going
+__all__ = ["CachedRows", "clock", "decode_all", "generate_feeds"]
 
 
 def clock(deadline: float | None) -> float | None:
@@ -137,23 +34,30 @@ def clock(deadline: float | None) -> float | None:
 
 
 class CachedRows:
-    """Rows that `decode` reads together, one token at a time, and their keys and values, which stay on the device.
+    """Rows of one prompt that `decode` reads together, and their keys and values, which stay on the device.
 
     Args:
         session: of `decode`.
-        fixed: the constant inputs, held where the session runs.
+        read: the prompt.
+        drawing: how to draw tokens, by the names of the graph's inputs.
+
+    Raises:
+        ArtifactError: the graph was written by an earlier version.
     """
 
-    def __init__(self, session: Session, fixed: dict[str, HeldArray]) -> None:
-        self._session, self._fixed = session, fixed
+    def __init__(self, session: Session, read: ReadPrompt, drawing: dict[str, Array]) -> None:
+        check_decode(session)
+        self._session = session
+        fixed = {**read.cache, "attention_mask": read.mask[None], "stream": np.array([read.stream]), **drawing}
+        self._fixed = session.hold(fixed)
         shapes = {value.name: value.shape for value in session.graph.inputs}
-        self._names = [name for name in shapes if name.split(".")[0] in ("key", "value")]
-        self._widths = [(int(shapes[name][2]), int(shapes[name][4])) for name in self._names]
+        self._names = [name for name in shapes if name.startswith(("key.", "value."))]
+        self._widths = [(int(shapes[name][1]), int(shapes[name][3])) for name in self._names]
         self._cache: dict[str, HeldArray] = {}
 
     def blank(self) -> list[Array]:
-        """Keys and values (1, G, 0, K) of a row that has read nothing."""
-        return [np.zeros((1, heads, 0, size), np.float32) for heads, size in self._widths]
+        """Keys and values (G, 0, K) of a row that has read nothing."""
+        return [np.zeros((heads, 0, size), np.float32) for heads, size in self._widths]
 
     def join(self, caches: Sequence[list[Array]]) -> None:
         """Append rows, given their keys and values; all rows must have read the same number of tokens."""
@@ -163,10 +67,15 @@ class CachedRows:
             arrays[name] = np.concatenate([self._cache[name].numpy(), stacked]) if self._cache else stacked
         self._cache = self._session.hold(arrays)
 
-    def read(self, tokens: Array, numbers: Array, *, logits: bool = False) -> dict[str, HeldArray]:
-        """Let each row read a token and draw the next: both (rows, 1) int64; the outputs of `decode`, held."""
-        feeds = self._fixed | self._cache | self._session.hold({"tokens": tokens, "numbers": numbers})
-        outputs = self._session.values(feeds, logits=logits)
+    def read(self, tokens: Array, numbers: Array, length: int, *, logits: bool = False) -> dict[str, HeldArray]:
+        """Let each row, which has read `length` tokens, read one more and draw the next.
+
+        Both arrays are (rows,) int64; returns the outputs of `decode`, held.
+        """
+        count = len(tokens)
+        feeds = {"tokens": tokens, "numbers": numbers, "prompts": np.zeros(count, np.int64)}
+        feeds |= {"lengths": np.full(count, length), "sources": np.arange(count)}
+        outputs = self._session.values({**self._fixed, **self._cache, **feeds}, logits=logits)
         self._cache = {name: outputs[f"grown_{name}"] for name in self._names}
         return outputs
 
@@ -176,22 +85,6 @@ class CachedRows:
         kept = {name: array[rows] for name, array in zip(self._names, arrays, strict=True)}
         self._cache = self._session.hold(kept) if len(rows) else {}
         return arrays
-
-
-def prefill(
-    session: Callable[[str], Session], prompt: Array, options: CheckedOptions, count: int, *, logits: bool = False
-) -> tuple[dict[str, HeldArray], dict[str, HeldArray]]:
-    """Read a prompt (P,) int64 and draw the first tokens of `count` candidates.
-
-    Returns:
-        the outputs of `prefill`, held, and the constant inputs of `decode`.
-    """
-    mask, drawing = np.ones((1, len(prompt)), np.int64), options.drawing()
-    counts = {"num_candidates": np.array(count), "seed": np.array(options.seed)}
-    feeds = {"input_ids": prompt[None], "attention_mask": mask, **counts, **drawing}
-    outputs = session("prefill").values(feeds, logits=logits)
-    fixed = {name: value for name, value in outputs.items() if name.startswith("prompt_") or name == "stream"}
-    return outputs, fixed | session("decode").hold({"attention_mask": mask, **drawing})
 
 
 def decode_all(
@@ -212,53 +105,13 @@ def decode_all(
         deadline: on the clock of `time.monotonic`, or None.
         ends: as in `Growing`.
     """
-    growing = Growing(options, step_token, ends)
-    with_top = options.top_log_probs > 0
-    first, fixed = prefill(session, prompt, options, options.n, logits=with_top)
-    top = most_likely(first["logits"].numpy(), options.top_log_probs) if with_top else None
-    rows = CachedRows(session("decode"), fixed)
-    rows.join([rows.blank()] * options.n)
-    tokens, log_probs = first["tokens"].numpy(), first["log_probs"].numpy()
-    # Without a scorer, the score of a token is the certainty of the distribution that it was drawn from.
-    certainties = np.tile(first["certainty"].numpy(), (options.n, 1)) if "certainty" in first else None
-    numbers = np.arange(options.n)
-    for length in range(1, options.max_new_tokens + 1):
-        outputs = rows.read(tokens, numbers[:, None], logits=with_top)
-        scores = outputs["scores"].numpy() if certainties is None else certainties
-        growing.add(numbers, tokens[:, 0], scores[:, 0], log_probs[:, 0])
-        if top is not None:
-            growing.add_top(numbers, *top)
-        if options.prune_every and length % options.prune_every == 0:
-            growing.prune()
-        running = growing.reasons < 0
-        if length == options.max_new_tokens:
-            growing.reasons[running] = LENGTH
-        elif deadline is not None and time.monotonic() > deadline:
-            growing.reasons[running] = DEADLINE
+    joining = Joining(prompt, options, ends, deadline)
+    (read,) = read_prompts(session("prefill"), [joining], logits=options.top_log_probs > 0)
+    batch = ContinuousBatch(session("decode"), step_token)
+    growing = batch.join(read, joining)
+    while batch.rows:
+        batch.step()
         yield growing
-        going = np.flatnonzero(growing.reasons[numbers] < 0)
-        if not len(going):
-            return
-        if len(going) < len(numbers):
-            rows.keep(going)
-        numbers = numbers[going]
-        tokens, log_probs = outputs["next_tokens"].numpy()[going], outputs["log_probs"].numpy()[going]
-        if certainties is not None:
-            certainties = outputs["certainties"].numpy()[going]
-        top = most_likely(outputs["logits"].numpy()[going, 0], options.top_log_probs) if with_top else None
-
-
-def most_likely(logits: Array, count: int) -> tuple[Array, Array]:
-    """The tokens of the largest logits (rows, V), most likely first, (rows, k) int64, and their log-probabilities."""
-    wide = logits.astype(np.float64)
-    count = min(count, wide.shape[-1])
-    order = np.argpartition(-wide, count - 1, -1)[:, :count]
-    order = np.take_along_axis(order, np.argsort(-np.take_along_axis(wide, order, -1), -1, kind="stable"), -1)
-    peak = wide.max(-1, keepdims=True)
-    # Infinite logits are no distribution: the log-probabilities are NaN.
-    with np.errstate(invalid="ignore"):
-        log_sum = peak + np.log(np.exp(wide - peak).sum(-1, keepdims=True))
-        return order.astype(np.int64), (np.take_along_axis(wide, order, -1) - log_sum).astype(np.float32)
 
 
 def generate_feeds(

@@ -12,11 +12,12 @@ from ..engine.engine import Engine
 from ..engine.session import Stop
 from ..text.padding import pad
 from .decoding import decode_all, generate_feeds
+from .growing import Growing
 from .options import CheckedOptions
 from .request import GenerateRequest
 from .result import FINISH_REASONS, Candidate, Generation
 
-__all__ = ["cost", "make_candidate", "run_together", "stream"]
+__all__ = ["cost", "ends_in_stop", "generation_of", "make_candidate", "run_together", "stream"]
 
 _OUTPUTS = ["sequences", "lengths", "scores", "log_probs", "finish_reasons", "candidate_scores", "best_index"]
 # The text of token ids behind a prompt's, as `Tokenizer.decode`; None where there is no tokenizer.
@@ -73,18 +74,23 @@ def stream(engine: Engine, request: GenerateRequest, deadline: float | None) -> 
         request: made by `read_request`.
         deadline: on the clock of `time.monotonic`, or None.
     """
-    step_token, decode = engine.manifest.scoring.step_token, _decode(engine, request.options)
-    ends = _ends_in_stop(engine, request)
+    step_token, ends = engine.manifest.scoring.step_token, ends_in_stop(engine, request)
     for growing in decode_all(engine.session, request.prompt, request.options, step_token, deadline, ends):
-        candidate_scores, best = growing.select()
-        parts = (growing.tokens, growing.scores, growing.log_probs, growing.lengths, candidate_scores, growing.reasons)
-        candidates = [make_candidate(decode, request.prompt, *row) for row in zip(*parts, strict=True)]
-        if request.options.top_log_probs:
-            candidates = [
-                replace(c, top_tokens=tokens[: len(c.tokens)], top_log_probs=log_probs[: len(c.tokens)])
-                for c, tokens, log_probs in zip(candidates, growing.top_tokens, growing.top_log_probs, strict=True)
-            ]
-        yield Generation(best, candidates, len(request.prompt), growing.computed, request.options.aggregation)
+        yield generation_of(engine, request, growing)
+
+
+def generation_of(engine: Engine, request: GenerateRequest, growing: Growing) -> Generation:
+    """The candidates of a request as they stand."""
+    decode, options = _decode(engine, request.options), request.options
+    candidate_scores, best = growing.select()
+    parts = (growing.tokens, growing.scores, growing.log_probs, growing.lengths, candidate_scores, growing.reasons)
+    candidates = [make_candidate(decode, request.prompt, *row) for row in zip(*parts, strict=True)]
+    if options.top_log_probs:
+        candidates = [
+            replace(c, top_tokens=tokens[: len(c.tokens)], top_log_probs=log_probs[: len(c.tokens)])
+            for c, tokens, log_probs in zip(candidates, growing.top_tokens, growing.top_log_probs, strict=True)
+        ]
+    return Generation(best, candidates, len(request.prompt), growing.computed, options.aggregation)
 
 
 def _decode(engine: Engine, options: CheckedOptions) -> _Decode:
@@ -92,7 +98,7 @@ def _decode(engine: Engine, options: CheckedOptions) -> _Decode:
     return None if tokenizer is None else functools.partial(tokenizer.decode, stop_texts=options.stop_texts)
 
 
-def _ends_in_stop(engine: Engine, request: GenerateRequest) -> Callable[[Array], bool] | None:
+def ends_in_stop(engine: Engine, request: GenerateRequest) -> Callable[[Array], bool] | None:
     """Whether the last token of a completion completes a stop text; None if its tokens alone say so."""
     tokenizer, options = engine.reader.tokenizer, request.options
     if tokenizer is None or not options.stops_in_text:

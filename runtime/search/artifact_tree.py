@@ -20,7 +20,9 @@ from bonnx.errors import InputError
 from ..arrays import Array
 from ..engine.engine import Engine
 from ..engine.session import HeldArray, Stop
-from ..generate.decoding import DEADLINE, LENGTH, PRUNED, STOP, CachedRows, prefill
+from ..generate.continuous import Joining, ReadPrompt, read_prompts
+from ..generate.decoding import CachedRows
+from ..generate.growing import DEADLINE, LENGTH, PRUNED, STOP
 from ..generate.options import CheckedOptions
 from ..selection.aggregate import aggregate_tokens
 from ..selection.vote import check_weight
@@ -45,7 +47,7 @@ class ArtifactBranch(Branch):
         scores: the scorer's value at each token.
         log_probs: of each under the model.
         pending: the next token, drawn and not yet read, its log-probability and certainty.
-        cache: for each layer keys and values (1, G, len(tokens), K).
+        cache: for each layer keys and values (G, len(tokens), K).
         again: the pending token was read before the fork and will be read again.
     """
 
@@ -89,25 +91,24 @@ class ArtifactTree(Tree[ArtifactBranch]):
         self.cost, self.nodes = Cost(), list[Node]()
         # How often each context was drawn from; see `Revisions`.
         self.draws = Counter[tuple[int, ...]]()
-        self._fixed: dict[str, HeldArray] = {}
+        self._prompt: ReadPrompt | None = None
         self._numbers, self._reserved = 0, list[ArtifactBranch]()
 
     def reserve(self, count: int) -> None:
         """Draw the first tokens of `count` more branches, which `roots` then returns: the prompt is computed once."""
         first = self._numbers
-        outputs, self._fixed = prefill(
-            self.engine.session, self.prompt, self.options, first + count, logits=self.with_certainty
-        )
+        joining = Joining(self.prompt, replace(self.options, n=first + count))
+        (read,) = read_prompts(self.engine.session("prefill"), [joining], logits=self.with_certainty)
+        self._prompt = read
         self.cost.prompt_tokens += len(self.prompt)
         self._numbers = first + count
         sure = math.nan
         if not self.engine.manifest.has_scorer:
-            sure = float(outputs["certainty"].numpy()[0])
-        elif self.with_certainty:
-            sure = float(certainty(outputs["logits"].numpy())[0])
-        tokens, log_probs = outputs["tokens"].numpy()[:, 0], outputs["log_probs"].numpy()[:, 0]
+            sure = read.certainty
+        elif read.logits is not None:
+            sure = float(certainty(read.logits[None])[0])
         self._reserved += [
-            ArtifactBranch(number=i, pending=(int(tokens[i]), float(log_probs[i]), sure))
+            ArtifactBranch(number=i, pending=(int(read.tokens[i]), float(read.log_probs[i]), sure))
             for i in range(first, first + count)
         ]
 
@@ -135,7 +136,7 @@ class ArtifactTree(Tree[ArtifactBranch]):
             scores=branch.scores[:last],
             log_probs=branch.log_probs[:last],
             certainties=branch.certainties[:last],
-            cache=[array[:, :, :last] for array in branch.cache],
+            cache=[array[:, :last] for array in branch.cache],
             again=True,
         )
 
@@ -161,10 +162,11 @@ class ArtifactTree(Tree[ArtifactBranch]):
             up_to: stop at this many tokens.
             greedy: take the most likely token.
         """
-        decode, fixed = self.engine.session("decode"), self._fixed
+        drawing = self.options.drawing()
         if greedy:
-            fixed = fixed | decode.hold({"temperature": np.array(0, np.float32)})
-        cached = CachedRows(decode, fixed)
+            drawing["temperature"] = np.array(0, np.float32)
+        assert self._prompt is not None
+        cached = CachedRows(self.engine.session("decode"), self._prompt, drawing)
         waiting = sorted(branches, key=lambda branch: -len(branch.tokens))
         rows: list[ArtifactBranch] = []
         while rows or waiting:
@@ -176,9 +178,9 @@ class ArtifactTree(Tree[ArtifactBranch]):
             if joining:
                 cached.join([branch.cache if length else cached.blank() for branch in joining])
                 rows = [*rows, *joining]
-            tokens = np.array([[branch.pending[0]] for branch in rows])
-            numbers = np.array([[branch.number] for branch in rows])
-            outputs = cached.read(tokens, numbers, logits=self.with_certainty)
+            tokens = np.array([branch.pending[0] for branch in rows])
+            numbers = np.array([branch.number for branch in rows])
+            outputs = cached.read(tokens, numbers, length, logits=self.with_certainty)
             fresh = self._read(rows, outputs)
             late = self.is_late
             going = [
@@ -207,14 +209,14 @@ class ArtifactTree(Tree[ArtifactBranch]):
     def _read(self, rows: Sequence[ArtifactBranch], outputs: dict[str, HeldArray]) -> list[bool]:
         """Each branch reads its pending token, and the next one takes its place; whether it was new to the branch."""
         fresh = [not branch.again for branch in rows]
-        parts = [outputs[name].numpy()[:, 0].tolist() for name in ("next_tokens", "log_probs")]
+        parts = [outputs[name].numpy().tolist() for name in ("next_tokens", "log_probs")]
         if not self.engine.manifest.has_scorer:
             # The score of a token is the certainty of the distribution that it was drawn from.
             scores = [branch.pending[2] for branch in rows]
-            sure = outputs["certainties"].numpy()[:, 0].tolist()
+            sure = outputs["certainties"].numpy().tolist()
         else:
-            scores = outputs["scores"].numpy()[:, 0].tolist()
-            logits = outputs["logits"].numpy()[:, 0] if self.with_certainty else None
+            scores = outputs["scores"].numpy().tolist()
+            logits = outputs["logits"].numpy() if self.with_certainty else None
             sure = [math.nan] * len(rows) if logits is None else certainty(logits).tolist()
         for branch, score, *drawn in zip(rows, scores, *parts, sure, strict=True):
             token, log_prob, certain = branch.pending

@@ -12,7 +12,7 @@ from msgspec import Meta
 from bonnx.errors import InputError
 
 from ..arrays import Array
-from ..generate.decoding import STOP
+from ..generate.growing import STOP
 from .count import Count, as_count
 from .method import Method
 from .tree import B, Branch, Tree

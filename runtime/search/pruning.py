@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar
 import numpy as np
 from msgspec import Meta
 
-from ..generate.decoding import PRUNED, survivors
+from ..generate.growing import PRUNED, survivors
 from .method import Method
 from .tree import B, Tree
 

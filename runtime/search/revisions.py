@@ -14,7 +14,8 @@ from msgspec import Meta
 from bonnx.errors import InputError
 
 from ..arrays import Array
-from ..generate.decoding import LENGTH, generate_feeds
+from ..generate.decoding import generate_feeds
+from ..generate.growing import LENGTH
 from .artifact_tree import ArtifactBranch, ArtifactTree
 from .choice import choose_in_chains
 from .count import Count, as_count

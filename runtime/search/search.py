@@ -19,7 +19,8 @@ from ..artifact.manifest import VOTES
 from ..checks import check_function, check_whole, shown
 from ..engine.engine import Engine
 from ..engine.session import Stop
-from ..generate.decoding import PRUNED, clock
+from ..generate.decoding import clock
+from ..generate.growing import PRUNED
 from ..generate.options import SEARCH_OPTIONS, GenerateOptions
 from ..generate.request import options_within
 from ..generate.result import FINISH_REASONS, Candidate

@@ -167,10 +167,10 @@ async def _search(service: Service, request: Request, prompt: Item, options: Gen
 async def run_search(
     service: Service, request: Request, prompt: Item, options: GenerateOptions, rule: Rule
 ) -> SearchResult:
-    """A search in one of the threads for streams; it chooses from what there is at the deadline.
+    """A search in one of the threads for them; it chooses from what there is at the deadline.
 
     Raises:
-        QueueFullError: the maximum number of streams is open.
+        QueueFullError: the maximum number of searches is under way.
         InputError: the prompt, an option or a setting is invalid.
         NoWinnerError: no completion can win.
     """
@@ -188,7 +188,7 @@ async def run_search(
         )
 
     note(request, candidates=rule.best_of, tokens=len(read.prompt))
-    result = await service.stream(request, work)
+    result = await service.search(request, work)
     count, tokens = len(result.candidates), result.cost.sampled_tokens
     service.metrics.sampled(rule.method, count, _saved(result, rule), tokens)
     return result

@@ -21,6 +21,7 @@ from ..engine.prompt_cache import PREFILL, RANK_CACHED
 from ..engine.session import Stop
 from ..generate import run as generation
 from ..generate.decoding import clock
+from ..generate.growing import Growing
 from ..generate.options import GenerateOptions
 from ..generate.request import GenerateRequest
 from ..generate.request import read_request as read_generate_request
@@ -33,6 +34,7 @@ from ..text.reader import Item, NoneReadableError
 from ..upstream.settings import UpstreamSettings
 from .batcher import Batcher, DeadlineError, QueueFullError
 from .errors import ApiError
+from .generator import Generator, is_brief
 from .limits import check_size, check_texts
 from .metrics import Metrics
 from .ranking import ClientRequest, Outcome
@@ -76,12 +78,22 @@ class Service:
             # Each token of a generation costs by the candidates, not by the tokens that they may come to have.
             return slots * shape.candidates <= settings.batch_candidates and within(slots, shape)
 
-        # A queue of its own, so that rankings need not wait for long generations.
+        # A queue of its own, so that rankings need not wait for generations.
         self._generating = self._batcher("generate", few_candidates, generation.cost(engine))
         self._readers = ThreadPoolExecutor(2, "bonnx-read")
-        self._streamers = ThreadPoolExecutor(settings.max_streams, "bonnx-stream")
-        self._streams = 0
+        self._searchers = ThreadPoolExecutor(settings.max_searches, "bonnx-search")
+        self._searches = 0
         self.broken = False
+        self._generator = None
+        if self.generates:
+            self._generator = Generator(
+                engine,
+                metrics,
+                max_waiting=settings.max_queue,
+                max_rows=settings.batch_candidates,
+                max_bytes=settings.generation_memory,
+                guard=self._noting_changes,
+            )
 
     def _batcher(self, name: str, fits: Callable[[int, Shape], bool], cost: Callable[[int, Shape], float]) -> Batcher:
         return Batcher(
@@ -99,8 +111,10 @@ class Service:
         """Finish the queued requests."""
         self._ranking.close()
         self._generating.close()
+        if self._generator is not None:
+            self._generator.close()
         self._readers.shutdown()
-        self._streamers.shutdown()
+        self._searchers.shutdown()
 
     def check_intact(self) -> None:
         """Raise the error that every request gets once the artifact's files were changed.
@@ -190,13 +204,26 @@ class Service:
             return e
 
     async def generate(self, request: Request, prompt: Item, options: GenerateOptions) -> Generation:
-        """One generation, in one run of one graph."""
+        """One generation, whole."""
         generate_request = await self.read_generation(request, prompt, options)
         add_up(request, candidates=generate_request.options.n, tokens=len(generate_request.prompt))
-        (result,) = await self.unless_gone(request, self._generating.put([generate_request], self.until(request)))
-        assert isinstance(result, Generation)
+        assert self._generator is not None
+        if is_brief(self.engine.manifest, generate_request):
+            queued = self._generating.put([generate_request], self.until(request))
+            (result,) = await self.unless_gone(request, queued)
+            assert isinstance(result, Generation)
+        else:
+            growing = await self.unless_gone(request, self._generator.generate(generate_request, self.until(request)))
+            result = await self._generation_of(request, generate_request, growing)
         winner(result.best_index, "candidates")
         return result
+
+    async def _generation_of(self, request: Request, generate_request: GenerateRequest, growing: Growing) -> Generation:
+        """The candidates of a generation, with their texts."""
+        count = int(growing.lengths.sum())
+        return await self.aside(
+            lambda: generation.generation_of(self.engine, generate_request, growing), request, count
+        )
 
     async def read_generation(self, request: Request, prompt: Item, options: GenerateOptions) -> GenerateRequest:
         """Read and check what is to be generated."""
@@ -244,41 +271,38 @@ class Service:
         """Stream a generation; it is cut off at its deadline or when the request times out.
 
         Raises:
-            QueueFullError: the maximum number of streams is open.
+            QueueFullError: too many generations wait.
             InputError: an option or the prompt is invalid.
         """
-        self._reserve()
-        try:
-            generate_request = await self.read_generation(request, prompt, options)
-            left = max(0.001, self.until(request) - time.monotonic())
-            states = generation.stream(self.engine, generate_request, clock(min(left, deadline or left)))
-            return GenerationStream(states, self._streamers, self._release)
-        except BaseException:
-            self._release()
-            raise
+        generate_request = await self.read_generation(request, prompt, options)
+        assert self._generator is not None
+        left = max(0.001, self.until(request) - time.monotonic())
+        ticket = self._generator.put(generate_request, deadline=clock(min(left, deadline or left)), watched=True)
 
-    async def stream(self, request: Request, work: Callable[[Stop], T]) -> T:
-        """Do some work in one of the threads for streams; it is told to stop when the client disconnects.
+        def read(growing: Growing) -> Awaitable[Generation]:
+            return self._generation_of(request, generate_request, growing)
+
+        return GenerationStream(self._generator, ticket, read)
+
+    async def search(self, request: Request, work: Callable[[Stop], T]) -> T:
+        """Do a search in one of the threads for them; it is told to stop when the client disconnects.
 
         Raises:
-            QueueFullError: the maximum number of streams is open.
+            QueueFullError: the maximum number of searches is under way.
         """
-        self._reserve()
+        if self._searches >= self.settings.max_searches:
+            raise QueueFullError(self._searches, 1)
+        self._searches += 1
         stop, loop = self._make_stop(), asyncio.get_running_loop()
-        future = self._streamers.submit(self._noting_changes, lambda: work(stop))
+        future = self._searchers.submit(self._noting_changes, lambda: work(stop))
         future.add_done_callback(lambda _: loop.call_soon_threadsafe(self._release))
         try:
             return await self.unless_gone(request, asyncio.wrap_future(future))
         finally:
             stop.terminate = True
 
-    def _reserve(self) -> None:
-        if self._streams >= self.settings.max_streams:
-            raise QueueFullError(self._streams, 1)
-        self._streams += 1
-
     def _release(self) -> None:
-        self._streams -= 1
+        self._searches -= 1
 
     async def cut(
         self,

@@ -35,15 +35,17 @@ class Settings:
     """Maximum time for a request; a client may set less in `X-Request-Timeout`."""
     max_queue: int = 256
     """Maximum number of requests that wait for each of the batchers `rank` and `generate`; further ones get 429."""
-    max_streams: int = 8
-    """Maximum number of generations that are streamed at once."""
+    max_searches: int = 8
+    """Maximum number of searches by the artifact that run at once."""
     batch_wait: float = 0.0
     """Time that a request waits for others while the model is idle. At 0 it waits a tenth of the last run's time, and
     only if more requests are likely."""
     batch_tokens: int = 2048
     """Maximum size of rankings that run together, including padding."""
     batch_candidates: int = 128
-    """Maximum number of candidates that are generated together."""
+    """Maximum number of candidates that grow in one batch."""
+    generation_memory: int = 2 * 2**30
+    """Maximum size of the keys and values of all generations that run at once, if they grow to their limits."""
     cors_origins: tuple[str, ...] = ()
     """Web pages that may call the server, such as `https://example.org`; `*` is every one."""
     model_name: str | None = None
@@ -61,7 +63,8 @@ class Settings:
             "max_buffered",
             "max_tokens",
             "max_queue",
-            "max_streams",
+            "max_searches",
+            "generation_memory",
             "batch_tokens",
             "batch_candidates",
             "best_of",

@@ -56,8 +56,12 @@ def _feeds(graph, rng):
         shape = []
         for axis in value.shape:
             name = axis if isinstance(axis, int) else axis.value
-            if name == "prompt_length + 1":
+            if name == "prompt_length" and "new_length" in sizes:
+                sizes.setdefault(name, sizes["new_length"] + int(rng.integers(0, 4)))
+            elif name == "prompt_length + 1":
                 name = sizes["prompt_length"] + 1
+            elif name == "past_length + 1":
+                name = sizes["prompt_length"] - sizes["new_length"] + 1
             shape.append(name if isinstance(name, int) else sizes.setdefault(name, int(rng.integers(2, 7))))
         if "mask" in value.name:
             mask = np.arange(shape[-1]) < rng.integers(1, shape[-1] + 1, shape[:-1])[..., None]
@@ -65,6 +69,9 @@ def _feeds(graph, rng):
         elif value.name == "num_candidates":
             # `score` divides its rows among the candidates.
             feeds[value.name] = np.array(sizes.get("rows", 3))
+        elif value.name in ("prompts", "sources", "lengths"):
+            # Rows of other inputs, of which there are at least two, and tokens that these have.
+            feeds[value.name] = rng.integers(0, 2, shape)
         elif value.dtype == ir.DataType.INT64:
             feeds.setdefault(value.name, rng.integers(0, 50, shape))
         else:
@@ -146,7 +153,7 @@ def test_the_graphs_are_those_of_a_full_trace(name, traced, rng):
 def test_generation_and_its_cache_are_those_of_a_full_trace(precision, layers, windows, traced, rng):
     model = quantized(_language_model(num_layers=layers, **windows), precision)
     whole, repeated = generation_graphs(model, whole=True), generation_graphs(model)
-    assert traced == [layers] * 2 + [3 if windows else 2] * 2
+    assert traced == [layers] * 4 + [3 if windows else 2] * 4
     assert [value.name for value in repeated["decode"].graph.inputs][-4:] == [
         f"{name}.{layers - 1}" for name in ("prompt_key", "prompt_value", "key", "value")
     ]

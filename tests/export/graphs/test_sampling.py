@@ -14,7 +14,7 @@ from onnx.reference import ReferenceEvaluator
 
 from bonnx.export.graphs.builder import Builder, finish, name_value
 from bonnx.export.graphs.prompt_options import draw_options, option, per_prompt
-from bonnx.export.graphs.sampling import FUNCTIONS, draw_token, prompt_stream, random_uniform
+from bonnx.export.graphs.sampling import FUNCTIONS, draw_token, prompt_hash, prompt_stream, random_uniform
 from bonnx.export.verify.draws import uniform
 from tests.tolerance import RUNTIME, within
 
@@ -34,7 +34,8 @@ def generator():
     inputs = [ir.val("ids", INT, ["batch", "length"]), ir.val("mask", INT, ["batch", "length"])]
     inputs += [option("seed"), ir.val("step", INT, []), ir.val("candidates", INT, ROWS)]
     ids, mask, seed, step, candidates = inputs
-    stream = b.call(prompt_stream, ids, mask, per_prompt(b, seed, b.Shape(ids, start=0, end=1)))
+    hashed = b.call(prompt_hash, ids, mask, b.int(0))
+    stream = b.call(prompt_stream, hashed, per_prompt(b, seed, b.Shape(ids, start=0, end=1)))
     drawn = b.call(random_uniform, stream, step, candidates)
     return finished(inputs, [name_value(drawn, "uniform", FLOAT, ROWS)], b)
 

@@ -91,7 +91,7 @@ def check_same(engine, request, found, alone):
 @pytest.mark.parametrize("size", [2, 5, 17])
 def test_in_company_as_alone(engine, size, rng):
     requests = [drawn_request(engine, rng) for _ in range(size)]
-    assert plan(requests, lambda slots, shape: True, 0.999) == [[*range(size)]]
+    assert plan(requests, lambda slots, shape: True, lambda slots, shape: 1.0) == [[*range(size)]]
     for request, found in zip(requests, run_together(engine, requests), strict=True):
         (alone,) = run_together(engine, [request])
         check_same(engine, request, found, alone)
@@ -130,7 +130,7 @@ def test_an_older_artifact_joins_equal_options_only(engine, monkeypatch, rng):
     monkeypatch.setattr(engine, "manifest", msgspec.structs.replace(engine.manifest, graphs=graphs))
     options = {"n": 2, "max_new_tokens": 9}
     requests = [read_request(engine, [3, 7, 5 + i], options | {"seed": seed}) for i, seed in enumerate((1, 1, 2))]
-    assert plan(requests, lambda slots, shape: True, 0.5) == [[0, 1], [2]]
+    assert plan(requests, lambda slots, shape: True, lambda slots, shape: 1.0) == [[0, 1], [2]]
     prompts, mask = pad([request.prompt for request in requests[:2]], 0)
     feeds = generate_feeds(prompts, mask, [request.options for request in requests[:2]], None)
     assert all(feeds[name].shape == () for name in ("seed", "num_candidates", "temperature", "prune_keep"))

@@ -16,7 +16,7 @@ from bonnx.models import load_checkpoint
 from bonnx.models.countdown import CHECKPOINT
 from bonnx.models.countdown.vocabulary import END, decode, encode
 from bonnx.runtime.engine.engine import open_engine
-from bonnx.runtime.generate.decoding import Growing
+from bonnx.runtime.generate.growing import Growing
 from bonnx.runtime.generate.options import check_options
 from bonnx.runtime.text.stops import Stops
 from tests.tolerance import RUNTIME, within

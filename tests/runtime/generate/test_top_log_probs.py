@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from bonnx import InputError
-from bonnx.runtime.generate.decoding import most_likely
+from bonnx.runtime.generate.continuous import most_likely
 from tests.tolerance import RUNTIME, within
 
 OPTIONS = {"n": 5, "max_new_tokens": 9, "seed": 4}

@@ -66,38 +66,40 @@ class Table:
         return int(min(np.searchsorted(np.cumsum(shares), point, side="right"), VOCABULARY - 1))
 
     def session(self, name):
-        inputs = [Value(name="tokens", dtype="int64", shape=["n", "b"])]
+        inputs = [Value(name=part, dtype="int64", shape=["rows"]) for part in ("tokens", "sources")]
         cache = ("key.0", "value.0")
-        inputs += [Value(name=part, dtype="float32", shape=["n", "b", 1, "t", 1]) for part in cache]
+        inputs += [Value(name=part, dtype="float32", shape=["rows", 1, "t", 1]) for part in cache]
         run = {"prefill": self._prefill, "decode": self._decode}[name]
         hold = lambda arrays: {key: Held(array) for key, array in arrays.items()}  # noqa: E731
         return SimpleNamespace(graph=SimpleNamespace(inputs=inputs), hold=hold, values=run)
 
-    def _prefill(self, feeds, logits=False):
-        count, temperature = int(feeds["num_candidates"]), float(feeds["temperature"])
+    def _prefill(self, feeds, logits=False, stop=None):
+        count, temperature = int(feeds["num_candidates"][0]), float(feeds["temperature"][0])
         assert feeds["input_ids"].tolist() == [PROMPT]
         tokens = [[self.draw((), number, temperature)] for number in range(count)]
         found = {"tokens": tokens, "log_probs": [[self.log_prob((), t[0])] for t in tokens], "stream": [0]}
         return {name: Held(value) for name, value in {**found, "logits": [self.logits(())]}.items()}
 
-    def _decode(self, feeds, logits=False):
-        arrays = {name: value.numpy() for name, value in feeds.items()}
+    def _decode(self, feeds, logits=False, stop=None):
+        arrays = {name: value.numpy() if isinstance(value, Held) else value for name, value in feeds.items()}
         key, value, tokens = arrays["key.0"], arrays["value.0"], arrays["tokens"]
-        assert key.shape == value.shape == (len(tokens), 1, 1, key.shape[3], 1)
+        assert key.shape == value.shape == (len(tokens), 1, key.shape[2], 1)
+        assert np.array_equal(arrays["sources"], np.arange(len(tokens)))
+        assert np.array_equal(arrays["lengths"], np.full(len(tokens), key.shape[2]))
         assert np.array_equal(2 * key, value)
         self.computed += len(tokens)
-        prefixes = [(*(int(t) for t in row[0, 0, :, 0]), int(token)) for row, (token,) in zip(key, tokens, strict=True)]
+        prefixes = [(*(int(t) for t in row[0, :, 0]), int(token)) for row, token in zip(key, tokens, strict=True)]
         drawn = [
             self.draw(prefix, int(number), float(arrays["temperature"]))
-            for prefix, (number,) in zip(prefixes, arrays["numbers"], strict=True)
+            for prefix, number in zip(prefixes, arrays["numbers"], strict=True)
         ]
-        new = tokens[:, :, None, None, None].astype(np.float32)
+        new = tokens[:, None, None, None].astype(np.float32)
         found = {
-            "scores": np.array([[self.score(prefix)] for prefix in prefixes], np.float32),
-            "next_tokens": np.array(drawn)[:, None],
-            "log_probs": np.array([[self.log_prob(p, t)] for p, t in zip(prefixes, drawn, strict=True)], np.float32),
-            "logits": np.array([[self.logits(prefix)] for prefix in prefixes]),
-            "grown_key.0": np.concatenate([key, new], 3),
-            "grown_value.0": np.concatenate([value, 2 * new], 3),
+            "scores": np.array([self.score(prefix) for prefix in prefixes], np.float32),
+            "next_tokens": np.array(drawn),
+            "log_probs": np.array([self.log_prob(p, t) for p, t in zip(prefixes, drawn, strict=True)], np.float32),
+            "logits": np.array([self.logits(prefix) for prefix in prefixes]),
+            "grown_key.0": np.concatenate([key, new], 2),
+            "grown_value.0": np.concatenate([value, 2 * new], 2),
         }
         return {name: Held(array) for name, array in found.items()}

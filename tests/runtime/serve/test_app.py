@@ -15,7 +15,7 @@ from tritonclient import http as triton
 import bonnx
 from bonnx.runtime.engine.engine import open_engine
 from bonnx.runtime.rank.request import read_request
-from bonnx.runtime.serve import Settings
+from bonnx.runtime.serve import Settings, service
 from tests.runtime.serve.servers import Process, served
 from tests.tolerance import RUNTIME, within
 
@@ -263,7 +263,10 @@ def test_many_at_once_get_what_each_gets_alone(url, model, rng):
     assert runs < 180
 
 
-def test_generations_of_all_kinds_run_together(engine, model, rng):
+@pytest.mark.parametrize("whole", [True, False])
+def test_generations_of_all_kinds_run_together(engine, model, rng, whole, monkeypatch):
+    # Whole runs for a model as small as this one, and else joined at any token.
+    monkeypatch.setattr(service, "is_brief", lambda *_: whole)
     bodies = []
     for _ in range(24):
         body = {"prompt": str(rng.choice([PUZZLE, "13,14,2,6>26:", "5,6,7>42:"])), "n": int(rng.integers(1, 6))}
@@ -281,8 +284,12 @@ def test_generations_of_all_kinds_run_together(engine, model, rng):
         assert within(
             [c["score"] for c in answer.json()["candidates"]], [c.score for c in expected.candidates], RUNTIME
         )
-    (runs,) = re.findall(r'^bonnx_run_requests_count{batcher="generate"} (\S+)$', metrics, re.MULTILINE)
-    assert float(runs) < 12
+    requests, runs = (
+        float(re.findall(rf'^bonnx_run_requests_{what}{{batcher="{batcher}"}} (\S+)$', metrics, re.MULTILINE)[0])
+        for batcher in ["generate" if whole else "decode"]
+        for what in ("sum", "count")
+    )
+    assert requests > 2 * runs
 
 
 # ---- the command

@@ -24,7 +24,7 @@ def engine(chat_engine):
 
 @pytest.fixture(scope="module")
 def url(engine):
-    with served(engine, Settings(max_streams=2)) as url:
+    with served(engine, Settings(max_searches=2)) as url:
         yield url
 
 
