@@ -212,13 +212,20 @@ async function fetched(address, signal, size, count) {
     throw failedToRead(address, address.pathname, error.cause?.code ?? error.message, error);
   }
   if (!response.ok) throw failedToRead(address, address.pathname, `HTTP status ${response.status}`);
-  const pieces = [];
+  let bytes;
   let length = 0;
   try {
+    // Of a manifest the size is not known.
+    bytes = new Uint8Array(size ?? 2 ** 16);
     for (const reader = response.body.getReader(); ; ) {
       const { done, value } = await reader.read();
       if (done) break;
-      pieces.push(value);
+      if (length + value.length > bytes.length) {
+        const more = new Uint8Array(2 * (length + value.length));
+        more.set(bytes.subarray(0, length));
+        bytes = more;
+      }
+      bytes.set(value, length);
       length += value.length;
       count(value.length);
       if (size !== undefined && length > size) {
@@ -226,16 +233,10 @@ async function fetched(address, signal, size, count) {
         break;
       }
     }
-    const bytes = new Uint8Array(length);
-    let place = 0;
-    for (const piece of pieces) {
-      bytes.set(piece, place);
-      place += piece.length;
-    }
-    return bytes;
+    return bytes.length === length ? bytes : bytes.slice(0, length);
   } catch (error) {
     signal?.throwIfAborted();
-    if (error instanceof RangeError) throw new BonnxError("memory", `${address}: there is no memory for its ${length} bytes`, { cause: error });
+    if (error instanceof RangeError) throw new BonnxError("memory", `${address}: there is no memory for its ${size ?? length} bytes`, { cause: error });
     throw new BonnxError("damaged", `${address}: the transfer broke off after ${length} bytes: ${error.message}; load it again`, { cause: error });
   }
 }

@@ -29,6 +29,7 @@ const STATEMENTS = new Set(["Set", "If", "For", "Macro", "CallStatement", "Filte
 const SPACES = new RegExp(`[${WHITE}]+`, "u");
 // Filters of lists that the package has as Jinja2 has them; others are refused.
 const LIST_FILTERS = ["list", "first", "last", "length", "count", "reverse", "join", "map", "selectattr", "rejectattr", "tojson", "default", "safe"];
+const OF_LISTS = new Set(["list", "first", "last", "reverse", "join", "map", "selectattr", "rejectattr"]);
 const TEXT_FILTERS = ["length", "count", "upper", "lower", "trim", "capitalize", "replace", "indent", "string", "int", "tojson", "default", "safe"];
 const OTHER_FILTERS = ["items", "length", "count", "int", "abs", "string", "tojson", "default", "safe", "dictsort"];
 
@@ -167,8 +168,14 @@ class Renderer extends Interpreter {
     return new BooleanValue(holds.some((kind) => value instanceof kind) !== Boolean(node.negate));
   }
 
-  applyFilter(operand, node, environment) {
+  applyFilter(given, node, environment) {
     const name = node.type === "Identifier" ? node.value : node.callee.value;
+    let operand = given;
+    if (given instanceof UndefinedValue && name !== "default") {
+      // Something that is not defined is an empty list or text.
+      operand = OF_LISTS.has(name) ? new ArrayValue([]) : new StringValue("");
+      if (name === "tojson") throw new Error("something that is not defined is not JSON");
+    }
     const filters = operand instanceof ArrayValue ? LIST_FILTERS : operand instanceof StringValue ? TEXT_FILTERS : OTHER_FILTERS;
     if (!filters.includes(name)) throw new Error(`the filter '${name}' of ${named(operand)} is not supported`);
     const [values] = node.type === "Identifier" ? [[]] : this.evaluateArguments(node.args, environment);
@@ -182,6 +189,7 @@ class Renderer extends Interpreter {
       return METHODS[name === "trim" ? "strip" : name](operand.value, values);
     }
     if (operand instanceof StringValue && name === "int" && !/^[ ]*-?\d+[ ]*$/.test(operand.value)) throw new Error("a text that is no whole number");
+    if (name === "indent" && /[\r\v\f\x1c-\x1e\x85\u2028\u2029]/.test(operand.value)) throw new Error("a text with uncommon ends of lines is indented");
     if (operand instanceof FloatValue && name === "int") return new IntegerValue(Math.trunc(operand.value));
     if (name === "string") return new StringValue(printed(operand));
     if (name === "join" && !listed(operand).every((item) => item instanceof StringValue)) {

@@ -38,7 +38,7 @@ const POWER = "(?:\\^(?:\\{-?[0-9]\\}|-?[0-9]))?";
 const UNIT = [
   "[ ]?(?:\\^(?:\\{\\\\circ\\}|\\\\circ)|\u00b0|\\\\degree)[ ]?[CFK]?",
   `|(?:[ ]?\\\\(?:text|textrm|textbf|mathrm|mbox|operatorname)\\{[^\\{\\}0-9\\\\]*\\}${POWER})+`,
-  `|[ ](?:${LETTER}){2,}${POWER}(?:[ /\u00b7](?:${LETTER})+${POWER})*`,
+  `|[ ]${LETTER}{2,}${POWER}(?:[ /\u00b7]${LETTER}+${POWER})*`,
 ].join("");
 const QUANTITY = new RegExp(`^(?:${NUMBER}(?:${UNIT})?)$`, "u");
 const NAME = new RegExp(`^[${WHITE}]*(?!\\\\)[\\p{L}\\p{Nl}\\p{No}][^=]*=[${WHITE}]*`, "u");

@@ -6,8 +6,9 @@
 
 import { BonnxError } from "./errors.mjs";
 
-// A variable, so that a bundler for browsers does not look for it.
+// Variables, so that a bundler for browsers does not look for them.
 const NODE_PACKAGE = "onnxruntime-node";
+const FILE_SYSTEM = "node:fs/promises";
 // How runtimes say that they have no memory left.
 const NO_MEMORY = /bad_alloc|out of memory|OOM|allocation failed|failed to allocate|array buffer allocation|memory access out of bounds/i;
 // The smallest WebAssembly module with a vector instruction.
@@ -112,6 +113,10 @@ export class Sessions {
       }
       options.externalData = [{ path: "weights.bin", data: await this.#weights.get(weights) }];
     }
+    if (["int8", "int4"].includes(this.manifest.precision) && !isWeb(this.ort) && (await mayOverflow())) {
+      // Prevents overflow of 8-bit products; on processors with VNNI it would halve their speed.
+      options.extra = { session: { x64quantprecision: "1" } };
+    }
     try {
       // One at a time: WebAssembly's runtime does not open sessions side by side.
       return await this.#inTurn(() => this.ort.InferenceSession.create(graph, options));
@@ -166,6 +171,13 @@ export class Sessions {
       await session?.release();
     }
   }
+}
+
+/** Whether 8-bit products may overflow: on x64, unless the processor is known to add them in 32 bits. Only Linux says so. */
+async function mayOverflow() {
+  if (globalThis.process?.arch !== "x64") return false;
+  const { readFile } = await import(FILE_SYSTEM);
+  return !(await readFile("/proc/cpuinfo", "utf8").catch(() => "")).includes("vnni");
 }
 
 /** A promise that is forgotten if it fails, so that the next use tries again. */

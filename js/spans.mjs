@@ -32,7 +32,7 @@ const BYTES = new Map();
  * @typedef {object} Spans
  * @property {[number, number][]} spans of each token: the characters (UTF-16 units) that it covers
  * @property {number[]} unknown indices of the tokens that stand for a piece without a token
- * @property {[number, number][]} joined characters that were changed together: a border within them is uncertain
+ * @property {[number, number][]} joined characters that were changed together: which of them a token covers is uncertain
  */
 
 /** Finds spans for one tokenizer. */
@@ -153,11 +153,13 @@ export class SpanFinder {
     for (const cluster of clusters) {
       const piece = this.#normalized(cluster);
       const end = place + cluster.length;
-      if (piece === cluster || [...cluster].length === 1) {
-        for (const character of piece === cluster ? cluster : [cluster]) {
-          add(piece === cluster ? character : piece, place, place + character.length);
+      const characters = Array.from(cluster);
+      const apart = characters.map((character) => this.#normalized(character));
+      if (apart.join("") === piece) {
+        characters.forEach((character, i) => {
+          add(apart[i], place, place + character.length);
           place += character.length;
-        }
+        });
       } else {
         joined.push([place, end]);
         add(piece, place, end);

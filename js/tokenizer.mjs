@@ -9,7 +9,7 @@
 
 import { Tokenizer as Package } from "@huggingface/tokenizers";
 
-import { shown } from "./checks.mjs";
+import { quoted, shown } from "./checks.mjs";
 import { Detokenizer } from "./detokenizer.mjs";
 import { BonnxError } from "./errors.mjs";
 import { SpanFinder } from "./spans.mjs";
@@ -108,13 +108,14 @@ export class Tokenizer {
       if (fault.end <= start) throw new BonnxError("input", `prompt: ${described(fault, text, 0)}`);
       return described(fault, text, start);
     }
-    const certain = (border) => {
-      if (joined.some(([from, to]) => from < border && border < to)) {
-        throw new BonnxError("tokenizer", `a character and its accents lie on both sides of a border near ${shown(text.slice(Math.max(0, border - 5), border + 5))}: this module cannot tell which of them a token covers; write them as one character`);
-      }
-      return border;
+    const certain = (from, to) => {
+      if (!joined.some(([start, end]) => start < to && from < end && !(start >= from && end <= to))) return;
+      const near = quoted(text.slice(Math.max(0, from - 5), to + 5));
+      throw new BonnxError("tokenizer", `a character and its accents are read as one near ${near}: this module cannot tell which of them a token covers; write them as one character`);
     };
-    let first = spans.findIndex(([, end]) => end > certain(start));
+    // Nothing that was changed as one may lie on both sides of the border.
+    certain(0, start);
+    let first = spans.findIndex(([, end]) => end > start);
     if (first < 0 || stop <= start) return NO_TOKENS;
     // An independent text keeps the special tokens at its beginning.
     first = start ? first : 0;
@@ -127,7 +128,8 @@ export class Tokenizer {
     const order = spans.map((_, i) => i).filter((i) => spans[i][1] > spans[i][0]);
     const ends = new Set();
     for (let place = text.indexOf(stepText, start); place >= 0 && place + stepText.length <= stop; place = text.indexOf(stepText, place + stepText.length)) {
-      const last = certain(place + stepText.length - 1);
+      const last = place + stepText.length - 1;
+      certain(last, last + 1);
       const owner = order.findLast((i) => spans[i][0] <= last);
       if (owner !== undefined && spans[owner][1] > last) ends.add(owner);
     }
