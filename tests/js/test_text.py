@@ -24,7 +24,7 @@ from tests.runtime.text.test_parts import ITERATES, READS_ONE, SHAPES
 SCRIPT = Path(__file__).with_name("parts.mjs")
 REFUSED = {"input", "option", "tokenizer"}
 # Divided by bars: what numbers are written with.
-DIGITS = r"""1|12|345|007|0.5|.5|1,000|1{,}000|1\,000|1 000|1.234.567|1.234,56|3:2|2024-05-03|1/2|3 1/2|½|2½|\frac{3}{4}|
+DIGITS = r"""1|12|345|0.5|.5|1,000|1{,}000|1\,000|1 000|1.234.567|1.234,56|3:2|2024-05-03|1/2|3 1/2|½|2½|\frac{3}{4}|
 \dfrac34|\frac{1}{0}|2\frac{1}{2}|-|+|- |^|^2|^{3}|^ (6)|**|** 2|1.5 \times 10^{3}|x 10^2|e5|E-3| million| thousand|
  billions|$|\$|US$|€|\%| cm| cm^2|\text{ cm}|\text{|}|{|x = |answer: |=|(|)|\(|\)|\boxed{|\| |  |.|,|!|°|^\circ|²|⁻³|٣|
 ⅷ|②|数|a|pi|cm2|_|'|~|/|*| and """
