@@ -153,7 +153,7 @@ def main() -> None:
                 rate = statistics.median(m.rate for m in loads)
                 times = [1e3 * statistics.median(m.percentile(q) for m in loads) for q in (0.5, 0.95, 0.99)]
                 lost = sum(count for m in loads for status, count in m.statuses.items() if status != 200)
-                cells = [work, str(clients), name, f"{rate:.0f}", f"{rate / plain:.2f}", *(f"{t:.1f}" for t in times)]
+                cells = [work, str(clients), name, f"{rate:.3g}", f"{rate / plain:.2f}", *(f"{t:.1f}" for t in times)]
                 processor = 1e3 * statistics.median(m.processor / len(m.times) for m in loads)
                 cells.append(f"{processor:.2f}")
                 print(f"| {' | '.join(cells)} | {lost} |")
