@@ -24,9 +24,13 @@ const BLANKS = new RegExp(`[${WHITE}]+`, "gu");
 export function extractor(name) {
   if (name === "boxed") return boxed;
   if (name === "number") return lastNumber;
-  if (name instanceof RegExp) return (text) => lastMatch(new RegExp(name.source, name.flags.replace(/[gy]/g, "") + "g"), text);
+  if (name instanceof RegExp)
+    return (text) => lastMatch(new RegExp(name.source, name.flags.replace(/[gy]/g, "") + "g"), text);
   if (!name.startsWith("regex:")) {
-    throw new BonnxError("option", `answers: expected 'boxed', 'number', 'regex:PATTERN', 'tool' or 'tool-except:FIELD'; got ${shown(name)}`);
+    throw new BonnxError(
+      "option",
+      `answers: expected 'boxed', 'number', 'regex:PATTERN', 'tool' or 'tool-except:FIELD'; got ${shown(name)}`,
+    );
   }
   const pattern = pythonPattern(name.slice("regex:".length));
   return (text) => lastMatch(pattern, text);
@@ -35,7 +39,9 @@ export function extractor(name) {
 /** The last \boxed{...} whose braces are balanced, in canonical form. */
 function boxed(text) {
   const pairs = braces(text);
-  const starts = [...pairs.keys()].filter((start) => text.endsWith("\\boxed", start) || text.endsWith("\\boxed ", start));
+  const starts = [...pairs.keys()].filter(
+    (start) => text.endsWith("\\boxed", start) || text.endsWith("\\boxed ", start),
+  );
   if (!starts.length) return null;
   const start = starts.reduce((last, each) => Math.max(last, each));
   return canonical(text.slice(start + 1, pairs.get(start)));

@@ -69,7 +69,8 @@ export type Vote = "score" | "weighted" | "majority";
 /** What a candidate votes for. */
 export type Answer = string | number | bigint | boolean | null | undefined;
 /** How to find a candidate's answer: the last box, number or match of its text, the tools that it calls, or a function. */
-export type FindAnswer<T> = "boxed" | "number" | `regex:${string}` | "tool" | `tool-except:${string}` | RegExp | ((candidate: T) => Answer);
+export type FindAnswer<T> =
+  "boxed" | "number" | `regex:${string}` | "tool" | `tool-except:${string}` | RegExp | ((candidate: T) => Answer);
 
 export interface RankOptions {
   /** By default the artifact's own rule. */

@@ -6,19 +6,29 @@
  * @module
  */
 
-import { Files, readManifest } from "./artifact.mjs";
+import { Files } from "./artifact.mjs";
+import { ChatTemplate } from "./chat.mjs";
 import { checkFunction, checkNames, checkSignal, checkWhole, given, shown } from "./checks.mjs";
+import { Composer } from "./compose.mjs";
 import { BonnxError, CODES } from "./errors.mjs";
 import { generate } from "./generate.mjs";
+import { readManifest } from "./manifest.mjs";
+import { PairTemplate } from "./pair.mjs";
 import { rank } from "./rank.mjs";
 import { Reader } from "./reader.mjs";
 import { Sessions, findRuntime } from "./sessions.mjs";
-import { ChatTemplate, PairTemplate } from "./templates.mjs";
 import { Tokenizer } from "./tokenizer.mjs";
 
 export { BonnxError, CODES };
 
-const DEFAULTS = { runtime: undefined, executionProviders: undefined, threads: undefined, graphs: null, onProgress: undefined, signal: undefined };
+const DEFAULTS = {
+  runtime: undefined,
+  executionProviders: undefined,
+  threads: undefined,
+  graphs: null,
+  onProgress: undefined,
+  signal: undefined,
+};
 
 /**
  * Open an artifact: an address, or in Node also a folder. Size and SHA-256 of every file that is used are checked.
@@ -33,7 +43,10 @@ export async function load(source, options = {}) {
   if (threads !== undefined) checkWhole("threads", threads, 1);
   if (onProgress !== undefined) checkFunction("onProgress", onProgress);
   if (executionProviders !== undefined && (!Array.isArray(executionProviders) || !executionProviders.length)) {
-    throw new BonnxError("option", `executionProviders: expected a list such as ["wasm"]; got ${shown(executionProviders)}`);
+    throw new BonnxError(
+      "option",
+      `executionProviders: expected a list such as ["wasm"]; got ${shown(executionProviders)}`,
+    );
   }
   if (graphs !== null && !(Array.isArray(graphs) && graphs.every((name) => typeof name === "string"))) {
     throw new BonnxError("option", `graphs: expected a list of names such as ["rank"]; got ${shown(graphs)}`);
@@ -44,13 +57,21 @@ export async function load(source, options = {}) {
   const ort = await findRuntime(runtime);
   const sessions = new Sessions(files, manifest, ort, { executionProviders, threads });
   const { text: rules, scoring } = manifest;
-  const source_of = async (name) => new TextDecoder().decode(await files.verified(manifest, name, signal));
-  const tokenizer = manifest.tokenizer === null ? null : new Tokenizer(await files.verified(manifest, manifest.tokenizer, signal), scoring, rules);
-  const chat = rules.chat_template === null ? null : new ChatTemplate(await source_of(rules.chat_template), rules.template_tokens);
-  const pair = rules.pair === null ? null : new PairTemplate(await source_of(rules.pair.template), rules.template_tokens, rules.pair);
+  const sourceOf = async (name) => new TextDecoder().decode(await files.verified(manifest, name, signal));
+  const tokenizer =
+    manifest.tokenizer === null
+      ? null
+      : new Tokenizer(await files.verified(manifest, manifest.tokenizer, signal), scoring, rules);
+  const chat =
+    rules.chat_template === null ? null : new ChatTemplate(await sourceOf(rules.chat_template), rules.template_tokens);
+  const pair =
+    rules.pair === null
+      ? null
+      : new PairTemplate(await sourceOf(rules.pair.template), rules.template_tokens, rules.pair);
   // One graph is opened now, so that a runtime that cannot run it is reported at once.
-  for (const name of graphs ?? [scoring.token_score === "scorer" ? "rank" : "generate"]) await sessions.open(name, signal);
-  return new Model(manifest, new Reader(manifest, tokenizer, chat, pair), sessions);
+  for (const name of graphs ?? [scoring.token_score === "scorer" ? "rank" : "generate"])
+    await sessions.open(name, signal);
+  return new Model(manifest, new Reader(manifest, tokenizer, new Composer(rules, chat, pair)), sessions);
 }
 
 /** An open artifact. Each graph is opened on first use; calls wait for one another. */

@@ -24,10 +24,13 @@ export function shown(value) {
 export function quoted(text) {
   const quote = text.includes("'") && !text.includes('"') ? '"' : "'";
   const escapes = { "\\": "\\\\", "\n": "\\n", "\r": "\\r", "\t": "\\t", [quote]: `\\${quote}` };
-  const hex = (code) => (code < 256 ? `\\x${code.toString(16).padStart(2, "0")}` : `\\u${code.toString(16).padStart(4, "0")}`);
+  const hex = (code) =>
+    code < 256 ? `\\x${code.toString(16).padStart(2, "0")}` : `\\u${code.toString(16).padStart(4, "0")}`;
   const written = Array.from(text, (character) => {
     if (character in escapes) return escapes[character];
-    return /[\p{Cc}\p{Cf}\p{Cs}\p{Co}\p{Cn}\p{Zl}\p{Zp}\p{Zs}]/u.test(character) && character !== " " ? hex(character.codePointAt(0)) : character;
+    return /[\p{Cc}\p{Cf}\p{Cs}\p{Co}\p{Cn}\p{Zl}\p{Zp}\p{Zs}]/u.test(character) && character !== " "
+      ? hex(character.codePointAt(0))
+      : character;
   });
   const whole = quote + written.join("") + quote;
   return Array.from(whole).slice(0, 60).join("");
@@ -39,7 +42,8 @@ export function checkNames(options, known, what) {
     throw new BonnxError("option", `the options of ${what}: expected an object; got ${shown(options)}`);
   }
   for (const name of Object.keys(options)) {
-    if (!known.includes(name)) throw new BonnxError("option", `unknown option '${name}' of ${what}; ${nearMiss(name, known)}`);
+    if (!known.includes(name))
+      throw new BonnxError("option", `unknown option '${name}' of ${what}; ${nearMiss(name, known)}`);
   }
 }
 
@@ -74,7 +78,8 @@ export function checkedSeed(value) {
 
 /** Refuse anything but true and false. */
 export function checkFlag(name, value) {
-  if (typeof value !== "boolean") throw new BonnxError("option", `${name}: expected true or false; got ${shown(value)}`);
+  if (typeof value !== "boolean")
+    throw new BonnxError("option", `${name}: expected true or false; got ${shown(value)}`);
 }
 
 /** Refuse anything but a function. */
@@ -85,7 +90,8 @@ export function checkFunction(name, value) {
 /** Refuse anything but an AbortSignal; one that is aborted already throws its reason. */
 export function checkSignal(signal) {
   if (signal === undefined) return;
-  if (!(signal instanceof AbortSignal)) throw new BonnxError("option", `signal: expected an AbortSignal; got ${shown(signal)}`);
+  if (!(signal instanceof AbortSignal))
+    throw new BonnxError("option", `signal: expected an AbortSignal; got ${shown(signal)}`);
   signal.throwIfAborted();
 }
 

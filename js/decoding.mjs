@@ -24,7 +24,13 @@ export class Growing {
     this.options = options;
     this.stepToken = stepToken;
     this.ends = ends;
-    this.candidates = Array.from({ length: options.n }, () => ({ tokens: [], scores: [], logProbs: [], reason: null, kept: true }));
+    this.candidates = Array.from({ length: options.n }, () => ({
+      tokens: [],
+      scores: [],
+      logProbs: [],
+      reason: null,
+      kept: true,
+    }));
     this.computed = 0;
   }
 
@@ -50,7 +56,11 @@ export class Growing {
   #score({ tokens, scores }) {
     const { aggregation } = this.options;
     const stepwise = isStepwise(aggregation);
-    return aggregate(scores, tokens.map((token) => !stepwise || token === this.stepToken), aggregation);
+    return aggregate(
+      scores,
+      tokens.map((token) => !stepwise || token === this.stepToken),
+      aggregation,
+    );
   }
 
   /** Keep the best of those that are still kept, ended ones included, as `generate` does. */
@@ -91,17 +101,25 @@ export async function* decodeAll(sessions, prompt, options, stepToken, ends, sig
   const growing = new Growing(options, stepToken, ends);
   const { n, maxNewTokens } = options;
   const drawing = drawingFeeds(sessions, options);
-  const mask = sessions.int64(prompt.map(() => 1), [1, prompt.length]);
+  const mask = sessions.int64(
+    prompt.map(() => 1),
+    [1, prompt.length],
+  );
   const graphs = sessions.manifest.graphs;
   if (!graphs.decode.inputs.some(({ name }) => name === "sources")) {
-    throw new BonnxError("schema", "the graph decode was written by an earlier version of bonnx; export the model again");
+    throw new BonnxError(
+      "schema",
+      "the graph decode was written by an earlier version of bonnx; export the model again",
+    );
   }
   // Nothing of the prompt has been read.
   const zeros = (shape) => sessions.float32(new Float32Array(shape.reduce((a, b) => a * b)), shape);
   const past = graphs.prefill.inputs
     .filter(({ name }) => /^past_(?:key|value)\./.test(name))
     .map(({ name, shape }) => [name, zeros(shape.map((size) => (typeof size === "number" ? size : 1)))]);
-  const promptNames = graphs.prefill.outputs.map((value) => value.name).filter((name) => /^prompt_(?:key|value)\.|^stream$/.test(name));
+  const promptNames = graphs.prefill.outputs
+    .map((value) => value.name)
+    .filter((name) => /^prompt_(?:key|value)\.|^stream$/.test(name));
   const certain = graphs.prefill.outputs.some((value) => value.name === "certainty");
   const first = await sessions.run(
     "prefill",
@@ -117,9 +135,15 @@ export async function* decodeAll(sessions, prompt, options, stepToken, ends, sig
     ["tokens", "log_probs", ...(certain ? ["certainty"] : []), ...promptNames],
     signal,
   );
-  const fixed = { attention_mask: mask, ...drawing, ...Object.fromEntries(promptNames.map((name) => [name, first[name]])) };
+  const fixed = {
+    attention_mask: mask,
+    ...drawing,
+    ...Object.fromEntries(promptNames.map((name) => [name, first[name]])),
+  };
   const cached = graphs.decode.inputs.filter(({ name }) => /^(?:key|value)\./.test(name));
-  let cache = Object.fromEntries(cached.map(({ name, shape }) => [name, sessions.float32(new Float32Array(0), [1, shape[1], 0, shape[3]])]));
+  let cache = Object.fromEntries(
+    cached.map(({ name, shape }) => [name, sessions.float32(new Float32Array(0), [1, shape[1], 0, shape[3]])]),
+  );
   // Which row of the last run each row continues; a row that has read nothing may continue any.
   let sources = Array(n).fill(0);
   let tokens = Array.from(first.tokens.data, Number);
@@ -127,7 +151,12 @@ export async function* decodeAll(sessions, prompt, options, stepToken, ends, sig
   // Without a scorer, the score of a token is the certainty of the distribution that it was drawn from.
   let scores = certain ? Array(n).fill(first.certainty.data[0]) : null;
   let numbers = [...Array(n).keys()];
-  const wanted = [certain ? "certainties" : "scores", "next_tokens", "log_probs", ...cached.map(({ name }) => `grown_${name}`)];
+  const wanted = [
+    certain ? "certainties" : "scores",
+    "next_tokens",
+    "log_probs",
+    ...cached.map(({ name }) => `grown_${name}`),
+  ];
   for (let length = 1; length <= maxNewTokens; length += 1) {
     const rows = numbers.length;
     const perRow = { tokens, numbers, sources, prompts: Array(rows).fill(0), lengths: Array(rows).fill(length - 1) };

@@ -39,7 +39,10 @@ export class Detokenizer {
    * @param {boolean} [growing] more tokens will come, so bytes of an incomplete character are left out
    */
   text(ids, before, growing = false) {
-    const text = this.#behind(this.#context(before), ids.filter((id) => !this.special.has(id)));
+    const text = this.#behind(
+      this.#context(before),
+      ids.filter((id) => !this.special.has(id)),
+    );
     return growing ? text.replace(/\ufffd+$/, "") : text;
   }
 
@@ -68,7 +71,8 @@ export class Detokenizer {
       if (!this.special.has(before[i])) words.unshift(before[i]);
     }
     if (words.length) return words;
-    const begins = before.length === 0 || (before.length === this.opening.length && before.every((id, i) => id === this.opening[i]));
+    const begins =
+      before.length === 0 || (before.length === this.opening.length && before.every((id, i) => id === this.opening[i]));
     return begins ? [] : [before.at(-1)];
   }
 
@@ -105,7 +109,9 @@ export class Detokenizer {
 
   #plain(ids) {
     const known = ids.filter((id) => this.tokenizer.id_to_token(id) !== undefined);
-    return known.length ? this.tokenizer.decode(known, { skip_special_tokens: false, clean_up_tokenization_spaces: false }) : "";
+    return known.length
+      ? this.tokenizer.decode(known, { skip_special_tokens: false, clean_up_tokenization_spaces: false })
+      : "";
   }
 
   /** The byte of each token that stands for one, where the decoder puts these together; else empty. */
@@ -125,7 +131,7 @@ export class Detokenizer {
   #broken(ids) {
     const result = [];
     if (this.bytes.size === 0) return result;
-    for (let i = 0; i < ids.length; ) {
+    for (let i = 0; i < ids.length;) {
       const length = characterLength((k) => this.bytes.get(ids[i + k]));
       if (length === 0) result.push(i);
       i += Math.max(1, length ?? 1);

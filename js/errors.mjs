@@ -40,8 +40,12 @@ export class BonnxError extends Error {
 
 /** The hint for an unknown name: the one that was probably meant, or all known names. */
 export function nearMiss(name, known) {
-  const near = known.map((each) => [distance(String(name).toLowerCase(), each.toLowerCase()), each]).sort((a, b) => a[0] - b[0])[0];
-  return near && near[0] <= Math.max(2, near[1].length / 3) ? `did you mean '${near[1]}'?` : `known options: ${known.join(", ")}`;
+  const near = known
+    .map((each) => [distance(String(name).toLowerCase(), each.toLowerCase()), each])
+    .sort((a, b) => a[0] - b[0])[0];
+  return near && near[0] <= Math.max(2, near[1].length / 3)
+    ? `did you mean '${near[1]}'?`
+    : `known options: ${known.join(", ")}`;
 }
 
 /** Insertions, deletions and replacements that turn one text into the other. */

@@ -45,7 +45,10 @@ export async function generate(manifest, reader, sessions, prompt, options = {})
   if (onToken !== null) checkFunction("onToken", onToken);
   checkSignal(signal);
   if (!sessions.has("generate")) {
-    throw new BonnxError("input", `'${manifest.name}' does not generate: it has the graphs ${Object.keys(manifest.graphs).sort().join(", ")}`);
+    throw new BonnxError(
+      "input",
+      `'${manifest.name}' does not generate: it has the graphs ${Object.keys(manifest.graphs).sort().join(", ")}`,
+    );
   }
   const ids = reader.prompt(prompt);
   const checked = checkedOptions(manifest, reader, ids, rest);
@@ -63,20 +66,33 @@ export async function generate(manifest, reader, sessions, prompt, options = {})
   });
   let result = null;
   if (onToken !== null || signal !== undefined || checked.stops.inText) {
-    const ends = checked.stops.inText ? (tokens) => reader.tokenizer.endsInStop(tokens, ids, checked.stops.texts) : null;
+    const ends = checked.stops.inText
+      ? (tokens) => reader.tokenizer.endsInStop(tokens, ids, checked.stops.texts)
+      : null;
     for await (const growing of decodeAll(sessions, ids, checked, scoring.step_token, ends, signal)) {
       const last = growing.candidates.every(({ reason }) => reason !== null);
       if (onToken === null && !last) continue;
       const { scores, best } = growing.select();
-      result = make(growing.candidates.map((each, i) => ({ ...each, score: scores[i] })), best, growing.computed);
+      result = make(
+        growing.candidates.map((each, i) => ({ ...each, score: scores[i] })),
+        best,
+        growing.computed,
+      );
       await onToken?.(result);
     }
   } else {
     const { rows, best } = await inOneRun(scoring, sessions, ids, checked);
-    result = make(rows, best, rows.reduce((sum, row) => sum + row.tokens.length, 0));
+    result = make(
+      rows,
+      best,
+      rows.reduce((sum, row) => sum + row.tokens.length, 0),
+    );
   }
   if (result.bestIndex < 0) {
-    throw new BonnxError("no-winner", "none of the candidates can win: every score is NaN; look for NaN or infinity in the model");
+    throw new BonnxError(
+      "no-winner",
+      "none of the candidates can win: every score is NaN; look for NaN or infinity in the model",
+    );
   }
   return answers === null ? result : chosenByVote(result, vote, answers, scoring);
 }
@@ -111,7 +127,10 @@ async function inOneRun(scoring, sessions, ids, options) {
   const stepToken = isStepwise(aggregation) ? scoring.step_token : -1;
   const feeds = {
     input_ids: sessions.int64(ids, [1, ids.length]),
-    attention_mask: sessions.int64(ids.map(() => 1), [1, ids.length]),
+    attention_mask: sessions.int64(
+      ids.map(() => 1),
+      [1, ids.length],
+    ),
     num_candidates: sessions.int64(n),
     max_new_tokens: sessions.int64(options.maxNewTokens),
     seed: sessions.int64(options.seed),

@@ -25,12 +25,50 @@ const ArrayValue = classOf("list", []);
 const ObjectValue = classOf("object", {});
 const FunctionValue = classOf("function", () => null);
 
-const STATEMENTS = new Set(["Set", "If", "For", "Macro", "CallStatement", "FilterStatement", "Comment", "Break", "Continue"]);
+const STATEMENTS = new Set([
+  "Set",
+  "If",
+  "For",
+  "Macro",
+  "CallStatement",
+  "FilterStatement",
+  "Comment",
+  "Break",
+  "Continue",
+]);
 const SPACES = new RegExp(`[${WHITE}]+`, "u");
 // Filters of lists that the package has as Jinja2 has them; others are refused.
-const LIST_FILTERS = ["list", "first", "last", "length", "count", "reverse", "join", "map", "selectattr", "rejectattr", "tojson", "default", "safe"];
+const LIST_FILTERS = [
+  "list",
+  "first",
+  "last",
+  "length",
+  "count",
+  "reverse",
+  "join",
+  "map",
+  "selectattr",
+  "rejectattr",
+  "tojson",
+  "default",
+  "safe",
+];
 const OF_LISTS = new Set(["list", "first", "last", "reverse", "join", "map", "selectattr", "rejectattr"]);
-const TEXT_FILTERS = ["length", "count", "upper", "lower", "trim", "capitalize", "replace", "indent", "string", "int", "tojson", "default", "safe"];
+const TEXT_FILTERS = [
+  "length",
+  "count",
+  "upper",
+  "lower",
+  "trim",
+  "capitalize",
+  "replace",
+  "indent",
+  "string",
+  "int",
+  "tojson",
+  "default",
+  "safe",
+];
 const OTHER_FILTERS = ["items", "length", "count", "int", "abs", "string", "tojson", "default", "safe", "dictsort"];
 
 /** The end or the next turn of a loop, and what was written in this one. */
@@ -136,9 +174,13 @@ class Renderer extends Interpreter {
       throw new Error(`a text and ${named(left instanceof StringValue ? right : left)} cannot be added`);
     }
     if (operator === "+" && left instanceof StringValue) return new StringValue(left.value + right.value);
-    if (operator === "in" || operator === "not in") return new BooleanValue(contains(right, left) === (operator === "in"));
+    if (operator === "in" || operator === "not in")
+      return new BooleanValue(contains(right, left) === (operator === "in"));
     if (operator === "%" && (left.value < 0 || right.value < 0)) throw new Error("a remainder of negative numbers");
-    return super.evaluateBinaryExpression({ ...node, left: { type: "Known", value: left }, right: { type: "Known", value: right } }, environment);
+    return super.evaluateBinaryExpression(
+      { ...node, left: { type: "Known", value: left }, right: { type: "Known", value: right } },
+      environment,
+    );
   }
 
   evaluateMemberExpression(node, environment) {
@@ -149,7 +191,8 @@ class Renderer extends Interpreter {
     if (!node.computed && node.property.type === "Identifier") {
       const method = METHODS[node.property.value];
       if (method !== undefined) return new FunctionValue((values) => method(object.value, values));
-      if (!["startswith", "endswith", "upper", "lower", "replace"].includes(node.property.value)) return new UndefinedValue();
+      if (!["startswith", "endswith", "upper", "lower", "replace"].includes(node.property.value))
+        return new UndefinedValue();
     } else if (node.computed && node.property.type !== "SliceExpression") {
       const place = this.evaluate(node.property, environment);
       if (place instanceof IntegerValue) {
@@ -162,9 +205,13 @@ class Renderer extends Interpreter {
 
   evaluateTestExpression(node, environment) {
     const name = node.test.value;
-    if (name !== "iterable" && name !== "sequence" && name !== "number") return super.evaluateTestExpression(node, environment);
+    if (name !== "iterable" && name !== "sequence" && name !== "number")
+      return super.evaluateTestExpression(node, environment);
     const value = this.evaluate(node.operand, environment);
-    const holds = name === "number" ? [IntegerValue, FloatValue, BooleanValue] : [StringValue, ArrayValue, ObjectValue, UndefinedValue];
+    const holds =
+      name === "number"
+        ? [IntegerValue, FloatValue, BooleanValue]
+        : [StringValue, ArrayValue, ObjectValue, UndefinedValue];
     return new BooleanValue(holds.some((kind) => value instanceof kind) !== Boolean(node.negate));
   }
 
@@ -176,7 +223,8 @@ class Renderer extends Interpreter {
       operand = OF_LISTS.has(name) ? new ArrayValue([]) : new StringValue("");
       if (name === "tojson") throw new Error("something that is not defined is not JSON");
     }
-    const filters = operand instanceof ArrayValue ? LIST_FILTERS : operand instanceof StringValue ? TEXT_FILTERS : OTHER_FILTERS;
+    const filters =
+      operand instanceof ArrayValue ? LIST_FILTERS : operand instanceof StringValue ? TEXT_FILTERS : OTHER_FILTERS;
     if (!filters.includes(name)) throw new Error(`the filter '${name}' of ${named(operand)} is not supported`);
     const [values] = node.type === "Identifier" ? [[]] : this.evaluateArguments(node.args, environment);
     const calls = node.type !== "Identifier" && node.args.length > 0;
@@ -188,12 +236,18 @@ class Renderer extends Interpreter {
     if (operand instanceof StringValue && (name === "trim" || name === "capitalize")) {
       return METHODS[name === "trim" ? "strip" : name](operand.value, values);
     }
-    if (operand instanceof StringValue && name === "int" && !/^[ ]*-?\d+[ ]*$/.test(operand.value)) throw new Error("a text that is no whole number");
-    if (name === "indent" && /[\r\v\f\x1c-\x1e\x85\u2028\u2029]/.test(operand.value)) throw new Error("a text with uncommon ends of lines is indented");
+    if (operand instanceof StringValue && name === "int" && !/^[ ]*-?\d+[ ]*$/.test(operand.value))
+      throw new Error("a text that is no whole number");
+    if (name === "indent" && /[\r\v\f\x1c-\x1e\x85\u2028\u2029]/.test(operand.value))
+      throw new Error("a text with uncommon ends of lines is indented");
     if (operand instanceof FloatValue && name === "int") return new IntegerValue(Math.trunc(operand.value));
     if (name === "string") return new StringValue(printed(operand));
     if (name === "join" && !listed(operand).every((item) => item instanceof StringValue)) {
-      return new StringValue(listed(operand).map(printed).join(values[0]?.value ?? ""));
+      return new StringValue(
+        listed(operand)
+          .map(printed)
+          .join(values[0]?.value ?? ""),
+      );
     }
     if (name === "default" && !calls) return operand instanceof UndefinedValue ? new StringValue("") : operand;
     return super.applyFilter(operand, node, environment) ?? new UndefinedValue();
@@ -224,7 +278,11 @@ const METHODS = {
     } else {
       if (!(separator instanceof StringValue) || separator.value === "") throw new Error("split: expected a text");
       const all = text.split(separator.value);
-      pieces.push(...(limit < 0 || all.length <= limit + 1 ? all : [...all.slice(0, limit), all.slice(limit).join(separator.value)]));
+      pieces.push(
+        ...(limit < 0 || all.length <= limit + 1
+          ? all
+          : [...all.slice(0, limit), all.slice(limit).join(separator.value)]),
+      );
     }
     return new ArrayValue(pieces.map((piece) => new StringValue(piece)));
   },
@@ -232,8 +290,10 @@ const METHODS = {
 
 /** A text without some characters at its ends: white space, or those of the first value. */
 function stripped(text, [characters], before, behind) {
-  if (characters !== undefined && !(characters instanceof NullValue || characters instanceof StringValue)) throw new Error("strip: expected a text");
-  const goes = characters instanceof StringValue ? new Set(characters.value) : { has: (character) => SPACES.test(character) };
+  if (characters !== undefined && !(characters instanceof NullValue || characters instanceof StringValue))
+    throw new Error("strip: expected a text");
+  const goes =
+    characters instanceof StringValue ? new Set(characters.value) : { has: (character) => SPACES.test(character) };
   const all = Array.from(text);
   let [start, end] = [0, all.length];
   while (before && start < end && goes.has(all[start])) start += 1;
@@ -248,7 +308,13 @@ function printed(value) {
   if (value instanceof NullValue) return "None";
   if (value instanceof BooleanValue) return value.value ? "True" : "False";
   if (value instanceof IntegerValue) return String(value.value);
-  if (value instanceof FloatValue && value.value > -1e15 && value.value < 1e15 && (value.value === 0 || Math.abs(value.value) >= 1e-4)) return value.toString();
+  if (
+    value instanceof FloatValue &&
+    value.value > -1e15 &&
+    value.value < 1e15 &&
+    (value.value === 0 || Math.abs(value.value) >= 1e-4)
+  )
+    return value.toString();
   // A list of parts says here that it is no text.
   value.toString();
   throw new Error(`${named(value)} is printed, which Python would write in its own way`);
@@ -257,7 +323,15 @@ function printed(value) {
 function named(value) {
   // A list of parts says here that it is no text.
   if (value instanceof ArrayValue) value.toString();
-  return { StringValue: "a text", NullValue: "none", UndefinedValue: "something undefined", ArrayValue: "a list", ObjectValue: "an object" }[value.type] ?? "a number";
+  return (
+    {
+      StringValue: "a text",
+      NullValue: "none",
+      UndefinedValue: "something undefined",
+      ArrayValue: "a list",
+      ObjectValue: "an object",
+    }[value.type] ?? "a number"
+  );
 }
 
 /** The items of something that can be iterated over. */
@@ -281,14 +355,19 @@ function bind(variable, item, environment) {
 
 /** Whether two values are equal in Python. */
 function same(left, right) {
-  const number = (value) => value instanceof IntegerValue || value instanceof FloatValue || value instanceof BooleanValue;
+  const number = (value) =>
+    value instanceof IntegerValue || value instanceof FloatValue || value instanceof BooleanValue;
   if (number(left) && number(right)) return Number(left.value) === Number(right.value);
   if (left.type !== right.type) return false;
   if (left instanceof NullValue || left instanceof UndefinedValue) return true;
   if (left instanceof StringValue) return left.value === right.value;
-  if (left instanceof ArrayValue) return left.value.length === right.value.length && left.value.every((item, i) => same(item, right.value[i]));
+  if (left instanceof ArrayValue)
+    return left.value.length === right.value.length && left.value.every((item, i) => same(item, right.value[i]));
   if (left instanceof ObjectValue) {
-    return left.value.size === right.value.size && [...left.value].every(([key, item]) => right.value.has(key) && same(item, right.value.get(key)));
+    return (
+      left.value.size === right.value.size &&
+      [...left.value].every(([key, item]) => right.value.has(key) && same(item, right.value.get(key)))
+    );
   }
   return left === right;
 }
@@ -297,7 +376,10 @@ function same(left, right) {
 function contains(whole, part) {
   if (whole instanceof StringValue && part instanceof StringValue) return whole.value.includes(part.value);
   // A list of parts says here that it is no text.
-  if (whole instanceof ArrayValue) return part instanceof StringValue ? whole.value.find((item) => same(item, part)) !== undefined : whole.value.some((item) => same(item, part));
+  if (whole instanceof ArrayValue)
+    return part instanceof StringValue
+      ? whole.value.find((item) => same(item, part)) !== undefined
+      : whole.value.some((item) => same(item, part));
   if (whole instanceof ObjectValue && part instanceof StringValue) return whole.value.has(part.value);
   if (whole instanceof UndefinedValue) return false;
   throw new Error(`${named(whole)} cannot contain ${named(part)}`);

@@ -17,7 +17,10 @@ import { BonnxError } from "./errors.mjs";
 export function checkSize(manifest, rows, prompt, length) {
   const { max_tokens: maxTokens, max_candidates: maxCandidates } = manifest.limits;
   if (rows > maxCandidates) {
-    throw new BonnxError("too-large", `${rows} candidates: this artifact takes at most ${maxCandidates} at once; split them`);
+    throw new BonnxError(
+      "too-large",
+      `${rows} candidates: this artifact takes at most ${maxCandidates} at once; split them`,
+    );
   }
   if (prompt + length > maxTokens) {
     throw new BonnxError(

@@ -77,7 +77,9 @@ export function lastNumber(text) {
 
 /** The number that a text is, perhaps with a unit behind it or `x =` before it, in its form; null if it is none. */
 export function readNumber(text) {
-  const value = plain(text).replace(NAME, "").replace(new RegExp(`^([-+]) (?=[^${WHITE}])`, "u"), "$1");
+  const value = plain(text)
+    .replace(NAME, "")
+    .replace(new RegExp(`^([-+]) (?=[^${WHITE}])`, "u"), "$1");
   const match = QUANTITY.exec(value);
   return match === null ? null : form(match, true);
 }
@@ -86,7 +88,10 @@ export function readNumber(text) {
 function plain(text) {
   return Array.from(text, (character) => CHARACTERS.get(character) ?? character)
     .join("")
-    .replace(SUPERSCRIPTS, (raised) => `^{${Array.from(raised, (character) => "0123456789-+"[RAISED.indexOf(character)]).join("")}}`)
+    .replace(
+      SUPERSCRIPTS,
+      (raised) => `^{${Array.from(raised, (character) => "0123456789-+"[RAISED.indexOf(character)]).join("")}}`,
+    )
     .replace(RAISING, (_, braced, bracketed, bare) => `^${bare ?? `{${braced ?? bracketed}}`}`)
     .replace(ASTERISKS, "**")
     .replace(VULGARS, (_, digit, vulgar) => `${digit}${digit ? " " : ""}${VULGAR.get(vulgar)}`)

@@ -34,12 +34,19 @@ export function pythonPattern(source) {
     return new RegExp(translated(source), "gu");
   } catch (error) {
     if (error instanceof BonnxError) throw error;
-    throw new BonnxError("option", `answers: 'regex:${source.slice(0, 60)}' is not a regular expression: ${error.message}`, { cause: error });
+    throw new BonnxError(
+      "option",
+      `answers: 'regex:${source.slice(0, 60)}' is not a regular expression: ${error.message}`,
+      { cause: error },
+    );
   }
 }
 
 function refuse(source, what) {
-  throw new BonnxError("option", `answers: 'regex:${source.slice(0, 60)}': ${what} has no counterpart in JavaScript; pass a RegExp or a function`);
+  throw new BonnxError(
+    "option",
+    `answers: 'regex:${source.slice(0, 60)}': ${what} has no counterpart in JavaScript; pass a RegExp or a function`,
+  );
 }
 
 function translated(source) {
@@ -69,7 +76,9 @@ function translated(source) {
         i += 1;
       }
     } else if (character === "(" && rest.startsWith("?")) {
-      const known = ["?:", "?=", "?!", "?<=", "?<!"].find((each) => characters.slice(i + 1, i + 1 + each.length).join("") === each);
+      const known = ["?:", "?=", "?!", "?<=", "?<!"].find(
+        (each) => characters.slice(i + 1, i + 1 + each.length).join("") === each,
+      );
       if (rest === "?P<") {
         result += "(?<";
         i += 3;

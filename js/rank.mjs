@@ -34,7 +34,10 @@ export async function rank(manifest, reader, sessions, prompt, candidates, optio
   const { stepMasks, partial, truncate, instruction, vote, answers, signal, ...rest } = given(options, DEFAULTS);
   const { scoring } = manifest;
   if (scoring.token_score !== "scorer") {
-    throw new BonnxError("input", `ranking needs a scorer, and '${manifest.name}' was exported with --no-scorer; train a scorer and export without that option`);
+    throw new BonnxError(
+      "input",
+      `ranking needs a scorer, and '${manifest.name}' was exported with --no-scorer; train a scorer and export without that option`,
+    );
   }
   const aggregation = rest.aggregation ?? scoring.aggregation;
   const code = aggregationCode(aggregation);
@@ -53,14 +56,37 @@ export async function rank(manifest, reader, sessions, prompt, candidates, optio
   const feeds = { reads, code, ballot, length };
   const beyond = rowsBeyond(manifest, rows, length);
   let outputs;
-  if (beyond === null) outputs = await run(manifest, sessions, reader.width, rows, feeds, rows.items.map(() => true), signal);
+  if (beyond === null)
+    outputs = await run(
+      manifest,
+      sessions,
+      reader.width,
+      rows,
+      feeds,
+      rows.items.map(() => true),
+      signal,
+    );
   else {
-    const near = await run(manifest, sessions, reader.width, rows, feeds, beyond.map((far) => !far), signal);
+    const near = await run(
+      manifest,
+      sessions,
+      reader.width,
+      rows,
+      feeds,
+      beyond.map((far) => !far),
+      signal,
+    );
     const far = await run(manifest, sessions, reader.width, rows, feeds, beyond, signal);
     const pick = (name) => near[name].map((value, i) => (beyond[i] ? far[name][i] : value));
     const candidateScores = pick("candidateScores");
     const [best, groupScores] = ballot.choose(candidateScores);
-    outputs = { best, candidateScores, groupScores, scores: pick("scores"), objectives: near.objectives && pick("objectives") };
+    outputs = {
+      best,
+      candidateScores,
+      groupScores,
+      scores: pick("scores"),
+      objectives: near.objectives && pick("objectives"),
+    };
   }
   signal?.throwIfAborted();
   return ranking(scoring, candidates, aggregation, rows, reads, ballot, outputs);
@@ -80,17 +106,29 @@ async function run(manifest, sessions, width, rows, { reads, code, ballot, lengt
     return sessions.float32(data, [...dims, width]);
   };
   const shared = {
-    step_mask: sessions.int64(reads.map((row) => row.map(Number)), [count, 1, length]),
+    step_mask: sessions.int64(
+      reads.map((row) => row.map(Number)),
+      [count, 1, length],
+    ),
     aggregation: sessions.int64(code),
     answer_ids: sessions.int64(ballot.ids, [count, 1]),
     vote: sessions.int64(ballot.code),
   };
-  const wanted = ["scores", "candidate_scores", "best_index", "group_scores", ...(scoring.gate_tokens.length ? ["objectives"] : [])];
+  const wanted = [
+    "scores",
+    "candidate_scores",
+    "best_index",
+    "group_scores",
+    ...(scoring.gate_tokens.length ? ["objectives"] : []),
+  ];
   let outputs;
   if (rows.prompt.length) {
     const feeds = {
       [`prompt_${suffix}`]: tensor([rows.prompt], [1, rows.prompt.length]),
-      prompt_mask: sessions.int64(rows.prompt.map(() => 1), [1, rows.prompt.length]),
+      prompt_mask: sessions.int64(
+        rows.prompt.map(() => 1),
+        [1, rows.prompt.length],
+      ),
       [`candidate_${suffix}`]: tensor(values, [count, 1, length]),
       candidate_mask: sessions.int64(mask, [count, 1, length]),
       ...shared,
@@ -120,12 +158,20 @@ async function run(manifest, sessions, width, rows, { reads, code, ballot, lengt
 function ranking(scoring, candidates, aggregation, rows, reads, ballot, outputs) {
   const { best, candidateScores, groupScores, scores } = outputs;
   if (best < 0) {
-    throw new BonnxError("no-winner", "none of the candidates can win: every score is NaN; look for NaN or infinity in the inputs");
+    throw new BonnxError(
+      "no-winner",
+      "none of the candidates can win: every score is NaN; look for NaN or infinity in the inputs",
+    );
   }
   const own = (row, i) => row.slice(0, rows.items[i].length);
   let objectives = null;
   if (outputs.objectives) {
-    const value = (i, k) => aggregate(own(reads[i], i).map((_, t) => outputs.objectives[i][t * scoring.labels.length + k]), own(reads[i], i), aggregation);
+    const value = (i, k) =>
+      aggregate(
+        own(reads[i], i).map((_, t) => outputs.objectives[i][t * scoring.labels.length + k]),
+        own(reads[i], i),
+        aggregation,
+      );
     objectives = Object.fromEntries(scoring.labels.map((name, k) => [name, candidates.map((_, i) => value(i, k))]));
   }
   return {
@@ -151,16 +197,25 @@ function readable(scoring, aggregation, rows, stepMasks, width) {
   let reads;
   if (!isStepwise(aggregation)) {
     if (stepMasks !== null) {
-      throw new BonnxError("option", `stepMasks: aggregation '${aggregation}' does not read them; pass 'step_${aggregation}', or no stepMasks`);
+      throw new BonnxError(
+        "option",
+        `stepMasks: aggregation '${aggregation}' does not read them; pass 'step_${aggregation}', or no stepMasks`,
+      );
     }
     const passes = aggregation === "last" && scoring.passes_pad && width === null;
     reads = table((item, i, t) => !passes || (item[t] ?? scoring.pad_token) !== scoring.pad_token);
   } else if (stepMasks !== null) {
-    checkMasks(stepMasks, rows.skip.map((taken) => length - taken));
+    checkMasks(
+      stepMasks,
+      rows.skip.map((taken) => length - taken),
+    );
     reads = table((item, i, t) => Boolean(stepMasks[i][t - rows.skip[i]]));
   } else if (rows.ends !== null) reads = table((item, i, t) => Boolean(rows.ends[i][t]));
   else if (scoring.step_token === null || width !== null) {
-    throw new BonnxError("option", "a step aggregation needs stepMasks here: the artifact's scoring rule has no step token");
+    throw new BonnxError(
+      "option",
+      "a step aggregation needs stepMasks here: the artifact's scoring rule has no step token",
+    );
   } else reads = table((item, i, t) => (item[t] ?? scoring.pad_token) === scoring.step_token);
   return reads.map((row, i) => row.map((flag, t) => flag && t >= rows.skip[i]));
 }
@@ -168,11 +223,21 @@ function readable(scoring, aggregation, rows, stepMasks, width) {
 /** Refuse step masks that do not mark each of a row's tokens with 0 or 1. */
 function checkMasks(stepMasks, lengths) {
   if (!Array.isArray(stepMasks) || stepMasks.length !== lengths.length) {
-    throw new BonnxError("option", `stepMasks: expected a list with one for each of ${lengths.length} candidates; got ${shown(stepMasks)}`);
+    throw new BonnxError(
+      "option",
+      `stepMasks: expected a list with one for each of ${lengths.length} candidates; got ${shown(stepMasks)}`,
+    );
   }
   stepMasks.forEach((marks, i) => {
-    if (!Array.isArray(marks) || !marks.every((mark) => [0, 1, true, false].includes(mark)) || marks.length > lengths[i]) {
-      throw new BonnxError("option", `stepMasks[${i}]: expected 0 or 1 for each of at most ${lengths[i]} tokens; got ${shown(marks)}`);
+    if (
+      !Array.isArray(marks) ||
+      !marks.every((mark) => [0, 1, true, false].includes(mark)) ||
+      marks.length > lengths[i]
+    ) {
+      throw new BonnxError(
+        "option",
+        `stepMasks[${i}]: expected 0 or 1 for each of at most ${lengths[i]} tokens; got ${shown(marks)}`,
+      );
     }
   });
 }
@@ -180,7 +245,12 @@ function checkMasks(stepMasks, lengths) {
 /** Which candidates must run apart from the others: those whose rotation changes with their length; null for none. */
 function rowsBeyond(manifest, rows, length) {
   const scaling = (manifest.model.network ?? manifest.model).rope_scaling;
-  if (scaling?.kind !== "longrope" || !rows.prompt.length || rows.prompt.length + length <= scaling.original_max_positions) return null;
+  if (
+    scaling?.kind !== "longrope" ||
+    !rows.prompt.length ||
+    rows.prompt.length + length <= scaling.original_max_positions
+  )
+    return null;
   const beyond = rows.items.map((item) => rows.prompt.length + item.length > scaling.original_max_positions);
   return beyond.every(Boolean) || !beyond.some(Boolean) ? null : beyond;
 }
@@ -200,7 +270,8 @@ function withSharedGate(scoring, rows) {
   });
   // The end of the prompt and the beginning of a candidate may form a header together.
   const tail = rows.prompt.slice(Math.max(0, rows.prompt.length - header.length + 1));
-  if (lastHeader(rows.prompt, header) >= 0 && rows.items.every((item) => lastHeader([...tail, ...item], header) < 0)) return rows;
+  if (lastHeader(rows.prompt, header) >= 0 && rows.items.every((item) => lastHeader([...tail, ...item], header) < 0))
+    return rows;
   const before = rows.prompt.length;
   return {
     ...rows,
@@ -218,4 +289,3 @@ function lastHeader(tokens, header) {
   }
   return -1;
 }
-

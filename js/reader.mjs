@@ -5,9 +5,8 @@
  */
 
 import { shown } from "./checks.mjs";
+import { isText } from "./compose.mjs";
 import { BonnxError } from "./errors.mjs";
-import { strip } from "./pattern.mjs";
-import { isMessages } from "./templates.mjs";
 import { NO_TOKENS } from "./tokenizer.mjs";
 
 // What they have in common with each other, a query has in common with all documents.
@@ -31,25 +30,18 @@ const LONGEST_STOP = 1000;
  * @typedef {(number | ArrayLike<number>)[]} Row
  */
 
-/** Whether an item is to be tokenized: text, messages, or a candidate as a list of steps. */
-export function isText(item) {
-  return typeof item === "string" || (Array.isArray(item) && typeof item[0] === "string") || isMessages(item);
-}
-
 /** Reads for one artifact. */
 export class Reader {
   /**
    * @param {object} manifest
    * @param {import("./tokenizer.mjs").Tokenizer | null} tokenizer
-   * @param {import("./templates.mjs").ChatTemplate | null} chat
-   * @param {import("./templates.mjs").PairTemplate | null} pair
+   * @param {import("./compose.mjs").Composer} composer
    */
-  constructor(manifest, tokenizer, chat, pair) {
+  constructor(manifest, tokenizer, composer) {
     this.manifest = manifest;
     this.tokenizer = tokenizer;
-    this.chat = chat;
-    this.pair = pair;
-    this.rules = manifest.text;
+    this.composer = composer;
+    this.ranksPairs = composer.pair !== null;
     const size = (option) => manifest.model.network?.[option] ?? manifest.model[option];
     this.vocabulary = manifest.kind === "language_model" ? size("vocab_size") : null;
     this.width = manifest.kind === "language_model" ? null : size("embed_dim");
@@ -62,15 +54,15 @@ export class Reader {
    */
   prompt(item, instruction = null) {
     this.#checkInstruction(instruction, item);
-    if (isText(item) && this.pair !== null) return this.pairs(item, DOCUMENTS, { instruction }).prompt;
+    if (isText(item) && this.ranksPairs) return this.pairs(item, DOCUMENTS, { instruction }).prompt;
     if (!isText(item)) {
       const row = this.#row(item, "prompt");
       if (!row.length) throw new BonnxError("input", `prompt: ${NO_TOKENS}`);
       return row;
     }
     const tokenizer = this.#requireTokenizer("prompt");
-    if (isMessages(item)) return tokenizer.encode(this.#template("prompt").render(item, "prompt", true), "prompt", false);
-    return tokenizer.encode(plainText(item, "prompt"), "prompt", this.rules.special_tokens);
+    const [text, special] = this.composer.prompt(item);
+    return tokenizer.encode(text, "prompt", special);
   }
 
   /**
@@ -91,7 +83,7 @@ export class Reader {
       let reason = null;
       if (isText(item)) {
         this.#requireTokenizer(name);
-        reason = this.#blank(item);
+        reason = this.composer.blank(item);
         texts.set(i, item);
       } else {
         const row = this.#row(item, name);
@@ -108,10 +100,12 @@ export class Reader {
     if (texts.size) {
       const names = [...texts.keys()].map((i) => `candidates[${i}]`);
       const [passages, special] = apart
-        ? [[...texts.values()].map((text, k) => this.#alone(text, names[k])), false]
-        : this.#passages(prompt, [...texts.values()], names, partial, instruction);
+        ? [[...texts.values()].map((text, k) => this.composer.alone(text, names[k])), false]
+        : this.composer.passages(prompt, [...texts.values()], names, partial, instruction);
       const read = this.#requireTokenizer("prompt").rows(passages, { special, partial });
-      [...texts.keys()].forEach((i, k) => (typeof read[k] === "string" ? unreadable.set(i, read[k]) : rows.set(i, read[k])));
+      [...texts.keys()].forEach((i, k) =>
+        typeof read[k] === "string" ? unreadable.set(i, read[k]) : rows.set(i, read[k]),
+      );
       checkReadable(unreadable, candidates.length);
     }
     let shared = 0;
@@ -128,12 +122,14 @@ export class Reader {
       prompt: head,
       items: places.map((i) => rows.get(i)?.ids.slice(shared) ?? []),
       skip: places.map((i) => (texts.has(i) && rows.has(i) ? Math.max(0, rows.get(i).first - shared) : 0)),
-      ends: tells ? places.map((i) => (rows.get(i)?.ids ?? []).map((_, k) => rows.get(i).ends.includes(k)).slice(shared)) : null,
+      ends: tells
+        ? places.map((i) => (rows.get(i)?.ids ?? []).map((_, k) => rows.get(i).ends.includes(k)).slice(shared))
+        : null,
       unreadable: new Map([...unreadable].sort((a, b) => a[0] - b[0])),
       cut: 0,
     };
     // The beginning of a query's text is the template's own.
-    return truncate && this.pair === null ? this.#truncated(encoded) : encoded;
+    return truncate && !this.ranksPairs ? this.#truncated(encoded) : encoded;
   }
 
   /**
@@ -159,8 +155,13 @@ export class Reader {
         tokens.push(...this.#row([entry], "stop"));
         continue;
       }
-      if (this.tokenizer === null) throw new BonnxError("option", `stop: this artifact has no tokenizer; pass token ids instead of ${shown(entry)}`);
-      if ([...entry].length > LONGEST_STOP) throw new BonnxError("option", `stop: expected texts of at most ${LONGEST_STOP} characters`);
+      if (this.tokenizer === null)
+        throw new BonnxError(
+          "option",
+          `stop: this artifact has no tokenizer; pass token ids instead of ${shown(entry)}`,
+        );
+      if ([...entry].length > LONGEST_STOP)
+        throw new BonnxError("option", `stop: expected texts of at most ${LONGEST_STOP} characters`);
       const ids = this.tokenizer.stopTokens(entry);
       inText ||= ids.length === 0;
       tokens.push(...ids);
@@ -169,76 +170,15 @@ export class Reader {
     return { tokens: [...new Set(tokens)], texts, inText };
   }
 
-  #passages(prompt, candidates, names, partial, instruction) {
-    if (this.pair !== null) {
-      if (partial) throw new BonnxError("option", "partial: this model's template ends every document; leave it out");
-      const query = pairText(prompt, "prompt");
-      const documents = candidates.map((text, k) => pairText(text, names[k]));
-      return [this.pair.passages(query, documents, instruction), false];
-    }
-    if (isMessages(prompt)) {
-      const template = this.#template("prompt");
-      const answers = candidates.map((text, k) => (isMessages(text) ? text : this.#steps(text, names[k])));
-      if (!partial) return [template.split(prompt, answers, names), false];
-      const opening = template.render(prompt, "prompt", true);
-      return [answers.map((answer, k) => after(opening, plainText(answer, names[k]))), false];
-    }
-    const before = plainText(prompt, "prompt");
-    return [candidates.map((text, k) => after(before, this.#steps(text, names[k]))), this.rules.special_tokens];
-  }
-
-  #alone(candidate, name) {
-    if (this.pair !== null) {
-      throw new BonnxError("input", `${name}: expected token ids, as its prompt; text is a document of a query that is text`);
-    }
-    return after("", this.#steps(candidate, name));
-  }
-
-  /** Why a text, messages, or steps (or one of the steps) are empty; null if they are not. */
-  #blank(item) {
-    if (typeof item === "string") {
-      const split = this.rules.step_split;
-      if (this.#divides(item) && !item.split(split).some((step) => strip(step))) {
-        return `it has no steps; expected at least one, divided by ${shown(split)}`;
-      }
-      return item ? null : NO_TOKENS;
-    }
-    if (isMessages(item)) return item.every(saysNothing) ? NO_TOKENS : null;
-    const empty = item.indexOf("");
-    return empty < 0 ? null : `its step ${empty} is empty`;
-  }
-
-  /** A candidate's text, with each step ended as the model expects. */
-  #steps(item, name) {
-    const { step_text: ending, step_split: split } = this.rules;
-    if (typeof item === "string") {
-      if (!this.#divides(item)) return plainText(item, name);
-      const steps = item.split(split).filter((step) => strip(step));
-      return steps.map((step) => step + ending).join("");
-    }
-    if (isMessages(item) || !item.every((step) => typeof step === "string")) {
-      throw new BonnxError("input", `${name}: expected text, or a list of steps that are texts; got ${shown(item)}`);
-    }
-    if (ending === null) throw new BonnxError("input", `${name}: this artifact's rule does not say how a step ends; pass one text`);
-    return item.map((step) => (step.endsWith(ending) ? step : step + ending)).join("");
-  }
-
-  /** Whether a candidate's text has to be split into steps. */
-  #divides(text) {
-    const { step_text: ending, step_split: split } = this.rules;
-    return ending !== null && split !== null && !text.includes(ending);
-  }
-
-  #template(name) {
-    if (this.chat === null) throw new BonnxError("input", `${name}: messages need a chat template, and this artifact has none; pass text`);
-    return this.chat;
-  }
-
   #checkInstruction(instruction, prompt) {
     if (instruction === null) return;
-    if (typeof instruction !== "string") throw new BonnxError("option", `instruction: expected a text; got ${shown(instruction)}`);
-    if (this.pair === null || !isText(prompt)) {
-      throw new BonnxError("option", "instruction: it goes into the template of a reranker, with a query that is text; leave it out");
+    if (typeof instruction !== "string")
+      throw new BonnxError("option", `instruction: expected a text; got ${shown(instruction)}`);
+    if (!this.ranksPairs || !isText(prompt)) {
+      throw new BonnxError(
+        "option",
+        "instruction: it goes into the template of a reranker, with a query that is text; leave it out",
+      );
     }
   }
 
@@ -250,13 +190,17 @@ export class Reader {
     if (excess <= 0) return rows;
     const keep = this.tokenizer?.isSpecial(rows.prompt[0]) ? 1 : 0;
     if (excess > rows.prompt.length - keep - 1) {
-      throw new BonnxError("too-large", `a candidate of ${longest} tokens: this artifact takes at most ${limit} together with the prompt, and a candidate is never cut; shorten it`);
+      throw new BonnxError(
+        "too-large",
+        `a candidate of ${longest} tokens: this artifact takes at most ${limit} together with the prompt, and a candidate is never cut; shorten it`,
+      );
     }
     return { ...rows, prompt: [...rows.prompt.slice(0, keep), ...rows.prompt.slice(keep + excess)], cut: excess };
   }
 
   #requireTokenizer(name) {
-    if (this.tokenizer === null) throw new BonnxError("input", `${name}: this artifact has no tokenizer; pass ${this.#takes} instead of text`);
+    if (this.tokenizer === null)
+      throw new BonnxError("input", `${name}: this artifact has no tokenizer; pass ${this.#takes} instead of text`);
     return this.tokenizer;
   }
 
@@ -267,50 +211,40 @@ export class Reader {
 
   /** Token ids or embeddings, checked. */
   #row(item, name) {
-    const list = ArrayBuffer.isView(item) && !(item instanceof DataView) ? Array.from(item) : item;
+    // Bytes would be taken for token ids.
+    const isIds = [Int16Array, Uint16Array, Int32Array, Uint32Array, BigInt64Array].some(
+      (kind) => item instanceof kind,
+    );
+    const list = isIds ? Array.from(item) : item;
     if (!Array.isArray(list)) throw new BonnxError("input", `${name}: expected ${this.#takes}; got ${shown(item)}`);
     if (this.width !== null) {
-      const wrong = list.findIndex((row) => row?.length !== this.width || !Array.from(row).every((value) => typeof value === "number"));
-      if (wrong >= 0) throw new BonnxError("input", `${name}[${wrong}]: expected ${this.width} numbers; got ${shown(list[wrong])}`);
+      const wrong = list.findIndex(
+        (row) => row?.length !== this.width || !Array.from(row).every((value) => typeof value === "number"),
+      );
+      if (wrong >= 0)
+        throw new BonnxError("input", `${name}[${wrong}]: expected ${this.width} numbers; got ${shown(list[wrong])}`);
       return list;
     }
     return list.map((value) => {
       const id = typeof value === "bigint" ? Number(value) : value;
       if (!Number.isInteger(id)) throw new BonnxError("input", `${name}: expected ${this.#takes}; got ${shown(item)}`);
       if (id < 0 || id >= this.vocabulary) {
-        throw new BonnxError("input", `${name}: token id ${id} is outside the vocabulary (0 to ${this.vocabulary - 1})`);
+        throw new BonnxError(
+          "input",
+          `${name}: token id ${id} is outside the vocabulary (0 to ${this.vocabulary - 1})`,
+        );
       }
       return id;
     });
   }
 }
 
-function after(before, text) {
-  return { text: before + text, start: before.length, stop: before.length + text.length };
-}
-
-function plainText(item, name) {
-  if (typeof item !== "string") throw new BonnxError("input", `${name}: expected text; got ${shown(item)}`);
-  if (!item) throw new BonnxError("input", `${name}: ${NO_TOKENS}`);
-  return item;
-}
-
-function pairText(item, name) {
-  if (typeof item !== "string") {
-    throw new BonnxError("input", `${name}: this model's template makes one text of a query and a document; expected each as text; got ${shown(item)}`);
-  }
-  return plainText(item, name);
-}
-
-/** Whether a message has a role, empty content and nothing else. */
-function saysNothing(message) {
-  if (!isMessages([message]) || typeof message.role !== "string" || message.content === undefined || message.content === null) return false;
-  return Object.entries(message).every(([key, value]) => key === "role" || !value || (Array.isArray(value) && !value.length));
-}
-
 function checkReadable(unreadable, count) {
   if (unreadable.size < count) return;
   const reasons = [...unreadable].sort((a, b) => a[0] - b[0]).map(([i, reason]) => `candidates[${i}]: ${reason}`);
   const rest = count > 3 ? `; and ${count - 3} more` : "";
-  throw new BonnxError("input", count === 1 ? reasons[0] : `candidates: none can be read: ${reasons.slice(0, 3).join("; ")}${rest}`);
+  throw new BonnxError(
+    "input",
+    count === 1 ? reasons[0] : `candidates: none can be read: ${reasons.slice(0, 3).join("; ")}${rest}`,
+  );
 }

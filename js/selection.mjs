@@ -104,9 +104,21 @@ export function standing(scores, groups, ids, vote) {
     });
   }
   // NaN comes last.
-  const descending = (a, b) => (Number.isNaN(a) || Number.isNaN(b) ? Number(Number.isNaN(a)) - Number(Number.isNaN(b)) : a === b ? 0 : a > b ? -1 : 1);
+  const descending = (a, b) =>
+    Number.isNaN(a) || Number.isNaN(b)
+      ? Number(Number.isNaN(a)) - Number(Number.isNaN(b))
+      : a === b
+        ? 0
+        : a > b
+          ? -1
+          : 1;
   const order = [...scores.keys()].sort(
-    (i, j) => excluded[i] - excluded[j] || descending(groups[i], groups[j]) || leaders[i] - leaders[j] || descending(scores[i], scores[j]) || i - j,
+    (i, j) =>
+      excluded[i] - excluded[j] ||
+      descending(groups[i], groups[j]) ||
+      leaders[i] - leaders[j] ||
+      descending(scores[i], scores[j]) ||
+      i - j,
   );
   const second = order.find((i) => leaders[i] !== leaders[order[0]] && !excluded[i]);
   const best = groups[order[0]];

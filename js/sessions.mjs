@@ -10,9 +10,12 @@ import { BonnxError } from "./errors.mjs";
 const NODE_PACKAGE = "onnxruntime-node";
 const FILE_SYSTEM = "node:fs/promises";
 // How runtimes say that they have no memory left.
-const NO_MEMORY = /bad_alloc|out of memory|OOM|allocation failed|failed to allocate|array buffer allocation|memory access out of bounds/i;
+const NO_MEMORY =
+  /bad_alloc|out of memory|OOM|allocation failed|failed to allocate|array buffer allocation|memory access out of bounds/i;
 // The smallest WebAssembly module with a vector instruction.
-const VECTORS = [0, 97, 115, 109, 1, 0, 0, 0, 1, 5, 1, 96, 0, 1, 123, 3, 2, 1, 0, 10, 10, 1, 8, 0, 65, 0, 253, 15, 253, 98, 11];
+const VECTORS = [
+  0, 97, 115, 109, 1, 0, 0, 0, 1, 5, 1, 96, 0, 1, 123, 3, 2, 1, 0, 10, 10, 1, 8, 0, 65, 0, 253, 15, 253, 98, 11,
+];
 
 /**
  * The runtime: the caller's, or that of the packages that is installed.
@@ -23,10 +26,16 @@ export async function findRuntime(runtime) {
   const found = runtime ?? (await installed());
   const ort = found.InferenceSession === undefined && found.default !== undefined ? found.default : found;
   if (typeof ort.InferenceSession?.create !== "function" || typeof ort.Tensor !== "function") {
-    throw new BonnxError("runtime", "runtime: expected the module of onnxruntime-web or onnxruntime-node, as `import * as ort` gives it");
+    throw new BonnxError(
+      "runtime",
+      "runtime: expected the module of onnxruntime-web or onnxruntime-node, as `import * as ort` gives it",
+    );
   }
   if (isWeb(ort) && !(globalThis.WebAssembly && WebAssembly.validate(Uint8Array.from(VECTORS)))) {
-    throw new BonnxError("runtime", "onnxruntime-web needs WebAssembly with SIMD, which this browser does not have; use a newer one");
+    throw new BonnxError(
+      "runtime",
+      "onnxruntime-web needs WebAssembly with SIMD, which this browser does not have; use a newer one",
+    );
   }
   return ort;
 }
@@ -96,7 +105,10 @@ export class Sessions {
   async open(name, signal) {
     if (!this.has(name)) {
       const names = Object.keys(this.manifest.graphs).sort().join(", ");
-      throw new BonnxError("input", `'${this.manifest.name}' has no graph '${name}', only ${names}; export the model again with a bonnx that writes it`);
+      throw new BonnxError(
+        "input",
+        `'${this.manifest.name}' has no graph '${name}', only ${names}; export the model again with a bonnx that writes it`,
+      );
     }
     if (!this.#opened.has(name)) this.#opened.set(name, kept(this.#opened, name, this.#open(name, signal)));
     return this.#opened.get(name);
@@ -157,7 +169,11 @@ export class Sessions {
 
   /** A tensor of numbers. */
   float32(values, dims = []) {
-    return new this.ort.Tensor("float32", values instanceof Float32Array ? values : Float32Array.from([values].flat(Infinity)), dims);
+    return new this.ort.Tensor(
+      "float32",
+      values instanceof Float32Array ? values : Float32Array.from([values].flat(Infinity)),
+      dims,
+    );
   }
 
   /** Release the sessions and the weights. A graph is opened again when it is next used. */
@@ -192,7 +208,11 @@ function explained(error, what) {
   if (error instanceof BonnxError) return error;
   const message = error?.message ?? String(error);
   if (error instanceof RangeError || NO_MEMORY.test(message)) {
-    return new BonnxError("memory", `${what}: there is too little memory (${message.slice(0, 200)}); close other pages, ask for less, or export with fewer bits`, { cause: error });
+    return new BonnxError(
+      "memory",
+      `${what}: there is too little memory (${message.slice(0, 200)}); close other pages, ask for less, or export with fewer bits`,
+      { cause: error },
+    );
   }
   return new BonnxError("runtime", `${what}: ${message.slice(0, 500)}`, { cause: error });
 }

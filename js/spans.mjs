@@ -43,14 +43,23 @@ export class SpanFinder {
     const splits = flat(json.pre_tokenizer, "pretokenizers");
     this.inBytes = splits.some((rule) => rule.type === "ByteLevel");
     this.metaspace = splits.find((rule) => rule.type === "Metaspace");
-    this.trims = flat(json.post_processor, "processors").filter((rule) => rule.type === "ByteLevel" && rule.trim_offsets !== false);
+    this.trims = flat(json.post_processor, "processors").filter(
+      (rule) => rule.type === "ByteLevel" && rule.trim_offsets !== false,
+    );
     const added = (json.added_tokens ?? []).filter((token) => token.content);
     // Those that are found in the text as it is, the longest first; the others are found in what became of it.
     const raw = added.filter((token) => !token.normalized || !this.normalizers.length);
     raw.sort((x, y) => y.content.length - x.content.length);
     this.added = new Map(raw.map((token) => [token.content, token]));
-    this.places = new RegExp(raw.map(({ content }) => content.replace(/[\\^$.*+?()[\]{}|/]/g, "\\$&")).join("|") || "(?!)", "gu");
-    this.changed = new Map(added.filter((token) => !raw.includes(token)).map(({ content }) => [content, ENCODER.encode(this.#normalized(content))]));
+    this.places = new RegExp(
+      raw.map(({ content }) => content.replace(/[\\^$.*+?()[\]{}|/]/g, "\\$&")).join("|") || "(?!)",
+      "gu",
+    );
+    this.changed = new Map(
+      added
+        .filter((token) => !raw.includes(token))
+        .map(({ content }) => [content, ENCODER.encode(this.#normalized(content))]),
+    );
     this.fallsBack = json.model.byte_fallback === true;
     this.fuses = json.model.fuse_unk === true;
     // Pieces without a token are joined within a word, and the package joins them across words.
@@ -99,7 +108,7 @@ export class SpanFinder {
   /** Lay tokens along a section without added tokens, from the first that has no span on. */
   #section(section, offset, tokens, spans, joined, unknown) {
     const { bytes, starts, ends } = this.#changed(section, offset, joined);
-    for (let place = 0; place < bytes.length; ) {
+    for (let place = 0; place < bytes.length;) {
       const length = spans.length < tokens.length ? this.#length(bytes, place, tokens, spans.length) : 0;
       if (length === 0) refuse(section, starts[place] - offset);
       if (tokens[spans.length] === this.unknown) unknown.push(spans.length);
@@ -118,7 +127,8 @@ export class SpanFinder {
       };
       let to = character(place);
       const next = tokens[i + 1];
-      while (this.fuses && to < bytes.length && (next === undefined || !fits(bytes, to, this.#surface(next)))) to = character(to);
+      while (this.fuses && to < bytes.length && (next === undefined || !fits(bytes, to, this.#surface(next))))
+        to = character(to);
       return to - place;
     }
     const byte = this.fallsBack ? BYTE.exec(tokens[i]) : null;
@@ -219,5 +229,8 @@ function trim(spans, tokens, addsSpace) {
 
 function refuse(text, place) {
   const near = text.slice(Math.max(0, place - 10), place + 20);
-  throw new BonnxError("tokenizer", `the tokens of a text do not fit it near ${JSON.stringify(near)}: this module does not read it as the model's tokenizer does; pass token ids`);
+  throw new BonnxError(
+    "tokenizer",
+    `the tokens of a text do not fit it near ${JSON.stringify(near)}: this module does not read it as the model's tokenizer does; pass token ids`,
+  );
 }

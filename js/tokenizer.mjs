@@ -67,7 +67,9 @@ export class Tokenizer {
   #wrap(rule) {
     if (rule.type !== "TemplateProcessing") return;
     const place = rule.single.findIndex((item) => "Sequence" in item);
-    const ids = rule.single.map((item) => ("Sequence" in item ? null : rule.special_tokens[item.SpecialToken.id].ids[0]));
+    const ids = rule.single.map((item) =>
+      "Sequence" in item ? null : rule.special_tokens[item.SpecialToken.id].ids[0],
+    );
     this.before.unshift(...ids.slice(0, place));
     this.after.push(...ids.slice(place + 1));
   }
@@ -111,7 +113,10 @@ export class Tokenizer {
     const certain = (from, to) => {
       if (!joined.some(([start, end]) => start < to && from < end && !(start >= from && end <= to))) return;
       const near = quoted(text.slice(Math.max(0, from - 5), to + 5));
-      throw new BonnxError("tokenizer", `a character and its accents are read as one near ${near}: this module cannot tell which of them a token covers; write them as one character`);
+      throw new BonnxError(
+        "tokenizer",
+        `a character and its accents are read as one near ${near}: this module cannot tell which of them a token covers; write them as one character`,
+      );
     };
     // Nothing that was changed as one may lie on both sides of the border.
     certain(0, start);
@@ -127,7 +132,11 @@ export class Tokenizer {
     // Tokens that a tokenizer adds cover no character.
     const order = spans.map((_, i) => i).filter((i) => spans[i][1] > spans[i][0]);
     const ends = new Set();
-    for (let place = text.indexOf(stepText, start); place >= 0 && place + stepText.length <= stop; place = text.indexOf(stepText, place + stepText.length)) {
+    for (
+      let place = text.indexOf(stepText, start);
+      place >= 0 && place + stepText.length <= stop;
+      place = text.indexOf(stepText, place + stepText.length)
+    ) {
       const last = place + stepText.length - 1;
       certain(last, last + 1);
       const owner = order.findLast((i) => spans[i][0] <= last);
@@ -152,14 +161,19 @@ export class Tokenizer {
       const around = special ? [this.before, this.after] : [[], []];
       const encoded = this.package.encode(text, { add_special_tokens: false });
       const found = this.finder.find(text, encoded.tokens);
-      const unknown = encoded.ids.findIndex((id, i) => id === undefined || (id === this.unknown && encoded.tokens[i] !== undefined));
+      const unknown = encoded.ids.findIndex(
+        (id, i) => id === undefined || (id === this.unknown && encoded.tokens[i] !== undefined),
+      );
       if (unknown >= 0 && (this.rules.unknown === "refuse" || this.unknown === undefined)) {
         const [start, end] = found.spans[unknown];
         const reason = `the vocabulary has no token for ${shown(text.slice(start, end))}`;
         return { ids, spans, joined, fault: { start: offset + start, end: offset + end, reason } };
       }
       if (found.unknown.length && this.finder.fusesWords) {
-        throw new BonnxError("tokenizer", `this module does not join pieces without a token as the model's tokenizer does: ${shown(text)}; pass token ids`);
+        throw new BonnxError(
+          "tokenizer",
+          `this module does not join pieces without a token as the model's tokenizer does: ${shown(text)}; pass token ids`,
+        );
       }
       for (const id of around[0]) ids.push(id) && spans.push([0, 0]);
       encoded.ids.forEach((id, i) => {
@@ -232,7 +246,9 @@ function described(fault, text, border) {
 
 /** What stands before the first stop text that ends behind `border`; null if there is none. */
 function beforeStop(text, stopTexts, border) {
-  const places = stopTexts.map((stop) => text.indexOf(stop, Math.max(0, border - stop.length + 1))).filter((place) => place >= 0);
+  const places = stopTexts
+    .map((stop) => text.indexOf(stop, Math.max(0, border - stop.length + 1)))
+    .filter((place) => place >= 0);
   return places.length ? text.slice(0, Math.min(...places)) : null;
 }
 

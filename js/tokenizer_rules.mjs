@@ -25,7 +25,9 @@ export function exactly(json) {
   const model = checkedModel(json.model);
   const normalizers = flat(json.normalizer, "normalizers");
   normalizers.forEach(checkNormalizer);
-  const spaced = normalizers.some((rule) => rule.type === "Replace" && rule.pattern.String === " " && rule.content === SPACE);
+  const spaced = normalizers.some(
+    (rule) => rule.type === "Replace" && rule.pattern.String === " " && rule.content === SPACE,
+  );
   const splits = flat(json.pre_tokenizer, "pretokenizers").flatMap((rule) => checkedSplit(rule, spaced, json));
   flat(json.post_processor, "processors").forEach((rule) => checkPostProcessor(rule, json));
   flat(json.decoder, "decoders").forEach(checkDecoder);
@@ -47,7 +49,10 @@ export function flat(rule, members) {
 }
 
 function refuse(what) {
-  throw new BonnxError("tokenizer", `tokenizer.json: ${what}, which this module does not read; pass token ids, or use bonnx in Python`);
+  throw new BonnxError(
+    "tokenizer",
+    `tokenizer.json: ${what}, which this module does not read; pass token ids, or use bonnx in Python`,
+  );
 }
 
 function checkedModel(model) {
@@ -76,7 +81,8 @@ function checkedSplit(rule, spaced, json) {
     // Spaces that were replaced before are nowhere to be split at.
     if (spaced && rule.pattern.String === " ") return [];
     if (rule.behavior !== "Isolated" || rule.invert) refuse(`text that is split in the way '${rule.behavior}'`);
-    if (NO_BACKTRACKING.test(rule.pattern.Regex ?? "")) refuse("a pattern with atomic groups or possessive quantifiers");
+    if (NO_BACKTRACKING.test(rule.pattern.Regex ?? ""))
+      refuse("a pattern with atomic groups or possessive quantifiers");
     return [rule];
   }
   if (rule.type === "Metaspace") {
@@ -93,7 +99,9 @@ function checkPostProcessor(rule, json) {
   for (const item of rule.single) {
     if (!("SpecialToken" in item)) continue;
     const { ids } = rule.special_tokens[item.SpecialToken.id];
-    const own = (json.added_tokens ?? []).find((token) => token.content === item.SpecialToken.id)?.id ?? json.model.vocab[item.SpecialToken.id];
+    const own =
+      (json.added_tokens ?? []).find((token) => token.content === item.SpecialToken.id)?.id ??
+      json.model.vocab[item.SpecialToken.id];
     if (ids.length !== 1 || ids[0] !== own) refuse(`the special token '${item.SpecialToken.id}' with the ids ${ids}`);
   }
 }

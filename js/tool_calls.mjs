@@ -18,9 +18,15 @@ export function readsTools(name) {
 /** The function that `tool` or `tool-except:FIELD,FIELD` stands for. */
 export function toolExtractor(name) {
   if (name === "tool") return (candidate) => toolAnswer(candidate, []);
-  const fields = name.slice(EXCEPT.length).split(",").map((field) => field.trim());
+  const fields = name
+    .slice(EXCEPT.length)
+    .split(",")
+    .map((field) => field.trim());
   if (fields.includes("")) {
-    throw new BonnxError("option", `answers: expected 'tool-except:FIELD,FIELD', names of arguments to ignore; got ${shown(name)}`);
+    throw new BonnxError(
+      "option",
+      `answers: expected 'tool-except:FIELD,FIELD', names of arguments to ignore; got ${shown(name)}`,
+    );
   }
   return (candidate) => toolAnswer(candidate, fields);
 }

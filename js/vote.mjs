@@ -41,8 +41,16 @@ export class Ballot {
  * them in a candidate.
  */
 export function checkVote(vote, answers, scoring) {
-  if (answers !== null && typeof answers !== "string" && typeof answers !== "function" && !(answers instanceof RegExp)) {
-    throw new BonnxError("option", `answers: there are no candidates yet; expected 'boxed', 'number', 'regex:PATTERN', a RegExp or a function; got ${shown(answers)}`);
+  if (
+    answers !== null &&
+    typeof answers !== "string" &&
+    typeof answers !== "function" &&
+    !(answers instanceof RegExp)
+  ) {
+    throw new BonnxError(
+      "option",
+      `answers: there are no candidates yet; expected 'boxed', 'number', 'regex:PATTERN', a RegExp or a function; got ${shown(answers)}`,
+    );
   }
   makeBallot(vote, answers, [], new Set(), scoring);
 }
@@ -57,33 +65,56 @@ export function checkVote(vote, answers, scoring) {
  * @param {object} scoring of the manifest
  */
 export function makeBallot(vote, answers, candidates, unreadable, scoring) {
-  if (!VOTES.includes(vote)) throw new BonnxError("option", `vote: expected one of ${VOTES.join(", ")}; got ${shown(vote)}`);
+  if (!VOTES.includes(vote))
+    throw new BonnxError("option", `vote: expected one of ${VOTES.join(", ")}; got ${shown(vote)}`);
   if (answers === null) {
     if (vote !== "score") {
-      throw new BonnxError("option", `vote '${vote}' needs answers: pass a list with one for each candidate, 'boxed', 'number', 'regex:PATTERN', a RegExp, or a function of a candidate`);
+      throw new BonnxError(
+        "option",
+        `vote '${vote}' needs answers: pass a list with one for each candidate, 'boxed', 'number', 'regex:PATTERN', a RegExp, or a function of a candidate`,
+      );
     }
-    return new Ballot(vote, null, candidates.map(() => -1), scoring.vote_weight);
+    return new Ballot(
+      vote,
+      null,
+      candidates.map(() => -1),
+      scoring.vote_weight,
+    );
   }
   if (vote === "weighted" && scoring.activation === "none" && scoring.vote_weight === "score") {
-    throw new BonnxError("option", "vote 'weighted': this artifact's graphs add up raw scores, and one below 0 counts against its own answer; export the model again, or vote by 'score' or 'majority'");
+    throw new BonnxError(
+      "option",
+      "vote 'weighted': this artifact's graphs add up raw scores, and one below 0 counts against its own answer; export the model again, or vote by 'score' or 'majority'",
+    );
   }
   const read = readAnswers(answers, candidates, unreadable);
   const numbers = new Map();
   const ids = read.map((answer, i) => {
     if (answer === null || answer === undefined) return -1;
     if (typeof answer === "object" || typeof answer === "function") {
-      throw new BonnxError("option", `answers[${i}]: expected a text, a number or null, which can be compared; got ${shown(answer)}`);
+      throw new BonnxError(
+        "option",
+        `answers[${i}]: expected a text, a number or null, which can be compared; got ${shown(answer)}`,
+      );
     }
     if (!numbers.has(answer)) numbers.set(answer, numbers.size);
     return numbers.get(answer);
   });
-  return new Ballot(vote, read.map((answer) => answer ?? null), ids, scoring.vote_weight);
+  return new Ballot(
+    vote,
+    read.map((answer) => answer ?? null),
+    ids,
+    scoring.vote_weight,
+  );
 }
 
 function readAnswers(answers, candidates, unreadable) {
   if (Array.isArray(answers)) {
     if (answers.length !== candidates.length) {
-      throw new BonnxError("option", `answers: expected one for each of ${candidates.length} candidates; got ${answers.length}`);
+      throw new BonnxError(
+        "option",
+        `answers: expected one for each of ${candidates.length} candidates; got ${answers.length}`,
+      );
     }
     return answers;
   }
@@ -91,13 +122,19 @@ function readAnswers(answers, candidates, unreadable) {
   if (typeof answers === "string" && readsTools(answers)) find = toolExtractor(answers);
   if (find !== null) return candidates.map((candidate, i) => (unreadable.has(i) ? null : find(candidate)));
   if (typeof answers !== "string" && !(answers instanceof RegExp)) {
-    throw new BonnxError("option", `answers: expected a list, a function, a RegExp or the name of an extractor; got ${shown(answers)}`);
+    throw new BonnxError(
+      "option",
+      `answers: expected a list, a function, a RegExp or the name of an extractor; got ${shown(answers)}`,
+    );
   }
   const extract = extractor(answers);
   return candidates.map((candidate, i) => {
     if (unreadable.has(i)) return null;
     if (typeof candidate !== "string") {
-      throw new BonnxError("option", `answers ${shown(answers)} reads text, and candidates[${i}] is none; pass the answers, or a function`);
+      throw new BonnxError(
+        "option",
+        `answers ${shown(answers)} reads text, and candidates[${i}] is none; pass the answers, or a function`,
+      );
     }
     return extract(candidate);
   });

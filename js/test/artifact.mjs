@@ -8,17 +8,24 @@ const hash = (bytes) => createHash("sha256").update(bytes).digest("hex");
 
 export const TOKENIZER = {
   version: "1.0",
-  added_tokens: [{ id: 12, content: "<end>", single_word: false, lstrip: false, rstrip: false, normalized: false, special: true }],
+  added_tokens: [
+    { id: 12, content: "<end>", single_word: false, lstrip: false, rstrip: false, normalized: false, special: true },
+  ],
   normalizer: null,
   pre_tokenizer: { type: "Split", pattern: { Regex: "[0-9]|[^0-9]" }, behavior: "Isolated", invert: false },
   post_processor: null,
   decoder: { type: "Fuse" },
-  model: { type: "WordLevel", vocab: Object.fromEntries([..."0123456789+"].map((word, id) => [word, id]).concat([["<unk>", 11]])), unk_token: "<unk>" },
+  model: {
+    type: "WordLevel",
+    vocab: Object.fromEntries([..."0123456789+"].map((word, id) => [word, id]).concat([["<unk>", 11]])),
+    unk_token: "<unk>",
+  },
 };
 
 /** The bytes of a manifest as bonnx seals it. */
 export function sealed(manifest) {
-  const blank = JSON.stringify({ ...manifest, seal: "0".repeat(64) }, null, 2).replace(/"seal":\s*"/, '"seal": "') + "\n";
+  const blank =
+    JSON.stringify({ ...manifest, seal: "0".repeat(64) }, null, 2).replace(/"seal":\s*"/, '"seal": "') + "\n";
   return blank.replace("0".repeat(64), hash(blank));
 }
 
@@ -32,7 +39,13 @@ export async function artifact(t, change = () => {}) {
   t.after(() => rm(folder, { recursive: true }));
   await mkdir(join(folder, "onnx"));
   const values = (names) => names.map((name) => ({ name, dtype: "int64", shape: [] }));
-  const graph = (name, inputs, outputs) => ({ file: `onnx/${name}.onnx`, opset: 23, inputs: values(inputs), outputs: values(outputs), per_prompt: [] });
+  const graph = (name, inputs, outputs) => ({
+    file: `onnx/${name}.onnx`,
+    opset: 23,
+    inputs: values(inputs),
+    outputs: values(outputs),
+    per_prompt: [],
+  });
   const manifest = {
     schema_version: 2,
     seal: "",
@@ -84,8 +97,12 @@ export function runtime() {
         async run(feeds) {
           ort.feeds = feeds;
           const [count, , length] = feeds.candidate_ids.dims;
-          const rows = Array.from({ length: count }, (_, i) => Array.from(feeds.candidate_ids.data.slice(i * length, (i + 1) * length), Number));
-          const scores = rows.map((row, i) => row.reduce((sum, id, t) => sum + id * Number(feeds.candidate_mask.data[i * length + t]), 0));
+          const rows = Array.from({ length: count }, (_, i) =>
+            Array.from(feeds.candidate_ids.data.slice(i * length, (i + 1) * length), Number),
+          );
+          const scores = rows.map((row, i) =>
+            row.reduce((sum, id, t) => sum + id * Number(feeds.candidate_mask.data[i * length + t]), 0),
+          );
           return {
             scores: new Tensor("float32", Float32Array.from(rows.flat()), [count, 1, length]),
             candidate_scores: new Tensor("float32", Float32Array.from(scores), [count, 1]),

@@ -54,11 +54,15 @@ test("each graph is opened once, with the weights that were read once, and again
   const events = [];
   const model = await load(await artifact(t), { runtime: ort, threads: 2, onProgress: (event) => events.push(event) });
   await Promise.all([model.rank("1", ["2"]), model.rank("1", ["3"]), model.open(["generate", "rank"])]);
-  assert.deepEqual(ort.opened.map(({ graph }) => graph), ["the graph rank", "the graph generate"]);
+  assert.deepEqual(
+    ort.opened.map(({ graph }) => graph),
+    ["the graph rank", "the graph generate"],
+  );
   const data = ort.opened.map(({ options }) => options.externalData[0].data);
   assert.equal(data[0], data[1]);
   assert.equal(ort.opened[0].options.intraOpNumThreads, 2);
-  for (const [i, { loaded, total }] of events.entries()) assert.ok(loaded <= total && loaded > (events[i - 1]?.loaded ?? 0));
+  for (const [i, { loaded, total }] of events.entries())
+    assert.ok(loaded <= total && loaded > (events[i - 1]?.loaded ?? 0));
   assert.equal(events.at(-1).loaded, events.at(-1).total);
   await model.close();
   assert.equal(ort.released, 2);
@@ -84,9 +88,21 @@ test("a changed byte, in a file or in the manifest", async (t) => {
 });
 
 test("a newer schema, and a rule that this module does not know", async (t) => {
-  await fails(load(await artifact(t, (manifest) => (manifest.schema_version = 3)), { runtime: runtime() }), "schema", /is 3, this module reads 2; install a newer version/);
-  await fails(load(await artifact(t, (manifest) => (manifest.schema_version = 1)), { runtime: runtime() }), "schema", /is 1, this module reads 2; export the model again/);
-  await fails(load(await artifact(t, (manifest) => (manifest.scoring.moon = 1)), { runtime: runtime() }), "schema", /the key 'moon' of scoring is unknown/);
+  await fails(
+    load(await artifact(t, (manifest) => (manifest.schema_version = 3)), { runtime: runtime() }),
+    "schema",
+    /is 3, this module reads 2; install a newer version/,
+  );
+  await fails(
+    load(await artifact(t, (manifest) => (manifest.schema_version = 1)), { runtime: runtime() }),
+    "schema",
+    /is 1, this module reads 2; export the model again/,
+  );
+  await fails(
+    load(await artifact(t, (manifest) => (manifest.scoring.moon = 1)), { runtime: runtime() }),
+    "schema",
+    /the key 'moon' of scoring is unknown/,
+  );
 });
 
 test("a tokenizer that the module cannot read", async (t) => {
@@ -97,11 +113,20 @@ test("a tokenizer that the module cannot read", async (t) => {
     [{ decoder: { type: "WordPiece" } }, /a decoder of the type 'WordPiece'/],
     [{ post_processor: { type: "BertProcessing" } }, /a post-processor of the type 'BertProcessing'/],
     [{ added_tokens: [{ ...TOKENIZER.added_tokens[0], single_word: true }] }, /is a word of its own only/],
-    [{ pre_tokenizer: { type: "Split", pattern: { Regex: "a++" }, behavior: "Isolated", invert: false } }, /possessive/],
-    [{ pre_tokenizer: { type: "Split", pattern: { Regex: "(" }, behavior: "Isolated", invert: false } }, /cannot be read/],
+    [
+      { pre_tokenizer: { type: "Split", pattern: { Regex: "a++" }, behavior: "Isolated", invert: false } },
+      /possessive/,
+    ],
+    [
+      { pre_tokenizer: { type: "Split", pattern: { Regex: "(" }, behavior: "Isolated", invert: false } },
+      /cannot be read/,
+    ],
   ];
   for (const [change, message] of cases) {
-    const folder = await artifact(t, (_, files) => (files["tokenizer.json"] = JSON.stringify({ ...TOKENIZER, ...change })));
+    const folder = await artifact(
+      t,
+      (_, files) => (files["tokenizer.json"] = JSON.stringify({ ...TOKENIZER, ...change })),
+    );
     await fails(load(folder, { runtime: runtime() }), "tokenizer", message);
   }
   const folder = await artifact(t, (_, files) => (files["tokenizer.json"] = "{"));
@@ -128,6 +153,7 @@ test("a folder or an address without an artifact, and a file that leaves the fol
       manifest.files[name] = { sha256: "", size: 1 };
     });
     await fails(load(leaves, { runtime: runtime() }), "damaged", /leaves the artifact's folder/);
+    await fails(load(await served(t, leaves), { runtime: runtime() }), "damaged", /leaves the artifact's folder/);
   }
   const linked = await artifact(t, (manifest, files) => {
     manifest.files["onnx/rank.onnx"] = { sha256: "", size: 1 };
@@ -166,9 +192,17 @@ test("a runtime that is none, fails or has no memory", async (t) => {
   const folder = await artifact(t);
   await fails(load(folder, { runtime: {} }), "runtime", /expected the module of onnxruntime-web/);
   const failing = (error) => ({ ...runtime(), InferenceSession: { create: async () => Promise.reject(error) } });
-  await fails(load(folder, { runtime: failing(new Error("no kernel")) }), "runtime", /the graph 'rank' could not be opened: no kernel/);
+  await fails(
+    load(folder, { runtime: failing(new Error("no kernel")) }),
+    "runtime",
+    /the graph 'rank' could not be opened: no kernel/,
+  );
   await fails(load(folder, { runtime: failing(new Error("std::bad_alloc")) }), "memory", /too little memory/);
-  await fails(load(folder, { runtime: failing(new RangeError("Array buffer allocation failed")) }), "memory", /too little memory/);
+  await fails(
+    load(folder, { runtime: failing(new RangeError("Array buffer allocation failed")) }),
+    "memory",
+    /too little memory/,
+  );
 });
 
 test("options that are unknown or out of range", async (t) => {
@@ -181,9 +215,13 @@ test("options that are unknown or out of range", async (t) => {
     [{ graphs: [1] }, /graphs: expected a list of names/],
     [{ signal: 1 }, /signal: expected an AbortSignal/],
   ];
-  for (const [options, message] of cases) await fails(load(folder, { runtime: runtime(), ...options }), "option", message);
+  for (const [options, message] of cases)
+    await fails(load(folder, { runtime: runtime(), ...options }), "option", message);
   await fails(load(""), "option", /the artifact: expected an address or a folder/);
   await fails(load(7), "option", /the artifact: expected an address or a folder/);
-  await fails(load(folder, { runtime: runtime(), graphs: ["moon"] }), "input", /has no graph 'moon', only generate, rank/);
+  await fails(
+    load(folder, { runtime: runtime(), graphs: ["moon"] }),
+    "input",
+    /has no graph 'moon', only generate, rank/,
+  );
 });
-

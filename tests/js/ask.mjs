@@ -7,7 +7,8 @@ import { readFile, writeFile } from "node:fs/promises";
 import { load } from "bonnx";
 import * as ort from "onnxruntime-web";
 
-const revive = (_, value) => (value !== null && typeof value === "object" && "bigint" in value ? BigInt(value.bigint) : value);
+const revive = (_, value) =>
+  value !== null && typeof value === "object" && "bigint" in value ? BigInt(value.bigint) : value;
 const plain = (_, value) => (typeof value === "number" && !Number.isFinite(value) ? String(value) : value);
 
 async function answered(model, { method, arguments: given, options = {} }) {

@@ -4,7 +4,7 @@
 import { readFile, writeFile } from "node:fs/promises";
 
 import { extractor } from "./js/answers.mjs";
-import { ChatTemplate } from "./js/templates.mjs";
+import { ChatTemplate } from "./js/chat.mjs";
 import { Tokenizer } from "./js/tokenizer.mjs";
 
 const [questions, answers] = process.argv.slice(2);

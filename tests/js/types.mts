@@ -6,7 +6,11 @@ const model = await load("artifacts/countdown", {
   graphs: ["prefill", "decode"],
   onProgress: ({ file, loaded, total }) => `${file} ${loaded / total}`,
 });
-const ranking: Ranking<string> = await model.rank("1+1=", ["2", "3"], { aggregation: "step_min", vote: "majority", answers: "number" });
+const ranking: Ranking<string> = await model.rank("1+1=", ["2", "3"], {
+  aggregation: "step_min",
+  vote: "majority",
+  answers: "number",
+});
 const best: string = ranking.best;
 const margin: number | null = ranking.margin;
 await model.rank([{ role: "user", content: "1+1?" }], [["one step", "another"]], { answers: /(\d+)/ });
