@@ -56,6 +56,7 @@ class RankRequest:
         continues: whether the prompt was read ahead, so that only the candidates are computed.
         beginning: number of the prompt's first tokens that other prompts share, and that are kept for all of them; 0 if
             it has nothing to do with others.
+        moved: number of the prompt's last tokens that every row of `values` begins with, instead of the prompt's.
         prompt_slot: equal for requests of the same prompt, which share its slot.
     """
 
@@ -69,6 +70,7 @@ class RankRequest:
     joins: bool = True
     continues: bool = False
     beginning: int = 0
+    moved: int = 0
     prompt_slot: Hashable = field(init=False)
 
     def __post_init__(self) -> None:
@@ -101,6 +103,16 @@ class RankRequest:
     @property
     def tokens(self) -> int:
         return int(self.mask.sum())
+
+    @property
+    def sent(self) -> Shape:
+        """Its size with a whole prompt, of which nothing is kept: that of the same request without company."""
+        return Shape(len(self.values), len(self.prompt) + self.moved, self.values.shape[1] - self.moved)
+
+    @property
+    def sent_tokens(self) -> int:
+        """Tokens of the prompt and of the candidates, each once."""
+        return self.sent.prompt + self.tokens - self.moved * int(self.mask.any(1).sum())
 
 
 def read_request(
@@ -138,18 +150,19 @@ def read_request(
     values, mask = pad_rows(engine, rows, names)
     assert rows.prompt is not None
     joins = len(rows.prompt) + values.shape[1] <= engine.joint_limit
-    continues, beginning = joins and engine.prompts.covers(rows.prompt), 0
+    continues, beginning, moved = joins and engine.prompts.covers(rows.prompt), 0, 0
     if share and joins and not continues:
         call = CALL_TOKENS[engine.provider]
         # Reading a beginning takes a run of its own, which must cost little beside what is read.
         beginning = engine.prompts.shared(rows.prompt, _WORTH * call)
-        if beginning and (len(values) - 1) * (len(rows.prompt) - beginning) <= call:
+        rest = len(rows.prompt) - beginning
+        if beginning and (len(values) - 1) * rest <= call:
             # To compute the rest of the prompt with every candidate takes less than another run, and prompts that
             # differ only there run together.
-            rows = rows.after(beginning)
+            rows, moved = rows.after(beginning), rest
             values, mask = pad(rows.items, engine.manifest.scoring.pad_token)
     steps = readable_positions(engine, name, rows, values, step_masks)
-    return RankRequest(candidates, name, ballot, rows, values, mask, steps, joins, continues, beginning)
+    return RankRequest(candidates, name, ballot, rows, values, mask, steps, joins, continues, beginning, moved)
 
 
 def pad_rows(engine: Engine, rows: EncodedRows, names: ArgumentNames) -> tuple[Array, Array]:

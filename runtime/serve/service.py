@@ -170,10 +170,10 @@ class Service:
         readable = [each for each in read if isinstance(each, RankRequest)]
         if not readable:
             raise next(each for each in read if isinstance(each, InputError))
-        add_up(request, rankings=len(readable), tokens=sum(each.shape.prompt + each.tokens for each in readable))
+        add_up(request, rankings=len(readable), tokens=sum(each.sent_tokens for each in readable))
         for client_request, rank_request in zip(ranked, read, strict=True):
             if isinstance(rank_request, RankRequest):
-                check_size(rank_request.shape, self.settings, client_request.names)
+                check_size(rank_request.sent, self.settings, client_request.names)
         results = iter(await self.unless_gone(request, self._ranking.put(readable, until)))
         outcomes: list[Outcome] = []
         errors: list[NoWinnerError] = []

@@ -83,6 +83,9 @@ def test_random_requests_in_random_company_get_what_they_get_alone(sharing, plai
         now, requests = requests[: rng.integers(1, 20)], requests[20:]
         jobs = [read_request(sharing, prompt, items, **options, share=True) for prompt, items, options in now]
         kept |= {(job.kept > 0, job.kept == len(job.prompt)) for job in jobs}
+        for job, (prompt, items, _) in zip(jobs, now, strict=True):
+            assert job.sent == (len(items), len(prompt), max(map(len, items)), 0)
+            assert job.sent_tokens == len(prompt) + sum(map(len, items))
         for found, request in zip(rank_all(sharing, jobs), now, strict=True):
             expected = alone(plain, request)
             check_same(found, expected)
