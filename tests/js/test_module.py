@@ -7,14 +7,16 @@ import subprocess
 
 import numpy as np
 import pytest
+import torch
 
 import bonnx
 from bonnx.export.artifact import export_model
 from bonnx.export.checkpoint.source import Overrides, read_checkpoint
+from bonnx.models import build
 from bonnx.models.countdown.puzzle import draw_puzzles
 from bonnx.runtime.artifact.manifest import Limits, Manifest, PairRules, Scoring, TextRules
 from tests.checkpoints import ANSWERS, QUESTION, make
-from tests.gated_checkpoints import make_gated
+from tests.gated_checkpoints import HEADER, make_gated
 from tests.head_checkpoints import make_other
 from tests.js.asking import ask, check, in_node
 from tests.pages import ROOT, read_blocks
@@ -175,6 +177,21 @@ def test_no_tokenizer_and_embeddings(tiny, small, npm_folder, dice, rng):
     assert check(small, of_rows, answers[1]) == 0
 
 
+def test_candidates_that_rotate_by_their_own_length(npm_folder, tmp_path, dice, rng):
+    torch.manual_seed(dice.randrange(2**31))
+    scaling = {"kind": "longrope", "factor": 4.0, "original_max_positions": 12, "attention_factor": 1.2}
+    scaling |= {"short_factors": [1.0, 1.1], "long_factors": [2.0, 9.0]}
+    network = build(embed_dim=16, hidden_size=16, num_layers=2, scorer_hidden=8, rope_scaling=scaling).eval()
+    export_model(network, tmp_path / "out", name="longrope", verification="quick")
+    calls = []
+    for _ in range(6):
+        prompt, *candidates = (np.float32(rng.standard_normal((n, 16))).tolist() for n in (9, 3, 5, 1, 11))
+        options = dice.choice([{}, {"vote": "majority", "answers": ["a", "b", "c", "b"]}, {"aggregation": "mean"}])
+        calls.append({"method": "rank", "arguments": [prompt, candidates], "options": options})
+    (answers,) = ask(npm_folder, [{"artifact": str(tmp_path / "out"), "calls": calls}])
+    assert check(tmp_path / "out", calls, answers) == 0
+
+
 @pytest.mark.parametrize(("family", "head"), [("Llama", "reward"), ("Qwen2", "steps"), ("Llama", "mlp steps")])
 def test_reward_models(npm_folder, tmp_path, dice, rng, family, head):
     case = make(tmp_path / "checkpoint", family, head, rng)
@@ -189,6 +206,9 @@ def test_an_appended_token_and_a_gate(npm_folder, tmp_path, dice, rng):
     make_gated(tmp_path / "two/checkpoint", "ArmoRM", rng)
     appended, gated = export(tmp_path / "one"), export(tmp_path / "two")
     calls, of_gate = rank_calls(dice, 20), rank_calls(dice, 20, chats=0.8)
+    for call in of_gate[:6]:
+        # The gate then reads a candidate: they share no prompt.
+        call["arguments"][1].append(f"Yes.{HEADER}{text(dice)}")
     answers = ask(npm_folder, [{"artifact": str(appended), "calls": calls}, {"artifact": str(gated), "calls": of_gate}])
     assert check(appended, calls, answers[0]) < 15
     assert check(gated, of_gate, answers[1]) < 19
