@@ -23,7 +23,7 @@ from ..engine.session import HeldArray, Session, Stop
 from .growing import DEADLINE, LENGTH, Growing
 from .options import CheckedOptions
 
-__all__ = ["ContinuousBatch", "Joining", "ReadPrompt", "check_decode", "most_likely", "read_prompts"]
+__all__ = ["ContinuousBatch", "Joining", "ReadPrompt", "check_decode", "most_likely", "nothing_read", "read_prompts"]
 
 # What `shared_keys` of the export writes where there is no token.
 MASKED = np.float32(-1e30)
@@ -99,7 +99,7 @@ def read_prompts(
     begin = first.read
     end = max(len(each.prompt) for each in joining) if count is None else begin + count
     if not begin:
-        first.past = session.hold(_nothing_read(session, len(joining)))
+        first.past = session.hold(nothing_read(session, len(joining)))
     ids, mask = np.zeros((len(joining), end - begin), np.int64), np.zeros((len(joining), end), np.int64)
     for row, each in enumerate(joining):
         piece = each.prompt[begin:end]
@@ -135,7 +135,7 @@ def read_prompts(
     ]
 
 
-def _nothing_read(session: Session, batch: int) -> dict[str, Array]:
+def nothing_read(session: Session, batch: int) -> dict[str, Array]:
     """The inputs of `prefill` for prompts of which nothing has been read."""
     past: dict[str, Array] = {"past_hash": np.zeros(batch, np.int64)}
     for value in session.graph.inputs:

@@ -106,8 +106,9 @@ def decode_all(
         ends: as in `Growing`.
     """
     joining = Joining(prompt, options, ends, deadline)
-    (read,) = read_prompts(session("prefill"), [joining], logits=options.top_log_probs > 0)
+    # First, for it refuses the graphs of earlier versions.
     batch = ContinuousBatch(session("decode"), step_token)
+    (read,) = read_prompts(session("prefill"), [joining], logits=options.top_log_probs > 0)
     growing = batch.join(read, joining)
     while batch.rows:
         batch.step()

@@ -117,6 +117,12 @@ def test_recorded_cases_are_verified(folder):
     assert [check.case for check in checks] in (["generate/1"], ["prefill/1"])
 
 
+def test_the_first_distribution_is_recorded_where_no_draw_is_clear(language_model, tmp_path, monkeypatch):
+    monkeypatch.setattr("bonnx.export.verify.generate._RECORDED", ())
+    export_model(without_scorer(copy.deepcopy(language_model)), tmp_path / "out", name="silent", verification="quick")
+    assert [check.case for check in verify(tmp_path / "out")[1]] == ["prefill/1"]
+
+
 def test_a_checkpoint_of_transformers_needs_no_scorer(tmp_path, rng):
     make(tmp_path / "causal", "Qwen2", "step tag", rng, tie_word_embeddings=True)
     with pytest.raises(ConfigError, match="or pass --no-scorer"):
