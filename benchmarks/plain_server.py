@@ -47,6 +47,24 @@ def best_of_n(body: RankBody) -> dict[str, Any]:
     return {"best_index": generation.best_index, "texts": [candidate.text for candidate in generation.candidates]}
 
 
+class ChatBody(pydantic.BaseModel):
+    """A chat completion of one completion; the other fields of a request are ignored."""
+
+    messages: list[dict[str, str]]
+    max_tokens: int
+    seed: int
+    temperature: float
+    top_p: float
+
+
+@app.post("/v1/chat/completions")
+def chat(body: ChatBody) -> dict[str, Any]:
+    assert model is not None
+    options = body.model_dump(include={"seed", "temperature", "top_p"})
+    generation = model.generate(body.messages, n=1, max_new_tokens=body.max_tokens, **options)
+    return {"choices": [{"index": 0, "message": {"role": "assistant", "content": generation.best.text}}]}
+
+
 class CompletionsBody(pydantic.BaseModel):
     """A request to the gateway, with fields as in `bonnx serve`."""
 
