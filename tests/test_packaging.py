@@ -13,7 +13,13 @@ import bonnx
 tomllib = pytest.importorskip("tomllib", reason="in the standard library from Python 3.11 on")
 
 ROOT = Path(__file__).parent.parent
-ROOMS = {"bonnx": "bonnx", "export": "bonnx.export", "models": "bonnx.models", "runtime": "bonnx.runtime"}
+ROOMS = {
+    "bonnx": "bonnx",
+    "export": "bonnx.export",
+    "js": "bonnx.js",
+    "models": "bonnx.models",
+    "runtime": "bonnx.runtime",
+}
 
 
 def test_every_package_of_the_tree_is_listed():

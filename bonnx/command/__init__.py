@@ -29,6 +29,7 @@ _COMMANDS = {
     "rank": ("bonnx.command.rank", "score candidates after a prompt and choose the best"),
     "batch": ("bonnx.command.batch", "rank every row of a file"),
     "serve": ("bonnx.command.serve", "serve a model over HTTP"),
+    "page": ("bonnx.command.page", "write a web page that runs a model in the visitor's browser"),
 }
 # Marks that change the direction in which the rest of a line is shown.
 _TURNS = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
