@@ -23,7 +23,16 @@ from ..engine.session import HeldArray, Session, Stop
 from .growing import DEADLINE, LENGTH, Growing
 from .options import CheckedOptions
 
-__all__ = ["ContinuousBatch", "Joining", "ReadPrompt", "check_decode", "most_likely", "nothing_read", "read_prompts"]
+__all__ = [
+    "ContinuousBatch",
+    "Joining",
+    "ReadPrompt",
+    "can_join",
+    "check_decode",
+    "most_likely",
+    "nothing_read",
+    "read_prompts",
+]
 
 # What `shared_keys` of the export writes where there is no token.
 MASKED = np.float32(-1e30)
@@ -388,13 +397,18 @@ def _add(entry: _Entry, numbers: Array, tokens: Array, scores: Array, log_probs:
         growing.reasons[running] = DEADLINE
 
 
+def can_join(session: Session) -> bool:
+    """Whether rows can join and leave in a `decode` graph, as since this version."""
+    return "sources" in {value.name for value in session.graph.inputs}
+
+
 def check_decode(session: Session) -> None:
     """Refuse a `decode` graph whose rows cannot join and leave.
 
     Raises:
         ArtifactError: it was written by an earlier version.
     """
-    if "sources" not in {value.name for value in session.graph.inputs}:
+    if not can_join(session):
         raise ArtifactError(
             "the graph decode was written by an earlier version of bonnx: its rows cannot join and leave; export the "
             "model again"

@@ -20,6 +20,7 @@ from ..engine.engine import Engine
 from ..engine.prompt_cache import PREFILL, RANK_CACHED
 from ..engine.session import Stop
 from ..generate import run as generation
+from ..generate.continuous import can_join
 from ..generate.decoding import clock
 from ..generate.growing import Growing
 from ..generate.options import GenerateOptions
@@ -85,7 +86,8 @@ class Service:
         self._searches = 0
         self.broken = False
         self._generator = None
-        if self.generates:
+        # An artifact of an earlier version ranks as before.
+        if self.generates and can_join(engine.session("decode")):
             self._generator = Generator(
                 engine,
                 metrics,
@@ -229,6 +231,8 @@ class Service:
         """Read and check what is to be generated."""
         if not self.generates:
             raise InputError("n: this model has no language model to generate with; pass candidates")
+        if self._generator is None:
+            raise InputError("n: this artifact was written by an earlier version of bonnx; export it again to generate")
         check_texts([ClientRequest(prompt, ())], self.engine, self.settings, truncate=False)
         generate_request = await self.aside(
             lambda: read_generate_request(self.engine, prompt, options), request, size(request)

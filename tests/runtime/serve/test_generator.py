@@ -6,10 +6,13 @@ import itertools
 import time
 from types import SimpleNamespace
 
+import httpx
+import msgspec
 import numpy as np
 import pytest
 
 from bonnx.errors import ArtifactError
+from bonnx.runtime.engine.engine import open_engine
 from bonnx.runtime.generate.growing import DEADLINE
 from bonnx.runtime.generate.request import read_request
 from bonnx.runtime.generate.run import run_together
@@ -17,6 +20,7 @@ from bonnx.runtime.serve import generator as module
 from bonnx.runtime.serve.batcher import DeadlineError, QueueFullError
 from bonnx.runtime.serve.generator import Generator, is_brief
 from tests.runtime.generate.test_continuous import PROMPTS, check_as_alone, draw_request
+from tests.runtime.serve.servers import served
 
 
 class Observer:
@@ -255,6 +259,22 @@ def test_what_was_taken_is_finished_before_it_closes(engine):
             return await asyncio.gather(*(ticket.result() for ticket in tickets))
 
     assert [growing.length for growing in asyncio.run(work())] == [16] * 3
+
+
+def test_an_older_artifact_still_ranks(countdown):
+    older = open_engine(countdown)
+    graphs = {**older.manifest.graphs}
+    inputs = [value for value in graphs["decode"].inputs if value.name != "sources"]
+    graphs["decode"] = msgspec.structs.replace(graphs["decode"], inputs=inputs)
+    session = SimpleNamespace(graph=graphs["decode"], make_stop=older.session("rank").make_stop)
+    given = older.session
+    older.session = lambda name: session if name == "decode" else given(name)
+    with served(older) as url:
+        body = {"prompt": PROMPTS[0], "candidates": ["24-20=4;7-4=3;3/3=1;", "24/3=8;"]}
+        assert httpx.post(f"{url}/v1/best-of-n", json=body, timeout=60).json()["best_index"] == 0
+        refused = httpx.post(f"{url}/v1/best-of-n", json={"prompt": PROMPTS[0], "n": 2}, timeout=60)
+    assert refused.status_code == 400
+    assert "earlier version of bonnx; export it again" in refused.json()["message"]
 
 
 def test_which_generations_are_brief(engine):
