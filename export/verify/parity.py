@@ -22,6 +22,7 @@ from bonnx.runtime.engine.session import Session, SessionOptions
 from bonnx.runtime.selection.aggregate import aggregate, elect
 
 from ..graphs.selection import plain_selection
+from ..precision.linear import Linear8
 from .exact import Exact, Outputs, Tolerances
 from .inputs import Drawn, Inputs, Padding
 from .reference import MatMulNBits
@@ -100,7 +101,9 @@ class Checker:
 
     def cases(self) -> list[Case]:
         """Return every case, with PyTorch's outputs already computed."""
-        shapes = [*self.inputs.shapes(large=self.is_large, quick=self.quick)]
+        # With 8-bit inputs a few rows have far larger errors than all others: a measure of few rows is too small.
+        rounds = any(isinstance(module, Linear8) for module in self.model.modules())
+        shapes = [*self.inputs.shapes(large=self.is_large, quick=self.quick and not rounds)]
         # The same rows padded on either side, and whole ones, which `score` reads too.
         ragged = [self.draw(*shape, ragged=True) for shape in shapes]
         whole = [self.draw(*shape, ragged=False) for shape in shapes]
