@@ -57,14 +57,24 @@ def generate_graph(prompt_pass: ir.Graph, token_pass: ir.Graph, config: NetworkC
     """Combine the traced passes of `generate_passes.py`, which are consumed, into one graph, ready for `finish`."""
     stops = ir.val("stop_tokens", INT, ["stops"])
     inputs = LoopInputs(*(stops if name == "stop_tokens" else option(name) for name in LoopInputs._fields))
-    ids, mask = prompt_pass.inputs
+    ids, mask, *past = prompt_pass.inputs
+    # Here the tokens are all of each prompt.
+    name_value(ids, "input_ids", INT, ["batch", "prompt_length"])
     logits, *cache = prompt_pass.outputs
     certainty = None if config.has_scorer else cache.pop(0)
     b = Builder("generate")
     for part in (prompt_pass, token_pass):
         b.hoist(part)
-    b.adopt(prompt_pass)
     batch = b.Shape(ids, start=0, end=1)
+    # Nothing of the prompts has been read before.
+    nothing = {
+        size: b.Expand(b.float(0), b.Concat(batch, b.ints(config.num_kv_heads, *size), axis=0))
+        for size in ((config.size_of_head + 2, 1), (1, config.size_of_head))
+    }
+    for value in past:
+        key = str(value.name).startswith("past_key")
+        value.replace_all_uses_with(nothing[(config.size_of_head + 2, 1) if key else (1, config.size_of_head)])
+    b.adopt(prompt_pass)
     options = read_options(b, inputs, batch)
     rules = draw_options(b, (inputs.temperature, inputs.top_k, inputs.top_p), batch)
     most = b.ReduceMax(options.num_candidates, keepdims=0)
@@ -78,8 +88,8 @@ def generate_graph(prompt_pass: ir.Graph, token_pass: ir.Graph, config: NetworkC
     wide = b.Expand(logits, b.Concat(count, b.Shape(logits), axis=0))
     tokens, log_probs = b.call(draw_token, wide, uniform, *rules)
     no = b.Expand(b.constant(np.array(False)), grid)
-    nothing = b.Concat(grid, b.ints(0), axis=0)
-    no_ids, no_values = (b.Expand(zero, nothing) for zero in (b.int(0), b.float(0)))
+    no_tokens = b.Concat(grid, b.ints(0), axis=0)
+    no_ids, no_values = (b.Expand(zero, no_tokens) for zero in (b.int(0), b.float(0)))
     head = b.ints(config.num_kv_heads, 0, config.size_of_head)
     empty_cache = b.Expand(b.float(0), b.Concat(grid, head, axis=0))
     running = b.And(exists, b.Greater(options.max_new_tokens, b.int(0)))

@@ -45,9 +45,8 @@ class PromptPass(nn.Module):
 
         Args:
             input_ids: (B, P) int64, padded on either side.
-            attention_mask: of all tokens, (B, T) int64; with a past T may be more than P, but each prompt's last token
-                must be among the last P.
-            past: for each layer the keys and values of at least T - P tokens, as they are returned; or nothing.
+            attention_mask: of all tokens, (B, T) int64; each prompt's last token must be among the last P.
+            past: for each layer the keys and values of at least T - P tokens, as they are returned.
 
         Returns:
             logits (B, V), then for each layer the keys (B, G, K + 2, 1 + T) and values (B, G, 1 + T, K); see
@@ -55,10 +54,10 @@ class PromptPass(nn.Module):
         """
         trunk = self.trunk
         batch, length = input_ids.shape
-        before = attention_mask.shape[1] - length if past else 0
+        before = attention_mask.shape[1] - length
         real = attention_mask > 0
         positions = (real.to(torch.int64).cumsum(1) - 1).clamp(min=0)
-        new, new_real = (t.narrow(1, before, length) if past else t for t in (positions, real))
+        new, new_real = (t.narrow(1, before, length) for t in (positions, real))
         rotations = trunk.rotations(new)
         attention = trunk.for_each_window(lambda window: RowAttention(window, positions, new, trunk.config))
         x = trunk.embed(input_ids)
@@ -66,8 +65,8 @@ class PromptPass(nn.Module):
         cache: list[Tensor] = []
 
         def remember(k: Tensor, v: Tensor) -> None:
-            earlier = past[len(cache) : len(cache) + 2] or (None, None)
-            cache.extend([shared_keys(k, new_real, earlier[0], before), shared_values(v, earlier[1], before)])
+            keys, values = past[len(cache) : len(cache) + 2]
+            cache.extend([shared_keys(k, new_real, keys, before), shared_values(v, values, before)])
 
         *before_last, last_layer = zip(trunk.layers, rotations, attention, strict=True)
         for layer, rotation, attend in before_last:

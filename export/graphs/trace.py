@@ -99,10 +99,10 @@ def _graphs(
         report("tracing generate")
         head = VocabularyHead(model)
         prompt_pass, token_pass = _trace_prompt_pass(traced, head), _trace_token_pass(traced, head)
-        passes = (widened(prompt_pass, ir.DataType.FLOAT16), widened(token_pass, ir.DataType.FLOAT16))
+        passes = (widened(prompt_pass.clone(), ir.DataType.FLOAT16), widened(token_pass, ir.DataType.FLOAT16))
         yield "generate", generate_graph(*passes, trunk.config, scoring.pad_token)
-        report("tracing prefill and decode")
-        yield "prefill", prefill_graph(_trace_prompt_pass(traced, head, past=True))
+        report("tracing decode")
+        yield "prefill", prefill_graph(prompt_pass)
         yield "decode", decode_graph(_trace_rows_pass(traced, head))
 
 
@@ -188,12 +188,10 @@ def _prompt_shape(traced: _Traced, name: str, length: int) -> tuple[int, ...]:
     return (2, heads, size + 2, length + 1) if name.startswith("prompt_key") else (2, heads, length + 1, size)
 
 
-def _trace_prompt_pass(traced: _Traced, head: VocabularyHead, *, past: bool = False) -> ir.Graph:
-    new, total = (4, 9) if past else (5, 5)
-    examples = {"input_ids": _example(2, new), "attention_mask": torch.ones(2, total, dtype=torch.int64)}
-    prompt = ["batch", "prompt_length"]
-    axes: list[Sequence[str | None]] = [["batch", "new_length"] if past else prompt, prompt]
-    for name, names in _cache_axes(traced.layers, candidates=False) if past else ():
+def _trace_prompt_pass(traced: _Traced, head: VocabularyHead) -> ir.Graph:
+    examples = {"input_ids": _example(2, 4), "attention_mask": torch.ones(2, 9, dtype=torch.int64)}
+    axes: list[Sequence[str | None]] = [["batch", "new_length"], ["batch", "prompt_length"]]
+    for name, names in _cache_axes(traced.layers, candidates=False):
         examples[name.replace("prompt", "past")] = torch.zeros(_prompt_shape(traced, name, 6))
         axes.append([axis and axis.replace("prompt", "past") for axis in names])
     outputs: dict[str, Sequence[str | None]] = {"logits": ["batch"]}

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from bonnx.errors import ArtifactError
 
 from ..artifact.folder import WEIGHTS
+from ..artifact.limits import TooLargeError
 from ..artifact.manifest import Manifest
 from ..engine.engine import Engine
 from ..generate.continuous import ContinuousBatch, Joining, ReadPrompt, check_decode, read_prompts
@@ -207,10 +208,18 @@ class Generator:
             watched: whether states other than the last one are wanted.
 
         Raises:
-            QueueFullError: too many generations wait, or it would never fit into memory.
+            TooLargeError: it would never fit into memory.
+            QueueFullError: too many generations wait.
         """
         joining = Joining(request.prompt, request.options, ends_in_stop(self._engine, request), deadline)
         ticket = Ticket(request, joining, self._costs.bytes(request), watched, asyncio.get_running_loop())
+        if ticket.bytes > self._max_bytes:
+            options = request.options
+            raise TooLargeError(
+                f"n: {options.n} candidates of up to {options.max_new_tokens} tokens after a prompt of "
+                f"{len(request.prompt)} take {ticket.bytes} bytes of keys and values, and this server holds "
+                f"{self._max_bytes} (--generation-memory); ask for fewer, or set max_new_tokens"
+            )
         with self._ready:
             if len(self._waiting) >= self._max_waiting:
                 raise QueueFullError(len(self._waiting), max(1, math.ceil(self._pace * len(self._waiting))))
@@ -280,7 +289,7 @@ class Generator:
         with self._ready:
             while self._waiting:
                 ticket = self._waiting[0]
-                if self._bytes and self._bytes + ticket.bytes > self._max_bytes:
+                if self._bytes + ticket.bytes > self._max_bytes:
                     break
                 self._waiting.popleft()
                 self._bytes += ticket.bytes

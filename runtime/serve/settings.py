@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 from dataclasses import dataclass
 
 from bonnx.errors import InputError
@@ -11,6 +13,14 @@ from ..engine.engine import PROMPT_CACHE
 from ..upstream.settings import UpstreamSettings
 
 __all__ = ["Settings"]
+
+
+def _half_of_memory() -> int:
+    """Half of the machine's memory in bytes, or 4 GiB where the system does not say."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    except (AttributeError, ValueError, OSError):
+        return 4 * 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +54,9 @@ class Settings:
     """Maximum size of rankings that run together, including padding."""
     batch_candidates: int = 128
     """Maximum number of candidates that grow in one batch."""
-    generation_memory: int = 2 * 2**30
-    """Maximum size of the keys and values of all generations that run at once, if they grow to their limits."""
+    generation_memory: int = dataclasses.field(default_factory=_half_of_memory)
+    """Maximum size of the keys and values of all generations that run at once, if they grow to their limits; by default
+    half of the machine's memory."""
     cors_origins: tuple[str, ...] = ()
     """Web pages that may call the server, such as `https://example.org`; `*` is every one."""
     model_name: str | None = None

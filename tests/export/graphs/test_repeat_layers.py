@@ -153,7 +153,7 @@ def test_the_graphs_are_those_of_a_full_trace(name, traced, rng):
 def test_generation_and_its_cache_are_those_of_a_full_trace(precision, layers, windows, traced, rng):
     model = quantized(_language_model(num_layers=layers, **windows), precision)
     whole, repeated = generation_graphs(model, whole=True), generation_graphs(model)
-    assert traced == [layers] * 4 + [3 if windows else 2] * 4
+    assert traced == [layers] * 3 + [3 if windows else 2] * 3
     assert [value.name for value in repeated["decode"].graph.inputs][-4:] == [
         f"{name}.{layers - 1}" for name in ("prompt_key", "prompt_value", "key", "value")
     ]

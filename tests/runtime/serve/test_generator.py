@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from bonnx.errors import ArtifactError
+from bonnx.runtime.artifact.limits import TooLargeError
 from bonnx.runtime.engine.engine import open_engine
 from bonnx.runtime.generate.growing import DEADLINE
 from bonnx.runtime.generate.request import read_request
@@ -142,15 +143,14 @@ def test_memory_is_counted_before_it_is_taken(engine):
     assert max(observer.queue) == 3
 
 
-def test_one_that_is_larger_than_all_memory_runs_by_itself(engine):
+def test_one_that_is_larger_than_all_memory_is_refused(engine):
     async def work():
-        with running(engine, max_bytes=1) as (generator, observer):
-            requests = [fixed(engine, n=2), fixed(engine, n=3)]
-            await asyncio.gather(*(generator.generate(request, later()) for request in requests))
-            return observer
+        with running(engine, max_bytes=10**5) as (generator, _):
+            with pytest.raises(TooLargeError, match=r"8 candidates of up to 40 tokens .* this server holds 100000"):
+                generator.put(fixed(engine, n=8, tokens=40))
+            return await generator.generate(fixed(engine, tokens=3), later())
 
-    observer = asyncio.run(work())
-    assert {real for batcher, _, real, _ in observer.runs if batcher == "decode"} == {2, 3}
+    assert asyncio.run(work()).length == 3
 
 
 def test_candidates_that_would_cost_too_much_padding_grow_apart(engine):
