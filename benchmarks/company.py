@@ -58,7 +58,7 @@ async def _ask(port: int, path: str, body: dict[str, Any], times: Times) -> None
     data, start = json.dumps(body).encode(), time.perf_counter()
     head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n"
     try:
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=2**26)
         writer.write(f"{head}Connection: close\r\n\r\n".encode() + data)
         first, refused = None, b" 200 " not in await reader.readline()
         while line := await reader.readline():
