@@ -1,8 +1,8 @@
 """An hour of requests in minutes: is the server's memory flat?
 
 `python -m benchmarks.soak artifacts/countdown` sends 36,000 requests (`--requests`), as many as in an hour at 10 per
-second, of every kind: rankings, votes, generations, streams, clients that disconnect, and bad input. After each tenth
-it prints the process's resident memory, threads and open files.
+second, of every kind: rankings, votes, generations with options of their own, streams, clients that disconnect, and bad
+input. After each tenth it prints the process's resident memory, threads and open files.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def request(body: bytes, path: str = "/v1/best-of-n") -> bytes:
 
 async def client(port: int, numbers: asyncio.Queue[int], answers: Load) -> None:
     rng = random.Random(id(answers))
-    ranks, generations = bodies("rank"), bodies("generate")
+    ranks, generations = bodies("rank"), bodies("generate") + bodies("mixed", most_tokens=32)
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     while not numbers.empty():
         numbers.get_nowait()
@@ -47,7 +47,10 @@ async def client(port: int, numbers: asyncio.Queue[int], answers: Load) -> None:
                 body, path = {"query": body["prompt"], "documents": body["candidates"]}, "/v1/rerank"
             data = request(json.dumps(body).encode(), path)
         elif kind < 0.85:
-            data = request(json.dumps(rng.choice(generations) | {"seed": rng.randrange(3)}).encode())
+            body = rng.choice(generations) | {"seed": rng.randrange(3)}
+            # A stop text of several tokens: such a generation joins and leaves at any token.
+            body |= {"stop": ["=1;"]} if rng.random() < 0.5 else {}
+            data = request(json.dumps(body).encode())
         elif kind < 0.95:
             data = request(rng.choice([b"{", b"[]", b'{"prompt": 3}', b'{"prompt": "what?", "n": 2}']))
         else:
