@@ -151,7 +151,7 @@ def _copy_model(artifact: Path, manifest: Manifest, folder: Path) -> int:
 
 def _copy_site(folder: Path) -> None:
     """Copy the page itself, and the npm package `bonnx`."""
-    site, module = importlib.resources.files("bonnx.runtime.page") / "site", importlib.resources.files("bonnx.js")
+    site, module = importlib.resources.files("bonnx.runtime.page") / "static", importlib.resources.files("bonnx.js")
     (folder / "bonnx").mkdir()
     for source in site.iterdir():
         (folder / source.name).write_bytes(source.read_bytes())

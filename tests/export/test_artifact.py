@@ -82,7 +82,8 @@ def test_quickly_verified_means_every_kind_of_check_with_fewer_cases(language_mo
     fewer = {p.check: p.cases for p in quick.parity}
     assert fewer.keys() == cases.keys()
     assert all(fewer[check] <= cases[check] for check in cases)
-    assert 3 * sum(fewer.values()) < sum(cases.values())
+    # With 8-bit inputs as many rows measure the error.
+    assert 3 * sum(fewer.values()) < 2 * sum(cases.values())
     assert (full.verification, quick.verification) == ("full", "quick")
     assert (full.agreement.prompts, quick.agreement.prompts) == (50, 20)
     assert "--verify quick" in (tmp_path / "quick" / "README.md").read_text()

@@ -1,0 +1,82 @@
+/**
+ * Runs the model away from the page, which stays responsive. Messages in: `load`, `generate`, `stop`; out: `progress`,
+ * `ready`, `state`, `done`, `error`.
+ *
+ * @module
+ */
+
+import { BonnxError, load } from "./bonnx/bonnx.mjs";
+
+const CACHE = "bonnx-model";
+let model = null;
+let controller = null;
+
+self.onmessage = async ({ data: { kind, ...rest } }) => {
+  try {
+    if (kind === "load") await open(rest);
+    if (kind === "generate") await generate(rest);
+    if (kind === "stop") controller?.abort();
+  } catch (error) {
+    const code = error instanceof BonnxError ? error.code : error?.name === "AbortError" ? "stopped" : "unexpected";
+    self.postMessage({ kind: "error", code, message: String(error?.message ?? error) });
+  }
+};
+
+async function open({ seal, threads }) {
+  const plain = self.fetch.bind(self);
+  self.fetch = (input, options) => cached(plain, input, options);
+  const runtime = await import("./runtime/ort.wasm.bundle.min.mjs");
+  model = await load(new URL(`model/?v=${seal}`, self.location.href), {
+    runtime,
+    threads,
+    graphs: ["prefill", "decode"],
+    onProgress: ({ loaded, total }) => self.postMessage({ kind: "progress", loaded, total }),
+  });
+  forgetOthers(seal);
+  self.postMessage({ kind: "ready", limits: model.manifest.limits });
+}
+
+/** The files of this model from the browser's cache, once they have been fetched. */
+async function cached(plain, input, options) {
+  const address = new URL(input instanceof Request ? input.url : input);
+  if (!address.searchParams.has("v") || self.caches === undefined) return plain(input, options);
+  const store = await self.caches.open(CACHE);
+  const found = await store.match(address);
+  if (found) return found;
+  const response = await plain(input, options);
+  if (response.ok) store.put(address, response.clone()).catch(() => {});
+  return response;
+}
+
+/** Drop other versions of the model from the cache. */
+async function forgetOthers(seal) {
+  if (self.caches === undefined) return;
+  const store = await self.caches.open(CACHE);
+  for (const request of await store.keys()) {
+    if (new URL(request.url).searchParams.get("v") !== seal) await store.delete(request);
+  }
+}
+
+async function generate({ prompt, options, byText }) {
+  controller = new AbortController();
+  const shown = Array.from({ length: options.n }, () => ({ count: 0, text: "" }));
+  const start = performance.now();
+  let first = null;
+  const send = (state, kind) => {
+    const rows = state.candidates.map((candidate, i) => {
+      const before = shown[i];
+      const added = candidate.tokens.length > before.count;
+      // A token may complete a character, or be none of the text.
+      const keeps = candidate.text.startsWith(before.text);
+      const piece = keeps ? candidate.text.slice(before.text.length) : candidate.text;
+      Object.assign(before, { count: candidate.tokens.length, text: candidate.text });
+      return { piece, again: !keeps, added, score: candidate.scores.at(-1), total: candidate.score, reason: candidate.finishReason };
+    });
+    const seconds = (performance.now() - start) / 1000;
+    first ??= seconds;
+    self.postMessage({ kind, rows, tokens: state.computedTokens, seconds, best: state.bestIndex, groups: state.groupScores });
+  };
+  const answers = options.vote === "score" ? null : byText ? (text) => text || null : "number";
+  const result = await model.generate(prompt, { ...options, answers, onToken: (state) => send(state, "state"), signal: controller.signal });
+  send(result, "done");
+}
