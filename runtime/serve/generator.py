@@ -40,6 +40,9 @@ _PIECE = 256
 # What two cores do in a second, roughly: bytes of weights that they read, and multiplications. Only which of two ways
 # is taken depends on it.
 _BYTES, _PRODUCTS = 10e9, 50e9
+# With more candidates the products take longer than reading the weights. Such a request gains nothing from company, and
+# would slow it down: by itself it has its share of the time.
+_ENOUGH = 20
 # A generation of at most so many seconds is computed in one run of `generate`.
 _BRIEF = 0.2
 
@@ -379,6 +382,8 @@ class Generator:
 
     def _suits(self, ticket: Ticket, group: _Group) -> bool:
         n = ticket.request.options.n
+        if max(n, *(other.request.options.n for other in group.tickets.values())) > _ENOUGH:
+            return False
         if group.alone or not self._may_join(ticket) or group.batch.rows + n > self._max_rows:
             return False
         pairs, copied = group.batch.padding(len(ticket.request.prompt), n)

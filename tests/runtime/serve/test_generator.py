@@ -167,6 +167,21 @@ def test_candidates_that_would_cost_too_much_padding_grow_apart(engine):
     assert asyncio.run(work(0)) <= {16, 1, 2}
 
 
+def test_many_candidates_grow_apart_from_those_of_others(engine):
+    async def work():
+        with running(engine) as (generator, observer):
+            requests = [fixed(engine, n=n, seed=n) for n in (21, 19, 1, 21)]
+            results = await asyncio.gather(*(generator.generate(request, later()) for request in requests))
+            for request, growing in zip(requests, results, strict=True):
+                check_as_alone(engine, request, growing)
+            return {real for batcher, _, real, _ in observer.runs if batcher == "decode"}
+
+    rows = asyncio.run(work())
+    assert 21 in rows
+    # Those of 19 and 1 may grow together.
+    assert rows <= {21, 20, 19, 1}
+
+
 def test_a_request_has_its_time(engine):
     async def work():
         with running(engine) as (generator, _):
