@@ -2,12 +2,12 @@
 
 import bonnx
 from bonnx.export.artifact import export_model
-from bonnx.export.checkpoint.source import read_checkpoint
+from bonnx.export.checkpoint.source import Overrides, read_checkpoint
 
 
-def exported(folder, overrides):
-    """The artifact of `folder / "checkpoint"`, written to `folder / "out"` and loaded."""
-    source = read_checkpoint(folder / "checkpoint", overrides)
+def export(folder, overrides=None, *, no_scorer=False, verification="full"):
+    """Write the artifact of `folder / "checkpoint"` to `folder / "out"`, which is returned."""
+    source = read_checkpoint(folder / "checkpoint", overrides or Overrides(), no_scorer=no_scorer)
     export_model(
         source.model,
         folder / "out",
@@ -17,5 +17,11 @@ def exported(folder, overrides):
         tokenizer=source.tokenizer,
         text=source.text,
         reload=source.reload,
+        verification=verification,
     )
-    return bonnx.load(folder / "out")
+    return folder / "out"
+
+
+def exported(folder, overrides):
+    """The same, loaded."""
+    return bonnx.load(export(folder, overrides))

@@ -13,7 +13,7 @@ import numpy as np
 from bonnx.errors import ExportError
 from bonnx.models.network import LanguageModel
 from bonnx.runtime.artifact.manifest import Aggregation, Parity
-from bonnx.runtime.generate.continuous import nothing_read
+from bonnx.runtime.engine.prompt_cache import nothing_read
 from bonnx.runtime.generate.decoding import generate_feeds
 from bonnx.runtime.generate.options import CheckedOptions
 from bonnx.runtime.generate.result import FINISH_REASONS
@@ -276,7 +276,7 @@ def _record(checker: Checker, share: float) -> None:
         # `bonnx verify` needs a case, and `rank` has none.
         prompts, mask, (request, *_) = _case(checker, _SHAPES[1], 1.0, 0, 1.0, 0)
         feeds = {"input_ids": prompts, "attention_mask": mask, **request.drawing()}
-        feeds |= nothing_read(checker.session("prefill"), len(prompts))
+        feeds |= nothing_read(checker.graphs["prefill"], len(prompts))
         feeds |= {"num_candidates": np.array(1), "seed": np.array(request.seed)}
         outputs = checker.run_graph("prefill", feeds)
         checker.record("prefill/1", feeds, {name: outputs[name] for name in ("logits", "certainty")})

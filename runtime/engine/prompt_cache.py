@@ -25,15 +25,16 @@ _PIECE = 512
 
 
 def nothing_read(prefill: Graph, batch: int) -> dict[str, Array]:
-    """The keys and values of `batch` prompts without tokens, by the names of `rank_prefill`'s outputs."""
-    shapes = {
-        value.name: [size if isinstance(size, int) else 1 for size in value.shape[1:]] for value in prefill.outputs
+    """The past of `batch` prompts of which nothing has been read: inputs of `rank_prefill` or `prefill`."""
+    return {
+        value.name: np.zeros((batch, *(size if isinstance(size, int) else 1 for size in value.shape[1:])), value.dtype)
+        for value in prefill.inputs
+        if value.name.startswith("past_")
     }
-    return {name: np.zeros((batch, *shape), np.float32) for name, shape in shapes.items()}
 
 
 def as_past(values: Mapping[str, T]) -> dict[str, T]:
-    """Keys and values that `rank_prefill` gave, as its inputs."""
+    """Keys and values that `rank_prefill` or `prefill` gave, as its inputs."""
     return {name.replace("prompt", "past"): value for name, value in values.items()}
 
 

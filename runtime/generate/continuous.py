@@ -18,7 +18,7 @@ import numpy as np
 from bonnx.errors import ArtifactError
 
 from ..arrays import Array
-from ..engine.prompt_cache import as_past
+from ..engine.prompt_cache import as_past, nothing_read
 from ..engine.session import HeldArray, Session, Stop
 from .growing import DEADLINE, LENGTH, Growing
 from .options import CheckedOptions
@@ -30,7 +30,6 @@ __all__ = [
     "can_join",
     "check_decode",
     "most_likely",
-    "nothing_read",
     "read_prompts",
 ]
 
@@ -108,7 +107,7 @@ def read_prompts(
     begin = first.read
     end = max(len(each.prompt) for each in joining) if count is None else begin + count
     if not begin:
-        first.past = session.hold(nothing_read(session, len(joining)))
+        first.past = session.hold(nothing_read(session.graph, len(joining)))
     ids, mask = np.zeros((len(joining), end - begin), np.int64), np.zeros((len(joining), end), np.int64)
     for row, each in enumerate(joining):
         piece = each.prompt[begin:end]
@@ -144,17 +143,6 @@ def read_prompts(
     ]
 
 
-def nothing_read(session: Session, batch: int) -> dict[str, Array]:
-    """The inputs of `prefill` for prompts of which nothing has been read."""
-    past: dict[str, Array] = {"past_hash": np.zeros(batch, np.int64)}
-    for value in session.graph.inputs:
-        if value.name.startswith(("past_key", "past_value")):
-            past[value.name] = np.zeros(
-                (batch, *(size if isinstance(size, int) else 1 for size in value.shape[1:])), np.float32
-            )
-    return past
-
-
 class _Slots:
     """The prompts of a batch, side by side: arrays (capacity, ...) of which the first `count` are in use."""
 
@@ -166,10 +154,6 @@ class _Slots:
         }
         self.count = self.width = 0
         self._arrays: dict[str, Array] = {}
-        self.bytes_of_token = 4 * sum(
-            int(shape[1]) * int(shape[2] if name.startswith("prompt_key") else shape[3])
-            for name, shape in self._shapes.items()
-        )
 
     def add(self, read: ReadPrompt, options: CheckedOptions) -> int:
         """Write a prompt into a slot, and return its number."""

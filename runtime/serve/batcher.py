@@ -34,9 +34,9 @@ class QueueFullError(Exception):
         retry_after: estimated seconds until there is room.
     """
 
-    def __init__(self, waiting: int, retry_after: int) -> None:
-        super().__init__(f"{waiting} requests are waiting; try again in {retry_after} s")
-        self.retry_after = retry_after
+    def __init__(self, waiting: int, seconds: float) -> None:
+        self.retry_after = max(1, math.ceil(seconds))
+        super().__init__(f"{waiting} requests are waiting; try again in {self.retry_after} s")
 
 
 class DeadlineError(asyncio.TimeoutError):
@@ -139,7 +139,7 @@ class Batcher:
         entries = [_Pending(request, loop.create_future(), loop, now) for request in requests]
         with self._ready:
             if len(self._waiting) + len(requests) > self._max_waiting:
-                raise QueueFullError(len(self._waiting), max(1, math.ceil(self._pace * len(self._waiting))))
+                raise QueueFullError(len(self._waiting), self._pace * len(self._waiting))
             self._waiting += entries
             self._observer.waiting(self.name, len(self._waiting))
             self._ready.notify()

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import threading
 import time
 from collections import deque
@@ -147,7 +146,7 @@ class _Group(_Lane):
     """Generations that grow in one batch.
 
     Attributes:
-        alone: its one generation may not run with others.
+        alone: its one generation grows by itself.
     """
 
     def __init__(self, batch: ContinuousBatch, served: float, *, alone: bool) -> None:
@@ -225,7 +224,7 @@ class Generator:
             )
         with self._ready:
             if len(self._waiting) >= self._max_waiting:
-                raise QueueFullError(len(self._waiting), max(1, math.ceil(self._pace * len(self._waiting))))
+                raise QueueFullError(len(self._waiting), self._pace * len(self._waiting))
             self._waiting.append(ticket)
             self._observer.waiting("generate", len(self._waiting))
             self._ready.notify()
@@ -371,20 +370,22 @@ class Generator:
         request = ticket.request
         return len(request.prompt) + request.options.max_new_tokens <= self._engine.joint_limit
 
+    def _grows_alone(self, ticket: Ticket) -> bool:
+        """Whether a generation grows in a batch of its own."""
+        return ticket.request.options.n > _ENOUGH or not self._may_join(ticket)
+
     def _join(self, ticket: Ticket, read: ReadPrompt) -> None:
         """Let a generation grow, in the first batch that it suits."""
         group = next((group for group in self._groups if self._suits(ticket, group)), None)
         if group is None:
             batch = ContinuousBatch(self._decode, self._engine.manifest.scoring.step_token)
-            group = _Group(batch, self._least_served(), alone=not self._may_join(ticket))
+            group = _Group(batch, self._least_served(), alone=self._grows_alone(ticket))
             self._groups.append(group)
         group.tickets[group.batch.join(read, ticket.joining)] = ticket
 
     def _suits(self, ticket: Ticket, group: _Group) -> bool:
         n = ticket.request.options.n
-        if max(n, *(other.request.options.n for other in group.tickets.values())) > _ENOUGH:
-            return False
-        if group.alone or not self._may_join(ticket) or group.batch.rows + n > self._max_rows:
+        if group.alone or self._grows_alone(ticket) or group.batch.rows + n > self._max_rows:
             return False
         pairs, copied = group.batch.padding(len(ticket.request.prompt), n)
         return self._costs.padding(pairs, copied) <= self._costs.weights

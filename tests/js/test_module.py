@@ -11,11 +11,11 @@ import torch
 
 import bonnx
 from bonnx.export.artifact import export_model
-from bonnx.export.checkpoint.source import Overrides, read_checkpoint
 from bonnx.models import build
 from bonnx.models.countdown.puzzle import draw_puzzles
 from bonnx.runtime.artifact.manifest import Limits, Manifest, PairRules, Scoring, TextRules
 from tests.checkpoints import ANSWERS, QUESTION, make
+from tests.exported import export
 from tests.gated_checkpoints import HEADER, make_gated
 from tests.head_checkpoints import make_other
 from tests.js.asking import ask, check, in_node
@@ -100,23 +100,6 @@ def generate_calls(dice, count, prompts, stops, *, prunes=True):
     return [*calls, {"method": "generate", "arguments": [prompts[0]], "options": greedy}]
 
 
-def export(folder, overrides=None, *, no_scorer=False):
-    """The artifact of `folder / "checkpoint"`."""
-    source = read_checkpoint(folder / "checkpoint", overrides or Overrides(), no_scorer=no_scorer)
-    export_model(
-        source.model,
-        folder / "out",
-        name="model",
-        scoring=source.scoring,
-        limits=source.limits,
-        tokenizer=source.tokenizer,
-        text=source.text,
-        reload=source.reload,
-        verification="quick",
-    )
-    return folder / "out"
-
-
 def test_countdown(countdown, npm_folder, dice):
     prompts, stops = ["3,7,20,24>1:", "4,9,13>43:", "2,3,5>10:"], [[";"], ["=4"], [11], []]
     puzzles = [["24-20=4;7-4=3;3/3=1;", "24/3=8;20-7=13;", "24", "x", ""], ["13-9=4;", "4+9=13;13+13=26;"]]
@@ -195,7 +178,7 @@ def test_candidates_that_rotate_by_their_own_length(npm_folder, tmp_path, dice, 
 @pytest.mark.parametrize(("family", "head"), [("Llama", "reward"), ("Qwen2", "steps"), ("Llama", "mlp steps")])
 def test_reward_models(npm_folder, tmp_path, dice, rng, family, head):
     case = make(tmp_path / "checkpoint", family, head, rng)
-    artifact = export(tmp_path, case.overrides)
+    artifact = export(tmp_path, case.overrides, verification="quick")
     calls = rank_calls(dice, 40, steps="steps" in head)
     (answers,) = ask(npm_folder, [{"artifact": str(artifact), "calls": calls}])
     assert check(artifact, calls, answers) < 25
@@ -204,7 +187,7 @@ def test_reward_models(npm_folder, tmp_path, dice, rng, family, head):
 def test_an_appended_token_and_a_gate(npm_folder, tmp_path, dice, rng):
     make_other(tmp_path / "one/checkpoint", "v_head at the cls token (Athene)", rng)
     make_gated(tmp_path / "two/checkpoint", "ArmoRM", rng)
-    appended, gated = export(tmp_path / "one"), export(tmp_path / "two")
+    appended, gated = (export(tmp_path / name, verification="quick") for name in ("one", "two"))
     calls, of_gate = rank_calls(dice, 20), rank_calls(dice, 20, chats=0.8)
     for call in of_gate[:6]:
         # The gate then reads a candidate: they share no prompt.
@@ -220,7 +203,9 @@ def test_a_reranker_and_a_model_without_a_scorer(npm_folder, tmp_path, dice, rng
     (tmp_path / "one").mkdir()
     save_description(tmp_path / "causal", tmp_path / "one/checkpoint", tokens)
     make_causal(tmp_path / "two/checkpoint", rng)
-    reranker, generator = export(tmp_path / "one"), export(tmp_path / "two", no_scorer=True)
+    reranker, generator = (
+        export(tmp_path / name, no_scorer=name == "two", verification="quick") for name in ("one", "two")
+    )
     calls = []
     for _ in range(20):
         documents = [dice.choice([*DOCUMENTS, text(dice)]) for _ in range(dice.randint(1, 6))]

@@ -210,7 +210,7 @@ function grow({ kind, rows, tokens, seconds, best }) {
   }
   finish();
   rows.forEach((row, i) => row.reason !== "pruned" && cards[i].judge());
-  const order = rows.map((_, i) => i).sort((a, b) => (b === best) - (a === best) || order_(rows[b]) - order_(rows[a]) || a - b);
+  const order = rows.map((_, i) => i).sort((a, b) => (b === best) - (a === best) || rank(rows[b]) - rank(rows[a]) || a - b);
   $("candidates").replaceChildren(...order.map((i) => cards[i].element));
   const winner = cards[best];
   winner.element.classList.add("winner");
@@ -220,7 +220,7 @@ function grow({ kind, rows, tokens, seconds, best }) {
   performance.mark("done");
 }
 
-function order_({ total }) {
+function rank({ total }) {
   return Number.isFinite(total) ? total : -Infinity;
 }
 

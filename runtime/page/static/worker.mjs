@@ -74,7 +74,7 @@ async function generate({ prompt, options, byText }) {
     });
     const seconds = (performance.now() - start) / 1000;
     first ??= seconds;
-    self.postMessage({ kind, rows, tokens: state.computedTokens, seconds, best: state.bestIndex, groups: state.groupScores });
+    self.postMessage({ kind, rows, tokens: state.computedTokens, seconds, best: state.bestIndex });
   };
   const answers = options.vote === "score" ? null : byText ? (text) => text || null : "number";
   const result = await model.generate(prompt, { ...options, answers, onToken: (state) => send(state, "state"), signal: controller.signal });
