@@ -56,6 +56,15 @@ def test_every_graph(precision, opset):
         assert sum(part.cuda for part in parts) > 2 * sum(part.host for part in parts)
 
 
+def test_experts():
+    options = {"num_experts": 4, "experts_per_token": 2, "ffn_bias": False}
+    score = next(model for name, model in graphs("fp32", 23, **options) if name == "score")
+    whole, *bodies = place(score, KERNELS)
+    assert not any(part.without for part in (whole, *bodies))
+    # An iteration of each layer's loop copies its number, the condition that it goes on, and that of the next.
+    assert (whole.copies, sum(part.copies + part.border for part in bodies)) == (0, 2 * 3)
+
+
 def _model(nodes, inputs, outputs, constants=(), opset=23):
     values = [[helper.make_tensor_value_info(*value) for value in group] for group in (inputs, outputs)]
     tensors = [numpy_helper.from_array(np.array(array), name) for name, array in constants]

@@ -11,7 +11,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import onnx
 import onnx_ir as ir
@@ -29,10 +29,10 @@ from .static import Part, place
 SIZES = {"embed_dim": 64, "hidden_size": 64, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "scorer_hidden": 32}
 
 
-def graphs(precision: Precision, opset: int) -> Iterator[tuple[str, onnx.ModelProto]]:
-    """Trace every graph of a small language model with a scorer."""
+def graphs(precision: Precision, opset: int, **options: Any) -> Iterator[tuple[str, onnx.ModelProto]]:
+    """Trace every graph of a small language model with a scorer, whose network has further options."""
     torch.manual_seed(0)
-    config = LanguageModelConfig(network=NetworkConfig(**SIZES), vocab_size=300)  # type: ignore[arg-type]
+    config = LanguageModelConfig(network=NetworkConfig(**SIZES, **options), vocab_size=300)  # type: ignore[arg-type]
     model = quantized(LanguageModel(config).eval(), precision)
     for name, graph in trace_graphs(model, Scoring(), opset=opset):
         yield name, ir.to_proto(graph)

@@ -75,9 +75,21 @@ def widened4(stack, scale, inputs, number):  # type: ignore[no-untyped-def]
 
 
 @script(this, default_opset=opset18)
+def chosen_by_any(chosen, stack):  # type: ignore[no-untyped-def]
+    """The numbers of the experts that any token chose: (M, k) int64 and a stack (X, ...) -> int64, ascending.
+
+    By marking them, because ONNX Runtime has `Unique` on the CPU only.
+    """
+    flat = op.Reshape(chosen, op.Constant(value_ints=[-1]))
+    marks = op.Expand(op.Constant(value_float=1.0), op.Shape(flat))
+    marked = op.ScatterElements(op.ConstantOfShape(op.Shape(stack, start=0, end=1)), flat, marks)
+    return op.Reshape(op.NonZero(marked), op.Constant(value_ints=[-1]))
+
+
+@script(this, default_opset=opset18)
 def experts(x, chosen, shares, gate, up, down):  # type: ignore[no-untyped-def]
     """Sum the chosen experts, whose weights (X, in, out) are float32 or of 16 bits: (M, D) float32 -> (M, D)."""
-    hit, _first, _inverse, _counts = op.Unique(chosen, sorted=1)
+    hit = chosen_by_any(chosen, gate)
     total = op.ConstantOfShape(op.Shape(x))
     for i in range(op.Size(hit)):
         number = op.Gather(hit, i)
@@ -91,7 +103,7 @@ def experts(x, chosen, shares, gate, up, down):  # type: ignore[no-untyped-def]
 @script(this, default_opset=opset18)
 def experts8(x, chosen, shares, gate, gate_scale, up, up_scale, down, down_scale):  # type: ignore[no-untyped-def]
     """Sum the chosen experts, whose weights are as in `widened8`: (M, D) float32 -> (M, D)."""
-    hit, _first, _inverse, _counts = op.Unique(chosen, sorted=1)
+    hit = chosen_by_any(chosen, gate)
     total = op.ConstantOfShape(op.Shape(x))
     for i in range(op.Size(hit)):
         number = op.Gather(hit, i)
@@ -105,7 +117,7 @@ def experts8(x, chosen, shares, gate, gate_scale, up, up_scale, down, down_scale
 @script(this, default_opset=opset18)
 def experts4(x, chosen, shares, gate, gate_scale, up, up_scale, down, down_scale):  # type: ignore[no-untyped-def]
     """Sum the chosen experts; gate and up are as in `widened4`, down as in `widened8`: (M, D) float32 -> (M, D)."""
-    hit, _first, _inverse, _counts = op.Unique(chosen, sorted=1)
+    hit = chosen_by_any(chosen, gate)
     total = op.ConstantOfShape(op.Shape(x))
     width = op.Shape(x, start=1, end=2)
     for i in range(op.Size(hit)):
@@ -117,7 +129,7 @@ def experts4(x, chosen, shares, gate, gate_scale, up, up_scale, down, down_scale
     return total
 
 
-FUNCTIONS = [add_expert, widened8, widened4, experts, experts8, experts4]
+FUNCTIONS = [add_expert, chosen_by_any, widened8, widened4, experts, experts8, experts4]
 
 
 class ExpertsProduct(nn.Module):
