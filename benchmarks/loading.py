@@ -66,13 +66,16 @@ def processor_seconds(process: subprocess.Popen[bytes]) -> float:
 
 
 @contextlib.contextmanager
-def server(command: Sequence[str], port: int, ready: str) -> Iterator[subprocess.Popen[bytes]]:
+def server(
+    command: Sequence[str], port: int, ready: str, *, only_200: bool = False
+) -> Iterator[subprocess.Popen[bytes]]:
     """Run a server process until the block ends.
 
     Args:
         command: arguments of the Python interpreter.
         port: the port on which the server listens.
-        ready: a path that answers with any status once the server is up.
+        ready: a path that answers once the server is up.
+        only_200: another status than 200 means that the server is not up yet.
     """
     process = subprocess.Popen([sys.executable, *command], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     try:
@@ -83,7 +86,9 @@ def server(command: Sequence[str], port: int, ready: str) -> Iterator[subprocess
                 urllib.request.urlopen(f"http://127.0.0.1:{port}{ready}", timeout=5).close()
                 break
             except urllib.error.HTTPError:
-                break
+                if not only_200:
+                    break
+                time.sleep(0.1)
             except OSError:
                 time.sleep(0.1)
         yield process

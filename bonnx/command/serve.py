@@ -94,6 +94,20 @@ def _add_ray(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-replicas", type=int, help="maximum number of replicas on Ray, by load; by default as many as --replicas"
     )
+    parser.add_argument(
+        "--scale-up-after",
+        type=float,
+        metavar="SECONDS",
+        default=30.0,
+        help="time of more load after which Ray adds replicas",
+    )
+    parser.add_argument(
+        "--scale-down-after",
+        type=float,
+        metavar="SECONDS",
+        default=600.0,
+        help="time of less load after which Ray removes replicas",
+    )
     parser.add_argument("--replica-gpus", type=float, default=0, help="GPUs of each replica; above 0 it runs on CUDA")
 
 
@@ -156,14 +170,19 @@ def _here(arguments: argparse.Namespace, settings: Settings) -> int:
 
 def _on_ray(arguments: argparse.Namespace, settings: Settings) -> int:
     try:
-        from bonnx.runtime.serve.ray_serve import Scale, deploy, run_until_told
+        from bonnx.runtime.serve.cluster import Scale, deploy, run_until_told
     except ModuleNotFoundError as e:
         if (e.name or "").split(".")[0] != "ray":
             raise
         raise InputError("--ray: Ray is not installed; run `pip install bonnx[ray]`") from e
     most = arguments.replicas if arguments.max_replicas is None else arguments.max_replicas
     scale = Scale(
-        replicas=arguments.replicas, most_replicas=most, cpus=arguments.threads or 1, gpus=arguments.replica_gpus
+        replicas=arguments.replicas,
+        most_replicas=most,
+        cpus=arguments.threads or 1,
+        gpus=arguments.replica_gpus,
+        up_after=arguments.scale_up_after,
+        down_after=arguments.scale_down_after,
     )
     read_verified(Path(arguments.artifact))
     artifact = str(Path(arguments.artifact).resolve())

@@ -36,7 +36,7 @@ from ..upstream.cost import SamplingCost
 from ..upstream.events import CompletionChoice
 from .limits import check_texts
 from .ranking import ClientRequest
-from .request_state import note, size
+from .request_state import note, size, unless_gone
 from .service import Service
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ async def choose_from_upstream(
     make_ballot(rule.vote, rule.answers, [], "completions", (), service.engine.manifest.scoring)
     run, choice = _start(service, upstream, request, prompt, body, rule, on_piece)
     try:
-        result = await service.unless_gone(request, choice)
+        result = await unless_gone(request, choice)
     except UpstreamError as e:
         note(request, upstream_error=str(e))
         raise

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Awaitable, Iterable
+from typing import TypeVar
+
 from starlette.requests import Request
 
-__all__ = ["add_up", "disconnected", "note", "size"]
+from .batcher import DeadlineError
+from .errors import ApiError
+
+__all__ = ["add_up", "note", "size", "time_allowed", "unless_gone"]
+
+T = TypeVar("T")
+_LONGEST_TIMEOUT = 3600.0
 
 
 def note(request: Request, **notes: object) -> None:
@@ -24,7 +34,49 @@ def size(request: Request) -> int:
     return size
 
 
-async def disconnected(request: Request) -> None:
-    """Return when the client has disconnected."""
+async def unless_gone(request: Request, work: Awaitable[T]) -> T:
+    """Wait for work, and cancel it when the client disconnects.
+
+    Raises:
+        DeadlineError: the client has disconnected.
+    """
+    task = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait({task, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            note(request, gone=True)
+            raise DeadlineError
+        return task.result()
+    finally:
+        for other in (task, leaving):
+            if not other.done():
+                other.cancel()
+        await asyncio.gather(task, leaving, return_exceptions=True)
+
+
+async def _disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
+
+
+def time_allowed(headers: Iterable[tuple[bytes, bytes]], most: float) -> float:
+    """The seconds that a request may take.
+
+    Args:
+        headers: of the request; `X-Request-Timeout` may ask for less.
+        most: what the server allows.
+
+    Raises:
+        ApiError: the header is no number of seconds.
+    """
+    header = next((value.decode("latin-1") for name, value in headers if name.lower() == b"x-request-timeout"), None)
+    if header is None:
+        return most
+    try:
+        seconds = float(header)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds <= _LONGEST_TIMEOUT:
+        raise ApiError(400, f"X-Request-Timeout: expected seconds above 0; got {header!r:.40}")
+    return min(most, seconds)

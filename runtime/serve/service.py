@@ -34,12 +34,11 @@ from ..rank.result import Ranking, winner
 from ..text.reader import Item, NoneReadableError
 from ..upstream.settings import UpstreamSettings
 from .batcher import Batcher, DeadlineError, QueueFullError
-from .errors import ApiError
 from .generator import Generator, is_brief
 from .limits import check_size, check_texts
 from .metrics import Metrics
 from .ranking import ClientRequest, Outcome
-from .request_state import add_up, disconnected, note, size
+from .request_state import add_up, size, time_allowed, unless_gone
 from .settings import Settings
 from .streaming import GenerationStream
 from .tensors import GraphRequest
@@ -52,7 +51,6 @@ if TYPE_CHECKING:
 __all__ = ["Service"]
 
 T = TypeVar("T")
-_LONGEST_TIMEOUT = 3600.0
 # Up to this many characters, tokens or bytes are processed faster here than in another thread.
 _SHORT = 4000
 
@@ -133,17 +131,8 @@ class Service:
         Raises:
             ApiError: the header that says so is invalid.
         """
-        seconds, header = self.settings.timeout, request.headers.get("x-request-timeout")
-        if header is not None:
-            try:
-                timeout = float(header)
-            except ValueError:
-                timeout = 0.0
-            if not 0 < timeout <= _LONGEST_TIMEOUT:
-                raise ApiError(400, f"X-Request-Timeout: expected seconds above 0; got {header!r:.40}")
-            seconds = min(seconds, timeout)
         started: float = request.scope["state"]["started"]
-        return started + seconds
+        return started + time_allowed(request.headers.raw, self.settings.timeout)
 
     async def rank(
         self, request: Request, ranked: ClientRequest, **options: Unpack[RankOptions]
@@ -176,7 +165,7 @@ class Service:
         for client_request, rank_request in zip(ranked, read, strict=True):
             if isinstance(rank_request, RankRequest):
                 check_size(rank_request.sent, self.settings, client_request.names)
-        results = iter(await self.unless_gone(request, self._ranking.put(readable, until)))
+        results = iter(await unless_gone(request, self._ranking.put(readable, until)))
         outcomes: list[Outcome] = []
         errors: list[NoWinnerError] = []
         for client_request, rank_request in zip(ranked, read, strict=True):
@@ -212,10 +201,10 @@ class Service:
         assert self._generator is not None
         if is_brief(self.engine.manifest, generate_request):
             queued = self._generating.put([generate_request], self.until(request))
-            (result,) = await self.unless_gone(request, queued)
+            (result,) = await unless_gone(request, queued)
             assert isinstance(result, Generation)
         else:
-            growing = await self.unless_gone(request, self._generator.generate(generate_request, self.until(request)))
+            growing = await unless_gone(request, self._generator.generate(generate_request, self.until(request)))
             result = await self._generation_of(request, generate_request, growing)
         winner(result.best_index, "candidates")
         return result
@@ -255,7 +244,7 @@ class Service:
     async def _elsewhere(self, work: Callable[[], T], request: Request) -> T:
         waiting = asyncio.get_running_loop().run_in_executor(self._readers, work)
         try:
-            return await self.unless_gone(request, asyncio.wait_for(waiting, self.until(request) - time.monotonic()))
+            return await unless_gone(request, asyncio.wait_for(waiting, self.until(request) - time.monotonic()))
         except asyncio.TimeoutError:
             raise DeadlineError from None
 
@@ -266,7 +255,7 @@ class Service:
         check_size(shape, self.settings)
         add_up(request, tokens=shape.prompt + shape.candidates * shape.length)
         batcher = self._generating if graph == "generate" else self._ranking
-        (outputs,) = await self.unless_gone(request, batcher.put([GraphRequest(run, shape)], self.until(request)))
+        (outputs,) = await unless_gone(request, batcher.put([GraphRequest(run, shape)], self.until(request)))
         return cast("Sequence[Array]", outputs)
 
     async def watch(
@@ -301,7 +290,7 @@ class Service:
         future = self._searchers.submit(self._noting_changes, lambda: work(stop))
         future.add_done_callback(lambda _: loop.call_soon_threadsafe(self._release))
         try:
-            return await self.unless_gone(request, asyncio.wrap_future(future))
+            return await unless_gone(request, asyncio.wrap_future(future))
         finally:
             stop.terminate = True
 
@@ -318,25 +307,9 @@ class Service:
     ) -> Generation:
         """One generation, cut off at its deadline; `on_state` is called with it while it grows."""
         states = await self.watch(request, prompt, options, deadline)
-        result = await self.unless_gone(request, states.result(on_state))
+        result = await unless_gone(request, states.result(on_state))
         winner(result.best_index, "candidates")
         return result
-
-    async def unless_gone(self, request: Request, work: Awaitable[T]) -> T:
-        """Wait for work, and cancel it when the client disconnects."""
-        task = asyncio.ensure_future(work)
-        leaving = asyncio.ensure_future(disconnected(request))
-        try:
-            await asyncio.wait({task, leaving}, return_when=asyncio.FIRST_COMPLETED)
-            if not task.done():
-                note(request, gone=True)
-                raise DeadlineError
-            return task.result()
-        finally:
-            for other in (task, leaving):
-                if not other.done():
-                    other.cancel()
-            await asyncio.gather(task, leaving, return_exceptions=True)
 
     def _run(self, requests: Sequence[Batchable], stop: Stop) -> Sequence[object]:
         """Run a batch, whose requests are of one kind."""
