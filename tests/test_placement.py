@@ -29,10 +29,11 @@ PRODUCTS = {
     },
     "int4": {"score": 6, "rank": 6, "rank_prefill": 5, "rank_cached": 6, "generate": 14, "prefill": 7, "decode": 7},
 }
-# The integers of the random generator. Debts: these numbers only shrink.
-RANDOM = {"generate": 59, "prefill": 45, "decode": 13}
-# Copies in a run of the graph, and in one run of each of its bodies, at 16 bits and float32. Debts, too.
-COPIES = {"generate": (53, 38), "prefill": (48, 8), "decode": (18, 10)}
+# The host makes the random numbers, with integers, and everything that follows from sizes and options.
+HOST_ONLY = {"BitShift", "BitwiseXor", "BitwiseOr", "Tile"}
+# Copies in a run of the graph, and in one run of each of its bodies, at 16 bits and float32. A token of `decode` copies
+# what the host knows of the rows: integers, and random numbers and options. A branch for top-k or top-p copies 3.
+COPIES = {"generate": (2, 11), "prefill": (1, 3), "decode": (2, 3)}
 
 
 @pytest.mark.parametrize(
@@ -49,9 +50,8 @@ def test_every_graph(precision, opset):
             assert not without, name
             assert copies == (0, 0) or products, (name, copies)
         else:
-            assert set(without) <= {"BitShift", "BitwiseXor", "ReduceProd"}, name
-            assert without.total() <= RANDOM[name], name
-            assert products or all(n <= most for n, most in zip(copies, COPIES[name], strict=True)), (name, copies)
+            assert set(without) <= HOST_ONLY, name
+            assert products or copies == COPIES[name], (name, copies)
         # Nearly everything is left for CUDA, and it is not called shapes instead.
         assert sum(part.cuda for part in parts) > 2 * sum(part.host for part in parts)
 

@@ -6,7 +6,7 @@ It follows ONNX Runtime's own rules, on the graph as it is in the file:
 - What is computed from shapes alone runs on the host anyway (`GetCpuPreferredNodes`): it costs less there.
 - A value that is needed on the other side is copied, once in each graph or body (`MemcpyTransformer`).
 - A `Loop` copies what its body needs elsewhere at every iteration. Its own values that are on the host are the
-  iteration and the condition. ONNX Runtime's log does not count these copies.
+  iteration and the condition; what it carries is on the device. ONNX Runtime's log does not count these copies.
 
 Which inputs and outputs of a CUDA kernel are on the host is not in the registry, so it is stated here.
 """
@@ -165,12 +165,7 @@ class _Scope:
             ]
             rest = [(i, name) for (i, name), is_free in zip(read, free, strict=True) if not is_free]
             intended = any(i in _host_inputs(node) for i, _ in rest)
-            if (
-                rest
-                and not intended
-                and node.op_type not in {*_CONTROL, *_HOST_OUTPUTS}
-                and known >= {n for _, n in rest}
-            ):
+            if rest and not intended and node.op_type not in _CONTROL and known >= {n for _, n in rest}:
                 placed.add(id(node))
                 known |= {*node.output}
         return placed
@@ -208,6 +203,10 @@ class _Scope:
             iteration, condition = (value.name for value in self.graph.input[:2])
             crossing += sum(self.uses.get(name) == {False} for name in (iteration, condition))
             crossing += self.graph.output[0].name not in self.host_values | {condition, *self.constants}
+            # What it carries is on the device between two iterations.
+            carried = [value.name for value in self.graph.input[2:]]
+            crossing += sum(True in self.uses.get(name, ()) for name in carried)
+            crossing += sum(value.name in self.host_values for value in self.graph.output[1 : 1 + len(carried)])
         return crossing
 
 

@@ -12,12 +12,23 @@ Shapes: N candidates, n of them running, B prompts, T tokens so far; the others 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import onnx_ir as ir
 
 from bonnx.models.config import NetworkConfig
 
 from .builder import Builder, name_value
+from .host import (
+    host_range,
+    host_zero,
+    host_zeros,
+    on_host,
+    on_host_inside,
+    replaceable,
+    to_device_as_floats,
+)
 from .loop_state import (
     BOOL,
     FLOAT,
@@ -33,8 +44,8 @@ from .loop_state import (
     table_values,
 )
 from .loop_weights import localize_integer_weights
-from .prompt_options import draw_options, option, per_prompt, read_options
-from .sampling import DrawRules, draw_token, prompt_hash, prompt_stream, random_uniform
+from .prompt_options import draw_options, host_options, option, per_prompt, stop_tokens
+from .sampling import DrawRules, draw_token, prompt_hash, prompt_stream, random_uniform, vocabulary_size
 from .selection import aggregate
 from .vote import best_of_n
 
@@ -65,7 +76,10 @@ def generate_graph(prompt_pass: ir.Graph, token_pass: ir.Graph, config: NetworkC
     b = Builder("generate")
     for part in (prompt_pass, token_pass):
         b.hoist(part)
-    batch = b.Shape(ids, start=0, end=1)
+    (parameter,) = replaceable(ids)
+    host = _host_part(b, inputs, ids, mask)
+    parameter.replace_all_uses_with(host.input_ids)
+    batch, rules = host.batch, host.rules
     # Nothing of the prompts has been read before.
     nothing = {
         size: b.Expand(b.float(0), b.Concat(batch, b.ints(config.num_kv_heads, *size), axis=0))
@@ -75,18 +89,14 @@ def generate_graph(prompt_pass: ir.Graph, token_pass: ir.Graph, config: NetworkC
         key = str(value.name).startswith("past_key")
         value.replace_all_uses_with(nothing[(config.size_of_head + 2, 1) if key else (1, config.size_of_head)])
     b.adopt(prompt_pass)
-    options = read_options(b, inputs, batch)
-    rules = draw_options(b, (inputs.temperature, inputs.top_k, inputs.top_p), batch)
-    most = b.ReduceMax(options.num_candidates, keepdims=0)
-    count = b.Unsqueeze(most, b.ints(0))
+    options, count = host.options, host.candidates
     grid = b.Concat(count, batch, axis=0)
-    numbers = b.Expand(b.Unsqueeze(b.Range(b.int(0), most, b.int(1)), b.ints(1)), grid)
+    places = b.Range(b.int(0), b.Squeeze(count, b.ints(0)), b.int(1))
+    numbers = b.Expand(b.Unsqueeze(places, b.ints(1)), grid)
     exists = b.Less(numbers, options.num_candidates)
-    hashed = b.call(prompt_hash, ids, mask, b.int(0))
-    stream = b.call(prompt_stream, hashed, per_prompt(b, inputs.seed, batch))
-    uniform = b.call(random_uniform, stream, b.int(0), numbers)
     wide = b.Expand(logits, b.Concat(count, b.Shape(logits), axis=0))
-    tokens, log_probs = b.call(draw_token, wide, uniform, *rules)
+    vocabulary = vocabulary_size(b, logits)
+    tokens, log_probs = b.call(draw_token, wide, host.uniform, vocabulary, *rules)
     no = b.Expand(b.constant(np.array(False)), grid)
     no_tokens = b.Concat(grid, b.ints(0), axis=0)
     no_ids, no_values = (b.Expand(zero, no_tokens) for zero in (b.int(0), b.float(0)))
@@ -96,9 +106,9 @@ def generate_graph(prompt_pass: ir.Graph, token_pass: ir.Graph, config: NetworkC
     rows = RunningRows(tokens, log_probs, running, numbers)
     tables = Tables(no_ids, no_values, no_values, b.Expand(b.int(0), grid), exists, no, b.int(0))
     carried = [*rows, *tables, *[empty_cache] * (2 * config.num_layers)]
-    body = _body(options, rules, token_pass, mask, stream, cache, config, pad_token, certainty)
+    body = _body(host, vocabulary, token_pass, mask, cache, config, pad_token, certainty)
     localize_integer_weights(body)
-    outputs = b.loop(b.ReduceMax(options.max_new_tokens, keepdims=0), _any(b, running), carried, body)
+    outputs = b.loop(host.most_tokens, host.any_tokens, carried, body)
     tables = _own_scores(b, Tables(*outputs[len(rows) :][: len(tables)]), certainty)
     results = _results(b, options, tables, exists)
     for name, value in results.items():
@@ -108,12 +118,85 @@ def generate_graph(prompt_pass: ir.Graph, token_pass: ir.Graph, config: NetworkC
     )
 
 
+class _HostPart(NamedTuple):
+    """What the host computes before the prompt pass, and what it has copied to the device: see `host.py`."""
+
+    input_ids: ir.Value
+    """(B, P) int64 on the device."""
+    batch: ir.Value
+    """[B]."""
+    candidates: ir.Value
+    """[N]."""
+    options: Options
+    rules: DrawRules
+    """The first three (B, 1) on the device, the others on the host."""
+    uniform: ir.Value
+    """(N, B) float32 on the device: for the first token."""
+    stream: ir.Value
+    """(B) int64 on the host."""
+    numbers: ir.Value
+    """(N, 1) int64 on the host."""
+    most_tokens: ir.Value
+    """int64 scalar on the host: the most new tokens of any prompt."""
+    any_tokens: ir.Value
+    """bool scalar on the host: whether there is any candidate that may have a token."""
+
+
+def _host_part(b: Builder, inputs: LoopInputs, ids: ir.Value, mask: ir.Value) -> _HostPart:
+    """Read the options and make the random numbers of the first token."""
+    zero = host_zero(b, mask)
+    host_ids, host_mask = on_host(b, ids, zero), on_host(b, mask, zero)
+    batch = b.Shape(host_ids, start=0, end=1)
+    zeros = host_zeros(b, batch)
+    values = (inputs.num_candidates, inputs.max_new_tokens, inputs.prune_every, inputs.seed)
+    counts, limits, every, seed = host_options(b, values, zeros)
+    # No sequence is as long.
+    limits = b.Min(limits, b.int(2**24))
+    count = b.ReduceMax(counts, b.ints(0), keepdims=1)
+    numbers = b.Unsqueeze(host_range(b, count), b.ints(1))
+    hashed = b.call(prompt_hash, host_ids, host_mask, b.int(0))
+    stream = b.call(prompt_stream, hashed, seed)
+    uniform = b.call(random_uniform, stream, b.int(0), numbers)
+    rules = draw_options(b, (inputs.temperature, inputs.top_k, inputs.top_p), zeros)
+    stops, most_stops = stop_tokens(b, inputs.stop_tokens, batch, zero)
+    one = b.ints(1)
+    heat, top_k, share, *columns = (b.Unsqueeze(value, one) for value in (*rules[:3], counts, limits))
+    wide = [(value, b.Shape(value, start=1, end=2)) for value in (host_ids, stops)]
+    ints = [*wide, *((value, one) for value in (top_k, *columns))]
+    floats = [(b.Transpose(uniform, perm=[1, 0]), count), (heat, one), (share, one)]
+    ids_read, stops, top_k, *columns, uniform, heat, share = to_device_as_floats(b, 1, ints, floats)
+    # Sorted, the tokens come before the rest.
+    stops, _ = b.TopK(stops, most_stops, axis=1, _outputs=2)
+    num_candidates, max_new_tokens = (b.Squeeze(value, one) for value in columns)
+    options = Options(
+        num_candidates=num_candidates,
+        max_new_tokens=max_new_tokens,
+        stop_tokens=stops,
+        aggregation=b.Unsqueeze(per_prompt(b, inputs.aggregation, batch), one),
+        step_token=b.Unsqueeze(per_prompt(b, inputs.step_token, batch), one),
+        prune_every=b.Where(b.Greater(every, b.int(0)), every, b.int(np.iinfo(np.int64).max)),
+        prune_keep=per_prompt(b, inputs.prune_keep, batch),
+    )
+    any_tokens = b.Greater(b.ReduceMax(b.Min(counts, limits), keepdims=0), b.int(0))
+    return _HostPart(
+        input_ids=ids_read,
+        batch=batch,
+        candidates=count,
+        options=options,
+        rules=DrawRules(heat, top_k, share, *rules[3:]),
+        uniform=b.Transpose(uniform, perm=[1, 0]),
+        stream=stream,
+        numbers=numbers,
+        most_tokens=b.ReduceMax(limits, keepdims=0),
+        any_tokens=any_tokens,
+    )
+
+
 def _body(
-    options: Options,
-    rules: DrawRules,
+    host: _HostPart,
+    vocabulary: ir.Value,
     token_pass: ir.Graph,
     mask: ir.Value,
-    stream: ir.Value,
     prompt_cache: list[ir.Value],
     config: NetworkConfig,
     pad_token: int,
@@ -125,13 +208,18 @@ def _body(
     rows, tables, candidate_cache = row_values(), table_values(), cache_values(config)
     carried = [iteration, go, *rows, *tables, *candidate_cache]
 
+    options = host.options
     compacted, fewer, index = _compact(b, rows)
     caches = prompt_cache, candidate_cache
     scores, logits, *grown = _network(b, token_pass, compacted.tokens, mask, *caches, (fewer, index))
     tokens, log_probs, running, numbers = compacted
-    done = b.Add(iteration, b.int(1))
-    uniform = b.call(random_uniform, stream, done, numbers)
-    drawn, drawn_log_probs = b.call(draw_token, logits, uniform, *rules)
+    size = b.Size(tokens)
+    zero = b.Sub(size, size)
+    done = b.Add(iteration, b.Add(zero, b.int(1)))
+    # For all candidates, because the host does not know which are running.
+    stream, all_numbers = (on_host_inside(b, value, zero) for value in (host.stream, host.numbers))
+    uniform = b.GatherElements(b.call(random_uniform, stream, done, all_numbers), numbers, axis=0)
+    drawn, drawn_log_probs = b.call(draw_token, logits, uniform, vocabulary, *host.rules)
     if certainty is None:
         # A token whose logits defined no distribution makes its score NaN, so that the candidate cannot win.
         scores = b.Where(b.IsNaN(log_probs), b.float(np.nan), scores)
@@ -142,16 +230,17 @@ def _body(
     grown_tables = [
         _append(b, table, new, numbers, fill) for table, new, fill in zip(tables[:3], written, fills, strict=True)
     ]
-    computed = b.Add(tables.computed, b.ReduceProd(b.Shape(tokens), keepdims=0))
+    computed = b.Add(tables.computed, b.Squeeze(_device_scalar(b, size), b.ints(0)))
     sequences, all_scores, all_log_probs = grown_tables
     tables = Tables(sequences, all_scores, all_log_probs, lengths, tables.kept, tables.pruned, computed)
     running = b.And(running, b.Not(_stops(b, options.stop_tokens, tokens)))
-    kept = _prune(b, options, done, _own_scores(b, tables, certainty))
+    due = b.Equal(b.Mod(done, on_host_inside(b, options.prune_every, zero)), b.int(0))
+    kept = _prune(b, options, due, _own_scores(b, tables, certainty))
     stays = b.Greater(b.GatherElements(b.Cast(kept, to=INT), numbers, axis=0), b.int(0))
     nobody = b.Expand(b.int(0), b.Shape(kept))
     dropped = b.ScatterElements(nobody, numbers, b.Cast(b.And(running, b.Not(stays)), to=INT), axis=0)
     pruned = b.Or(tables.pruned, b.Greater(dropped, b.int(0)))
-    running = b.And(b.And(running, stays), b.Less(done, options.max_new_tokens))
+    running = b.And(b.And(running, stays), b.Less(_device_scalar(b, done), options.max_new_tokens))
     tables = tables._replace(kept=kept, pruned=pruned)
     rows = RunningRows(b.Where(running, drawn, pad), drawn_log_probs, running, b.Identity(numbers))
     return b.body(carried, [_any(b, running), *rows, *tables, *grown])
@@ -164,16 +253,19 @@ def _compact(b: Builder, rows: RunningRows) -> tuple[RunningRows, ir.Value, ir.V
     """
     running, batch = b.Cast(rows.running, to=FLOAT), b.Shape(rows.tokens, start=1)
     count = b.Shape(rows.tokens, start=0, end=1)
-    most = b.Cast(b.ReduceMax(b.ReduceSum(running, b.ints(0), keepdims=1), keepdims=0), to=INT)
-    fewer = b.Less(most, b.Squeeze(count, b.ints(0)))
+    most = b.ReduceMax(b.ReduceSum(running, b.ints(0), keepdims=1), b.ints(0, 1), keepdims=0)
+    fewer = b.Less(b.Cast(most, to=INT), _device_scalar(b, b.Squeeze(count, b.ints(0))))
     # `TopK` takes the first of equal values, so without a change every row keeps its place.
-    _, index = b.TopK(b.Where(fewer, running, b.float(1)), b.Min(most, count), axis=0, _outputs=2)
+    _, index = b.TopK(
+        b.Where(fewer, running, b.float(1)), b.Reshape(b.Cast(most, to=INT), b.ints(1)), axis=0, _outputs=2
+    )
     tokens, log_probs, numbers = (
         b.GatherElements(value, index, axis=0) for value in (rows.tokens, rows.log_probs, rows.numbers)
     )
     runs = b.Greater(b.GatherElements(running, index, axis=0), b.float(0))
-    columns = b.Range(b.int(0), b.Squeeze(batch, b.ints(0)), b.int(1))
-    flat = b.Add(b.Mul(index, batch), columns)
+    # Not by arithmetic on sizes: on CUDA, ONNX Runtime would copy each size to the device.
+    places = b.Range(b.int(0), b.Squeeze(b.Mul(count, batch), b.ints(0)), b.int(1))
+    flat = b.GatherElements(b.Reshape(places, b.Concat(count, batch, axis=0)), index, axis=0)
     return RunningRows(tokens, log_probs, runs, numbers), fewer, flat
 
 
@@ -227,7 +319,9 @@ def _joined(nodes: list[ir.Node], kept_rows: tuple[ir.Value, ir.Value]) -> ir.No
             assert source is not None
             assert new is not None
             if name == "then_branch":
-                rows = b.Reshape(source, b.Concat(b.ints(-1), b.Shape(source, start=2), axis=0))
+                count = b.Mul(b.Shape(source, start=0, end=1), b.Shape(source, start=1, end=2))
+                # Before the first token the caches are empty, so that -1 would not stand for this number.
+                rows = b.Reshape(source, b.Concat(count, b.Shape(source, start=2), axis=0), allowzero=1)
                 source = b.Gather(rows, index, axis=0)
             outputs.append(b.Concat(source, new, axis=node.attributes["axis"].as_int()))
             outputs[-1].dtype = FLOAT
@@ -246,9 +340,17 @@ def _append(b: Builder, table: ir.Value, new: ir.Value, numbers: ir.Value, fill:
     return joined
 
 
-def _prune(b: Builder, options: Options, done: ir.Value, tables: Tables) -> ir.Value:
-    """Speculative rejection (Sun et al., 2024) by the running score: which (N, B) survive, ended ones included."""
-    due = b.Equal(b.Mod(done, options.prune_every), b.int(0))
+def _device_scalar(b: Builder, number: ir.Value) -> ir.Value:
+    """Return [n] on the device, of an int64 scalar on the host, without a copy."""
+    only: ir.Value = b.Range(number, b.Add(number, b.int(1)), b.int(1))
+    return only
+
+
+def _prune(b: Builder, options: Options, due: ir.Value, tables: Tables) -> ir.Value:
+    """Speculative rejection (Sun et al., 2024) by the running score: which (N, B) survive, ended ones included.
+
+    `due` (B) are the prompts whose candidates are dropped now.
+    """
     then, otherwise = Builder("prune"), Builder("keep")
     branches = {}
     for builder, kept in ((then, _keep_best(then, options, due, tables)), (otherwise, otherwise.Identity(tables.kept))):

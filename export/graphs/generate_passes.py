@@ -85,14 +85,15 @@ class PromptPass(nn.Module):
         remember(layer.keys(y, batch, rotation), layer.values(y, batch))
         keys, values = cache[-2:]
         last = (new_real.to(torch.int64) * (torch.arange(length) + 1)).amax(1).clamp(min=1) - 1
-        rows = torch.arange(batch) * length + last
+        # Without arithmetic on sizes: on CUDA, ONNX Runtime would copy each size to the device.
+        rows = torch.arange(batch * length).reshape(batch, length).gather(1, last[:, None]).squeeze(1)
         x, y = x.index_select(0, rows), y.index_select(0, rows)
 
         def at_last(of_positions: Tensor) -> Tensor:
             return of_positions.flatten(0, 1).index_select(0, rows)[:, None]
 
         q = layer.queries(y, batch, rotation and (at_last(rotation[0]), at_last(rotation[1])))
-        seen = seen_by_one(positions, before + last, attend.kind.window)
+        seen = seen_by_one(positions, torch.arange(before, before + length)[last], attend.kind.window)
         x = layer.finish(x, attend_one(q, keys, values, seen, layer.cap).reshape(batch, layer.heads * layer.size))
         logits = self.head(trunk.final_norm(x))
         return (logits, *cache) if trunk.config.has_scorer else (logits, _certainty(logits), *cache)
@@ -122,9 +123,10 @@ class TokenPass(nn.Module):
         rows = count * batch
         done = cache[2].shape[3]
         lengths = (attention_mask > 0).to(torch.int64).sum(1)
-        positions = (lengths + done)[None].expand(count, batch)
-        rotations = trunk.rotations(positions.reshape(rows, 1))
-        windows = trunk.for_each_window(lambda window: _window(window, attention_mask, lengths + done, done))
+        # A range of one, because ONNX Runtime would copy a number that is added from the host to a GPU.
+        position = lengths + torch.arange(done, done + 1)
+        rotations = trunk.rotations(position[None].expand(count, batch).reshape(rows, 1))
+        windows = trunk.for_each_window(lambda window: _window(window, attention_mask, position, done))
         x = trunk.project(trunk.embed(tokens.reshape(rows)))
         heads, kv_heads = trunk.config.num_heads, trunk.config.num_kv_heads
         ones = torch.ones(batch, kv_heads, count * (heads // kv_heads), 1)

@@ -13,14 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import onnx_ir as ir
 
 from .builder import Builder
-from .loop_state import LoopInputs, Options
+from .host import host_range, on_host
 from .sampling import DrawRules, draw_rules
 
-__all__ = ["PER_PROMPT", "draw_options", "option", "per_prompt", "read_options"]
+__all__ = ["PER_PROMPT", "draw_options", "host_options", "host_per_prompt", "option", "per_prompt", "stop_tokens"]
 
 INT, FLOAT = ir.DataType.INT64, ir.DataType.FLOAT
 # Marks such an input, for the manifest; it is not written to the graph.
@@ -41,38 +40,45 @@ def per_prompt(b: Builder, value: ir.Value, batch: ir.Value) -> ir.Value:
     return expanded
 
 
-def draw_options(b: Builder, drawing: Sequence[ir.Value], batch: ir.Value) -> DrawRules:
-    """Read `temperature`, `top_k` and `top_p`."""
-    return DrawRules(*b.call(draw_rules, *(per_prompt(b, value, batch) for value in drawing)))
+def host_per_prompt(b: Builder, value: ir.Value, zeros: ir.Value) -> ir.Value:
+    """Expand a scalar, (1) or (B) to (B) on the host; `zeros` are (B) int64 there, from `host_zeros`.
+
+    With a single prompt, more values pass. `to_device` refuses them, because its sizes are those of the prompts.
+    """
+    like = zeros if value.dtype == INT else b.Cast(zeros, to=FLOAT)
+    expanded: ir.Value = b.Add(value, like)
+    return expanded
 
 
-def read_options(b: Builder, inputs: LoopInputs, batch: ir.Value) -> Options:
-    """Read the options that are not about drawing."""
-    every = per_prompt(b, inputs.prune_every, batch)
-    return Options(
-        num_candidates=per_prompt(b, inputs.num_candidates, batch),
-        max_new_tokens=per_prompt(b, inputs.max_new_tokens, batch),
-        stop_tokens=_stop_tokens(b, inputs.stop_tokens, batch),
-        aggregation=b.Unsqueeze(per_prompt(b, inputs.aggregation, batch), b.ints(1)),
-        step_token=b.Unsqueeze(per_prompt(b, inputs.step_token, batch), b.ints(1)),
-        prune_every=b.Where(b.Greater(every, b.int(0)), every, b.int(np.iinfo(np.int64).max)),
-        prune_keep=per_prompt(b, inputs.prune_keep, batch),
-    )
+def host_options(b: Builder, values: Sequence[ir.Value], zeros: ir.Value) -> list[ir.Value]:
+    """As `host_per_prompt` for several int64 values, of which other shapes are refused here."""
+    column = b.ints(1)
+    # Only values of one shape can be put together, and it must be that of the zeros.
+    columns = [b.Unsqueeze(value, column) for value in (zeros, *(b.Add(value, zeros) for value in values))]
+    sizes = b.ints(*[1] * len(columns))
+    _, *checked = b.Split(b.Concat(*columns, axis=1), sizes, axis=1, _outputs=len(columns))
+    return [b.Squeeze(value, column) for value in checked]
 
 
-def _stop_tokens(b: Builder, stop_tokens: ir.Value, batch: ir.Value) -> ir.Value:
-    """(B, S) int64: the tokens for all prompts and for each, negative where one has fewer; S is at least 1."""
+def draw_options(b: Builder, drawing: Sequence[ir.Value], zeros: ir.Value) -> DrawRules:
+    """Read `temperature`, `top_k` and `top_p` on the host; `zeros` as in `host_per_prompt`."""
+    return DrawRules(*b.call(draw_rules, *(host_per_prompt(b, value, zeros) for value in drawing)))
+
+
+def stop_tokens(b: Builder, listed: ir.Value, batch: ir.Value, zero: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """Read the stop tokens on the host; `batch` is [B], and `zero` is from `host_zero`.
+
+    Returns:
+        (B, S) int64, the tokens for all prompts and for each, -1 elsewhere; [s], the most of any prompt, at least 1.
+    """
     word = b.int(2**32)
     # -1 is not a token; it keeps the list from being empty.
-    listed = b.Concat(stop_tokens, b.ints(-1), axis=0)
+    listed = b.Concat(on_host(b, listed, zero), b.ints(-1), axis=0)
     prompt, token = b.Div(listed, word), b.Mod(listed, word)
     token = b.Where(b.Less(listed, b.int(0)), b.int(-1), token)
-    numbers = b.Range(b.int(1), b.Add(b.Squeeze(batch, b.ints(0)), b.int(1)), b.int(1))
+    numbers = b.Add(host_range(b, batch), b.int(1))
     own = b.Equal(prompt, b.Unsqueeze(numbers, b.ints(1)))
     mine = b.Where(b.Or(own, b.Equal(prompt, b.int(0))), token, b.int(-1))
     counts = b.ReduceSum(b.Cast(b.GreaterOrEqual(mine, b.int(0)), to=INT), b.ints(1), keepdims=0)
-    most = b.Max(b.ReduceMax(counts, keepdims=0), b.int(1))
-    # Sorted, the tokens come before the rest.
-    stops, _ = b.TopK(mine, b.Unsqueeze(most, b.ints(0)), axis=1, _outputs=2)
-    first: ir.Value = stops
-    return first
+    most = b.Max(b.ReduceMax(counts, keepdims=0), b.ints(1))
+    return mine, most

@@ -13,7 +13,18 @@ import onnx_ir as ir
 from onnxscript import opset18, script
 from onnxscript.values import Opset
 
-__all__ = ["FUNCTIONS", "DrawRules", "draw_rules", "draw_token", "prompt_hash", "prompt_stream", "random_uniform"]
+from .builder import Builder
+
+__all__ = [
+    "FUNCTIONS",
+    "DrawRules",
+    "draw_rules",
+    "draw_token",
+    "prompt_hash",
+    "prompt_stream",
+    "random_uniform",
+    "vocabulary_size",
+]
 
 # Any, because the operators' type variables are too narrow for the values that onnxscript infers.
 op: Any = opset18
@@ -24,21 +35,25 @@ class DrawRules(NamedTuple):
     """How each prompt's tokens are drawn, from `draw_rules`, and which ways of drawing any prompt of the run needs."""
 
     heat: ir.Value
-    """(B, 1) float32: the finite temperature, 1 where the most likely token is selected."""
+    """(B) float32: the finite temperature, 1 where the most likely token is selected."""
     top_k: ir.Value
-    """(B, 1) int64."""
+    """(B) int64: 0 where only top-p limits the tokens, -1 where nothing does, -2 where the most likely is selected."""
     share: ir.Value
-    """(B, 1) float32 in (0, 1]: the probability of `top_p`."""
-    sampled: ir.Value
-    """(B, 1) bool: drawn by chance; otherwise the most likely token is selected."""
-    filtered: ir.Value
-    """(B, 1) bool: drawn by chance among the tokens that top-k and top-p keep."""
+    """(B) float32 in (0, 1]: the probability of `top_p`."""
     any_greedy: ir.Value
     """bool scalar, as are the next three."""
     any_sampled: ir.Value
     any_filtered: ir.Value
     any_whole: ir.Value
     """Whether any prompt's tokens are drawn by chance from all."""
+
+
+def vocabulary_size(b: Builder, logits: ir.Value) -> ir.Value:
+    """[V] as a constant: ONNX Runtime would copy a size that a graph computes to the device."""
+    assert logits.shape is not None
+    size = logits.shape[-1]
+    assert isinstance(size, int)
+    return b.ints(size)
 
 
 @script(this, default_opset=opset18)
@@ -60,12 +75,14 @@ def prompt_hash(input_ids, attention_mask, past):  # type: ignore[no-untyped-def
     zero = op.Constant(value_int=0)
     word = op.Constant(value_int=4294967296)
     axis = op.Constant(value_ints=[1])
+    one = op.Constant(value_int=1)
     real = op.Cast(op.Greater(attention_mask, zero), to=7)
-    places = op.CumSum(real, op.Constant(value_int=1))
-    total = op.Shape(attention_mask, start=1)
-    first = op.Sub(total, op.Shape(input_ids, start=1))
-    new_places = op.Slice(places, first, total, axis)
-    new_real = op.Slice(real, first, total, axis)
+    places = op.CumSum(real, one)
+    # The last P places. Not by `Slice`, which ONNX Runtime would run on CUDA: see `host.py`.
+    number = op.CumSum(op.Add(op.Mul(input_ids, zero), one), one, exclusive=1)
+    index = op.Add(number, op.Sub(op.Shape(attention_mask, start=1), op.Shape(input_ids, start=1)))
+    new_places = op.GatherElements(places, index, axis=1)
+    new_real = op.GatherElements(real, index, axis=1)
     tokens = op.Add(op.Cast(input_ids, to=12), mix(op.Cast(new_places, to=12)))
     hashed = op.Mul(op.Cast(mix(tokens), to=7), new_real)
     return op.Mod(op.Add(op.ReduceSum(hashed, axis, keepdims=0), past), word)
@@ -113,25 +130,26 @@ def draw_rules(temperature, top_k, top_p):  # type: ignore[no-untyped-def]
     Returns:
         the fields of `DrawRules`.
     """
-    column = op.Constant(value_ints=[1])
     one = op.Constant(value_float=1.0)
+    zero = op.Constant(value_int=0)
     tiny = op.Constant(value_float=1.1754943508222875e-38)
     # Not `Less`, so that NaN is greedy too.
-    sampled = op.Unsqueeze(op.GreaterOrEqual(temperature, op.Constant(value_float=1e-5)), column)
+    sampled = op.GreaterOrEqual(temperature, op.Constant(value_float=1e-5))
     # Divided by infinity, the log-probability -inf would become NaN.
-    finite = op.Min(op.Unsqueeze(temperature, column), op.Constant(value_float=3.4028234663852886e38))
+    finite = op.Min(temperature, op.Constant(value_float=3.4028234663852886e38))
     heat = op.Where(sampled, finite, one)
-    rank = op.Unsqueeze(top_k, column)
-    shares = op.Unsqueeze(top_p, column)
-    share = op.Where(op.Greater(shares, tiny), shares, tiny)
-    narrow = op.Or(op.Greater(rank, op.Constant(value_int=0)), op.Less(share, one))
+    share = op.Where(op.Greater(top_p, tiny), top_p, tiny)
+    narrow = op.Or(op.Greater(top_k, zero), op.Less(share, one))
     filtered = op.And(sampled, narrow)
+    # No vocabulary is as large.
+    rank = op.Min(op.Max(top_k, zero), op.Constant(value_int=16777216))
+    kept = op.Where(filtered, rank, op.Where(sampled, op.Constant(value_int=-1), op.Constant(value_int=-2)))
     whole = any_of(op.And(sampled, op.Not(narrow)))
-    return heat, rank, share, sampled, filtered, any_of(op.Not(sampled)), any_of(sampled), any_of(filtered), whole
+    return heat, kept, share, any_of(op.Not(sampled)), any_of(sampled), any_of(filtered), whole
 
 
 @script(this, default_opset=opset18)
-def draw_from_likely(probabilities, log_all, point, top_k, share):  # type: ignore[no-untyped-def]
+def draw_from_likely(probabilities, log_all, point, top_k, share, size):  # type: ignore[no-untyped-def]
     """Draw one token of each row among those that top-k and top-p keep.
 
     Every sum is a running one, which adds in order: so a row's result does not depend on how many tokens the other
@@ -141,8 +159,9 @@ def draw_from_likely(probabilities, log_all, point, top_k, share):  # type: igno
         probabilities: (N, B, V) float32, at the temperature.
         log_all: (N, B, V) float32, the log-probabilities by which tokens are ordered.
         point: (N, B, 1) float32 in [0, 1), where the cumulative distribution is inverted.
-        top_k: (B, 1) int64; 0 or less keeps all.
+        top_k: (B, 1) int64; 0 keeps all.
         share: (B, 1) float32 in (0, 1], the probability of `top_p`.
+        size: [V] int64.
 
     Returns:
         (N, B, 1) int64.
@@ -151,7 +170,6 @@ def draw_from_likely(probabilities, log_all, point, top_k, share):  # type: igno
     zero_real = op.Constant(value_float=0.0)
     last = op.Constant(value_ints=[-1])
     by_rank = op.Greater(top_k, op.Constant(value_int=0))
-    size = op.Shape(probabilities, start=2)
     # Tokens less likely than (1 - share) / V sum to less than 1 - share, so none of them is kept; half of that bound
     # leaves a margin for rounding.
     floor = op.Div(op.Mul(op.Sub(one, share), op.Constant(value_float=0.5)), op.Cast(size, to=1))
@@ -215,13 +233,14 @@ def draw_from_all(probabilities, point):  # type: ignore[no-untyped-def]
 
 @script(this, default_opset=opset18)
 def draw_token(  # type: ignore[no-untyped-def]
-    logits, uniform, heat, top_k, share, sampled, filtered, any_greedy, any_sampled, any_filtered, any_whole
+    logits, uniform, size, heat, top_k, share, any_greedy, any_sampled, any_filtered, any_whole
 ):
     """Draw one token of each row by inverting the cumulative distribution, each prompt's by its own options.
 
-    Logits (N, B, V) and uniform numbers (N, B) in [0, 1), float32, and `DrawRules` -> tokens (N, B) int64 and their
-    log-probabilities (N, B) float32 at temperature 1, before top-k and top-p. Where NaN or infinite logits define no
-    distribution, the log-probability is NaN and the token arbitrary. Only what some prompt needs is computed.
+    Logits (N, B, V), uniform numbers (N, B) in [0, 1), float32, the size of the vocabulary [V], and `DrawRules`, of
+    which the first three are (B, 1) here -> tokens (N, B) int64 and their log-probabilities (N, B) float32 at
+    temperature 1, before top-k and top-p. Where NaN or infinite logits define no distribution, the log-probability is
+    NaN and the token arbitrary. Only what some prompt needs is computed.
     """
     last = op.Constant(value_ints=[-1])
     log_all = op.LogSoftmax(logits, axis=-1)
@@ -230,6 +249,7 @@ def draw_token(  # type: ignore[no-untyped-def]
         point = op.Unsqueeze(uniform, last)
         if any_filtered:
             # Only for the prompts that need it; in the others' place there is any token.
+            filtered = op.GreaterOrEqual(top_k, op.Constant(value_int=0))
             needs = op.Squeeze(filtered, last)
             likely = draw_from_likely(
                 op.Compress(probabilities, needs, axis=1),
@@ -237,6 +257,7 @@ def draw_token(  # type: ignore[no-untyped-def]
                 op.Compress(point, needs, axis=1),
                 op.Compress(top_k, needs, axis=0),
                 op.Compress(share, needs, axis=0),
+                size,
             )
             place = op.Sub(op.CumSum(op.Cast(needs, to=7), op.Constant(value_int=0)), op.Constant(value_int=1))
             kept = op.Gather(likely, op.Max(place, op.Constant(value_int=0)), axis=1)
@@ -248,6 +269,7 @@ def draw_token(  # type: ignore[no-untyped-def]
         else:
             drawn = op.Cast(draw_from_all(probabilities, point), to=7)
         if any_greedy:
+            sampled = op.GreaterOrEqual(top_k, op.Constant(value_int=-1))
             mixed = op.Cast(op.Where(sampled, drawn, op.ArgMax(logits, axis=-1, keepdims=1)), to=7)
         else:
             mixed = op.Cast(drawn, to=7)

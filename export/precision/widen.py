@@ -37,7 +37,7 @@ def widened(graph: ir.Graph, dtype: ir.DataType) -> ir.Graph:
             output.name, back.outputs[0].name = back.outputs[0].name, f"{output.name}.wide"
         back.outputs[0].replace_all_uses_with(output, replace_graph_outputs=True)
         # Setting `dtype` instead would also change the values from which this one was cloned.
-        output.type = ir.TensorType(ir.DataType.FLOAT)
+        output.type, output.shape = ir.TensorType(ir.DataType.FLOAT), back.outputs[0].shape
         graph.remove(
             [part for part in (back, narrow) if part.op_type == "Cast" and not part.outputs[0].uses()], safe=True
         )

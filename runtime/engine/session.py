@@ -110,6 +110,16 @@ class Session:
         if options.provider == "cuda" and self.provider != "cuda":
             raise ProviderError(_no_cuda(f"the session runs on {active} instead; a CUDA library is missing"))
         self._compare(path)
+        # Where inputs and outputs are bound; None to pass them from and to the host.
+        self._device = ("cuda", options.device_id) if self.provider == "cuda" else None
+        self._on_host = self._host_values() if self._device else frozenset()
+
+    def _host_values(self) -> frozenset[str]:
+        """The inputs that a graph on CUDA reads on the host, and the outputs that it makes there."""
+        session = self._session
+        values = [*session.get_inputs(), *session.get_outputs()]
+        places = [*session.get_input_memory_infos(), *session.get_output_memory_infos()]
+        return frozenset(value.name for value, place in zip(values, places, strict=True) if place.name == "Cpu")
 
     def _compare(self, path: Path) -> None:
         """Refuse a graph whose inputs and outputs are not those of the manifest."""
@@ -139,7 +149,7 @@ class Session:
         """
         stop = stop or self.make_stop()
         result: Sequence[Array]
-        if self.provider != "cuda":
+        if self._device is None:
             result = self._interruptibly(lambda: self._session.run(outputs, feeds, stop), feeds, stop)
         else:
             held = self._wrap(feeds)
@@ -150,16 +160,19 @@ class Session:
 
     def hold(self, arrays: dict[str, Array]) -> dict[str, HeldArray]:
         """Copies of arrays where the session runs, for `values`."""
-        return self._wrap(arrays, *((self.provider, self.options.device_id) if self.provider == "cuda" else ()))
+        return self._wrap(arrays, *(self._device or ()))
 
     def _wrap(self, arrays: dict[str, Array], *place: str | int) -> dict[str, HeldArray]:
-        """Copies of arrays, on the host unless another place is given.
+        """Copies of arrays, on the host unless another place is given and the graph reads them there.
 
         Binding copies those that the graph reads on CUDA; numbers that it reads on the host, such as a loop's, stay.
         """
         make = self._runtime.OrtValue.ortvalue_from_numpy
         # Not ascontiguousarray, which turns a scalar into an array of one element.
-        return {name: make(np.asarray(array, order="C"), *place) for name, array in arrays.items()}
+        return {
+            name: make(np.asarray(array, order="C"), *(() if name in self._on_host else place))
+            for name, array in arrays.items()
+        }
 
     def values(
         self, feeds: Mapping[str, Array | HeldArray], *, logits: bool = False, stop: Stop | None = None
@@ -171,7 +184,7 @@ class Session:
         handle = stop or self.make_stop()
 
         def work() -> Sequence[HeldArray]:
-            if self.provider == "cuda":
+            if self._device is not None:
                 return self._bound(held, outputs, handle)
             values: Sequence[HeldArray] = self._session.run_with_ort_values(outputs, held, handle)
             return values
@@ -191,11 +204,12 @@ class Session:
     def _bound(
         self, feeds: Mapping[str, Array | HeldArray], outputs: list[str], stop: Stop | None = None
     ) -> Sequence[HeldArray]:
+        assert self._device is not None
         binding = self._session.io_binding()
         for name, value in feeds.items():
             binding.bind_ortvalue_input(name, value)
         for name in outputs:
-            binding.bind_output(name, "cuda", self.options.device_id)
+            binding.bind_output(name, *(("cpu",) if name in self._on_host else self._device))
         self._session.run_with_iobinding(binding, stop)
         values: Sequence[HeldArray] = binding.get_outputs()
         return values

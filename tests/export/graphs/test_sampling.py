@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from onnx.reference import ReferenceEvaluator
 
 from bonnx.export.graphs.builder import Builder, finish, name_value
-from bonnx.export.graphs.prompt_options import draw_options, option, per_prompt
+from bonnx.export.graphs.host import host_zeros, to_device_as_floats
+from bonnx.export.graphs.prompt_options import draw_options, host_per_prompt, option
 from bonnx.export.graphs.sampling import FUNCTIONS, draw_token, prompt_hash, prompt_stream, random_uniform
 from bonnx.export.verify.draws import uniform
 from tests.tolerance import RUNTIME, within
@@ -35,7 +36,7 @@ def generator():
     inputs += [option("seed"), ir.val("step", INT, []), ir.val("candidates", INT, ROWS)]
     ids, mask, seed, step, candidates = inputs
     hashed = b.call(prompt_hash, ids, mask, b.int(0))
-    stream = b.call(prompt_stream, hashed, per_prompt(b, seed, b.Shape(ids, start=0, end=1)))
+    stream = b.call(prompt_stream, hashed, host_per_prompt(b, seed, host_zeros(b, b.Shape(ids, start=0, end=1))))
     drawn = b.call(random_uniform, stream, step, candidates)
     return finished(inputs, [name_value(drawn, "uniform", FLOAT, ROWS)], b)
 
@@ -44,8 +45,11 @@ def draw():
     b = Builder("draw")
     inputs = [ir.val("logits", FLOAT, [*ROWS, "vocabulary"]), ir.val("uniform", FLOAT, ROWS)]
     inputs += [option(name) for name in ("temperature", "top_k", "top_p")]
-    rules = draw_options(b, inputs[2:], b.Shape(inputs[1], start=1, end=2))
-    tokens, log_probs = b.call(draw_token, *inputs[:2], *rules)
+    batch = b.Shape(inputs[1], start=1, end=2)
+    rules = draw_options(b, inputs[2:], host_zeros(b, batch))
+    top_k, heat, share = to_device_as_floats(b, 0, [(rules.top_k, batch)], [(rules.heat, batch), (rules.share, batch)])
+    columns = (b.Unsqueeze(value, b.ints(1)) for value in (heat, top_k, share))
+    tokens, log_probs = b.call(draw_token, *inputs[:2], b.Shape(inputs[0], start=2), *columns, *rules[3:])
     outputs = [name_value(tokens, "tokens", INT, ROWS), name_value(log_probs, "log_probs", FLOAT, ROWS)]
     return finished(inputs, outputs, b)
 
@@ -251,7 +255,7 @@ def test_as_many_options_as_prompts_are_expected(batch, rng):
     one = drawn(logits, points, top_k=2)[0]
     assert np.array_equal(drawn(logits, points, top_k=[2])[0], one)
     assert np.array_equal(drawn(logits, points, top_k=[2] * batch)[0], one)
-    with pytest.raises(Exception, match=r"cannot be reshaped|invalid expand shape|incompatible dimensions"):
+    with pytest.raises(Exception, match=r"Cannot split|broadcast an axis"):
         drawn(logits, points, top_k=[2, 2])
 
 

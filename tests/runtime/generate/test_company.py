@@ -113,6 +113,20 @@ def test_a_candidate_that_a_prompt_does_not_have(engine, rng):
     assert not outputs["scores"][~exists].any()
 
 
+def test_a_prompt_that_may_have_no_token(engine):
+    """From the first token on, there are fewer rows than candidates."""
+    requests = [read_request(engine, [3, 7, 5], {"n": n, "max_new_tokens": 5, "seed": n}) for n in (2, 6)]
+    prompts, mask = pad([request.prompt for request in requests], 0)
+    feeds = generate_feeds(prompts, mask, [request.options for request in requests], None)
+    session = engine.session("generate")
+    whole, none = (
+        session.run({**feeds, "max_new_tokens": np.array([5, last])}, ["sequences", "lengths"]) for last in (5, 0)
+    )
+    assert not none[1][:, 1].any()
+    assert np.array_equal(none[1][:, 0], whole[1][:, 0])
+    assert np.array_equal(none[0][:2, 0], whole[0][:2, 0, : none[0].shape[2]])
+
+
 def test_options_for_other_than_the_number_of_prompts_are_refused(engine):
     request = read_request(engine, [3, 7, 5], {"n": 2, "max_new_tokens": 3})
     prompts, mask = pad([request.prompt] * 2, 0)
@@ -120,7 +134,7 @@ def test_options_for_other_than_the_number_of_prompts_are_refused(engine):
     for name in engine.manifest.graphs["generate"].per_prompt:
         for shape in ((3,), (2, 2)):
             wrong = {name: np.broadcast_to(feeds[name], shape)}
-            with pytest.raises(Exception, match=r"Expand|Reshape|expand shape"):
+            with pytest.raises(Exception, match=r"Expand|Reshape|expand shape|broadcast an axis|Concat"):
                 engine.session("generate").run(feeds | wrong, ["lengths"])
 
 
