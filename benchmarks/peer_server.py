@@ -45,7 +45,7 @@ class Transformers:
     """`generate(num_return_sequences=N)`, which repeats the prompt; without top-k.
 
     Modes: float32 and bfloat16; with `-once`, the prompt's cache is computed first and repeated, as in the library's
-    documentation of caches. Rank: whole rows through the model without its vocabulary head.
+    documentation of caches. Rank: the rows through the model without its vocabulary head.
     """
 
     def __init__(self, folder: Path, mode: str, threads: int, new: int) -> None:
@@ -59,24 +59,34 @@ class Transformers:
         self.scorer = self.torch.randn(self.model.config.hidden_size, dtype=dtype)
 
     def generate(self, prompt: Any, count: int) -> Any:
-        ids = self.torch.from_numpy(prompt).long()[None]
+        ids = self.torch.from_numpy(prompt).long()[None].to(self.model.device)
         options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "pad_token_id": 0}
         options |= {"max_new_tokens": self.new, "min_new_tokens": self.new}
         if self.once:
-            cache = self.transformers.DynamicCache()
-            self.model.model(ids[:, :-1], past_key_values=cache, use_cache=True)
-            cache.batch_repeat_interleave(count)
+            cache = self._read(ids[:, :-1], count)
             ids = ids.repeat(count, 1)
             options["cache"] = cache
         else:
             options["num_return_sequences"] = count
         rows = self.model.generate(ids, attention_mask=self.torch.ones_like(ids), **options)
-        return rows[:, len(prompt) :].numpy()
+        return rows[:, len(prompt) :].cpu().numpy()
+
+    def _read(self, ids: Any, count: int) -> Any:
+        """The cache of a prompt (1, P), repeated."""
+        cache = self.transformers.DynamicCache()
+        self.model.model(ids, past_key_values=cache, use_cache=True)
+        cache.batch_repeat_interleave(count)
+        return cache
 
     def rank(self, prompt: Any, candidates: Any) -> Any:
-        rows = np.concatenate([np.repeat(prompt[None], len(candidates), 0), candidates], 1)
-        hidden = self.model.model(self.torch.from_numpy(rows).long(), use_cache=False).last_hidden_state
-        return (hidden[:, len(prompt) :] @ self.scorer).float().numpy()
+        ids, rows = (self.torch.from_numpy(x).long().to(self.model.device) for x in (prompt[None], candidates))
+        if self.once:
+            cache = self._read(ids, len(rows))
+            hidden = self.model.model(rows, past_key_values=cache, use_cache=True).last_hidden_state
+        else:
+            whole = self.torch.cat([ids.expand(len(rows), -1), rows], 1)
+            hidden = self.model.model(whole, use_cache=False).last_hidden_state[:, len(prompt) :]
+        return (hidden @ self.scorer).float().cpu().numpy()
 
 
 class OpenVINO:

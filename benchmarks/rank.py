@@ -57,10 +57,11 @@ class SharedByHand(nn.Module):
     def forward(self, prompt: Tensor, candidates: Tensor) -> Tensor:
         """Prompt (1, P, E), candidates (N, C, E) -> scores (N, C)."""
         net, count, length, size = self.net, *candidates.shape[:2], prompt.shape[1]
-        (rotation, *_) = net.rotations(torch.arange(size + length)[None])
+        index = torch.arange(size + length, device=prompt.device)
+        (rotation, *_) = net.rotations(index[None])
         assert rotation is not None
         cos, sin = (t.to(prompt.dtype) for t in rotation)
-        mask = torch.arange(size + length)[None] <= torch.arange(length)[:, None] + size
+        mask = index <= index[size:, None]
         x, y = net.input_projection(prompt), net.input_projection(candidates)
         for block in net.layers():
             attention = block.attention

@@ -1,0 +1,1 @@
+"""Every CUDA parity check and benchmark in one command."""
