@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import shutil
 import socket
 import tempfile
@@ -37,13 +38,20 @@ def ask(port: int, body: dict[str, Any]) -> Any:
     return answer
 
 
+def mixed() -> list[dict[str, Any]]:
+    """Draw rankings and generations of which no two are alike."""
+    requests = bodies("rank") + bodies("mixed", most_tokens=48)
+    random.Random(0).shuffle(requests)
+    return requests
+
+
 def command(artifact: Path | str, port: int) -> list[str]:
     return ["-m", "bonnx", "serve", str(artifact), "--port", str(port)]
 
 
 def killed(artifact: Path) -> str:
     """Kill the server with SIGKILL under load: clients see only broken connections; a new server answers the same."""
-    port, requests = free_port(), bodies("rank")
+    port, requests = free_port(), mixed()
     with server(command(artifact, port), port, "/health") as process:
         expected = ask(port, requests[0])
         threading.Timer(2.0, process.kill).start()
@@ -57,7 +65,7 @@ def killed(artifact: Path) -> str:
 
 def replaced(artifact: Path) -> str:
     """Replace the artifact's folder by another artifact while it is served, delete it, and overwrite its files."""
-    port, requests = free_port(), bodies("rank")[:8] + [body | {"seed": 3} for body in bodies("generate")[:8]]
+    port, requests = free_port(), bodies("rank")[:8] + bodies("mixed", most_tokens=48)[:8]
     with tempfile.TemporaryDirectory() as place:
         copy, old = Path(place) / "artifact", Path(place) / "old"
         shutil.copytree(artifact, copy)
@@ -102,7 +110,7 @@ def refusal(port: int, body: dict[str, Any] | None) -> int:
 
 def slow(artifact: Path) -> str:
     """Connect 200 clients that send single bytes slowly, or never read their answers."""
-    port, requests = free_port(), bodies("rank")
+    port, requests = free_port(), mixed()
     with server(command(artifact, port), port, "/health") as process:
         load(port, "/v1/best-of-n", requests, 8, 1.0)
         alone = load(port, "/v1/best-of-n", requests, 8, 4.0)
@@ -160,8 +168,8 @@ def shared(artifact: Path) -> str:
         if number < 192:
             body = bodies("rank")[number]
             return model.rank(body["prompt"], body["candidates"]).candidate_scores.tolist()
-        body = bodies("generate")[number]
-        return [candidate.text for candidate in model.generate(body["prompt"], n=4, seed=number).candidates]
+        options = bodies("mixed", most_tokens=48)[number]
+        return [candidate.text for candidate in model.generate(**options).candidates]
 
     numbers = range(256)
     expected = [answer(number) for number in numbers]

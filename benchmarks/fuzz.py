@@ -75,7 +75,8 @@ def tensors(rng: random.Random) -> dict[str, object]:
 def malformed(rng: random.Random) -> bytes:
     """Draw a malformed request."""
     path = rng.choice(PATHS)
-    body = tensors(rng) if path.startswith("/v2") else rng.choice(bodies("rank", 8) + bodies("generate", 8))
+    valid = bodies("rank", 8) + bodies("generate", 8) + bodies("mixed", 8, most_tokens=48)
+    body = tensors(rng) if path.startswith("/v2") else rng.choice(valid)
     kind = rng.randrange(8)
     if kind < 3:
         return request(json.dumps(spoil_json(body, rng)).encode(errors="surrogatepass"), path)
