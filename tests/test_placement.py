@@ -23,9 +23,9 @@ PRODUCTS = {
         "rank": 15,
         "rank_prefill": 10,
         "rank_cached": 15,
-        "generate": 26,
+        "generate": 28,
         "prefill": 16,
-        "decode": 10,
+        "decode": 12,
     },
     "int4": {"score": 6, "rank": 6, "rank_prefill": 5, "rank_cached": 6, "generate": 14, "prefill": 7, "decode": 7},
 }

@@ -25,7 +25,7 @@ from bonnx.models.scorer_kinds import GatedScorer
 from bonnx.runtime.artifact.manifest import Scoring
 
 from ..precision.linear import Linear8
-from ..precision.products import QuantizedNorm, joint, product
+from ..precision.products import Product32, QuantizedNorm, joint, product
 from .builder import DOMAIN
 from .experts import ExpertsProduct
 
@@ -75,12 +75,13 @@ class Layer(nn.Module):
             self.k_norm = attention.k_norm
 
     def of_few(self, x: Tensor, rows: int, rotation: Rotation | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of one token of a few rows, by one product and one rotation where possible.
+        """Queries, keys and values of one token of a few rows, at 8 bits by one product and one rotation if possible.
 
         They are (B, 1, heads * K): for so few numbers a change of shape takes as long as computing them.
         """
         of_queries, of_keys = self.heads * self.size, self.kv_heads * self.size
-        y = joint([self.q, self.k, self.v], x)
+        # In float32 one product takes as long as three, and its weights would be in memory beside those of the prompt.
+        y = None if isinstance(self.q, Product32) else joint([self.q, self.k, self.v], x)
         if y is not None and self.q_norm is None:
             both, v = torch.split(y.reshape(rows, 1, of_queries + 2 * of_keys), [of_queries + of_keys, of_keys], 2)
             turned = self._rotated(both, rows, self.heads + self.kv_heads, None, rotation)
@@ -126,19 +127,14 @@ class Layer(nn.Module):
         """(B, T, heads * K) -> (B, T, heads, K)."""
         return x.reshape(*x.shape[:2], heads, self.size)
 
-    def finish(self, x: Tensor, attended: Tensor, *, few: bool = False) -> Tensor:
-        """Residual stream x (M, D), attention output (M, H * K) -> (M, D) after the feed-forward network.
-
-        `few` says that there are few rows, for which one product for gate and up is faster.
-        """
+    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        """Residual stream x (M, D), attention output (M, H * K) -> (M, D) after the feed-forward network."""
         x = x + self.attention_out_norm(self.out(attended))
         y = self.ffn_norm(x)
         if self.experts is not None:
             y = self.experts(y)
         else:
-            both = joint([self.gate, self.up], y) if few else None
-            gate, up = (self.gate(y), self.up(y)) if both is None else both.chunk(2, 1)
-            y = self.down(ACTIVATIONS[self.activation](gate) * up)
+            y = self.down(ACTIVATIONS[self.activation](self.gate(y)) * self.up(y))
         out: Tensor = x + self.ffn_out_norm(y)
         return out
 

@@ -160,8 +160,8 @@ class SplitProduct(nn.Module):
 def joint(parts: Sequence[nn.Module], x: Tensor) -> Tensor | None:
     """Compute several products of the same input, and so of the same outliers, as one with the outputs side by side.
 
-    For few rows one product takes less time than several; for many, cutting the output costs more than it saves. The
-    graph puts the weights together, which a runtime does once, when it loads it.
+    For few rows one product of 8 bits takes less time than several; for many, cutting the output costs more than it
+    saves. The graph puts the weights together, which a runtime does once, when it loads it.
 
     Args:
         parts: the products.
