@@ -173,8 +173,8 @@ def _read_rows(
     longest = b.ReduceMax(lengths, keepdims=0)
     owned, width, back = _places(b, prompts, slots)
     # Token 0 was drawn after the prompt pass, so with T tokens in a row's cache, token T + 1 is drawn here.
-    drawn, row = b.Add(lengths, b.int(1)), b.Unsqueeze(numbers, b.ints(0))
-    uniform = b.Squeeze(b.call(random_uniform, b.Gather(stream, prompts, axis=0), drawn, row), b.ints(0))
+    drawn = b.Add(lengths, b.int(1))
+    uniform = b.call(random_uniform, b.Gather(stream, prompts, axis=0), drawn, numbers)
     rules = draw_options(b, drawing, b.Mul(slots, b.int(0)))
     changes, start = _changes(b, cache, sources, count, longest)
     ints = [*((value, count) for value in (prompts, lengths, back, sources)), (rules.top_k, batch)]
@@ -193,9 +193,8 @@ def _places(b: Builder, prompts: ir.Value, slots: ir.Value) -> tuple[ir.Value, i
     """Which rows each prompt has (B, M) float32, the most that one has [W], and where each is in (B, W): (M)."""
     owned = b.Cast(b.Equal(b.Unsqueeze(slots, b.ints(1)), prompts), to=FLOAT)
     width = b.Cast(b.ReduceMax(b.ReduceSum(owned, b.ints(1), keepdims=0), b.ints(0), keepdims=1), to=INT)
-    place = b.GatherElements(b.CumSum(owned, b.int(1)), b.Unsqueeze(prompts, b.ints(0)), axis=0)
-    place = b.Sub(b.Cast(b.Squeeze(place, b.ints(0)), to=INT), b.int(1))
-    return owned, width, b.Add(b.Mul(prompts, width), place)
+    place = b.ReduceSum(b.Mul(owned, b.CumSum(owned, b.int(1), exclusive=1)), b.ints(0), keepdims=0)
+    return owned, width, b.Add(b.Mul(prompts, width), b.Cast(place, to=INT))
 
 
 def _changes(

@@ -102,7 +102,7 @@ def prompt_stream(hashed, seed):  # type: ignore[no-untyped-def]
 
 @script(this, default_opset=opset18)
 def random_uniform(stream, position, candidates):  # type: ignore[no-untyped-def]
-    """Uniform in [0, 1): stream (B), position scalar or (B), candidates (N, B), int64 -> (N, B) float32."""
+    """Uniform in [0, 1): stream (B), position scalar or (B), candidates (N, B) or (B), int64 -> as these, float32."""
     moved = op.Mul(op.Cast(position, to=12), op.Cast(op.Constant(value_int=0x9E3779B1), to=12))
     row = mix(op.Add(op.Cast(stream, to=12), moved))
     number = op.Mul(op.Cast(candidates, to=12), op.Cast(op.Constant(value_int=0x85EBCA77), to=12))
@@ -139,13 +139,23 @@ def draw_rules(temperature, top_k, top_p):  # type: ignore[no-untyped-def]
     finite = op.Min(temperature, op.Constant(value_float=3.4028234663852886e38))
     heat = op.Where(sampled, finite, one)
     share = op.Where(op.Greater(top_p, tiny), top_p, tiny)
+    whole = op.Constant(value_int=-1)
+    greedy = op.Constant(value_int=-2)
     narrow = op.Or(op.Greater(top_k, zero), op.Less(share, one))
-    filtered = op.And(sampled, narrow)
     # No vocabulary is as large.
     rank = op.Min(op.Max(top_k, zero), op.Constant(value_int=16777216))
-    kept = op.Where(filtered, rank, op.Where(sampled, op.Constant(value_int=-1), op.Constant(value_int=-2)))
-    whole = any_of(op.And(sampled, op.Not(narrow)))
-    return heat, kept, share, any_of(op.Not(sampled)), any_of(sampled), any_of(filtered), whole
+    kept = op.Where(sampled, op.Where(narrow, rank, whole), greedy)
+    most = op.ReduceMax(kept, keepdims=0)
+    any_greedy = op.Equal(op.ReduceMin(kept, keepdims=0), greedy)
+    return (
+        heat,
+        kept,
+        share,
+        any_greedy,
+        op.Greater(most, greedy),
+        op.Greater(most, whole),
+        any_of(op.Equal(kept, whole)),
+    )
 
 
 @script(this, default_opset=opset18)
