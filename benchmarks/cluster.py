@@ -9,13 +9,13 @@ need. `--kills N`: under the same load on two replicas, one is killed every five
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import random
 import signal
 import statistics
 import threading
 import time
+import timeit
 from collections import Counter
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from benchmarks.loading import Load, free_port, load, server
 from benchmarks.rates import measure_rates
 from benchmarks.record import add_output, record
 from benchmarks.serve import bodies
+from bonnx.runtime.serve.cluster.router import order_of_preference
 
 # What a process's title begins with.
 PARTS = {
@@ -110,15 +111,18 @@ def kill(artifact: str, arguments: argparse.Namespace) -> Counter[int]:
 
 
 def plan(each: dict[str, float], nodes: int, cores: int) -> dict[str, float]:
-    """Requests per second of so many nodes, and how many cores of them forward instead of computing."""
+    """Requests per second of so many nodes, and how many of their cores forward requests instead of computing."""
     forwarding = each["proxy"] + each["ingress"]
-    busy = nodes * cores / (forwarding + each["replica"])
+    # With one replica for each node.
+    ids, key = [str(i) for i in range(nodes)], os.urandom(16)
+    routing = min(timeit.repeat(lambda: order_of_preference(key, ids, [0] * nodes), number=20, repeat=5)) / 20
+    rate = nodes * cores / (forwarding + routing + each["replica"])
     return {
         "nodes": nodes,
-        "requests_a_second": busy,
-        "proxies": math.ceil(busy * each["proxy"]),
-        "ingresses": math.ceil(busy * each["ingress"]),
-        "replicas": math.ceil(busy * each["replica"]),
+        "requests_a_second": rate,
+        "proxy_cores": rate * each["proxy"],
+        "ingress_cores": rate * (each["ingress"] + routing),
+        "routing_seconds": routing,
     }
 
 
@@ -158,7 +162,9 @@ def main() -> None:
             if ray:
                 print(f"{'':<9} Ray beside the requests: {each['beside']:.2f} of a core")
                 for nodes in (1, 10, 100):
-                    print(f"{'':<9} {plan(each, nodes, arguments.cores)}")
+                    planned = plan(each, nodes, arguments.cores)
+                    print(f"{'':<9} {', '.join(f'{name} {value:.4g}' for name, value in planned.items())}")
+                    figures.append({"way": "plan", "work": work, "cores": arguments.cores} | planned)
     record("cluster", figures, rates=measure_rates(os.cpu_count() or 1), path=arguments.output)
 
 

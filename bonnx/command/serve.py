@@ -90,6 +90,11 @@ def _add_ray(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ray-address", metavar="ADDRESS", help="address of a running cluster; by default one is started here"
     )
+    parser.add_argument(
+        "--every-node",
+        action="store_true",
+        help="listen on every node of the cluster that has a replica; by default on its head node",
+    )
     parser.add_argument("--replicas", type=int, default=1, help="minimum number of replicas on Ray")
     parser.add_argument(
         "--max-replicas", type=int, help="maximum number of replicas on Ray, by load; by default as many as --replicas"
@@ -187,7 +192,7 @@ def _on_ray(arguments: argparse.Namespace, settings: Settings) -> int:
     read_verified(Path(arguments.artifact))
     artifact = str(Path(arguments.artifact).resolve())
     application = deploy(artifact, settings, scale, memory_limit=arguments.memory_limit, cache_dir=arguments.cache_dir)
-    run_until_told(application, arguments.host, arguments.port, arguments.ray_address)
+    run_until_told(application, arguments.host, arguments.port, arguments.ray_address, every_node=arguments.every_node)
     return 0
 
 

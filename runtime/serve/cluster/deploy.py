@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import serve
-from ray.serve.config import RequestRouterConfig
+from ray.serve.config import ProxyLocation, RequestRouterConfig
 from ray.serve.schema import LoggingConfig
 
 from bonnx.errors import InputError
@@ -145,7 +145,9 @@ def _scaling(scale: Scale, least: int, requests: int) -> dict[str, Any]:
     return {"num_replicas": "auto", "autoscaling_config": autoscaling}
 
 
-def run_until_told(application: serve.Application, host: str, port: int, address: str | None) -> None:
+def run_until_told(
+    application: serve.Application, host: str, port: int, address: str | None, *, every_node: bool = False
+) -> None:
     """Serve until SIGTERM or SIGINT.
 
     Args:
@@ -153,6 +155,7 @@ def run_until_told(application: serve.Application, host: str, port: int, address
         host: address to listen on.
         port: port to listen on.
         address: address of a running cluster; by default one is started here.
+        every_node: listen on every node that has a replica, instead of the head node.
     """
     stopping = threading.Event()
     ray.init(address=address, include_dashboard=False, log_to_driver=False)
@@ -160,7 +163,8 @@ def run_until_told(application: serve.Application, host: str, port: int, address
         # Only now, because Ray sets its own handlers, which end the process with a trace.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: stopping.set())
-        serve.start(http_options={"host": host, "port": port})
+        where = ProxyLocation.EveryNode if every_node else ProxyLocation.HeadOnly
+        serve.start(where, {"host": host, "port": port})
         serve.run(application, name=_APPLICATION, route_prefix="/")
         stopping.wait()
     finally:

@@ -59,7 +59,7 @@ def check_as_alone(engine, request, growing):
         assert within(scores[best], scores[alone.best_index], RUNTIME)
 
 
-@pytest.mark.parametrize("company", range(4))
+@pytest.mark.parametrize("company", range(22))
 def test_each_gets_what_it_gets_alone(engine, rng, company):
     batch = ContinuousBatch(engine.session("decode"), engine.manifest.scoring.step_token)
     waiting, running, ended, left = [draw_request(engine, rng) for _ in range(25)], {}, [], 0
