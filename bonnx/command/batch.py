@@ -19,6 +19,7 @@ from bonnx.runtime.selection.answers import extractor
 
 from ..errors import BonnxError, InputError
 from . import add_cache_dir, print_json
+from .ray_cluster import add_ray_address, join_cluster, not_installed, warn_if_too_large
 
 __all__ = ["configure", "run"]
 
@@ -59,9 +60,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     add_cache_dir(parser)
     parser.add_argument("--ray", action="store_true", help="run on Ray Data: workers rank, this process writes")
-    parser.add_argument(
-        "--ray-address", metavar="ADDRESS", help="address of a running cluster; by default one is started here"
-    )
+    add_ray_address(parser)
     parser.add_argument(
         "--ray-workers", type=int, default=1, metavar="N", help="number of workers, each with its own model"
     )
@@ -148,10 +147,9 @@ def _nothing(output: Path, summary: Summary) -> str:
 
 def _ray(arguments: argparse.Namespace, task: Task) -> Callable[[Task, Iterable[Chunk]], Iterator[ChunkResult]]:
     try:
-        import ray
-
         from bonnx.runtime.batch.ray_data import on_ray
     except ModuleNotFoundError as e:
-        raise InputError(f"--ray: {e.name} is not installed; run `pip install bonnx[ray]`") from e
-    ray.init(address=arguments.ray_address, include_dashboard=False, log_to_driver=False)
+        raise not_installed(e) from e
+    join_cluster(arguments.ray_address)
+    warn_if_too_large("bonnx batch", arguments.ray_workers, task.threads or 1)
     return on_ray(arguments.ray_workers, task.threads or 1, arguments.ray_gpus)

@@ -16,6 +16,7 @@ from bonnx.runtime.serve.server import bind_to, log_to_stderr, make_server
 
 from ..errors import InputError
 from . import add_cache_dir
+from .ray_cluster import add_ray_address, join_cluster, not_installed, warn_if_too_large
 from .upstream import add_upstream, upstream_settings
 
 __all__ = ["configure", "run", "settings_of"]
@@ -87,9 +88,7 @@ def _add_ray(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ray", action="store_true", help="serve on Ray: replicas, each with its own limits and queues"
     )
-    parser.add_argument(
-        "--ray-address", metavar="ADDRESS", help="address of a running cluster; by default one is started here"
-    )
+    add_ray_address(parser)
     parser.add_argument(
         "--every-node",
         action="store_true",
@@ -177,9 +176,9 @@ def _on_ray(arguments: argparse.Namespace, settings: Settings) -> int:
     try:
         from bonnx.runtime.serve.cluster import Scale, deploy, run_until_told
     except ModuleNotFoundError as e:
-        if (e.name or "").split(".")[0] != "ray":
-            raise
-        raise InputError("--ray: Ray is not installed; run `pip install bonnx[ray]`") from e
+        raise not_installed(e) from e
+    if not arguments.port:
+        raise InputError("--port: Ray Serve takes no free port by itself; expected a number from 1 on, got 0")
     most = arguments.replicas if arguments.max_replicas is None else arguments.max_replicas
     scale = Scale(
         replicas=arguments.replicas,
@@ -192,7 +191,13 @@ def _on_ray(arguments: argparse.Namespace, settings: Settings) -> int:
     read_verified(Path(arguments.artifact))
     artifact = str(Path(arguments.artifact).resolve())
     application = deploy(artifact, settings, scale, memory_limit=arguments.memory_limit, cache_dir=arguments.cache_dir)
-    run_until_told(application, arguments.host, arguments.port, arguments.ray_address, every_node=arguments.every_node)
+    if arguments.ray_address is None:
+        # Ray would say that it is in use by a trace, after it has started everything else.
+        for listener in bind_to(arguments.host, arguments.port):
+            listener.close()
+    join_cluster(arguments.ray_address)
+    warn_if_too_large("bonnx serve", scale.replicas, scale.cpus)
+    run_until_told(application, arguments.host, arguments.port, every_node=arguments.every_node)
     return 0
 
 

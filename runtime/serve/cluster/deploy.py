@@ -61,9 +61,11 @@ class Scale:
     down_after: float = 600.0
 
     def __post_init__(self) -> None:
-        if not 1 <= self.replicas <= self.most_replicas:
+        if self.replicas < 1:
+            raise InputError(f"replicas: expected at least 1; got {self.replicas}")
+        if self.most_replicas < self.replicas:
             raise InputError(
-                f"replicas: expected at least 1 and at most {self.most_replicas}, the most allowed; got {self.replicas}"
+                f"most_replicas: expected at least {self.replicas}, the number of replicas; got {self.most_replicas}"
             )
         if self.cpus < 1 or self.gpus < 0:
             raise InputError(f"cpus and gpus of a replica: expected at least 1 and 0; got {self.cpus} and {self.gpus}")
@@ -145,20 +147,16 @@ def _scaling(scale: Scale, least: int, requests: int) -> dict[str, Any]:
     return {"num_replicas": "auto", "autoscaling_config": autoscaling}
 
 
-def run_until_told(
-    application: serve.Application, host: str, port: int, address: str | None, *, every_node: bool = False
-) -> None:
-    """Serve until SIGTERM or SIGINT.
+def run_until_told(application: serve.Application, host: str, port: int, *, every_node: bool = False) -> None:
+    """Serve until SIGTERM or SIGINT, on the cluster that `ray.init` has joined, which is left at the end.
 
     Args:
         application: the result of `deploy`.
         host: address to listen on.
         port: port to listen on.
-        address: address of a running cluster; by default one is started here.
         every_node: listen on every node that has a replica, instead of the head node.
     """
     stopping = threading.Event()
-    ray.init(address=address, include_dashboard=False, log_to_driver=False)
     try:
         # Only now, because Ray sets its own handlers, which end the process with a trace.
         for number in (signal.SIGTERM, signal.SIGINT):

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -207,6 +208,25 @@ def test_replicas_come_under_load_and_leave_after_it(url, dice):
     assert set(statuses) == {200}
     wait(lambda: len(pids()) == 2, 120)
     assert ask(url, ranking(dice)).status_code == 200
+
+
+def command_fails(*options):
+    """What `bonnx serve` says when it does not start."""
+    command = [sys.executable, "-m", "bonnx", "serve", *map(str, options)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    return done.stderr
+
+
+def test_what_cannot_start(countdown):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert f"{port} of 127.0.0.1 is in use" in command_fails(countdown, "--ray", "--port", port)
+    assert "expected a number from 1 on, got 0" in command_fails(countdown, "--ray", "--port", 0)
+    nowhere = f"127.0.0.1:{free_port()}"
+    assert f"there is no cluster at {nowhere}" in command_fails(countdown, "--ray", "--ray-address", nowhere)
+    assert "replicas: expected at least 1; got 0" in command_fails(countdown, "--ray", "--replicas", 0)
 
 
 class Context:
