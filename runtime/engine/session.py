@@ -117,6 +117,9 @@ class Session:
     def _host_values(self) -> frozenset[str]:
         """The inputs that a graph on CUDA reads on the host, and the outputs that it makes there."""
         session = self._session
+        if not hasattr(session, "get_input_memory_infos"):
+            # ONNX Runtime 1.23.0 does not say; binding copies these values then.
+            return frozenset()
         values = [*session.get_inputs(), *session.get_outputs()]
         places = [*session.get_input_memory_infos(), *session.get_output_memory_infos()]
         return frozenset(value.name for value, place in zip(values, places, strict=True) if place.name == "Cpu")
