@@ -7,15 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import torch
 
 import bonnx
 from bonnx.export.artifact import export_model
+from bonnx.export.precision.quantize import quantized
 from bonnx.runtime.artifact.manifest import Precision
+from bonnx.runtime.engine.engine import open_engine
 from bonnx.runtime.engine.placement import place_artifact
 
 from .machine import EXPORT, PRECISIONS, Machine, Size, rates, timed
 from .others import DTYPES, OnDevice, generate_ways, rank_ways, transformers_module
+from .slots import compared, slots_graph
 
 __all__ = ["placed", "speed"]
 
@@ -53,6 +57,8 @@ def speed(folder: Path, machine: Machine) -> Iterator[tuple[str, str]]:
             net = size.model()
             export_model(net, path, name=size.name, **options)
             yield from placed(path)
+            slots = folder / f"{size.name}-{precision}-slots.onnx"
+            ir.save(slots_graph(quantized(net, precision)), slots, external_data=f"{slots.name}.bin")
             ours = bonnx.load(path, provider=machine.provider)
             theirs = net.to(machine.provider, DTYPES[precision])
             peer = None if module is None else OnDevice(module, size, machine, precision)
@@ -60,6 +66,7 @@ def speed(folder: Path, machine: Machine) -> Iterator[tuple[str, str]]:
                 with torch.no_grad():
                     yield _rank(ours, theirs, peer, (size, precision, count), machine, peak)
                     yield _generate(ours, peer, (size, precision, count), machine, peak)
+            yield from _in_slots(path, slots, (size, precision), machine)
             # Before the next one is loaded beside it.
             ours.close()
             del theirs, peer, net
@@ -110,12 +117,30 @@ def _generate(
     return name, f"{_shown(times)}; host's loop {share} of the matrix and memory rates"
 
 
+def _in_slots(path: Path, slots: Path, what: tuple[Size, Precision], machine: Machine) -> Iterator[tuple[str, str]]:
+    size, precision = what
+    prompt = np.random.default_rng(1).integers(3, size.vocabulary, machine.prompt)
+    engine = open_engine(path, provider=machine.provider)
+    for count in machine.counts:
+        try:
+            result = compared(engine, slots, prompt, count, machine)
+        except Exception as e:
+            result = _failure(e)
+        yield f"captured decode {size.name} {precision}, a token of {count}", result
+    engine.close()
+
+
+def _failure(error: Exception) -> str:
+    first = str(error).splitlines()[:1]
+    return f"FAILED ({type(error).__name__}: {''.join(first)[:120]})"
+
+
 def _measured(way: Callable[[], Any], machine: Machine) -> float | str:
     """The time, or why there is none: one way that fails, such as for memory, is no reason to lose the others."""
     try:
         return timed(way, machine)
     except Exception as e:
-        return f"FAILED ({type(e).__name__}: {str(e).splitlines()[0][:120] if str(e) else ''})"
+        return _failure(e)
 
 
 def _shown(times: dict[str, float | str]) -> str:

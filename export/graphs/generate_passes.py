@@ -226,8 +226,8 @@ class RowsPass(nn.Module):
             x = trunk.enter(x)
             y = layer.attention_norm(x)
             q, k, v = layer.of_few(y, rows, rotation)
-            own_k = torch.cat([own_k, k.reshape(rows, kv_heads, 1, size)], 2)
-            own_v = torch.cat([own_v, v.reshape(rows, kv_heads, 1, size)], 2)
+            own_k = self.append(own_k, k.reshape(rows, kv_heads, 1, size), lengths)
+            own_v = self.append(own_v, v.reshape(rows, kv_heads, 1, size), lengths)
             grown += [own_k, own_v]
             q = q.reshape(rows, kv_heads, group, size)
             self_out, self_logit = attend_self(q, own_k.transpose(2, 3), own_v, near, layer.cap)
@@ -244,6 +244,10 @@ class RowsPass(nn.Module):
         logits = self.head(normed)
         scores = trunk.score(trunk.labels(normed)) if trunk.config.has_scorer else _certainty(logits)
         return scores, logits, *grown
+
+    def append(self, cache: Tensor, new: Tensor, lengths: Tensor) -> Tensor:
+        """Append to a cache (M, G, T, K) the keys or values of the new tokens (M, G, 1, K)."""
+        return torch.cat([cache, new], 2)
 
 
 def _certainty(logits: Tensor) -> Tensor:

@@ -103,7 +103,7 @@ def _graphs(
         yield "generate", generate_graph(*passes, trunk.config, scoring.pad_token)
         report("tracing decode")
         yield "prefill", prefill_graph(prompt_pass)
-        yield "decode", decode_graph(_trace_rows_pass(traced, head))
+        yield "decode", decode_graph(_trace_rows_pass(traced, RowsPass(trunk, head)))
 
 
 def _example(*shape: int, width: int | None = None) -> Tensor:
@@ -220,7 +220,8 @@ def _trace_token_pass(traced: _Traced, head: VocabularyHead) -> ir.Graph:
     return _trace(traced, TokenPass(traced.trunk, head), examples, axes, outputs)
 
 
-def _trace_rows_pass(traced: _Traced, head: VocabularyHead) -> ir.Graph:
+def _trace_rows_pass(traced: _Traced, rows_pass: RowsPass, ages: int = 5) -> ir.Graph:
+    """Trace a pass whose caches have 4 tokens of `ages` in the example."""
     config = traced.trunk.config
     heads, size = config.num_kv_heads, config.size_of_head
     rows: list[str | None] = ["rows"]
@@ -228,7 +229,7 @@ def _trace_rows_pass(traced: _Traced, head: VocabularyHead) -> ir.Graph:
         "tokens": _example(7),
         "prompts": torch.zeros(7, dtype=torch.int64),
         "lengths": torch.zeros(7, dtype=torch.int64),
-        "ages": torch.arange(4, -1, -1),
+        "ages": torch.arange(ages),
         "places": torch.zeros(2, 3, dtype=torch.int64),
         "back": torch.zeros(7, dtype=torch.int64),
         "attention_mask": torch.ones(2, 5, dtype=torch.int64),
@@ -245,7 +246,7 @@ def _trace_rows_pass(traced: _Traced, head: VocabularyHead) -> ir.Graph:
             examples[f"{kind}.{i}"] = torch.zeros(7, heads, 4, size)
             axes.append([*own])
             outputs[f"grown_{kind}.{i}"] = grown
-    return _trace(traced, RowsPass(traced.trunk, head), examples, axes, outputs)
+    return _trace(traced, rows_pass, examples, axes, outputs)
 
 
 def _cache_axes(layers: Iterable[int], *, candidates: bool) -> Iterator[tuple[str, list[str | None]]]:
