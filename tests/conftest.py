@@ -1,6 +1,7 @@
 """Artifacts that many tests share: exported once, never changed; a test that edits one copies it first."""
 
 import gc
+import json
 import os
 import shutil
 import signal
@@ -9,14 +10,17 @@ import hypothesis
 import pytest
 import torch
 from filelock import FileLock
+from jsonschema import Draft202012Validator
 from xdist.scheduler import LoadFileScheduling
 
 import bonnx
+from bonnx.export import artifact
 from bonnx.export.artifact import export_model
 from bonnx.models import build
 from bonnx.models.config import LanguageModelConfig, NetworkConfig
 from bonnx.models.network import LanguageModel
 from bonnx.runtime.artifact.manifest import Limits, Scoring
+from bonnx.runtime.artifact.schema import SCHEMA_FILE
 from bonnx.runtime.engine.engine import open_engine
 from tests import command_line, seeds
 from tests.seeds import (
@@ -94,6 +98,29 @@ def made_once(tmp_path_factory, name, make):
         if not made.exists():
             make(made)
     return made
+
+
+@pytest.fixture(scope="session")
+def manifest_schema():
+    """Checks a manifest against the JSON Schema that ships."""
+    schema = json.loads(SCHEMA_FILE.read_text(encoding="utf-8"))
+    Draft202012Validator.check_schema(schema)
+    return Draft202012Validator(schema)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _exports_follow_the_schema(manifest_schema):
+    """Whatever a test exports in this process has a manifest that follows the schema."""
+    write = artifact.seal
+
+    def checked(manifest):
+        text = write(manifest)
+        manifest_schema.validate(json.loads(text))
+        return text
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(artifact, "seal", checked)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,13 @@
-"""`manifest.json`: everything that a program needs to know about an artifact."""
+"""`manifest.json`: everything that a program needs to know about an artifact.
+
+`manifest.schema.json` is its JSON Schema, which schema.py makes of these types.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import re
-from typing import Literal, TypeAlias, get_args
+from typing import Annotated, Literal, TypeAlias, get_args
 
 import msgspec
 
@@ -50,6 +53,7 @@ Precision: TypeAlias = Literal["fp32", "fp16", "bf16", "int8", "int4"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 Verification: TypeAlias = Literal["full", "quick"]
 VERIFICATIONS: tuple[Verification, ...] = get_args(Verification)
+Digest: TypeAlias = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 _SEAL = re.compile(rb'"seal": "([0-9a-f]{64})"')
 _BLANK = b"0" * 64
 
@@ -80,8 +84,8 @@ class Graph(_Frozen, frozen=True, kw_only=True, forbid_unknown_fields=True):
 class File(_Frozen, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Hex sha256 and size in bytes."""
 
-    sha256: str
-    size: int
+    sha256: Digest
+    size: Annotated[int, msgspec.Meta(ge=0)]
 
 
 class Scoring(_Frozen, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -199,10 +203,11 @@ class Agreement(_Frozen, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class Manifest(_Frozen, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """See the fields of the parts."""
+    """What a program needs to know about an artifact."""
 
     schema_version: int
-    seal: str
+    seal: Digest
+    """The sha256 of the file itself, taken with 64 zeros in this place."""
     name: str
     source: str | None = None
     """Id and commit of the checkpoint, if it came from a hub."""
@@ -216,6 +221,7 @@ class Manifest(_Frozen, frozen=True, kw_only=True, forbid_unknown_fields=True):
     tokenizer: str | None
     text: TextRules = TextRules()
     files: dict[str, File]
+    """Every other file of the artifact, except the model card, by its path in it."""
     parity: list[Parity]
     """Against PyTorch with the weights of the same precision."""
     verification: Verification = "full"
