@@ -156,15 +156,18 @@ def run_until_told(application: serve.Application, host: str, port: int, *, ever
         port: port to listen on.
         every_node: listen on every node that has a replica, instead of the head node.
     """
-    stopping = threading.Event()
     try:
-        # Only now, because Ray sets its own handlers, which end the process with a trace.
+        # Ray has set its own handlers, which end the process with a trace.
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: stopping.set())
+            signal.signal(number, signal.default_int_handler)
         where = ProxyLocation.EveryNode if every_node else ProxyLocation.HeadOnly
         serve.start(where, {"host": host, "port": port})
         serve.run(application, name=_APPLICATION, route_prefix="/")
-        stopping.wait()
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        pass
     finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)
         serve.shutdown()  # type: ignore[no-untyped-call]
         ray.shutdown()
