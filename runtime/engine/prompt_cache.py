@@ -121,10 +121,22 @@ class PromptCache:
             count = seen
         return count if len(prompt) <= 2 * count and self.keeps(count) else 0
 
-    def after(self, prompt: Array, beginning: int, stop: Stop | None = None) -> dict[str, HeldArray]:
-        """As `read`, but only the first `beginning` tokens of the prompt are kept, which other prompts share."""
-        values = self.read(prompt[:beginning], stop, beginning=True)
-        return values if beginning == len(prompt) else self._continue(prompt, beginning, values, stop)
+    def after(self, prompts: Array, mask: Array, beginning: int, stop: Stop | None = None) -> dict[str, HeldArray]:
+        """The keys and values of prompts of which the first `beginning` tokens are the same: only these are kept.
+
+        Args:
+            prompts: (B, P) int64 or (B, P, embed_dim) float32.
+            mask: (B, P) int64.
+            beginning: at most P.
+            stop: ends the run.
+        """
+        values = self.read(prompts[0, :beginning], stop, beginning=True)
+        if beginning == prompts.shape[1]:
+            return values
+        past: Mapping[str, Array | HeldArray] = values
+        if len(prompts) > 1:
+            past = {name: np.repeat(value.numpy(), len(prompts), 0) for name, value in values.items()}
+        return self._continue(prompts, mask, beginning, past, stop)
 
     def read(self, prompt: Array, stop: Stop | None = None, *, beginning: bool = False) -> dict[str, HeldArray]:
         """The keys and values of a prompt, where the graphs run; they are kept if there is room.
@@ -156,7 +168,7 @@ class PromptCache:
                 if (gate := self._gate(prompt)) != self._gate(begun.prompt):
                     # The other prompt's gate reads another place, so from there on this one is read again.
                     shared = min(shared, gate)
-            entry.values = self._continue(prompt, shared, past, stop)
+            entry.values = self._continue(prompt[None], np.ones((1, len(prompt)), np.int64), shared, past, stop)
         finally:
             entry.ready.set()
             if not entry.values:
@@ -180,20 +192,18 @@ class PromptCache:
             return (self._entries[i], count) if count else (None, 0)
 
     def _continue(
-        self, prompt: Array, shared: int, past: dict[str, HeldArray], stop: Stop | None
+        self, prompts: Array, mask: Array, shared: int, past: Mapping[str, Array | HeldArray], stop: Stop | None
     ) -> dict[str, HeldArray]:
-        """Read a prompt from number `shared` on, piece by piece."""
+        """Read prompts from number `shared` on, piece by piece; with a gate one prompt."""
         session, (ids, *_) = self._session(PREFILL), self._session(PREFILL).graph.inputs
-        for first in range(shared, len(prompt), _PIECE):
-            last = min(first + _PIECE, len(prompt))
-            feeds: dict[str, Array | HeldArray] = {
-                ids.name: prompt[None, first:last],
-                "prompt_mask": np.ones((1, last), np.int64),
-            }
+        values: dict[str, HeldArray] = {}
+        for first in range(shared, prompts.shape[1], _PIECE):
+            last = min(first + _PIECE, prompts.shape[1])
+            feeds = {ids.name: prompts[:, first:last], "prompt_mask": mask[:, :last]}
             if self._manifest.scoring.gate_tokens:
-                feeds["gate_position"] = np.array([self._gate(prompt)])
-            past = session.values({**feeds, **as_past(past)}, stop=stop)
-        return past
+                feeds["gate_position"] = np.array([self._gate(prompts[0])])
+            values = session.values({**feeds, **as_past(values or past)}, stop=stop)
+        return values
 
     def _gate(self, prompt: Array) -> int:
         """Where the gate reads a prompt, if the scorer has one; else 0."""

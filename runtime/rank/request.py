@@ -87,8 +87,12 @@ class RankRequest:
         if not self.joins or not len(self.prompt):
             # Without a prompt to share another graph runs.
             return None
-        # After a prompt that is kept another graph runs, too: it reads one prompt.
-        after = (self.prompt_slot, self.beginning) if self.kept else None
+        after: Hashable = None
+        if self.continues:
+            # After a prompt that is kept another graph runs, too: it reads one prompt.
+            after = self.prompt_slot
+        elif self.beginning:
+            after = self.prompt[: self.beginning].tobytes(), len(self.prompt) > self.beginning
         return self.aggregation, self.ballot.vote, after
 
     @property

@@ -58,6 +58,9 @@ def fits(engine: Engine, tokens: int) -> Callable[[int, Shape], bool]:
     def fits(slots: int, shape: Shape) -> bool:
         if padded_tokens(slots, shape) > tokens or shape.candidates > limits.max_candidates:
             return False
+        if shape.kept and slots > 1 and not engine.prompts.keeps(slots * shape.prompt):
+            # Each slot has a copy of what the prompts begin with.
+            return False
         if memory is None:
             return True
         return slots * estimate_memory(engine.manifest, shape.candidates, shape.prompt, shape.length) <= memory
@@ -68,7 +71,13 @@ def fits(engine: Engine, tokens: int) -> Callable[[int, Shape], bool]:
 def cost(engine: Engine) -> Callable[[int, Shape], float]:
     """For `plan`: what a run costs, in tokens."""
     call = CALL_TOKENS[engine.provider]
-    return lambda slots, shape: call + padded_tokens(slots, shape)
+
+    def cost(slots: int, shape: Shape) -> float:
+        # The rest of prompts whose beginning is kept takes a run of its own.
+        runs = 1 + (0 < shape.kept < shape.prompt)
+        return runs * call + padded_tokens(slots, shape)
+
+    return cost
 
 
 def run_together(
@@ -120,9 +129,11 @@ def _run(engine: Engine, first: RankRequest, feeds: dict[str, Array], stop: Stop
         return engine.session("score").run(_feeds_of_score(feeds, suffix), outputs, stop)
     if not first.kept:
         return engine.session("rank").run(feeds, outputs, stop)
-    del feeds[f"prompt_{suffix}"]
-    prompts = engine.prompts
-    cache = prompts.read(first.prompt, stop) if first.continues else prompts.after(first.prompt, first.beginning, stop)
+    prompts = feeds.pop(f"prompt_{suffix}")
+    if first.continues:
+        cache = engine.prompts.read(first.prompt, stop)
+    else:
+        cache = engine.prompts.after(prompts, feeds["prompt_mask"], first.beginning, stop)
     values = engine.session(RANK_CACHED).values({**feeds, **cache}, stop=stop)
     return [values[name].numpy() for name in outputs]
 

@@ -143,6 +143,29 @@ def test_a_longer_rest_is_read_once_for_all_candidates(sharing, rng, runs):
     assert sharing.prompts.size == sharing.prompts._bytes(len(beginning))
 
 
+def test_longer_rests_of_several_prompts_are_read_together(sharing, plain, rng, runs):
+    beginning, call = draw(rng, 4 * LEAST // BLOCK * BLOCK), CALL_TOKENS["cpu"]
+    # Two of one prompt are among them.
+    rests = [np.concatenate([[i % 5], draw(rng, call - i % 5)]) for i in range(6)]
+    rests[5] = rests[0]
+    requests = [(np.concatenate([beginning, rest]), [draw(rng, 6) for _ in range(3)]) for rest in rests]
+    for prompt, candidates in requests[:2]:
+        run_together(sharing, [read_request(sharing, prompt, candidates, share=True)])
+    runs.clear()
+    jobs = [read_request(sharing, *request, share=True) for request in requests]
+    for job, found, request in zip(jobs, rank_all(sharing, jobs), requests, strict=True):
+        assert job.kept == len(beginning) < len(job.prompt)
+        check_same(found, plain.rank(*request))
+    ours = [run for run in runs if run[0] != "rank"]
+    assert ours == [("rank_prefill", 5 * (call + 1), 0), ("rank_cached", 0, 6)]
+    # As many copies of the beginning as the cache could hold.
+    sharing.prompts._limit = 3 * sharing.prompts._bytes(len(jobs[0].prompt))
+    runs.clear()
+    rank_all(sharing, jobs)
+    assert {tokens // call for name, tokens, _ in runs if name == "rank_prefill"} <= {1, 2, 3}
+    assert len(runs) > 2
+
+
 def test_prompts_that_share_little_are_left_alone(sharing, rng):
     beginning = draw(rng, LEAST)
     for _ in range(5):
