@@ -33,8 +33,8 @@ _APPLICATION, _MODEL = "bonnx", "Model"
 _REQUESTS_OF_A_REPLICA = 16
 # What the ingress does never blocks: it needs no thread beside that of Ray Serve.
 _ONE_THREAD = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0", "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0"}
-# An ingress only forwards.
-_REQUESTS_OF_AN_INGRESS = 256
+# An ingress only forwards: there is one for four replicas.
+_REQUESTS_OF_AN_INGRESS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
