@@ -1,7 +1,8 @@
 """Chats of many clients at once: time to the first token and to the answer, beside other servers.
 
 `python -m benchmarks.company ARTIFACT CHECKPOINT` starts, one after the other, `bonnx serve` with the artifact of a
-language model, and `transformers serve --continuous-batching` with the checkpoint that it was exported from, and puts
+language model, and `transformers serve --continuous-batching` with the checkpoint that it was exported from (with
+`--llama-server PROGRAM --gguf FILE` also llama.cpp's server with the checkpoint in its format), and puts
 the same load on each: 64 clients (`--clients`) that each send one chat completion after another and read it as it
 comes. No two are alike: prompts of 20 to 200 tokens, at most 8 to 64 new tokens, each with its own seed, temperature
 and top-p. bonnx also scores every completion. The third server, `one by one`, is bonnx without joining: each
@@ -19,6 +20,7 @@ import json
 import os
 import random
 import statistics
+import sys
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -111,16 +113,22 @@ def measure(name: str, arguments: argparse.Namespace) -> Times:
         ],
         "one by one": ["-m", "benchmarks.plain_server", arguments.artifact, str(port)],
         "transformers": ["-c", "from transformers.cli.transformers import main; main()", "serve"],
+        "llama.cpp": ["--parallel", str(arguments.clients), "--port", str(port), "--threads", str(os.cpu_count() or 1)],
     }
     command = commands[name]
     if name == "transformers":
         command += ["--continuous-batching", "--device", "cpu", "--dtype", "float32", "--port", str(port)]
         command.append(arguments.checkpoint)
+    program = sys.executable
+    if name == "llama.cpp":
+        program = arguments.llama_server
+        # Enough for the longest prompt and answer of each client.
+        command += ["--model", arguments.gguf, "--ctx-size", str(512 * arguments.clients), "--no-webui"]
     model = arguments.checkpoint if name == "transformers" else "model"
     bodies, path = chats(model), "/v1/chat/completions"
     if name == "bonnx serve":
         bodies = [body | {"best_of": 1} for body in bodies]
-    with server(command, port, "/health"):
+    with server(command, port, "/health", only_200=name == "llama.cpp", program=program):
         asyncio.run(_load(port, path, bodies, 4, 1.0))
         return asyncio.run(_load(port, path, bodies, arguments.clients, arguments.seconds))
 
@@ -163,6 +171,8 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=60, help="of a load (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--llama-server", metavar="PROGRAM", help="llama.cpp's server, to measure it, too")
+    parser.add_argument("--gguf", metavar="FILE", help="the checkpoint for llama.cpp's server")
     parser.add_argument("--fair", action="store_true", help="measure fairness instead")
     add_output(parser)
     arguments = parser.parse_args()
@@ -170,6 +180,7 @@ def main() -> None:
         record("company-fair", fair(arguments), rates=measure_rates(os.cpu_count() or 1), path=arguments.output)
         return
     names = ["bonnx serve", "one by one", *(["transformers"] if arguments.checkpoint else [])]
+    names += ["llama.cpp"] if arguments.llama_server else []
     runs: dict[str, list[Times]] = {name: [] for name in names}
     for _ in range(arguments.repeats):
         for name in names:

@@ -67,17 +67,18 @@ def processor_seconds(process: subprocess.Popen[bytes]) -> float:
 
 @contextlib.contextmanager
 def server(
-    command: Sequence[str], port: int, ready: str, *, only_200: bool = False
+    command: Sequence[str], port: int, ready: str, *, only_200: bool = False, program: str = sys.executable
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Run a server process until the block ends.
 
     Args:
-        command: arguments of the Python interpreter.
+        command: arguments of the program.
         port: the port on which the server listens.
         ready: a path that answers once the server is up.
         only_200: another status than 200 means that the server is not up yet.
+        program: what is run; by default Python.
     """
-    process = subprocess.Popen([sys.executable, *command], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([program, *command], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     try:
         for _ in range(600):
             if process.poll() is not None:
