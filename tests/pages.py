@@ -114,6 +114,9 @@ class PageReader:
     def _javascript(self, block: CodeBlock) -> None:
         raise NotImplementedError("a block of JavaScript needs packages: run it in tests/js/test_module.py")
 
+    def _cpp(self, block: CodeBlock) -> None:
+        raise NotImplementedError("a program of C++ needs a compiler: run it in tests/export/test_programs.py")
+
     def _html(self, block: CodeBlock) -> None:
         raise NotImplementedError("a page needs a browser")
 

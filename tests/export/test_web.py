@@ -1,25 +1,21 @@
-"""The graphs without bonnx: the programs of docs/graphs.md as they stand there, and onnxruntime-web against Python.
+"""The graphs without bonnx: onnxruntime-web against Python.
 
 The first run takes onnxruntime-web and a tokenizer from the npm registry, later ones from npm's own cache.
 """
 
 import json
-import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
 import pytest
 
-import bonnx
 from bonnx.models.countdown.vocabulary import END, PAD, STEP, encode
 from bonnx.runtime.artifact.manifest import Scoring, TextRules
 from tests.export.graphs.test_vote import vote_model
-from tests.npm import PACKAGES, PAGE, install
-from tests.tolerance import RUNTIME, within
+from tests.npm import PACKAGES, PAGE
 
 SCRIPT = Path(__file__).with_name("graph.mjs")
 LAST, MEAN, MIN = 0, 1, 2
@@ -100,16 +96,6 @@ def to_array(plain):
     return np.array([kind(x) for x in plain["data"]], plain["type"]).reshape(plain["dims"])
 
 
-@pytest.fixture(scope="module")
-def npm_folder(tmp_path_factory):
-    """Where Node finds the packages of the page, for a script that lies in it."""
-    folder = tmp_path_factory.mktemp("npm")
-    install(folder, PACKAGES)
-    yield folder
-    # 150 MB, and pytest keeps the folders of its last runs.
-    shutil.rmtree(folder / "node_modules")
-
-
 def in_node(artifact, graph, folder, cases):
     """The outputs of each case in onnxruntime-web, from one run of Node."""
     script, inputs, outputs = shutil.copy(SCRIPT, folder), folder / "cases.json", folder / "results.json"
@@ -188,42 +174,6 @@ def test_onnxruntime_web_weighs_raw_scores_the_same(npm_folder, tmp_path, rng):
     given = {"candidate_scores": scores, "answer_ids": rng.integers(-1, 3, (9, 2)), "vote": np.array(1)}
     (outputs,) = in_node(tmp_path, "vote", npm_folder, [given])
     check_same(outputs, session_of(tmp_path, "vote"), given)
-
-
-def program(language):
-    """The one program of the page in a language."""
-    (code,) = re.findall(rf"^```{language}\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    return code
-
-
-def printed(command, folder, artifact):
-    """What a program prints in a folder where the artifact is `artifacts/countdown`: a JSON object a line."""
-    (folder / "artifacts").mkdir()
-    (folder / "artifacts/countdown").symlink_to(artifact, target_is_directory=True)
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
-
-
-def check_program(artifact, ranked, generated):
-    model, prompt = bonnx.load(artifact), "3,7,20,24>1:"
-    ranking = model.rank(prompt, ["24-20=4;7-4=3;3/3=1;", "24/3=8;20-7=13;13-8=1;", "24-20=4;"])
-    assert ranked["best"] == ranking.best
-    assert within(np.array(ranked["scores"]), ranking.candidate_scores, RUNTIME)
-    result = model.generate(prompt, n=16, seed=0)
-    assert (generated["index"], generated["tokens"]) == (result.best_index, result.best.tokens.tolist())
-    assert generated["best"] == result.best.text
-    assert within(np.array(generated["scores"]), [c.score for c in result.candidates], RUNTIME)
-
-
-def test_the_python_program_of_the_page(countdown, tmp_path):
-    (tmp_path / "page.py").write_text(program("python"), encoding="utf-8")
-    check_program(countdown, *printed([sys.executable, "page.py"], tmp_path, countdown))
-
-
-def test_the_javascript_program_of_the_page(countdown, npm_folder):
-    (npm_folder / "page.mjs").write_text(program("javascript"), encoding="utf-8")
-    check_program(countdown, *printed([shutil.which("node"), "page.mjs"], npm_folder, countdown))
 
 
 def test_the_page_names_every_rule_of_the_manifest():
