@@ -31,6 +31,7 @@ from bonnx.runtime.artifact.manifest import (
 )
 from bonnx.runtime.engine.engine import make_engine
 from bonnx.runtime.engine.session import SessionOptions
+from bonnx.runtime.verification import verify
 
 from .card import model_card
 from .checkpoint.source import check_scoring, default_scoring
@@ -39,6 +40,7 @@ from .graphs.trace import DEFAULT_OPSET, OPSETS, trace_graphs
 from .graphs.vote import with_vote_weight
 from .graphs.write import write_graphs
 from .precision.quantize import quantized
+from .single_file import SingleFile, check_size, choose_graph, keep_one
 from .stages import Report, silent
 from .staging import check_output, staged
 from .verify.agreement import HeldOut, default_prompts, measure
@@ -69,6 +71,7 @@ def export_model(
     seed: int = 0,
     reload: Callable[[], LanguageModel | TwoHeadedNetwork] | None = None,
     verification: Verification = "full",
+    single_file: SingleFile | bool = False,
     report: Report = silent,
 ) -> Manifest:
     """Export a model to a temporary folder, verify it, and then move it to `output`.
@@ -93,10 +96,13 @@ def export_model(
         reload: loads the model again. If given, `model` is consumed: its memory is freed as soon as possible, so that
             an export needs little more than the model's own size.
         verification: `quick` runs every kind of check with fewer cases; the manifest says which it was.
+        single_file: keep one graph, with the weights inside: this one, or if True `generate` of a language model and
+            `rank` of others. It is verified like any other.
         report: is called with the name of each stage when it begins.
 
     Raises:
-        ExportError: if the folder exists, the disk is full, or verification fails; nothing is left behind.
+        ExportError: if the folder exists, the disk is full, verification fails, or a single file would be larger than
+            protobuf allows; nothing is left behind.
     """
     scoring, limits = with_vote_weight(scoring or default_scoring(model)), limits or Limits()
     _check_options(model, scoring, limits, opset, precision, min_agreement, verification)
@@ -109,6 +115,9 @@ def export_model(
     with staged(output) as folder:
         traced = trace_graphs(computed, scoring, opset=opset, report=report)
         graphs = write_graphs(traced, folder, _SUFFIXES[precision])
+        single = choose_graph(graphs, None if single_file is True else single_file) if single_file else None
+        if single is not None:
+            check_size(folder, graphs[single])
         parity = verify_graphs(
             computed, folder, graphs, scoring, limits, seed, frugal=frugal, quick=quick, report=report
         )
@@ -121,7 +130,12 @@ def export_model(
             load = reload or (lambda: model)
             agreement = measure(load, engine, prompts, source=origin, least=min_agreement, report=report)
             manifest = msgspec.structs.replace(manifest, agreement=agreement)
+        if single is not None:
+            manifest = msgspec.structs.replace(manifest, graphs=keep_one(folder, graphs, single))
         manifest = _write_manifest(manifest, folder)
+        if single is not None:
+            report("verifying the single file")
+            verify(folder, provider="cpu")[0].close()
     return manifest
 
 

@@ -26,6 +26,7 @@ def model_card(manifest: Manifest) -> str:
     example = [f"ranking = model.rank({text})", "ranking.best, ranking.candidate_scores"]
     if not manifest.has_scorer:
         kind, does = "language model", "generate completions, and choose by its own certainty or by votes"
+    if "rank" not in manifest.graphs:
         prompt = '"a prompt"' if manifest.tokenizer else "prompt"
         example = [f"model.generate({prompt}, n=16).best"]
     lines = [

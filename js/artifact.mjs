@@ -37,15 +37,15 @@ export class Files {
     if (/^https?:/i.test(text) || !inNode) {
       const base = new URL(text, globalThis.document?.baseURI ?? globalThis.location?.href);
       if (!base.pathname.endsWith("/")) base.pathname += "/";
-      this.read = (name, signal, size) => {
+      this.read = (name, signal, size, count = () => {}) => {
         checkInside(name);
         const address = new URL(encodeURI(name) + base.search, base);
-        return fetched(address, signal, size, (count) => this.#count(name, count));
+        return fetched(address, signal, size, count);
       };
     } else {
-      this.read = async (name, signal) => {
+      this.read = async (name, signal, size, count = () => {}) => {
         const bytes = await readFromFolder(source, name, signal);
-        this.#count(name, bytes.length);
+        count(bytes.length);
         return bytes;
       };
     }
@@ -68,9 +68,13 @@ export class Files {
       );
     }
     this.total += expected.size;
-    const before = this.loaded;
+    let counted = 0;
+    const count = (bytes) => {
+      counted += bytes;
+      this.#count(name, bytes);
+    };
     try {
-      const bytes = await this.read(name, signal, expected.size);
+      const bytes = await this.read(name, signal, expected.size, count);
       signal?.throwIfAborted();
       const where = `${this.source}/${name}`;
       if (bytes.length !== expected.size) {
@@ -92,7 +96,7 @@ export class Files {
     } catch (error) {
       // The next attempt counts from the beginning.
       this.total -= expected.size;
-      this.loaded = before;
+      this.loaded -= counted;
       throw error;
     }
   }

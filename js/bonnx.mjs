@@ -57,20 +57,19 @@ export async function load(source, options = {}) {
   const ort = await findRuntime(runtime);
   const sessions = new Sessions(files, manifest, ort, { executionProviders, threads });
   const { text: rules, scoring } = manifest;
-  const sourceOf = async (name) => new TextDecoder().decode(await files.verified(manifest, name, signal));
-  const tokenizer =
-    manifest.tokenizer === null
-      ? null
-      : new Tokenizer(await files.verified(manifest, manifest.tokenizer, signal), scoring, rules);
-  const chat =
-    rules.chat_template === null ? null : new ChatTemplate(await sourceOf(rules.chat_template), rules.template_tokens);
-  const pair =
-    rules.pair === null
-      ? null
-      : new PairTemplate(await sourceOf(rules.pair.template), rules.template_tokens, rules.pair);
-  // One graph is opened now, so that a runtime that cannot run it is reported at once.
-  for (const name of graphs ?? [scoring.token_score === "scorer" ? "rank" : "generate"])
-    await sessions.open(name, signal);
+  sessions.start();
+  const bytesOf = (name) => (name === null ? null : files.verified(manifest, name, signal));
+  // The graphs are opened now, so that a runtime that cannot run them is reported at once.
+  const [vocabulary, template, pairTemplate] = await Promise.all([
+    bytesOf(manifest.tokenizer),
+    bytesOf(rules.chat_template),
+    bytesOf(rules.pair?.template ?? null),
+    ...(graphs ?? [sessions.has("rank") ? "rank" : "generate"]).map((name) => sessions.open(name, signal)),
+  ]);
+  const textOf = (bytes) => new TextDecoder().decode(bytes);
+  const tokenizer = vocabulary && new Tokenizer(vocabulary, scoring, rules);
+  const chat = template && new ChatTemplate(textOf(template), rules.template_tokens);
+  const pair = pairTemplate && new PairTemplate(textOf(pairTemplate), rules.template_tokens, rules.pair);
   return new Model(manifest, new Reader(manifest, tokenizer, new Composer(rules, chat, pair)), sessions);
 }
 

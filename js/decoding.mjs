@@ -106,6 +106,8 @@ export async function* decodeAll(sessions, prompt, options, stepToken, ends, sig
     [1, prompt.length],
   );
   const graphs = sessions.manifest.graphs;
+  // Says what is wrong if there is none.
+  await sessions.open("decode", signal);
   if (!graphs.decode.inputs.some(({ name }) => name === "sources")) {
     throw new BonnxError(
       "schema",

@@ -65,7 +65,9 @@ export async function generate(manifest, reader, sessions, prompt, options = {})
     groupScores: null,
   });
   let result = null;
-  if (onToken !== null || signal !== undefined || checked.stops.inText) {
+  // A single file has no graph that could be stopped after a token.
+  const stops = signal !== undefined && sessions.has("decode");
+  if (onToken !== null || stops || checked.stops.inText) {
     const ends = checked.stops.inText
       ? (tokens) => reader.tokenizer.endsInStop(tokens, ids, checked.stops.texts)
       : null;
@@ -82,6 +84,7 @@ export async function generate(manifest, reader, sessions, prompt, options = {})
     }
   } else {
     const { rows, best } = await inOneRun(scoring, sessions, ids, checked);
+    signal?.throwIfAborted();
     result = make(
       rows,
       best,

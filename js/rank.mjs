@@ -122,12 +122,14 @@ async function run(manifest, sessions, width, rows, { reads, code, ballot, lengt
     ...(scoring.gate_tokens.length ? ["objectives"] : []),
   ];
   let outputs;
-  if (rows.prompt.length) {
+  if (rows.prompt.length || !(sessions.has("score") || scoring.gate_tokens.length)) {
+    // A prompt without tokens is one position of padding.
+    const prompt = rows.prompt.length ? rows.prompt : [fill];
     const feeds = {
-      [`prompt_${suffix}`]: tensor([rows.prompt], [1, rows.prompt.length]),
+      [`prompt_${suffix}`]: tensor([prompt], [1, prompt.length]),
       prompt_mask: sessions.int64(
-        rows.prompt.map(() => 1),
-        [1, rows.prompt.length],
+        prompt.map(() => Number(rows.prompt.length > 0)),
+        [1, prompt.length],
       ),
       [`candidate_${suffix}`]: tensor(values, [count, 1, length]),
       candidate_mask: sessions.int64(mask, [count, 1, length]),

@@ -17,6 +17,12 @@ const VECTORS = [
   0, 97, 115, 109, 1, 0, 0, 0, 1, 5, 1, 96, 0, 1, 123, 3, 2, 1, 0, 10, 10, 1, 8, 0, 65, 0, 253, 15, 253, 98, 11,
 ];
 
+// A graph of one operator, Not.
+const SMALLEST = [
+  8, 10, 58, 42, 10, 11, 10, 1, 120, 18, 1, 121, 34, 3, 78, 111, 116, 18, 1, 103, 90, 11, 10, 1, 120, 18, 6, 10, 4, 8,
+  9, 18, 0, 98, 11, 10, 1, 121, 18, 6, 10, 4, 8, 9, 18, 0, 66, 4, 10, 0, 16, 23,
+];
+
 /**
  * The runtime: the caller's, or that of the packages that is installed.
  *
@@ -91,6 +97,16 @@ export class Sessions {
     }
   }
 
+  /** Let WebAssembly start while the files of the artifact are still on their way. */
+  start() {
+    if (!isWeb(this.ort)) return;
+    const create = () => this.ort.InferenceSession.create(Uint8Array.from(SMALLEST), this.options);
+    // What is wrong is reported when the first graph is opened.
+    this.#inTurn(create)
+      .then((session) => session.release())
+      .catch(() => {});
+  }
+
   /** Whether the artifact has a graph. */
   has(name) {
     return Object.hasOwn(this.manifest.graphs, name);
@@ -107,7 +123,7 @@ export class Sessions {
       const names = Object.keys(this.manifest.graphs).sort().join(", ");
       throw new BonnxError(
         "input",
-        `'${this.manifest.name}' has no graph '${name}', only ${names}; export the model again with a bonnx that writes it`,
+        `'${this.manifest.name}' has no graph '${name}', only ${names}; export the model again without --single-file, or with a bonnx that writes it`,
       );
     }
     if (!this.#opened.has(name)) this.#opened.set(name, kept(this.#opened, name, this.#open(name, signal)));
@@ -116,15 +132,12 @@ export class Sessions {
 
   async #open(name, signal) {
     const { file } = this.manifest.graphs[name];
-    const graph = await this.files.verified(this.manifest, file, signal);
-    const weights = file.replace(/[^/]*$/, "weights.bin");
     const options = { ...this.options };
-    if (Object.hasOwn(this.manifest.files, weights)) {
-      if (!this.#weights.has(weights)) {
-        this.#weights.set(weights, kept(this.#weights, weights, this.files.verified(this.manifest, weights, signal)));
-      }
-      options.externalData = [{ path: "weights.bin", data: await this.#weights.get(weights) }];
-    }
+    const [graph, weights] = await Promise.all([
+      this.files.verified(this.manifest, file, signal),
+      this.#readWeights(file.replace(/[^/]*$/, "weights.bin"), signal),
+    ]);
+    if (weights !== null) options.externalData = [{ path: "weights.bin", data: weights }];
     if (["int8", "int4"].includes(this.manifest.precision) && !isWeb(this.ort) && (await mayOverflow())) {
       // Prevents overflow of 8-bit products; on processors with VNNI it would halve their speed.
       options.extra = { session: { x64quantprecision: "1" } };
@@ -135,6 +148,15 @@ export class Sessions {
     } catch (error) {
       throw explained(error, `the graph '${name}' could not be opened`);
     }
+  }
+
+  /** The weights of all graphs; null of an artifact that has them in its one graph. */
+  async #readWeights(file, signal) {
+    if (!Object.hasOwn(this.manifest.files, file)) return null;
+    if (!this.#weights.has(file)) {
+      this.#weights.set(file, kept(this.#weights, file, this.files.verified(this.manifest, file, signal)));
+    }
+    return this.#weights.get(file);
   }
 
   /**

@@ -16,6 +16,7 @@ from bonnx.export.checkpoint.published_rerankers import PUBLISHED
 from bonnx.export.checkpoint.source import Checkpoint, Overrides, read_checkpoint
 from bonnx.export.demo import demonstrate, draw_prompts, show
 from bonnx.export.graphs.trace import DEFAULT_OPSET, OPSETS
+from bonnx.export.single_file import SINGLE_FILES
 from bonnx.export.staging import check_output
 from bonnx.export.triton.repository import check_repository, write_repository
 from bonnx.export.verify.agreement import HeldOut, read_held_out
@@ -53,9 +54,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--precision",
         choices=PRECISIONS,
-        default="fp32",
         help="fp16, bf16: weights of half the size; int8: 8-bit products, the fastest on a CPU with VNNI; "
-        "int4: 4-bit weights, the smallest (default: %(default)s)",
+        "int4: 4-bit weights, the smallest (default: fp32, with --single-file int8)",
+    )
+    parser.add_argument(
+        "--single-file",
+        nargs="?",
+        choices=SINGLE_FILES,
+        const=True,
+        default=False,
+        help="write one graph with the weights inside, for a device or a page: generate (default for a language "
+        "model) or rank",
     )
     parser.add_argument(
         "--held-out",
@@ -159,6 +168,10 @@ def run(arguments: argparse.Namespace) -> int:
     shipped = arguments.checkpoint is None
     if arguments.output is None and not shipped:
         raise InputError("--checkpoint needs -o/--output: the folder to write")
+    if arguments.single_file and arguments.triton is not None:
+        raise InputError("--single-file and --triton: a repository for Triton needs all graphs; leave out one of them")
+    if arguments.precision is None:
+        arguments.precision = "int8" if arguments.single_file else "fp32"
     output = _output(arguments)
     check_output(output, overwrite=_overwrites(arguments))
     if arguments.triton is not None:
@@ -182,8 +195,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.triton is not None:
         models = write_repository(output, arguments.triton, overwrite=arguments.overwrite)
         print(f"wrote {arguments.triton} for Triton: {', '.join(models)}", file=sys.stderr)
-    # It shows what the scorer selects.
-    demonstration = demonstrate(output) if shipped and not arguments.no_scorer else None
+    # It shows what the scorer selects among what was generated.
+    demonstrates = shipped and not arguments.no_scorer and "generate" in manifest.graphs
+    demonstration = demonstrate(output) if demonstrates else None
     if arguments.json:
         summary: dict[str, object] = {"output": str(output), "parity": msgspec.to_builtins(manifest.parity)}
         summary["agreement"] = msgspec.to_builtins(manifest.agreement)
@@ -229,6 +243,7 @@ def _export(
             seed=arguments.seed,
             reload=checkpoint.reload,
             verification=arguments.verify,
+            single_file=arguments.single_file,
             report=report,
         )
 
@@ -244,6 +259,7 @@ def _describe(checkpoint: Checkpoint, source: str | Path) -> None:
 def _output(arguments: argparse.Namespace) -> Path:
     """The folder to write."""
     suffix = ("" if arguments.precision == "fp32" else f"_{arguments.precision}") + "_no_scorer" * arguments.no_scorer
+    suffix += "_single_file" * bool(arguments.single_file)
     output: Path = arguments.output or Path(f"{DEFAULT_OUTPUT}{suffix}")
     return output
 

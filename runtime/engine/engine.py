@@ -49,7 +49,7 @@ class SessionPool:
                 if graph is None:
                     raise ArtifactError(
                         f"{self._folder} has no graph '{name}', only {', '.join(sorted(self._manifest.graphs))}; "
-                        "export the model again with a bonnx that writes it"
+                        "export the model again without --single-file, or with a bonnx that writes it"
                     )
                 path = locate(self._folder, graph.file)
                 self._sessions[name] = Session(path, graph, self._options, self._key(graph.file))
@@ -170,7 +170,7 @@ def make_engine(folder: Path, manifest: Manifest, options: SessionOptions, promp
     """The engine of a folder whose manifest has been read."""
     sessions, reader = SessionPool(folder, manifest, _fitting(manifest, options)), _reader(folder, manifest)
     # One graph is loaded now, so that an unavailable provider is reported at once.
-    provider, limit = sessions("rank" if manifest.has_scorer else "generate").provider, options.memory_limit
+    provider, limit = sessions("rank" if "rank" in manifest.graphs else "generate").provider, options.memory_limit
     return Engine(
         manifest,
         reader,

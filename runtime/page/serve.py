@@ -12,6 +12,9 @@ __all__ = ["make_server"]
 class _Handler(http.server.SimpleHTTPRequestHandler):
     """Static files of one folder."""
 
+    # Connections stay open: a page has many small files.
+    protocol_version = "HTTP/1.1"
+
     extensions_map = {  # noqa: RUF012
         **http.server.SimpleHTTPRequestHandler.extensions_map,
         ".mjs": "text/javascript",

@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,8 @@ __all__ = ["RUNTIME", "Page", "write_page"]
 
 # The version that docs/graphs.md names and the tests run.
 RUNTIME = "onnxruntime-web@1.30.0"
-_GRAPHS = ("prefill", "decode")
+# Token by token, so that a visitor sees the candidates grow; or, in a single file, all in one run.
+_GRAPHS = (("prefill", "decode"), ("generate",))
 # Where each file of the npm packages lies in them, and on the page.
 _PACKAGE_FILES = {
     "onnxruntime-web/dist/ort.wasm.bundle.min.mjs": "runtime/ort.wasm.bundle.min.mjs",
@@ -70,16 +72,18 @@ def write_page(
         InputError: it does not generate, the output cannot be written, or the packages cannot be had.
     """
     manifest = read_verified(artifact)
-    missing = [name for name in _GRAPHS if name not in manifest.graphs]
-    if missing:
-        raise InputError(f"'{manifest.name}' has no graph {missing[0]}: a page needs a language model that generates")
+    graphs = next((names for names in _GRAPHS if all(name in manifest.graphs for name in names)), None)
+    if graphs is None:
+        raise InputError(
+            f"'{manifest.name}' has the graphs {', '.join(manifest.graphs)}: expected a language model that generates"
+        )
     _check_output(output, overwrite=overwrite)
-    settings = _settings(manifest, curve)
+    settings = _settings(manifest, graphs, curve)
     output.absolute().parent.mkdir(parents=True, exist_ok=True)
     # Beside its place, so that moving it there is a matter of names.
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.absolute().parent) as place:
         folder = Path(place) / "page"
-        model_bytes = _copy_model(artifact, manifest, folder / "model")
+        model_bytes = _copy_model(artifact, manifest, graphs, folder / "model")
         (folder / "page.json").write_text(json.dumps(settings | {"bytes": model_bytes}, indent=1), encoding="utf-8")
         _copy_site(folder)
         if packages is not None:
@@ -102,7 +106,7 @@ def _check_output(output: Path, *, overwrite: bool) -> None:
         raise InputError(f"{output} exists and is not a page that bonnx wrote; choose another folder")
 
 
-def _settings(manifest: Manifest, curve: Path | None) -> dict[str, object]:
+def _settings(manifest: Manifest, graphs: Sequence[str], curve: Path | None) -> dict[str, object]:
     """What the page has to know of the model before it is loaded."""
     countdown = manifest.name.startswith("countdown") and manifest.tokenizer is not None
     chat = manifest.text.chat_template is not None
@@ -110,6 +114,7 @@ def _settings(manifest: Manifest, curve: Path | None) -> dict[str, object]:
     return {
         "name": manifest.name,
         "seal": manifest.seal,
+        "graphs": [*graphs],
         "kind": "countdown" if countdown else "text",
         "chat": chat and not countdown,
         "probability": manifest.scoring.activation in ("sigmoid", "softmax"),
@@ -135,10 +140,10 @@ def _read_curve(path: Path) -> dict[str, object]:
     return {"lines": list(names.values()), "points": whole}
 
 
-def _copy_model(artifact: Path, manifest: Manifest, folder: Path) -> int:
-    """Copy what the page loads: the manifest, two graphs with the weights, and the text's files; return their bytes."""
+def _copy_model(artifact: Path, manifest: Manifest, graphs: Sequence[str], folder: Path) -> int:
+    """Copy what the page loads: the manifest, the graphs with the weights, and the text's files; return their bytes."""
     rules = manifest.text
-    names = {manifest.graphs[name].file for name in _GRAPHS} | {manifest.tokenizer, rules.chat_template}
+    names = {manifest.graphs[name].file for name in graphs} | {manifest.tokenizer, rules.chat_template}
     names |= {name for name in manifest.files if name.endswith(WEIGHTS)}
     size = 0
     for name in [MANIFEST, *sorted(name for name in names if name)]:

@@ -126,8 +126,10 @@ def _run(engine: Engine, first: RankRequest, feeds: dict[str, Array], stop: Stop
     outputs = [*_OUTPUTS, "objectives"] if engine.manifest.scoring.gate_tokens else _OUTPUTS
     if not len(first.prompt):
         # The prompt's last token is merged with each candidate's first one, so no tokens are shared.
-        return engine.session("score").run(_feeds_of_score(feeds, suffix), outputs, stop)
-    if not first.kept:
+        if "score" in engine.manifest.graphs or engine.manifest.scoring.gate_tokens:
+            return engine.session("score").run(_feeds_of_score(feeds, suffix), outputs, stop)
+        feeds = {**feeds, **_padded_prompts(feeds, suffix)}
+    if not len(first.prompt) or not first.kept:
         return engine.session("rank").run(feeds, outputs, stop)
     prompts = feeds.pop(f"prompt_{suffix}")
     if first.continues:
@@ -203,6 +205,13 @@ def _feeds(
         **first.ballot.feeds(),
         "answer_ids": answers,
     }
+
+
+def _padded_prompts(feeds: dict[str, Array], suffix: str) -> dict[str, Array]:
+    """Prompts without tokens as one position of padding, which is how `rank` takes them."""
+    prompts, mask = feeds[f"prompt_{suffix}"], feeds["prompt_mask"]
+    shape = len(prompts), 1, *prompts.shape[2:]
+    return {f"prompt_{suffix}": np.zeros(shape, prompts.dtype), "prompt_mask": np.zeros(shape[:2], mask.dtype)}
 
 
 def _feeds_of_score(feeds: dict[str, Array], suffix: str) -> dict[str, Array]:

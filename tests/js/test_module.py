@@ -16,6 +16,7 @@ from bonnx.models.countdown.puzzle import draw_puzzles
 from bonnx.runtime.artifact.manifest import Limits, Manifest, PairRules, Scoring, TextRules
 from tests.checkpoints import ANSWERS, QUESTION, make
 from tests.exported import export
+from tests.folded import folded
 from tests.gated_checkpoints import HEADER, make_gated
 from tests.head_checkpoints import make_other
 from tests.js.asking import ask, check, in_node
@@ -158,6 +159,24 @@ def test_no_tokenizer_and_embeddings(tiny, small, npm_folder, dice, rng):
     answers = ask(npm_folder, questions)
     assert check(tiny, calls, answers[0]) == 0
     assert check(small, of_rows, answers[1]) == 0
+
+
+def test_a_single_file(countdown, npm_folder, tmp_path, dice):
+    """One graph with the weights inside; what needs another is refused."""
+    generates, ranks = (folded(countdown, tmp_path / name, name) for name in ("generate", "rank"))
+    prompts = ["3,7,20,24>1:", "4,9,13>43:"]
+    calls = [
+        {**call, "options": {name: value for name, value in call["options"].items() if name != "onToken"}}
+        for call in generate_calls(dice, 4, prompts, [[]], prunes=False)
+    ]
+    ranked = [{"method": "rank", "arguments": [prompts[0], ["24-20=4;7-4=3;3/3=1;", "24/3=8;"]]}]
+    growing = {"method": "generate", "arguments": [prompts[0]], "options": {"onToken": True}}
+    questions = [{"artifact": str(generates), "calls": [*calls, growing]}, {"artifact": str(ranks), "calls": ranked}]
+    (*generated, refused), rankings = ask(npm_folder, questions)
+    assert check(generates, calls, generated) == 0
+    assert check(ranks, ranked, rankings) == 0
+    assert refused["code"] == "input"
+    assert "without --single-file" in refused["error"]
 
 
 def test_candidates_that_rotate_by_their_own_length(npm_folder, tmp_path, dice, rng):

@@ -45,7 +45,7 @@ async function start() {
   dress();
   // More threads than this gain little, and take the processor from everything else.
   const threads = self.crossOriginIsolated ? Math.min(navigator.hardwareConcurrency || 1, 4) : 1;
-  worker.postMessage({ kind: "load", seal: config.seal, threads });
+  worker.postMessage({ kind: "load", seal: config.seal, graphs: config.graphs, threads });
 }
 
 /** What depends on the model. */
@@ -139,8 +139,10 @@ function run() {
   };
   if (config.kind !== "countdown") options.maxNewTokens = Number($("longest").value);
   $("run").disabled = true;
-  $("stop").hidden = false;
-  $("status").textContent = "Reading the prompt.";
+  // A single run does not end before all candidates have.
+  const grows = config.graphs.includes("decode");
+  $("stop").hidden = !grows;
+  $("status").textContent = grows ? "Reading the prompt." : "Generating.";
   cards = Array.from({ length: options.n }, (_, i) => new Card(i));
   $("candidates").replaceChildren(...cards.map((card) => card.element));
   const asked = config.chat ? [{ role: "user", content: prompt }] : prompt;
@@ -164,6 +166,7 @@ class Card {
       this.element.append(part);
       return part;
     });
+    this.text.setAttribute("role", "group");
     this.text.setAttribute("aria-label", `Candidate ${number + 1}`);
   }
 

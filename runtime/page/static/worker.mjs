@@ -7,8 +7,13 @@
 
 import { BonnxError, load } from "./bonnx/bonnx.mjs";
 
+// Asked for at once, though it is used later.
+const importing = import("./runtime/ort.wasm.bundle.min.mjs");
+importing.catch(() => {});
 const CACHE = "bonnx-model";
 let model = null;
+// Whether candidates can be watched while they grow.
+let grows = true;
 let controller = null;
 
 self.onmessage = async ({ data: { kind, ...rest } }) => {
@@ -22,14 +27,15 @@ self.onmessage = async ({ data: { kind, ...rest } }) => {
   }
 };
 
-async function open({ seal, threads }) {
+async function open({ seal, threads, graphs }) {
+  grows = graphs.includes("decode");
   const plain = self.fetch.bind(self);
   self.fetch = (input, options) => cached(plain, input, options);
-  const runtime = await import("./runtime/ort.wasm.bundle.min.mjs");
+  const runtime = await importing;
   model = await load(new URL(`model/?v=${seal}`, self.location.href), {
     runtime,
     threads,
-    graphs: ["prefill", "decode"],
+    graphs,
     onProgress: ({ loaded, total }) => self.postMessage({ kind: "progress", loaded, total }),
   });
   forgetOthers(seal);
@@ -77,6 +83,7 @@ async function generate({ prompt, options, byText }) {
     self.postMessage({ kind, rows, tokens: state.computedTokens, seconds, best: state.bestIndex });
   };
   const answers = options.vote === "score" ? null : byText ? (text) => text || null : "number";
-  const result = await model.generate(prompt, { ...options, answers, onToken: (state) => send(state, "state"), signal: controller.signal });
+  const onToken = grows ? (state) => send(state, "state") : null;
+  const result = await model.generate(prompt, { ...options, answers, onToken, signal: controller.signal });
   send(result, "done");
 }

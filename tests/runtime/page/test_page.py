@@ -18,6 +18,7 @@ from bonnx.runtime.page import write as module
 from bonnx.runtime.page import write_page
 from bonnx.runtime.page.serve import make_server
 from tests.command_line import run
+from tests.folded import folded
 from tests.npm import install
 from tests.pages import ROOT
 
@@ -112,6 +113,21 @@ def test_a_visitor_sees_the_candidates_and_the_winner(countdown, site, npm_folde
             if not card["dropped"]:
                 assert (card["note"] == "right") == check(puzzle, card["text"])
     assert "Expected a puzzle such as 3,7,20,24>1: but got 3,7,20" in bad["after"]["problem"]
+
+
+def test_a_page_of_a_single_file(countdown, npm_folder, tmp_path):
+    artifact = folded(countdown, tmp_path / "one", "generate")
+    write_page(artifact, tmp_path / "page", packages=npm_folder / "node_modules")
+    assert [path.name for path in (tmp_path / "page/model/onnx").iterdir()] == ["generate.onnx"]
+    with serving(tmp_path / "page") as url:
+        (step,) = browse(npm_folder, url, [{"axe": True}])
+    generation = bonnx.load(artifact).generate("3,7,20,24>1:", n=16, seed=0)
+    cards = step["after"]["cards"]
+    assert sorted(card["text"] for card in cards) == sorted(c.text for c in generation.candidates)
+    assert cards[0]["text"] == generation.best.text
+    assert cards[0]["score"] == f"{generation.best.score:.3f}"
+    assert f"Chosen: candidate {generation.best_index + 1} of 16." in step["after"]["status"]
+    assert step["violations"] == []
 
 
 def test_a_browser_draws_the_same_tokens_as_python(countdown, site, npm_folder, rng):
