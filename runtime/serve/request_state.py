@@ -11,10 +11,11 @@ from starlette.requests import Request
 from .batcher import DeadlineError
 from .errors import ApiError
 
-__all__ = ["add_up", "note", "size", "time_allowed", "unless_gone"]
+__all__ = ["LONGEST_TIMEOUT", "add_up", "note", "size", "time_allowed", "unless_gone"]
 
 T = TypeVar("T")
-_LONGEST_TIMEOUT = 3600.0
+# What a client may ask for, in seconds.
+LONGEST_TIMEOUT = 3600.0
 
 
 def note(request: Request, **notes: object) -> None:
@@ -77,6 +78,6 @@ def time_allowed(headers: Iterable[tuple[bytes, bytes]], most: float) -> float:
         seconds = float(header)
     except ValueError:
         seconds = 0.0
-    if not 0 < seconds <= _LONGEST_TIMEOUT:
+    if not 0 < seconds <= LONGEST_TIMEOUT:
         raise ApiError(400, f"X-Request-Timeout: expected seconds above 0; got {header!r:.40}")
     return min(most, seconds)

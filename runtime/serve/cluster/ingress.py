@@ -22,7 +22,7 @@ from ..batcher import DeadlineError
 from ..errors import ApiError
 from ..metrics import Metrics
 from ..middleware import RequestMiddleware
-from ..request_state import time_allowed, unless_gone
+from ..request_state import LONGEST_TIMEOUT, time_allowed, unless_gone
 from ..settings import Settings
 from .forwarded import Forwarded, prompt_key
 
@@ -132,7 +132,7 @@ class _Forwarding:
 
 def _forwarded(scope: Scope, until: float) -> Scope:
     """The scope as a replica gets it, with the time that is left and the id of the request."""
-    ours = {b"x-request-timeout": f"{max(0.001, until - time.monotonic()):.3f}".encode()}
-    ours[b"x-request-id"] = scope["state"]["request_id"].encode()
+    left = min(max(0.001, until - time.monotonic()), LONGEST_TIMEOUT)
+    ours = {b"x-request-timeout": f"{left:.3f}".encode(), b"x-request-id": scope["state"]["request_id"].encode()}
     headers = [(name, value) for name, value in scope["headers"] if name not in ours]
     return {name: scope[name] for name in _KEPT if name in scope} | {"headers": [*headers, *ours.items()]}
