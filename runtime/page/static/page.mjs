@@ -45,13 +45,21 @@ async function start() {
   dress();
   // More threads than this gain little, and take the processor from everything else.
   const threads = self.crossOriginIsolated ? Math.min(navigator.hardwareConcurrency || 1, 4) : 1;
-  worker.postMessage({ kind: "load", seal: config.seal, graphs: config.graphs, threads });
+  worker.postMessage({ kind: "load", seal: config.seal, graphs: config.graphs, threads, trial: config.webgpu ? trial() : null });
+}
+
+/** What WebAssembly and WebGPU are both asked before one of them is chosen. */
+function trial() {
+  const example = config.examples[0];
+  const asked = config.chat ? [{ role: "user", content: example }] : example;
+  const always = new URLSearchParams(location.search).get("webgpu") === "always";
+  return { prompt: asked, options: { n: config.candidates, maxNewTokens: 12, seed: 0 }, always };
 }
 
 /** What depends on the model. */
 function dress() {
   document.title = `Best of N: ${config.name}`;
-  $("facts").textContent = `${config.name}, ${(config.bytes / MEGABYTE).toFixed(0)} MB, runs in WebAssembly.`;
+  facts("WebAssembly");
   const countdown = config.kind === "countdown";
   if (countdown) {
     $("about").textContent =
@@ -77,6 +85,11 @@ function dress() {
   if (config.curve) draw(config.curve);
 }
 
+function facts(runsOn, unused = null) {
+  const why = unused === null ? "" : ` WebGPU is not used: ${unused}.`;
+  $("facts").textContent = `${config.name}, ${(config.bytes / MEGABYTE).toFixed(0)} MB, runs in ${runsOn}.${why}`;
+}
+
 function button(text, value) {
   const made = Object.assign(document.createElement("button"), { type: "button", textContent: text });
   made.addEventListener("click", () => {
@@ -94,7 +107,11 @@ worker.onmessage = ({ data }) => {
   if (data.kind === "progress") {
     $("progress").value = data.loaded / data.total;
     $("progress-text").textContent = `Loading ${(data.loaded / MEGABYTE).toFixed(0)} of ${(data.total / MEGABYTE).toFixed(0)} MB`;
+  } else if (data.kind === "trying") {
+    $("progress").removeAttribute("value");
+    $("progress-text").textContent = "Comparing WebGPU with WebAssembly";
   } else if (data.kind === "ready") {
+    facts(data.runsOn, data.unused);
     $("loading").hidden = true;
     $("run").disabled = false;
     $("status").textContent = "Ready.";

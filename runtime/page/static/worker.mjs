@@ -27,19 +27,56 @@ self.onmessage = async ({ data: { kind, ...rest } }) => {
   }
 };
 
-async function open({ seal, threads, graphs }) {
+async function open({ seal, threads, graphs, trial }) {
   grows = graphs.includes("decode");
   const plain = self.fetch.bind(self);
   self.fetch = (input, options) => cached(plain, input, options);
-  const runtime = await importing;
-  model = await load(new URL(`model/?v=${seal}`, self.location.href), {
-    runtime,
-    threads,
-    graphs,
+  const options = { threads, graphs };
+  const address = new URL(`model/?v=${seal}`, self.location.href);
+  model = await load(address, {
+    ...options,
+    runtime: await importing,
     onProgress: ({ loaded, total }) => self.postMessage({ kind: "progress", loaded, total }),
   });
   forgetOthers(seal);
-  self.postMessage({ kind: "ready", limits: model.manifest.limits });
+  const unused = trial === null ? null : await tryWebGpu(address, options, trial);
+  self.postMessage({ kind: "ready", runsOn: trial !== null && unused === null ? "WebGPU" : "WebAssembly", unused });
+}
+
+/**
+ * Let the graphics processor run the model, if it chooses the same winner as WebAssembly, in less time.
+ *
+ * @param {URL} address of the model
+ * @param {object} options of `load`
+ * @param {{prompt: unknown, options: object, always: boolean}} trial what both are asked; `always`: also if it takes longer
+ * @returns {Promise<string | null>} why it is not used
+ */
+async function tryWebGpu(address, options, trial) {
+  if (!(await self.navigator.gpu?.requestAdapter())) return "this browser offers none";
+  self.postMessage({ kind: "trying" });
+  let other = null;
+  const ask = async (asked) => {
+    const start = performance.now();
+    const { best } = await asked.generate(trial.prompt, { ...trial.options, onToken: grows ? () => {} : null });
+    return { tokens: String(best.tokens), time: performance.now() - start };
+  };
+  try {
+    const runtime = await import("./runtime/ort.webgpu.bundle.min.mjs");
+    other = await load(address, { ...options, runtime, executionProviders: ["webgpu", "wasm"] });
+    // The first run of each compiles.
+    const [first] = [await ask(other), await ask(model)];
+    const [there, here] = [await ask(other), await ask(model)];
+    if (first.tokens !== here.tokens || there.tokens !== here.tokens) throw new Error("it chose another answer");
+    if (there.time > here.time && !trial.always) {
+      throw new Error(`it took ${there.time.toFixed(0)} ms where WebAssembly took ${here.time.toFixed(0)}`);
+    }
+    await model.close();
+    model = other;
+    return null;
+  } catch (error) {
+    await other?.close();
+    return String(error?.message ?? error);
+  }
 }
 
 /** The files of this model from the browser's cache, once they have been fetched. */

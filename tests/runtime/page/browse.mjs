@@ -1,14 +1,14 @@
 /**
- * Drive a page in Chromium: `node browse.mjs CHROMIUM URL STEPS.json RESULTS.json`. It runs the steps and writes what each
+ * Drive a page in Chromium: `node browse.mjs CHROMIUM URL STEPS.json RESULTS.json SWITCH...`. It runs the steps and writes what each
  * saw, and every request that left the page's own host.
  */
 
 import { readFile, writeFile } from "node:fs/promises";
 import puppeteer from "puppeteer-core";
 
-const [chromium, url, stepsFile, resultsFile] = process.argv.slice(2);
+const [chromium, url, stepsFile, resultsFile, ...switches] = process.argv.slice(2);
 const steps = JSON.parse(await readFile(stepsFile, "utf8"));
-const browser = await puppeteer.launch({ executablePath: chromium, args: ["--no-sandbox"] });
+const browser = await puppeteer.launch({ executablePath: chromium, args: ["--no-sandbox", ...switches] });
 const results = { outside: [], errors: [], steps: [] };
 
 const ended = () => performance.getEntriesByName("done").length > 0 || !document.getElementById("problem").hidden;
@@ -17,6 +17,7 @@ const ready = () => document.getElementById("status").textContent === "Ready." |
 const seen = (page) =>
   page.evaluate(() => ({
     title: document.title,
+    facts: document.getElementById("facts").textContent,
     status: document.getElementById("status").textContent,
     problem: document.getElementById("problem").hidden ? null : document.getElementById("problem").textContent,
     isolated: crossOriginIsolated,

@@ -59,7 +59,7 @@ def serving(folder):
             thread.join()
 
 
-def browse(npm_folder, url, steps):
+def browse(npm_folder, url, steps, *switches):
     """What each step saw; nothing may be fetched from elsewhere."""
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if chromium is None:
@@ -67,7 +67,7 @@ def browse(npm_folder, url, steps):
     script, asked, found = (npm_folder / name for name in (SCRIPT.name, "steps.json", "results.json"))
     shutil.copy(SCRIPT, script)
     asked.write_text(json.dumps(steps))
-    command = [shutil.which("node"), script, chromium, url, asked, found]
+    command = [shutil.which("node"), script, chromium, url, asked, found, *switches]
     done = subprocess.run(command, cwd=npm_folder, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     results = json.loads(found.read_text())
@@ -128,6 +128,40 @@ def test_a_page_of_a_single_file(countdown, npm_folder, tmp_path):
     assert cards[0]["score"] == f"{generation.best.score:.3f}"
     assert f"Chosen: candidate {generation.best_index + 1} of 16." in step["after"]["status"]
     assert step["violations"] == []
+
+
+@pytest.fixture
+def webgpu_page(countdown, npm_folder, tmp_path):
+    """A page that tries WebGPU, with one candidate: in software it takes seconds for each token."""
+    write_page(countdown, tmp_path / "page", packages=npm_folder / "node_modules", webgpu=True)
+    settings = json.loads((tmp_path / "page/page.json").read_text())
+    (tmp_path / "page/page.json").write_text(json.dumps(settings | {"candidates": 1}))
+    return tmp_path / "page"
+
+
+def check_facts(countdown, step, facts):
+    assert re.search(facts, step["before"]["facts"]), step["before"]["facts"]
+    assert step["after"]["cards"][0]["text"] == bonnx.load(countdown).generate("3,7,20,24>1:", n=1, seed=0).best.text
+
+
+def test_a_browser_without_webgpu_runs_in_webassembly(countdown, webgpu_page, npm_folder):
+    with serving(webgpu_page) as url:
+        (step,) = browse(npm_folder, url, [{}], "--disable-features=WebGPU", "--disable-gpu")
+    check_facts(countdown, step, r"runs in WebAssembly\. WebGPU is not used: this browser offers none\.$")
+
+
+@pytest.mark.slow
+def test_webgpu_is_used_where_it_chooses_the_same_winner(countdown, webgpu_page, npm_folder):
+    """SwiftShader computes in software what a graphics processor would, and takes longer than WebAssembly."""
+    software = ("--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader")
+    with serving(webgpu_page) as url:
+        slower, used = browse(npm_folder, url, [{}, {"path": "?webgpu=always"}], *software)
+    if "this browser offers none" in slower["before"]["facts"]:
+        pytest.skip("this Chromium has no WebGPU, not even in software")
+    check_facts(
+        countdown, slower, r"runs in WebAssembly\. WebGPU is not used: it took \d+ ms where WebAssembly took \d+\.$"
+    )
+    check_facts(countdown, used, r"runs in WebGPU\.$")
 
 
 def test_a_browser_draws_the_same_tokens_as_python(countdown, site, npm_folder, rng):
