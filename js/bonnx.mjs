@@ -57,7 +57,6 @@ export async function load(source, options = {}) {
   const ort = await findRuntime(runtime);
   const sessions = new Sessions(files, manifest, ort, { executionProviders, threads });
   const { text: rules, scoring } = manifest;
-  sessions.start();
   const bytesOf = (name) => (name === null ? null : files.verified(manifest, name, signal));
   // The graphs are opened now, so that a runtime that cannot run them is reported at once.
   const [vocabulary, template, pairTemplate] = await Promise.all([

@@ -5,6 +5,7 @@
  */
 
 import { BonnxError } from "./errors.mjs";
+import { startWebAssembly } from "./start.mjs";
 
 // Variables, so that a bundler for browsers does not look for them.
 const NODE_PACKAGE = "onnxruntime-node";
@@ -15,12 +16,6 @@ const NO_MEMORY =
 // The smallest WebAssembly module with a vector instruction.
 const VECTORS = [
   0, 97, 115, 109, 1, 0, 0, 0, 1, 5, 1, 96, 0, 1, 123, 3, 2, 1, 0, 10, 10, 1, 8, 0, 65, 0, 253, 15, 253, 98, 11,
-];
-
-// A graph of one operator, Not.
-const SMALLEST = [
-  8, 10, 58, 42, 10, 11, 10, 1, 120, 18, 1, 121, 34, 3, 78, 111, 116, 18, 1, 103, 90, 11, 10, 1, 120, 18, 6, 10, 4, 8,
-  9, 18, 0, 98, 11, 10, 1, 121, 18, 6, 10, 4, 8, 9, 18, 0, 66, 4, 10, 0, 16, 23,
 ];
 
 /**
@@ -90,21 +85,9 @@ export class Sessions {
     this.ort = ort;
     this.executionProviders = executionProviders ?? [isWeb(ort) ? "wasm" : "cpu"];
     this.options = { executionProviders: this.executionProviders };
-    if (threads !== undefined) {
-      // The threads of WebAssembly are those of the whole page; they must be set before its first session.
-      if (isWeb(ort)) ort.env.wasm.numThreads = threads;
-      else this.options.intraOpNumThreads = threads;
-    }
-  }
-
-  /** Let WebAssembly start while the files of the artifact are still on their way. */
-  start() {
-    if (!isWeb(this.ort)) return;
-    const create = () => this.ort.InferenceSession.create(Uint8Array.from(SMALLEST), this.options);
-    // What is wrong is reported when the first graph is opened.
-    this.#inTurn(create)
-      .then((session) => session.release())
-      .catch(() => {});
+    // While the files of the artifact are still on their way.
+    if (isWeb(ort)) this.#last = startWebAssembly(ort, threads);
+    else if (threads !== undefined) this.options.intraOpNumThreads = threads;
   }
 
   /** Whether the artifact has a graph. */

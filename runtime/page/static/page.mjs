@@ -43,9 +43,7 @@ async function start() {
     return;
   }
   dress();
-  // More threads than this gain little, and take the processor from everything else.
-  const threads = self.crossOriginIsolated ? Math.min(navigator.hardwareConcurrency || 1, 4) : 1;
-  worker.postMessage({ kind: "load", seal: config.seal, graphs: config.graphs, threads, trial: config.webgpu ? trial() : null });
+  worker.postMessage({ kind: "load", seal: config.seal, graphs: config.graphs, trial: config.webgpu ? trial() : null });
 }
 
 /** What WebAssembly and WebGPU are both asked before one of them is chosen. */

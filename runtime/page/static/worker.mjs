@@ -5,11 +5,15 @@
  * @module
  */
 
-import { BonnxError, load } from "./bonnx/bonnx.mjs";
+import { startWebAssembly } from "./bonnx/start.mjs";
 
-// Asked for at once, though it is used later.
-const importing = import("./runtime/ort.wasm.bundle.min.mjs");
-importing.catch(() => {});
+// WebAssembly starts while the module, the model and what the page knows of it are still on their way.
+const [importing, module] = [import("./runtime/ort.wasm.bundle.min.mjs"), import("./bonnx/bonnx.mjs")];
+// More threads than this gain little, and take the processor from everything else.
+const threads = self.crossOriginIsolated ? Math.min(navigator.hardwareConcurrency || 1, 4) : 1;
+// What is wrong is said when the model is opened.
+importing.then((runtime) => startWebAssembly(runtime, threads)).catch(() => {});
+module.catch(() => {});
 const CACHE = "bonnx-model";
 let model = null;
 // Whether candidates can be watched while they grow.
@@ -22,15 +26,16 @@ self.onmessage = async ({ data: { kind, ...rest } }) => {
     if (kind === "generate") await generate(rest);
     if (kind === "stop") controller?.abort();
   } catch (error) {
-    const code = error instanceof BonnxError ? error.code : error?.name === "AbortError" ? "stopped" : "unexpected";
+    const code = error?.name === "AbortError" ? "stopped" : (error?.code ?? "unexpected");
     self.postMessage({ kind: "error", code, message: String(error?.message ?? error) });
   }
 };
 
-async function open({ seal, threads, graphs, trial }) {
+async function open({ seal, graphs, trial }) {
   grows = graphs.includes("decode");
   const plain = self.fetch.bind(self);
   self.fetch = (input, options) => cached(plain, input, options);
+  const { load } = await module;
   const options = { threads, graphs };
   const address = new URL(`model/?v=${seal}`, self.location.href);
   model = await load(address, {
@@ -39,19 +44,20 @@ async function open({ seal, threads, graphs, trial }) {
     onProgress: ({ loaded, total }) => self.postMessage({ kind: "progress", loaded, total }),
   });
   forgetOthers(seal);
-  const unused = trial === null ? null : await tryWebGpu(address, options, trial);
+  const unused = trial === null ? null : await tryWebGpu(load, address, options, trial);
   self.postMessage({ kind: "ready", runsOn: trial !== null && unused === null ? "WebGPU" : "WebAssembly", unused });
 }
 
 /**
  * Let the graphics processor run the model, if it chooses the same winner as WebAssembly, in less time.
  *
+ * @param {Function} load of the module
  * @param {URL} address of the model
  * @param {object} options of `load`
  * @param {{prompt: unknown, options: object, always: boolean}} trial what both are asked; `always`: also if it takes longer
  * @returns {Promise<string | null>} why it is not used
  */
-async function tryWebGpu(address, options, trial) {
+async function tryWebGpu(load, address, options, trial) {
   if (!(await self.navigator.gpu?.requestAdapter())) return "this browser offers none";
   self.postMessage({ kind: "trying" });
   let other = null;
