@@ -143,6 +143,8 @@ export interface GenerateOptions {
   vote?: Vote;
   /** How to find what a candidate votes for in its text (in its token ids where there is no tokenizer). Needed to vote. */
   answers?: FindAnswer<any> | null;
+  /** In seconds; candidates unfinished by then are cut, with the finish reason `deadline`. */
+  deadline?: number;
   /** Called with the candidates after every token, and awaited: return a promise to slow down. */
   onToken?: (state: Generation) => unknown;
   /** Stops the generation after the present token. */
@@ -160,7 +162,7 @@ export interface GeneratedCandidate {
   /** NaN for a candidate that cannot win. */
   score: number;
   /** Null while it grows. */
-  finishReason: "length" | "stop" | "pruned" | null;
+  finishReason: "length" | "stop" | "pruned" | "deadline" | null;
 }
 
 export interface Generation {

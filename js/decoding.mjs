@@ -1,7 +1,8 @@
 /**
  * Generation in a loop on the host: `prefill` once, then `decode` token by token. The same tokens as `generate`.
  *
- * Unlike in a run of `generate`, the host sees every token: for a callback, an abort, or a stop text of several tokens.
+ * Unlike in a run of `generate`, the host sees every token: for a callback, an abort, a deadline, or a stop text of several
+ * tokens.
  *
  * @module
  */
@@ -10,8 +11,8 @@ import { BonnxError } from "./errors.mjs";
 import { aggregate, bestOf, isStepwise } from "./selection.mjs";
 import { breathe } from "./sessions.mjs";
 
-/** Why a completion ended; the output `finish_reasons` of a graph is an index into this. */
-export const FINISH_REASONS = ["length", "stop", "pruned"];
+/** Why a completion ended; the output `finish_reasons` of a graph is an index into this, and only the host has a deadline. */
+export const FINISH_REASONS = ["length", "stop", "pruned", "deadline"];
 
 /** Candidates of one prompt while they grow. */
 export class Growing {
@@ -95,9 +96,10 @@ function survivors(scores, kept, keep) {
  * @param {object} options checked
  * @param {number | null} stepToken
  * @param {((tokens: number[]) => boolean) | null} ends
+ * @param {number | null} until on the clock of `performance.now`
  * @param {AbortSignal} [signal]
  */
-export async function* decodeAll(sessions, prompt, options, stepToken, ends, signal) {
+export async function* decodeAll(sessions, prompt, options, stepToken, ends, until, signal) {
   const growing = new Growing(options, stepToken, ends);
   const { n, maxNewTokens } = options;
   const drawing = drawingFeeds(sessions, options);
@@ -167,8 +169,9 @@ export async function* decodeAll(sessions, prompt, options, stepToken, ends, sig
     const outputs = await sessions.run("decode", feeds, wanted, signal);
     growing.add(numbers, tokens, scores ?? Array.from(outputs.scores.data), logProbs);
     if (options.pruneEvery && length % options.pruneEvery === 0) growing.prune();
-    if (length === maxNewTokens) {
-      for (const candidate of growing.candidates) candidate.reason ??= "length";
+    const late = until !== null && performance.now() > until;
+    if (length === maxNewTokens || late) {
+      for (const candidate of growing.candidates) candidate.reason ??= length === maxNewTokens ? "length" : "deadline";
     }
     yield growing;
     await breathe();

@@ -26,6 +26,7 @@ const DEFAULTS = {
   pruneKeep: 0.5,
   vote: "score",
   answers: null,
+  deadline: null,
   onToken: null,
   signal: undefined,
 };
@@ -39,10 +40,12 @@ const DEFAULTS = {
  */
 export async function generate(manifest, reader, sessions, prompt, options = {}) {
   checkNames(options, Object.keys(DEFAULTS), "generate");
-  const { vote, answers, onToken, signal, ...rest } = given(options, DEFAULTS);
+  const { vote, answers, deadline, onToken, signal, ...rest } = given(options, DEFAULTS);
   const { scoring } = manifest;
   checkVote(vote, answers, scoring);
   if (onToken !== null) checkFunction("onToken", onToken);
+  if (deadline !== null) checkNumber("deadline", deadline, { above: 0 });
+  const until = deadline === null ? null : performance.now() + 1000 * deadline;
   checkSignal(signal);
   if (!sessions.has("generate")) {
     throw new BonnxError(
@@ -67,11 +70,11 @@ export async function generate(manifest, reader, sessions, prompt, options = {})
   let result = null;
   // A single file has no graph that could be stopped after a token.
   const stops = signal !== undefined && sessions.has("decode");
-  if (onToken !== null || stops || checked.stops.inText) {
+  if (onToken !== null || stops || until !== null || checked.stops.inText) {
     const ends = checked.stops.inText
       ? (tokens) => reader.tokenizer.endsInStop(tokens, ids, checked.stops.texts)
       : null;
-    for await (const growing of decodeAll(sessions, ids, checked, scoring.step_token, ends, signal)) {
+    for await (const growing of decodeAll(sessions, ids, checked, scoring.step_token, ends, until, signal)) {
       const last = growing.candidates.every(({ reason }) => reason !== null);
       if (onToken === null && !last) continue;
       const { scores, best } = growing.select();

@@ -99,6 +99,7 @@ test("generate refuses unknown options and bad values by name", async (t) => {
     [{ temperature: NaN }, /temperature: expected a number/],
     [{ topK: -1 }, /topK: expected a whole number of at least 0/],
     [{ topP: 0 }, /topP: expected a number above 0 and at most 1; got 0/],
+    [{ deadline: 0 }, /deadline: expected a number above 0; got 0/],
     [{ pruneKeep: 2 }, /pruneKeep: expected a number above 0 and at most 1; got 2/],
     [{ pruneEvery: -1 }, /pruneEvery: expected a whole number/],
     [{ seed: 2 ** 60 }, /seed: expected a whole number from -\(2\^63\) to 2\^63 - 1, as a BigInt/],

@@ -96,6 +96,9 @@ def generate_calls(dice, count, prompts, stops, *, prunes=True):
             options["onToken"] = True
         if dice.random() < 0.3:
             options["stop"] = dice.choice(stops)
+        if dice.random() < 0.3:
+            # It passes with the first token, or never.
+            options["deadline"] = dice.choice([1e-6, 1e6])
         calls.append({"method": "generate", "arguments": [dice.choice(prompts)], "options": options})
     greedy = {"n": 1, "temperature": 0, "maxNewTokens": 9, "onToken": True}
     return [*calls, {"method": "generate", "arguments": [prompts[0]], "options": greedy}]
@@ -163,10 +166,11 @@ def test_no_tokenizer_and_embeddings(tiny, small, npm_folder, dice, rng):
 
 def test_a_single_file(countdown, npm_folder, tmp_path, dice):
     """One graph with the weights inside; what needs another is refused."""
+    alone = ("onToken", "deadline")
     generates, ranks = (folded(countdown, tmp_path / name, name) for name in ("generate", "rank"))
     prompts = ["3,7,20,24>1:", "4,9,13>43:"]
     calls = [
-        {**call, "options": {name: value for name, value in call["options"].items() if name != "onToken"}}
+        {**call, "options": {name: value for name, value in call["options"].items() if name not in alone}}
         for call in generate_calls(dice, 4, prompts, [[]], prunes=False)
     ]
     ranked = [{"method": "rank", "arguments": [prompts[0], ["24-20=4;7-4=3;3/3=1;", "24/3=8;"]]}]
