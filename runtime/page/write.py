@@ -29,6 +29,8 @@ _PACKAGE_FILES = {
     "@huggingface/tokenizers/dist/tokenizers.min.mjs": "bonnx/tokenizers.mjs",
     "@huggingface/jinja/dist/index.js": "bonnx/jinja-package.mjs",
 }
+# A second thread gains nothing with fewer bytes of model, and then more lose time where the processor is shared.
+_MANY_THREADS_FROM, _MANY_THREADS = 32_000_000, 4
 # As large again as the others together, so only where they are asked for.
 _WEBGPU_FILES = {
     f"onnxruntime-web/dist/{name}": f"runtime/{name}"
@@ -96,7 +98,8 @@ def write_page(
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.absolute().parent) as place:
         folder = Path(place) / "page"
         model_bytes = _copy_model(artifact, manifest, graphs, folder / "model")
-        (folder / "page.json").write_text(json.dumps(settings | {"bytes": model_bytes}, indent=1), encoding="utf-8")
+        settings |= {"bytes": model_bytes, "threads": 1 if model_bytes < _MANY_THREADS_FROM else _MANY_THREADS}
+        (folder / "page.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
         _copy_site(folder)
         files = _PACKAGE_FILES | (_WEBGPU_FILES if webgpu else {})
         _copy_packages(packages or _fetch(Path(place) / "npm"), files, folder)

@@ -43,7 +43,8 @@ async function start() {
     return;
   }
   dress();
-  worker.postMessage({ kind: "load", seal: config.seal, graphs: config.graphs, trial: config.webgpu ? trial() : null });
+  const { seal, graphs, threads, webgpu } = config;
+  worker.postMessage({ kind: "load", seal, graphs, threads, trial: webgpu ? trial() : null });
 }
 
 /** What WebAssembly and WebGPU are both asked before one of them is chosen. */

@@ -7,12 +7,13 @@
 
 import { startWebAssembly } from "./bonnx/start.mjs";
 
-// WebAssembly starts while the module, the model and what the page knows of it are still on their way.
+// WebAssembly starts while the module and the model are still on their way.
 const [importing, module] = [import("./runtime/ort.wasm.bundle.min.mjs"), import("./bonnx/bonnx.mjs")];
-// More threads than this gain little, and take the processor from everything else.
-const threads = self.crossOriginIsolated ? Math.min(navigator.hardwareConcurrency || 1, 4) : 1;
+const settings = fetch("page.json").then((response) => response.json());
 // What is wrong is said when the model is opened.
-importing.then((runtime) => startWebAssembly(runtime, threads)).catch(() => {});
+Promise.all([importing, settings])
+  .then(([runtime, { threads }]) => startWebAssembly(runtime, usable(threads)))
+  .catch(() => {});
 module.catch(() => {});
 const CACHE = "bonnx-model";
 let model = null;
@@ -31,12 +32,17 @@ self.onmessage = async ({ data: { kind, ...rest } }) => {
   }
 };
 
-async function open({ seal, graphs, trial }) {
+/** As many threads as the model gains from, where the page may have threads. */
+function usable(threads) {
+  return self.crossOriginIsolated ? Math.min(navigator.hardwareConcurrency || 1, threads) : 1;
+}
+
+async function open({ seal, graphs, threads, trial }) {
   grows = graphs.includes("decode");
   const plain = self.fetch.bind(self);
   self.fetch = (input, options) => cached(plain, input, options);
   const { load } = await module;
-  const options = { threads, graphs };
+  const options = { threads: usable(threads), graphs };
   const address = new URL(`model/?v=${seal}`, self.location.href);
   model = await load(address, {
     ...options,
