@@ -31,6 +31,7 @@ from bonnx.runtime.artifact.manifest import (
 )
 from bonnx.runtime.engine.engine import make_engine
 from bonnx.runtime.engine.session import SessionOptions
+from bonnx.runtime.model import Model
 from bonnx.runtime.verification import verify
 
 from .card import model_card
@@ -130,13 +131,37 @@ def export_model(
             load = reload or (lambda: model)
             agreement = measure(load, engine, prompts, source=origin, least=min_agreement, report=report)
             manifest = msgspec.structs.replace(manifest, agreement=agreement)
-        if single is not None:
-            manifest = msgspec.structs.replace(manifest, graphs=keep_one(folder, graphs, single))
-        manifest = _write_manifest(manifest, folder)
-        if single is not None:
-            report("verifying the single file")
-            verify(folder, provider="cpu")[0].close()
+        if single is None:
+            manifest = _write_manifest(manifest, folder)
+        else:
+            report("putting the weights into one file, and comparing what it computes")
+            manifest = _fold(manifest, folder, single)
     return manifest
+
+
+def _fold(manifest: Manifest, folder: Path, name: str) -> Manifest:
+    """Make a single file of a verified folder, and check that it computes the same.
+
+    Raises:
+        ExportError: it does not.
+    """
+    before = _generated(manifest, folder) if name == "generate" else []
+    manifest = _write_manifest(
+        msgspec.structs.replace(manifest, graphs=keep_one(folder, manifest.graphs, name)), folder
+    )
+    verify(folder, provider="cpu")[0].close()
+    if name == "generate" and (after := _generated(manifest, folder)) != before:
+        raise ExportError(f"with its weights inside, generate gave the tokens {after}; expected {before}")
+    return manifest
+
+
+def _generated(manifest: Manifest, folder: Path) -> list[list[int]]:
+    """The tokens that `generate` draws after one that every vocabulary has."""
+    model = Model(make_engine(folder, manifest, SessionOptions(provider="cpu")), folder)
+    new = min(8, manifest.limits.max_tokens - 1)
+    generation = model.generate([0], n=min(4, manifest.limits.max_candidates), max_new_tokens=new, stop=[])
+    model.close()
+    return [candidate.tokens.tolist() for candidate in generation.candidates]
 
 
 def _write_tokenizer(tokenizer: TextFiles | None, text: TextRules, folder: Path) -> TextRules:

@@ -34,7 +34,7 @@ class Check(Result):
 
 
 def verify(path: str | os.PathLike[str], *, provider: Provider = "auto") -> tuple[Model, list[Check]]:
-    """Check every hash, then run the recorded cases.
+    """Check every hash, then run the recorded cases; a single file at int8 may have none.
 
     Raises:
         ArtifactError: the artifact is not as it was written, or an output differs from the recorded one by more than
@@ -43,6 +43,9 @@ def verify(path: str | os.PathLike[str], *, provider: Provider = "auto") -> tupl
     """
     folder = check_path("path", path)
     engine = open_engine(folder, provider=provider)
+    if engine.manifest.is_single_file and GOLDEN not in engine.manifest.files:
+        # Of its one graph no case was found that every machine computes alike.
+        return Model(engine, folder), []
     cases: dict[str, dict[str, dict[str, Array]]] = defaultdict(lambda: {"in": {}, "out": {}, "allowed": {}})
     with np.load(locate(folder, GOLDEN), allow_pickle=False) as recorded:
         for key in recorded.files:

@@ -236,6 +236,11 @@ class Manifest(_Frozen, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return self.scoring.token_score == "scorer"
 
     @property
+    def is_single_file(self) -> bool:
+        """Whether it is one graph with the weights inside."""
+        return len(self.graphs) == 1
+
+    @property
     def slug(self) -> str:
         """The name as a folder's and as part of an address: the name itself is for people and may hold anything."""
         return re.sub(r"[^A-Za-z0-9._-]+", "_", self.name).lstrip(".") or "model"
