@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from bonnx.runtime.arrays import Array
 from bonnx.runtime.generate.options import CheckedOptions
-
-from .parity import Array
 
 __all__ = ["edge_width", "expected_token", "log_softmax", "uniform"]
 

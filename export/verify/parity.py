@@ -23,6 +23,7 @@ from bonnx.runtime.selection.aggregate import aggregate, elect
 
 from ..graphs.selection import plain_selection
 from ..precision.linear import Linear8
+from .draws import log_softmax
 from .exact import Exact, Outputs, Tolerances
 from .inputs import Drawn, Inputs, Padding
 from .reference import MatMulNBits
@@ -36,6 +37,8 @@ Array = NDArray[Any]
 _ARITHMETIC = 1e-5
 # Models with more parameters get fewer shapes, and skip the reference evaluator, which copies every weight.
 _LARGE = 100_000_000
+# Tokens of a row whose log-probabilities measure the error of 8 bits; an error in a row lasts to its end.
+_MEASURED = 4
 # Products of smaller models gain nothing from a second thread, whose waiting takes processor time.
 _SMALL = 10_000_000
 
@@ -92,6 +95,7 @@ class Checker:
         size = sum(p.numel() for p in model.parameters())
         self.is_large, self.threads = size > _LARGE, 1 if size < _SMALL else None
         self.rng, self.quick = np.random.default_rng(seed), quick
+        self._rounds = any(isinstance(module, Linear8) for module in model.modules())
         self.inputs = Inputs(model, scoring, limits, self.rng)
         self.exact, self.tolerances = Exact(model, scoring), Tolerances()
         self.recorded: dict[str, Array] = {}
@@ -102,8 +106,7 @@ class Checker:
     def cases(self) -> list[Case]:
         """Return every case, with PyTorch's outputs already computed."""
         # With 8-bit inputs a few rows have far larger errors than all others: a measure of few rows is too small.
-        rounds = any(isinstance(module, Linear8) for module in self.model.modules())
-        shapes = [*self.inputs.shapes(large=self.is_large, quick=self.quick and not rounds)]
+        shapes = [*self.inputs.shapes(large=self.is_large, quick=self.quick and not self._rounds)]
         # The same rows padded on either side, and whole ones, which `score` reads too.
         ragged = [self.draw(*shape, ragged=True) for shape in shapes]
         whole = [self.draw(*shape, ragged=False) for shape in shapes]
@@ -119,6 +122,21 @@ class Checker:
         outputs = self.exact.rows([rows for rows, _ in pending], self.tolerances)
         for (_, put), (exact, _) in zip(pending, outputs, strict=True):
             put(exact)
+        if self._rounds and isinstance(self.model, LanguageModel) and self.model.config.vocabulary_head:
+            self._measure_log_probs([rows for rows, _ in pending], outputs)
+
+    def _measure_log_probs(self, batches: Sequence[Array], outputs: Sequence[tuple[Outputs, Outputs]]) -> None:
+        """Take the last tokens of all rows into account, too: those that `generate` draws may be too few."""
+        tokens = [row[-_MEASURED:] for rows in batches for row in rows]
+        ends = slice(-_MEASURED - 1, -1)
+        backbones = [(a, b) for wide, near in outputs for a, b in zip(wide.backbone, near.backbone, strict=True)]
+        logits = self.exact.logits([(wide[ends], near[ends]) for wide, near in backbones])
+        for row, (wide, near) in zip(tokens, logits, strict=True):
+            # A row of one token has nothing before it.
+            own = row[len(row) - len(wide) :]
+            exact, rounded = (log_softmax(x)[np.arange(len(own)), own] for x in (wide, near))
+            self.tolerances.update("logits", wide, near)
+            self.tolerances.update("log_probs", exact, rounded)
 
     def run(self, cases: Sequence[Case]) -> list[Parity]:
         """Run the cases one graph at a time, and judge their outputs.
