@@ -9,6 +9,7 @@ need. `--kills N`: under the same load on two replicas, one is killed every five
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import random
 import signal
@@ -19,7 +20,7 @@ import timeit
 from collections import Counter
 from pathlib import Path
 
-from benchmarks.loading import Load, free_port, load, server
+from benchmarks.loading import Load, free_port, load, processor_seconds, server
 from benchmarks.rates import measure_rates
 from benchmarks.record import add_output, record
 from benchmarks.serve import bodies
@@ -51,15 +52,17 @@ def processes(name: str) -> dict[int, str]:
     return found
 
 
+def replica_pids() -> list[int]:
+    """The processes that hold a model."""
+    return [pid for pid, part in processes("--ray").items() if part == "replica"]
+
+
 def seconds_of(name: str) -> Counter[str]:
     """Processor seconds that each part has taken."""
     taken: Counter[str] = Counter()
     for pid, part in processes(name).items():
-        try:
-            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        taken[part] += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        seconds = processor_seconds(pid)
+        taken[part] += 0.0 if math.isnan(seconds) else seconds
     return taken
 
 
@@ -90,7 +93,7 @@ def kill(artifact: str, arguments: argparse.Namespace) -> Counter[int]:
     def kill_one() -> None:
         nonlocal killed
         while killed < arguments.kills and not over.wait(5.0):
-            replicas = [pid for pid, part in processes("--ray").items() if part == "replica"]
+            replicas = replica_pids()
             # The other one must be there: a request that loses two replicas is answered with 503.
             if len(replicas) >= 2:
                 os.kill(replicas[0], signal.SIGKILL)

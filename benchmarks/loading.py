@@ -55,13 +55,13 @@ def free_port() -> int:
         return port
 
 
-def processor_seconds(process: subprocess.Popen[bytes]) -> float:
-    """Processor time of a process, user and system; NaN where there is no /proc."""
-    file = Path(f"/proc/{process.pid}/stat")
-    if not file.exists():
+def processor_seconds(pid: int) -> float:
+    """Processor time of a process, user and system; NaN if it is gone, or where there is no /proc."""
+    try:
+        # The name, in parentheses, may hold anything.
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
         return float("nan")
-    # The name, in parentheses, may hold anything.
-    fields = file.read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 

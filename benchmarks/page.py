@@ -46,9 +46,14 @@ def serving(folder: Path) -> Iterator[str]:
             thread.join()
 
 
+def find_chromium() -> str | None:
+    """The browser's program, if there is one."""
+    return shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
 def visit(page: Path, folder: Path, repeats: int, runs: int) -> list[dict[str, Any]]:
     """What the browsers measured."""
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    chromium = find_chromium()
     if chromium is None:
         raise SystemExit("Chromium was not found")
     shutil.copy(SCRIPT, folder)

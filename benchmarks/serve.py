@@ -100,9 +100,9 @@ def measure(name: str, artifact: str, work: str, arguments: argparse.Namespace) 
     with server(command, port, "/health") as process:
         load(port, "/v1/best-of-n", requests, 8, 1.0)
         for clients in arguments.clients:
-            begun = processor_seconds(process)
+            begun = processor_seconds(process.pid)
             measured = load(port, "/v1/best-of-n", requests, clients, arguments.seconds)
-            measured.processor = processor_seconds(process) - begun
+            measured.processor = processor_seconds(process.pid) - begun
             yield clients, measured
 
 

@@ -25,6 +25,7 @@ from bonnx.export.graphs.generate_passes import RowsPass
 from bonnx.export.graphs.layers import Trunk
 from bonnx.export.graphs.sampling import draw_from_all
 from bonnx.export.precision.products import VocabularyHead
+from bonnx.export.verify.draws import uniform_in
 from bonnx.models.network import LanguageModel
 from bonnx.runtime.artifact.manifest import Scoring
 from bonnx.runtime.engine.engine import Engine
@@ -91,16 +92,9 @@ def slots_graph(model: LanguageModel, opset: int = trace.DEFAULT_OPSET) -> ir.Mo
 
 
 def uniforms(stream: np.ndarray, positions: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-    """`random_uniform` in NumPy: all (M) int64 -> (M) float32."""
-    row = _mix(stream.astype(np.uint32) + positions.astype(np.uint32) * np.uint32(0x9E3779B1))
-    bits = _mix(row + numbers.astype(np.uint32) * np.uint32(0x85EBCA77)) >> np.uint32(9)
-    return bits.astype(np.float32) * np.float32(2**-23)
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    x = (x ^ (x >> np.uint32(16))) * np.uint32(0x85EBCA6B)
-    x = (x ^ (x >> np.uint32(13))) * np.uint32(0xC2B2AE35)
-    return x ^ (x >> np.uint32(16))
+    """The random numbers of rows: all (M) int64 -> (M) float32."""
+    drawn: np.ndarray = uniform_in(*(x.astype(np.uint64) for x in (stream, positions, numbers))).astype(np.float32)
+    return drawn
 
 
 class Bound:

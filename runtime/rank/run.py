@@ -129,7 +129,7 @@ def _run(engine: Engine, first: RankRequest, feeds: dict[str, Array], stop: Stop
         if "score" in engine.manifest.graphs or engine.manifest.scoring.gate_tokens:
             return engine.session("score").run(_feeds_of_score(feeds, suffix), outputs, stop)
         feeds = {**feeds, **_padded_prompts(feeds, suffix)}
-    if not len(first.prompt) or not first.kept:
+    if not first.kept:
         return engine.session("rank").run(feeds, outputs, stop)
     prompts = feeds.pop(f"prompt_{suffix}")
     if first.continues:

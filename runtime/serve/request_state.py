@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Iterable
+from collections.abc import Awaitable
 from typing import TypeVar
 
 from starlette.requests import Request
@@ -11,7 +11,7 @@ from starlette.requests import Request
 from .batcher import DeadlineError
 from .errors import ApiError
 
-__all__ = ["LONGEST_TIMEOUT", "add_up", "note", "size", "time_allowed", "unless_gone"]
+__all__ = ["LONGEST_TIMEOUT", "add_up", "deadline", "note", "size", "unless_gone"]
 
 T = TypeVar("T")
 # What a client may ask for, in seconds.
@@ -61,23 +61,24 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-def time_allowed(headers: Iterable[tuple[bytes, bytes]], most: float) -> float:
-    """The seconds that a request may take.
+def deadline(request: Request, seconds: float) -> float:
+    """When a request must be answered, on the clock of `time.monotonic`.
 
     Args:
-        headers: of the request; `X-Request-Timeout` may ask for less.
-        most: what the server allows.
+        request: its header `X-Request-Timeout` may ask for less time.
+        seconds: what the server allows.
 
     Raises:
         ApiError: the header is no number of seconds.
     """
-    header = next((value.decode("latin-1") for name, value in headers if name.lower() == b"x-request-timeout"), None)
-    if header is None:
-        return most
-    try:
-        seconds = float(header)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds <= LONGEST_TIMEOUT:
-        raise ApiError(400, f"X-Request-Timeout: expected seconds above 0; got {header!r:.40}")
-    return min(most, seconds)
+    header = request.headers.get("x-request-timeout")
+    if header is not None:
+        try:
+            timeout = float(header)
+        except ValueError:
+            timeout = 0.0
+        if not 0 < timeout <= LONGEST_TIMEOUT:
+            raise ApiError(400, f"X-Request-Timeout: expected seconds above 0; got {header!r:.40}")
+        seconds = min(seconds, timeout)
+    started: float = request.scope["state"]["started"]
+    return started + seconds

@@ -38,7 +38,7 @@ from .generator import Generator, is_brief
 from .limits import check_size, check_texts
 from .metrics import Metrics
 from .ranking import ClientRequest, Outcome
-from .request_state import add_up, size, time_allowed, unless_gone
+from .request_state import add_up, deadline, size, unless_gone
 from .settings import Settings
 from .streaming import GenerationStream
 from .tensors import GraphRequest
@@ -131,8 +131,7 @@ class Service:
         Raises:
             ApiError: the header that says so is invalid.
         """
-        started: float = request.scope["state"]["started"]
-        return started + time_allowed(request.headers.raw, self.settings.timeout)
+        return deadline(request, self.settings.timeout)
 
     async def rank(
         self, request: Request, ranked: ClientRequest, **options: Unpack[RankOptions]

@@ -22,7 +22,7 @@ from ..batcher import DeadlineError
 from ..errors import ApiError
 from ..metrics import Metrics
 from ..middleware import RequestMiddleware
-from ..request_state import LONGEST_TIMEOUT, time_allowed, unless_gone
+from ..request_state import LONGEST_TIMEOUT, deadline, unless_gone
 from ..settings import Settings
 from .forwarded import Forwarded, prompt_key
 
@@ -78,10 +78,10 @@ class _Forwarding:
         body = (await receive())["body"]
         # There is nobody to tell that the client has left.
         with contextlib.suppress(DeadlineError):
-            await unless_gone(Request(scope, receive), self._answer(scope, body, send))
+            request = Request(scope, receive)
+            await unless_gone(request, self._answer(scope, body, deadline(request, self._timeout), send))
 
-    async def _answer(self, scope: Scope, body: bytes, send: Send) -> None:
-        until = scope["state"]["started"] + time_allowed(scope["headers"], self._timeout)
+    async def _answer(self, scope: Scope, body: bytes, until: float, send: Send) -> None:
         key, begun = prompt_key(body), False
         for attempt in (1, 2):
             try:

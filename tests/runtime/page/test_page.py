@@ -1,22 +1,20 @@
 """The page: what is written, and in Chromium what a visitor sees."""
 
-import contextlib
 import json
 import random
 import re
 import shutil
 import subprocess
-import threading
 from pathlib import Path
 
 import pytest
 
 import bonnx
+from benchmarks.page import find_chromium, serving
 from bonnx.errors import ArtifactError, InputError
 from bonnx.models.countdown.puzzle import check, draw_solution, parse_prompt
 from bonnx.runtime.page import write as module
 from bonnx.runtime.page import write_page
-from bonnx.runtime.page.serve import make_server
 from tests.command_line import run
 from tests.folded import folded
 from tests.npm import install
@@ -46,22 +44,9 @@ def site(countdown, npm_folder, tmp_path_factory):
     return folder
 
 
-@contextlib.contextmanager
-def serving(folder):
-    """The address of a server for a folder."""
-    with make_server(folder, 0) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_address[1]}/"
-        finally:
-            server.shutdown()
-            thread.join()
-
-
 def browse(npm_folder, url, steps, *switches):
     """What each step saw; nothing may be fetched from elsewhere."""
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    chromium = find_chromium()
     if chromium is None:
         pytest.skip("Chromium is not installed")
     script, asked, found = (npm_folder / name for name in (SCRIPT.name, "steps.json", "results.json"))

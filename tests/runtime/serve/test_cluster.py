@@ -27,19 +27,13 @@ pytest.importorskip("ray.serve")
 
 from ray.cluster_utils import Cluster
 
+from benchmarks.cluster import replica_pids
 from bonnx.errors import InputError
 from bonnx.runtime.serve import Settings
 from bonnx.runtime.serve.cluster import Scale
 from bonnx.runtime.serve.cluster.forwarded import Forwarded, prompt_key
 from bonnx.runtime.serve.cluster.replica import Replica
 from bonnx.runtime.serve.cluster.router import order_of_preference
-
-
-def pids():
-    """Process ids of the replicas that hold a model, on this machine."""
-    command = ["pgrep", "-f", "^ray::ServeReplica:bonnx:Model"]
-    listed = subprocess.run(command, capture_output=True, text=True, check=False)
-    return [int(number) for number in listed.stdout.split()]
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +156,7 @@ def test_a_replica_that_dies_loses_no_request(url, model, dice):
     killed = []
 
     def kill():
-        killed.extend(pids()[:1])
+        killed.extend(replica_pids()[:1])
         os.kill(killed[0], signal.SIGKILL)
 
     threading.Timer(0.7, kill).start()
@@ -171,42 +165,42 @@ def test_a_replica_that_dies_loses_no_request(url, model, dice):
     assert killed
     for answer, body in zip(found, bodies, strict=True):
         check(answer, model, body)
-    wait(lambda: killed[0] not in pids() and len(pids()) >= 2, 120)
+    wait(lambda: killed[0] not in replica_pids() and len(replica_pids()) >= 2, 120)
 
 
 def test_a_stream_that_has_begun_ends_with_an_error_if_its_replica_dies(url, dice):
-    wait(lambda: len(pids()) >= 2, 120)
+    wait(lambda: len(replica_pids()) >= 2, 120)
     body = {"prompt": puzzle(dice), "n": 64, "max_new_tokens": 24, "stream": True, "temperature": 2.0}
     lines = []
     with httpx.stream("POST", f"{url}/v1/best-of-n", json=body, timeout=60) as answer:
         for line in answer.iter_lines():
             if not lines:
-                for pid in pids():
+                for pid in replica_pids():
                     os.kill(pid, signal.SIGKILL)
             lines.append(line)
     if "event: result" not in lines:
         assert lines[-3] == "event: error"
         assert "has died; send the request again" in json.loads(lines[-2][6:])["error"]["message"]
     # With no replica left, requests wait for the next one.
-    wait(lambda: len(pids()) >= 2, 120)
+    wait(lambda: len(replica_pids()) >= 2, 120)
     assert ask(url, ranking(dice)).status_code == 200
 
 
 def test_replicas_come_under_load_and_leave_after_it(url, dice):
-    wait(lambda: len(pids()) == 2, 120)
+    wait(lambda: len(replica_pids()) == 2, 120)
     stop = time.monotonic() + 90
     statuses = []
 
     def client(seed):
         draws = random.Random(seed)
-        while time.monotonic() < stop and len(pids()) < 3:
+        while time.monotonic() < stop and len(replica_pids()) < 3:
             statuses.append(ask(url, generation(draws, 16)).status_code)
 
     with ThreadPoolExecutor(60) as clients:
         list(clients.map(client, [dice.random() for _ in range(60)]))
-    assert len(pids()) == 3
+    assert len(replica_pids()) == 3
     assert set(statuses) == {200}
-    wait(lambda: len(pids()) == 2, 120)
+    wait(lambda: len(replica_pids()) == 2, 120)
     assert ask(url, ranking(dice)).status_code == 200
 
 
