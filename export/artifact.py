@@ -73,6 +73,7 @@ def export_model(
     reload: Callable[[], LanguageModel | TwoHeadedNetwork] | None = None,
     verification: Verification = "full",
     single_file: SingleFile | bool = False,
+    cuda_graph: bool = False,
     report: Report = silent,
 ) -> Manifest:
     """Export a model to a temporary folder, verify it, and then move it to `output`.
@@ -99,6 +100,7 @@ def export_model(
         verification: `quick` runs every kind of check with fewer cases; the manifest says which it was.
         single_file: keep one graph, with the weights inside: this one, or if True `generate` of a language model and
             `rank` of others. It is verified like any other.
+        cuda_graph: also write `decode_static`, which a CUDA graph can capture, for a language model at 16 or 32 bits.
         report: is called with the name of each stage when it begins.
 
     Raises:
@@ -108,13 +110,15 @@ def export_model(
     scoring, limits = with_vote_weight(scoring or default_scoring(model)), limits or Limits()
     _check_options(model, scoring, limits, opset, precision, min_agreement, verification)
     output, frugal = output.absolute(), reload is not None
+    if cuda_graph:
+        _check_cuda_graph(model, precision, single_file)
     check_output(output, overwrite=overwrite)
     quick = verification == "quick"
     if precision != "fp32":
         report(f"converting the weights to {precision}")
     computed = quantized(model, precision, consume=frugal)
     with staged(output) as folder:
-        traced = trace_graphs(computed, scoring, opset=opset, report=report)
+        traced = trace_graphs(computed, scoring, opset=opset, static=cuda_graph, report=report)
         graphs = write_graphs(traced, folder, _SUFFIXES[precision])
         single = choose_graph(graphs, None if single_file is True else single_file) if single_file else None
         if single is not None:
@@ -201,6 +205,21 @@ def _check_options(
     if not 0 <= min_agreement <= 1:
         raise ExportError(f"min_agreement: expected a share between 0 and 1; got {min_agreement}")
     _check_cache(model, limits)
+
+
+def _check_cuda_graph(
+    model: LanguageModel | TwoHeadedNetwork, precision: Precision, single_file: SingleFile | bool
+) -> None:
+    """Refuse to write graphs for CUDA that nothing would run."""
+    if not isinstance(model, LanguageModel) or not model.config.vocabulary_head:
+        raise ExportError("cuda_graph: expected a language model that generates; this model has no vocabulary head")
+    if precision in ("int8", "int4"):
+        raise ExportError(
+            f"cuda_graph: expected fp32, fp16 or bf16; got {precision}, which CUDA does not run: its 8-bit products "
+            "have no kernel there"
+        )
+    if single_file:
+        raise ExportError("cuda_graph: a single file has one graph and no others; leave out one of the two options")
 
 
 def _check_cache(model: LanguageModel | TwoHeadedNetwork, limits: Limits) -> None:

@@ -158,6 +158,22 @@ def countdown(exported_countdown):
 
 
 @pytest.fixture(scope="session")
+def static_engine(tmp_path_factory):
+    """The model that ships with a static cache, which is used on the CPU here."""
+
+    def make(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        command = ["export", "--cuda-graph", "--verify", "quick", "-o", str(folder), "--json"]
+        done = command_line.run(folder.parent, *command)
+        assert done.returncode == 0, done.stderr
+
+    engine = open_engine(made_once(tmp_path_factory, "countdown_cuda_graph", make))
+    assert not engine.static_cache
+    engine.static_cache = True
+    return engine
+
+
+@pytest.fixture(scope="session")
 def language_model():
     """Small, with a sliding window that prompts and completions cross, and a head of its own."""
     torch.manual_seed(8)

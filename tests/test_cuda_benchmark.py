@@ -1,20 +1,13 @@
 """What `benchmarks.cuda` compares bonnx with: the ways agree, and each keeps to the device of its model."""
 
 import numpy as np
-import onnx
-import onnx_ir as ir
 import pytest
 import torch
 
-from benchmarks.cuda.machine import DRY, EXPORT
+from benchmarks.cuda.machine import DRY
 from benchmarks.cuda.others import OnDevice, rank_ways, transformers_module
-from benchmarks.cuda.slots import compared, slots_graph
 from benchmarks.cuda.speed import _measured, _share
-from benchmarks.placement.kernels import read_kernels
-from benchmarks.placement.static import place
 from benchmarks.rank import SharedByHand
-from bonnx.export.artifact import export_model
-from bonnx.runtime.engine.engine import open_engine
 
 
 @pytest.fixture
@@ -46,23 +39,6 @@ def test_by_hand_makes_nothing_on_another_device(case):
     scores = SharedByHand(network)(*(torch.empty(shape, device="meta") for shape in shapes))
     assert scores.shape == candidates.shape
     assert scores.device.type == "meta"
-
-
-@pytest.mark.parametrize("temperature", [0.0, 1.3])
-def test_decode_in_slots_draws_the_same(case, temperature, tmp_path):
-    (size,) = DRY.sizes
-    model, folder, path = size.model(), tmp_path / "artifact", tmp_path / "slots.onnx"
-    export_model(model, folder, name="a", **EXPORT)
-    model_in_slots = ir.to_proto(slots_graph(model))
-    onnx.save(model_in_slots, path)
-    prompt, candidates = case
-    result = compared(open_engine(folder, provider="cpu"), path, prompt, len(candidates), DRY, temperature)
-    total = len(candidates) * DRY.length
-    assert result.startswith(f"ok, {total} of {total} tokens are the same, scores differ by 0.0e+00"), result
-    _, kernels = read_kernels()
-    (part,) = place(model_in_slots, kernels)
-    # What a CUDA graph needs: no branches, nothing without a kernel, no copies.
-    assert (part.without.total(), part.copies) == (0, 0)
 
 
 def test_a_way_that_fails_says_so():

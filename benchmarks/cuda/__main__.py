@@ -2,9 +2,9 @@
 
 It needs no network: it exports on the CPU, then runs the artifacts with provider="cuda": the recorded cases, random
 ragged cases against the CPU provider, that int8 is refused, where the nodes are placed, and the times of `rank` and
-`generate` at 85M and 0.5B parameters, float32 and fp16, beside PyTorch and transformers on the same GPU, and of a
-`decode` that a CUDA graph captures. `--dry-run` does all this on the CPU with a small network, to try the command
-itself; its times mean nothing.
+`generate` at 85M and 0.5B parameters, float32 and fp16, beside PyTorch and transformers on the same GPU; `generate`
+also in the host's loop, with `decode` and with the captured `decode_static`. `--dry-run` does all this on the CPU with
+a small network, to try the command itself; its times mean nothing.
 """
 
 from __future__ import annotations

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 
+import bonnx
 from bonnx.models.config import LanguageModelConfig, NetworkConfig
 from bonnx.models.network import LanguageModel
 from bonnx.runtime.artifact.manifest import Precision
 from bonnx.runtime.engine.session import Provider
 
-__all__ = ["DRY", "EXPORT", "PRECISIONS", "Machine", "Size", "rates", "timed"]
+__all__ = ["DRY", "EXPORT", "PRECISIONS", "Machine", "Size", "rates", "streamed", "timed"]
 
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16")
 # What is of interest here is the GPU, not the export.
@@ -121,6 +122,17 @@ DRY = Machine(
     kinds=1,
     cases=2,
 )
+
+
+def streamed(model: bonnx.Model, prompt: Any, *, static: bool, **options: Any) -> bonnx.Generation:
+    """What the host's loop generates, with `decode_static` or with `decode`."""
+    engine = model._engine
+    before, engine.static_cache = engine.static_cache, static
+    try:
+        *_, last = model.stream(prompt, **options)
+    finally:
+        engine.static_cache = before
+    return last
 
 
 def timed(way: Callable[[], Any], machine: Machine) -> float:

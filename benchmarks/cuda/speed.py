@@ -7,19 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 import torch
 
 import bonnx
 from bonnx.export.artifact import export_model
-from bonnx.export.precision.quantize import quantized
 from bonnx.runtime.artifact.manifest import Precision
-from bonnx.runtime.engine.engine import open_engine
 from bonnx.runtime.engine.placement import place_artifact
 
-from .machine import EXPORT, PRECISIONS, Machine, Size, rates, timed
+from .machine import EXPORT, PRECISIONS, Machine, Size, rates, streamed, timed
 from .others import DTYPES, OnDevice, generate_ways, rank_ways, transformers_module
-from .slots import compared, slots_graph
 
 __all__ = ["placed", "speed"]
 
@@ -53,12 +49,10 @@ def speed(folder: Path, machine: Machine) -> Iterator[tuple[str, str]]:
     for size in machine.sizes:
         for precision in PRECISIONS:
             path = folder / f"{size.name}-{precision}"
-            options: dict[str, Any] = {"precision": precision, **EXPORT}
+            options: dict[str, Any] = {"precision": precision, "cuda_graph": True, **EXPORT}
             net = size.model()
             export_model(net, path, name=size.name, **options)
             yield from placed(path)
-            slots = folder / f"{size.name}-{precision}-slots.onnx"
-            ir.save(slots_graph(quantized(net, precision)), slots, external_data=f"{slots.name}.bin")
             ours = bonnx.load(path, provider=machine.provider)
             theirs = net.to(machine.provider, DTYPES[precision])
             peer = None if module is None else OnDevice(module, size, machine, precision)
@@ -66,7 +60,6 @@ def speed(folder: Path, machine: Machine) -> Iterator[tuple[str, str]]:
                 with torch.no_grad():
                     yield _rank(ours, theirs, peer, (size, precision, count), machine, peak)
                     yield _generate(ours, peer, (size, precision, count), machine, peak)
-            yield from _in_slots(path, slots, (size, precision), machine)
             # Before the next one is loaded beside it.
             ours.close()
             del theirs, peer, net
@@ -106,28 +99,16 @@ def _generate(
     options: dict[str, Any] = {"n": count, "max_new_tokens": machine.length, "seed": 0}
     ways: dict[str, Callable[[], Any]] = {
         "bonnx, one graph": lambda: ours.generate(prompt, **options),
-        "bonnx, host's loop": lambda: [*ours.stream(prompt, **options)],
+        "bonnx, host's loop": lambda: streamed(ours, prompt, static=False, **options),
+        "bonnx, host's loop with a static cache": lambda: streamed(ours, prompt, static=True, **options),
     }
     times = {name: _measured(way, machine) for name, way in (ways | generate_ways(peer, prompt, count)).items()}
     read = size.token_bytes(WIDTHS[precision]) / peak["memory"]
     token = max(size.token_work(count) / peak[precision], read)
     floor = size.rank_work(machine.prompt, 0, 0) / peak[precision] + machine.length * token
-    share = _share(floor, times["bonnx, host's loop"])
+    share = _share(floor, times["bonnx, host's loop with a static cache"])
     name = f"generate {size.name} {precision}, prompt {machine.prompt}, {count} x {machine.length} tokens"
-    return name, f"{_shown(times)}; host's loop {share} of the matrix and memory rates"
-
-
-def _in_slots(path: Path, slots: Path, what: tuple[Size, Precision], machine: Machine) -> Iterator[tuple[str, str]]:
-    size, precision = what
-    prompt = np.random.default_rng(1).integers(3, size.vocabulary, machine.prompt)
-    engine = open_engine(path, provider=machine.provider)
-    for count in machine.counts:
-        try:
-            result = compared(engine, slots, prompt, count, machine)
-        except Exception as e:
-            result = _failure(e)
-        yield f"captured decode {size.name} {precision}, a token of {count}", result
-    engine.close()
+    return name, f"{_shown(times)}; with a static cache {share} of the matrix and memory rates"
 
 
 def _failure(error: Exception) -> str:

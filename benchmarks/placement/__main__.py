@@ -22,6 +22,7 @@ from bonnx.export.precision.quantize import quantized
 from bonnx.models.config import LanguageModelConfig, NetworkConfig
 from bonnx.models.network import LanguageModel
 from bonnx.runtime.artifact.manifest import Precision, Scoring
+from bonnx.runtime.engine.placement import CPU_ONLY
 
 from .kernels import read_kernels
 from .static import Part, place
@@ -30,12 +31,14 @@ SIZES = {"embed_dim": 64, "hidden_size": 64, "num_layers": 2, "num_heads": 4, "n
 
 
 def graphs(precision: Precision, opset: int, **options: Any) -> Iterator[tuple[str, onnx.ModelProto]]:
-    """Trace every graph of a small language model with a scorer, whose network has further options."""
+    """Trace every graph that runs on CUDA, of a small language model with a scorer; options are the network's."""
     torch.manual_seed(0)
     config = LanguageModelConfig(network=NetworkConfig(**SIZES, **options), vocab_size=300)  # type: ignore[arg-type]
     model = quantized(LanguageModel(config).eval(), precision)
-    for name, graph in trace_graphs(model, Scoring(), opset=opset):
-        yield name, ir.to_proto(graph)
+    static = precision not in ("int8", "int4")
+    for name, graph in trace_graphs(model, Scoring(), opset=opset, static=static):
+        if name not in CPU_ONLY:
+            yield name, ir.to_proto(graph)
 
 
 def described(name: str, parts: Sequence[Part]) -> str:

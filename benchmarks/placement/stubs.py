@@ -56,6 +56,8 @@ int cudaRuntimeGetVersion(int *v) { *v = MAJOR * 1000; return 0; }
 int cudaDriverGetVersion(int *v) { *v = MAJOR * 1000; return 0; }
 int cudaPointerGetAttributes(int *a, const void *p) { memset(a, 0, 64); a[0] = 2; return 0; }
 int cudaStreamIsCapturing(P s, int *c) { *c = 0; return 0; }
+int cudaStreamEndCapture(P s, P *graph) { return handle(graph); }
+int cudaGraphInstantiate(P *run, P graph, unsigned long long flags) { return handle(run); }
 int cudaOccupancyMaxActiveBlocksPerMultiprocessor(int *n, P f, int b, size_t d) { *n = 1; return 0; }
 int cudaStreamCreate(P *p) { return handle(p); }
 int cudaStreamCreateWithFlags(P *p, unsigned f) { return handle(p); }

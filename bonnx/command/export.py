@@ -67,6 +67,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "model) or rank",
     )
     parser.add_argument(
+        "--cuda-graph",
+        action="store_true",
+        help="also write decode_static, which CUDA captures and replays for each token (not measured on a GPU yet)",
+    )
+    parser.add_argument(
         "--held-out",
         "--calibration",
         type=Path,
@@ -244,6 +249,7 @@ def _export(
             reload=checkpoint.reload,
             verification=arguments.verify,
             single_file=arguments.single_file,
+            cuda_graph=arguments.cuda_graph,
             report=report,
         )
 

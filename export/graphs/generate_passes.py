@@ -203,18 +203,18 @@ class RowsPass(nn.Module):
         heads, kv_heads = trunk.config.num_heads, trunk.config.num_kv_heads
         group = heads // kv_heads
 
-        def seen(window: int | None) -> tuple[Tensor, Tensor | None]:
+        def masks(window: int | None) -> tuple[Tensor, Tensor | None]:
             """Additive masks over the rows' own tokens (M, 1, 1, T + 1) and the prompts' (B, 1, W * H / G, 1 + P)."""
-            own = ages <= lengths[:, None]
+            own = additive(self.seen(ages, lengths, window))[:, None, None]
             if window is None:
-                return additive(own)[:, None, None], None
+                return own, None
             position = positions.index_select(0, places.reshape(-1)).reshape(batch, width, 1)
             # The first key is not the prompt's.
             reach = F.pad(additive(position - prompt_positions[:, None] < window), (1, 0))[:, :, None]
             reach = reach.expand(batch, width, group, -1).reshape(batch, 1, width * group, -1)
-            return additive(own & (ages < window))[:, None, None], reach
+            return own, reach
 
-        windows = trunk.for_each_window(seen)
+        windows = trunk.for_each_window(masks)
         x = trunk.project(trunk.embed(tokens))
         ones = torch.ones(batch, kv_heads, width * group, 1)
         grown: list[Tensor] = []
@@ -248,6 +248,11 @@ class RowsPass(nn.Module):
     def append(self, cache: Tensor, new: Tensor, lengths: Tensor) -> Tensor:
         """Append to a cache (M, G, T, K) the keys or values of the new tokens (M, G, 1, K)."""
         return torch.cat([cache, new], 2)
+
+    def seen(self, places: Tensor, lengths: Tensor, window: int | None) -> Tensor:
+        """Which places of the caches each row reads, (M, T + 1) bool; `places` are their ages."""
+        own = places <= lengths[:, None]
+        return own if window is None else own & (places < window)
 
 
 def _certainty(logits: Tensor) -> Tensor:

@@ -33,6 +33,7 @@ from .rank_cached import RankCachedGraph, RankPrefillGraph
 from .repeat_layers import Opened, Repetition
 from .score import ScoreGraph
 from .selection import append_selection
+from .static_decode import StaticPass, draw_plain, resize_graph, static_graph, uniforms_graph
 
 __all__ = ["DEFAULT_OPSET", "OPSETS", "trace_graphs"]
 
@@ -60,6 +61,7 @@ def trace_graphs(
     scoring: Scoring,
     *,
     opset: int = DEFAULT_OPSET,
+    static: bool = False,
     whole: bool = False,
     report: Report = silent,
 ) -> Iterator[tuple[str, ir.Model]]:
@@ -67,22 +69,23 @@ def trace_graphs(
 
     A model with a scorer has `score`, `rank`, `rank_prefill` and `rank_cached`.
 
-    One with a vocabulary head has `generate`, `prefill` and `decode`. The graphs are made one at a time, so
-    that those already written need not stay in memory.
+    One with a vocabulary head has `generate`, `prefill` and `decode`, and with `static` also `decode_static`,
+    `uniforms` and `resize_cache`. The graphs are made one at a time, so that those already written need not stay in
+    memory.
 
     With `whole`, which is for tests, every layer is traced, even if it is like another one. `report` is told what is
     traced.
     """
-    functions = [*sampling.FUNCTIONS, *selection.FUNCTIONS, *experts.FUNCTIONS]
+    functions = [*sampling.FUNCTIONS, draw_plain, *selection.FUNCTIONS, *experts.FUNCTIONS]
     network = model.config.network if isinstance(model, LanguageModel) else model.config
-    for name, graph in _graphs(model, scoring, opset, whole, report):
+    for name, graph in _graphs(model, scoring, opset, static, whole, report):
         # A model keeps its functions, so each gets its own.
         yield name, finish(graph, [*functions, *attention_functions(network)], opset)
         del graph
 
 
 def _graphs(
-    model: LanguageModel | TwoHeadedNetwork, scoring: Scoring, opset: int, whole: bool, report: Report
+    model: LanguageModel | TwoHeadedNetwork, scoring: Scoring, opset: int, static: bool, whole: bool, report: Report
 ) -> Iterator[tuple[str, ir.Graph]]:
     trunk = Trunk(model, scoring, fused=opset >= 23).eval()
     width = None if isinstance(model, LanguageModel) else trunk.config.embed_dim
@@ -104,6 +107,11 @@ def _graphs(
         report("tracing decode")
         yield "prefill", prefill_graph(prompt_pass)
         yield "decode", decode_graph(_trace_rows_pass(traced, RowsPass(trunk, head)))
+        if static:
+            report("tracing decode with a static cache")
+            yield "decode_static", static_graph(_trace_rows_pass(traced, StaticPass(trunk, head)))
+            yield "uniforms", uniforms_graph()
+            yield "resize_cache", resize_graph(trunk.config)
 
 
 def _example(*shape: int, width: int | None = None) -> Tensor:
@@ -220,22 +228,24 @@ def _trace_token_pass(traced: _Traced, head: VocabularyHead) -> ir.Graph:
     return _trace(traced, TokenPass(traced.trunk, head), examples, axes, outputs)
 
 
-def _trace_rows_pass(traced: _Traced, rows_pass: RowsPass, ages: int = 5) -> ir.Graph:
-    """Trace a pass whose caches have 4 tokens of `ages` in the example."""
+def _trace_rows_pass(traced: _Traced, rows_pass: RowsPass) -> ir.Graph:
     config = traced.trunk.config
     heads, size = config.num_kv_heads, config.size_of_head
     rows: list[str | None] = ["rows"]
+    # What the own cache has: a place for the new token, too, or as many before as after it.
+    static = isinstance(rows_pass, StaticPass)
+    places, own_length, grown_length = ("slots",) * 3 if static else ("ages", "own_length", "grown_length")
     examples = {
         "tokens": _example(7),
         "prompts": torch.zeros(7, dtype=torch.int64),
         "lengths": torch.zeros(7, dtype=torch.int64),
-        "ages": torch.arange(ages),
+        places: torch.arange(4 if static else 5),
         "places": torch.zeros(2, 3, dtype=torch.int64),
         "back": torch.zeros(7, dtype=torch.int64),
         "attention_mask": torch.ones(2, 5, dtype=torch.int64),
     }
-    axes: list[list[str | None]] = [rows, rows, rows, ["ages"], ["batch", "width"], rows, ["batch", "prompt_length"]]
-    own, grown = ["rows", None, "own_length"], ["rows", None, "grown_length"]
+    axes: list[list[str | None]] = [rows, rows, rows, [places], ["batch", "width"], rows, ["batch", "prompt_length"]]
+    own, grown = ["rows", None, own_length], ["rows", None, grown_length]
     outputs: dict[str, Sequence[str | None]] = {"scores" if config.has_scorer else "certainties": rows, "logits": rows}
     for i in traced.layers:
         for kind in ("key", "value"):

@@ -20,6 +20,7 @@ from ..text.compose import Composer
 from ..text.pair import PairTemplate
 from ..text.reader import Reader
 from ..text.tokenizer import Tokenizer
+from .placement import CAPTURED, CPU_ONLY
 from .prompt_cache import PromptCache
 from .session import Provider, Session, SessionOptions
 
@@ -51,8 +52,11 @@ class SessionPool:
                         f"{self._folder} has no graph '{name}', only {', '.join(sorted(self._manifest.graphs))}; "
                         "export the model again without --single-file, or with a bonnx that writes it"
                     )
-                path = locate(self._folder, graph.file)
-                self._sessions[name] = Session(path, graph, self._options, self._key(graph.file))
+                path, options = locate(self._folder, graph.file), self._options
+                if name in CPU_ONLY:
+                    options = msgspec.structs.replace(options, provider="cpu")
+                key = self._key(graph.file)
+                self._sessions[name] = Session(path, graph, options, key, captured=name in CAPTURED)
             return self._sessions[name]
 
     def _key(self, file: str) -> str:
@@ -80,6 +84,7 @@ class Engine:
         provider: where the graphs run, `cpu` or `cuda`.
         memory_limit: bytes that one run may take, or None.
         prompts: the prompts that were read ahead.
+        static_cache: whether `decode_static` runs in place of `decode` where it can.
     """
 
     def __init__(
@@ -96,6 +101,8 @@ class Engine:
         self.manifest, self.reader, self.session = manifest, reader, session
         self.provider, self.memory_limit, self._close = provider, memory_limit, close
         self.prompts = PromptCache(manifest, session, prompt_cache)
+        # On a CPU nothing is captured, and caches that grow are read no further than they are full.
+        self.static_cache = provider == "cuda" and "decode_static" in manifest.graphs
 
     def close(self) -> None:
         """Free the memory of the loaded graphs and of prompts; a graph is loaded again when it is next used."""

@@ -14,7 +14,10 @@ from bonnx.errors import ProviderError
 
 from ..artifact.folder import locate, read_manifest
 
-__all__ = ["Placement", "place", "place_artifact", "read_log"]
+__all__ = ["CAPTURED", "CPU_ONLY", "Placement", "place", "place_artifact", "read_log"]
+
+# Graphs that ONNX Runtime captures in CUDA graphs, and those that run on the CPU, wherever the others do.
+CAPTURED, CPU_ONLY = frozenset({"decode_static"}), frozenset({"uniforms"})
 
 # In a process of its own: ONNX Runtime logs to the standard error of the process, not of Python.
 _LOAD = """
@@ -26,8 +29,9 @@ if hasattr(runtime, "preload_dlls"):
     runtime.preload_dlls()
 options = runtime.SessionOptions()
 options.log_severity_level = 0
+cuda = {"device_id": int(sys.argv[3]), "enable_cuda_graph": int(sys.argv[4])}
 session = runtime.InferenceSession(
-    sys.argv[2], options, providers=[("CUDAExecutionProvider", {"device_id": int(sys.argv[3])}), "CPUExecutionProvider"]
+    sys.argv[2], options, providers=[("CUDAExecutionProvider", cuda), "CPUExecutionProvider"]
 )
 print(json.dumps([runtime.get_available_providers(), session.get_providers(), session.get_modelmeta().graph_name]))
 """
@@ -55,22 +59,32 @@ class Placement:
 
 
 def place_artifact(folder: Path) -> dict[str, Placement]:
-    """Where the nodes of an artifact's graphs run, by the graphs' names.
+    """Where the nodes of an artifact's graphs run, by the names of the graphs that run on CUDA.
 
     Raises:
         ArtifactError: the folder is not an artifact.
         ProviderError: the CUDA provider cannot be used.
     """
-    return {name: place(locate(folder, graph.file)) for name, graph in read_manifest(folder).graphs.items()}
+    return {
+        name: place(locate(folder, graph.file), captured=name in CAPTURED)
+        for name, graph in read_manifest(folder).graphs.items()
+        if name not in CPU_ONLY
+    }
 
 
-def place(path: Path, device_id: int = 0) -> Placement:
+def place(path: Path, device_id: int = 0, *, captured: bool = False) -> Placement:
     """Load a graph on CUDA and read where its nodes are.
 
+    Args:
+        path: of its file.
+        device_id: of the GPU.
+        captured: load it as one that is captured in a CUDA graph.
+
     Raises:
-        ProviderError: the CUDA provider cannot be used; the message has ONNX Runtime's reason.
+        ProviderError: the CUDA provider cannot be used, or the graph not be captured; the message has ONNX Runtime's
+            reason.
     """
-    command = [sys.executable, "-c", _LOAD, json.dumps(sys.path), str(path), str(device_id)]
+    command = [sys.executable, "-c", _LOAD, json.dumps(sys.path), str(path), str(device_id), str(int(captured))]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     log = re.sub(r"\x1b\[[\d;]*m", "", done.stderr)
     if done.returncode:
@@ -107,4 +121,8 @@ def read_log(log: str, graph: str) -> Placement:
     for number, name in re.findall(r"(\d+) Memcpy nodes are added to the graph (.*?) for CUDAExecutionProvider", log):
         copies[name == graph] += int(number)
     cuda = [operator for operator, _ in nodes.get("CUDAExecutionProvider", []) if not operator.startswith("Memcpy")]
+    if not nodes:
+        # Version 1.31 lists none if all are at one place.
+        whole = re.findall(r"All nodes placed on \[CUDAExecutionProvider\]\. Number of nodes: (\d+)", log)
+        cuda = ["any"] * sum(map(int, whole))
     return Placement(len(cuda), len(on_host) - without.total(), dict(without), copies[True], copies[False])

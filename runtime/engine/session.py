@@ -19,6 +19,7 @@ from ..arrays import Array
 from ..artifact.folder import WEIGHTS
 from ..artifact.manifest import Graph
 from ..checks import check_whole, shown
+from .fixed_run import FixedRuns
 from .graph_cache import GraphCache
 from .providers import runtime_module
 
@@ -41,7 +42,12 @@ _BRIEF = 5 * 10**10
 # quickly than this. ONNX Runtime's default is far longer: a thread that waits awake takes the time of others that have
 # work, those that read and answer a server's requests or other programs.
 _SPIN = 20
-_TYPES = {"tensor(float)": "float32", "tensor(int64)": "int64", "tensor(float16)": "float16"}
+_TYPES = {
+    "tensor(float)": "float32",
+    "tensor(int64)": "int64",
+    "tensor(float16)": "float16",
+    "tensor(bool)": "bool",
+}
 
 
 class SessionOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -86,26 +92,35 @@ class Session:
         graph: the manifest's entry.
         options: how to run.
         key: identifies the contents of the graph and its weights; needed if the options name a `cache_dir`.
+        captured: ONNX Runtime captures its `fixed_runs` in CUDA graphs, where it runs on CUDA.
+
+    Attributes:
+        inference: ONNX Runtime's own session.
+        fixed_runs: runs at addresses that stay.
     """
 
-    def __init__(self, path: Path, graph: Graph, options: SessionOptions, key: str = "") -> None:
+    def __init__(
+        self, path: Path, graph: Graph, options: SessionOptions, key: str = "", *, captured: bool = False
+    ) -> None:
         runtime = runtime_module()
         self.graph, self.options = graph, options
         self._runtime = runtime
-        providers = _providers(runtime, options)
+        providers = _providers(runtime, options, captured=captured)
         settings, source = _settings(runtime, options), path
+        self.fixed_runs = FixedRuns(self)
+        self._open: Callable[[], Any] = lambda: runtime.InferenceSession(str(source), settings, providers=providers)
         try:
             # Other providers pack no weights, or keep them where no file can be mapped.
             if options.cache_dir is not None and providers == [_NAMES["cpu"]]:
                 source = _optimized(runtime, path, options, key)
                 settings.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
-            self._session = runtime.InferenceSession(str(source), settings, providers=providers)
+            self.reopen()
         except InputError:
             raise
         except Exception as e:  # ONNX Runtime raises its own subclasses of Exception
             raise ArtifactError(f"{path}: ONNX Runtime {runtime.__version__} cannot load it: {e}") from e
         self._weights = _MappedWeights(path.with_name(WEIGHTS), path)
-        active = self._session.get_providers()[0]
+        active = self.inference.get_providers()[0]
         self.provider = next((short for short, name in _NAMES.items() if name == active), active)
         if options.provider == "cuda" and self.provider != "cuda":
             raise ProviderError(_no_cuda(f"the session runs on {active} instead; a CUDA library is missing"))
@@ -114,9 +129,21 @@ class Session:
         self._device = ("cuda", options.device_id) if self.provider == "cuda" else None
         self._on_host = self._host_values() if self._device else frozenset()
 
+    def reopen(self) -> None:
+        """Open ONNX Runtime's session anew; runs under way keep the one that they have."""
+        self.inference = self._open()
+
+    def check_weights(self) -> None:
+        """Refuse results that were computed while the weights were overwritten.
+
+        Raises:
+            ArtifactError: they were.
+        """
+        self._weights.check()
+
     def _host_values(self) -> frozenset[str]:
         """The inputs that a graph on CUDA reads on the host, and the outputs that it makes there."""
-        session = self._session
+        session = self.inference
         if not hasattr(session, "get_input_memory_infos"):
             # ONNX Runtime 1.23.0 does not say; binding copies these values then.
             return frozenset()
@@ -127,8 +154,8 @@ class Session:
     def _compare(self, path: Path) -> None:
         """Refuse a graph whose inputs and outputs are not those of the manifest."""
         for kind, declared, loaded in (
-            ("inputs", self.graph.inputs, self._session.get_inputs()),
-            ("outputs", self.graph.outputs, self._session.get_outputs()),
+            ("inputs", self.graph.inputs, self.inference.get_inputs()),
+            ("outputs", self.graph.outputs, self.inference.get_outputs()),
         ):
             expected = [(value.name, value.dtype, list(value.shape)) for value in declared]
             got = [(value.name, _TYPES.get(value.type, value.type), list(value.shape)) for value in loaded]
@@ -153,7 +180,7 @@ class Session:
         stop = stop or self.make_stop()
         result: Sequence[Array]
         if self._device is None:
-            result = self._interruptibly(lambda: self._session.run(outputs, feeds, stop), feeds, stop)
+            result = self._interruptibly(lambda: self.inference.run(outputs, feeds, stop), feeds, stop)
         else:
             held = self._wrap(feeds)
             values = self._interruptibly(lambda: self._bound(held, outputs, stop), feeds, stop)
@@ -189,12 +216,23 @@ class Session:
         def work() -> Sequence[HeldArray]:
             if self._device is not None:
                 return self._bound(held, outputs, handle)
-            values: Sequence[HeldArray] = self._session.run_with_ort_values(outputs, held, handle)
+            values: Sequence[HeldArray] = self.inference.run_with_ort_values(outputs, held, handle)
             return values
 
         values = self._interruptibly(work, arrays, handle)
         self._weights.check()
         return dict(zip(outputs, values, strict=True))
+
+    def into(self, feeds: Mapping[str, Array | HeldArray], outputs: Mapping[str, HeldArray]) -> None:
+        """Run on arrays or held values, and write the outputs into held values of the right sizes."""
+        arrays = {name: value for name, value in feeds.items() if isinstance(value, np.ndarray)}
+        binding = self.inference.io_binding()
+        for name, value in {**feeds, **self._wrap(arrays)}.items():
+            binding.bind_ortvalue_input(name, value)
+        for name, value in outputs.items():
+            binding.bind_ortvalue_output(name, value)
+        self.inference.run_with_iobinding(binding)
+        self.check_weights()
 
     def _interruptibly(self, work: Callable[[], T], feeds: dict[str, Array], stop: Stop) -> T:
         """Do work that Ctrl-C can end if it may take long; brief work is done without an extra thread."""
@@ -208,12 +246,12 @@ class Session:
         self, feeds: Mapping[str, Array | HeldArray], outputs: list[str], stop: Stop | None = None
     ) -> Sequence[HeldArray]:
         assert self._device is not None
-        binding = self._session.io_binding()
+        binding = self.inference.io_binding()
         for name, value in feeds.items():
             binding.bind_ortvalue_input(name, value)
         for name in outputs:
             binding.bind_output(name, *(("cpu",) if name in self._on_host else self._device))
-        self._session.run_with_iobinding(binding, stop)
+        self.inference.run_with_iobinding(binding, stop)
         values: Sequence[HeldArray] = binding.get_outputs()
         return values
 
@@ -316,7 +354,9 @@ def _optimized(runtime: ModuleType, path: Path, options: SessionOptions, key: st
     return cache.graph(key, optimize)
 
 
-def _providers(runtime: ModuleType, options: SessionOptions) -> list[str | tuple[str, dict[str, int]]]:
+def _providers(
+    runtime: ModuleType, options: SessionOptions, *, captured: bool
+) -> list[str | tuple[str, dict[str, int]]]:
     available = runtime.get_available_providers()
     if options.provider == "cpu":
         return [_NAMES["cpu"]]
@@ -330,6 +370,8 @@ def _providers(runtime: ModuleType, options: SessionOptions) -> list[str | tuple
         )
         raise ProviderError(_no_cuda(reason))
     settings = {"device_id": options.device_id}
+    if captured:
+        settings["enable_cuda_graph"] = 1
     if options.memory_limit is not None:
         settings["gpu_mem_limit"] = options.memory_limit
     if hasattr(runtime, "preload_dlls"):

@@ -12,13 +12,17 @@ import numpy as np
 
 from ..arrays import Array
 from ..checks import check_number
+from ..engine.engine import Engine
 from ..engine.session import HeldArray, Session
 from ..selection.aggregate import aggregation_code, is_stepwise
-from .continuous import ContinuousBatch, Joining, ReadPrompt, check_decode, read_prompts
+from .continuous import ContinuousBatch
 from .growing import Growing
 from .options import CheckedOptions
+from .prompts import Joining, ReadPrompt, read_prompts
+from .rows import GrownRows, Rows, check_decode
+from .static_rows import StaticRows, draws_plainly
 
-__all__ = ["CachedRows", "clock", "decode_all", "generate_feeds"]
+__all__ = ["CachedRows", "clock", "decode_all", "generate_feeds", "open_rows", "runs_static"]
 
 
 def clock(deadline: float | None) -> float | None:
@@ -87,8 +91,23 @@ class CachedRows:
         return arrays
 
 
+def open_rows(engine: Engine, options: CheckedOptions) -> Rows:
+    """What runs the rows of a new batch, to which generations with these options belong.
+
+    Raises:
+        ArtifactError: the graph `decode` was written by an earlier version.
+    """
+    static = runs_static(engine, options)
+    return StaticRows(engine.session) if static else GrownRows(engine.session("decode"))
+
+
+def runs_static(engine: Engine, options: CheckedOptions) -> bool:
+    """Whether a generation with these options runs in `decode_static`; only such may grow in one batch with it."""
+    return engine.static_cache and draws_plainly(options)
+
+
 def decode_all(
-    session: Callable[[str], Session],
+    engine: Engine,
     prompt: Array,
     options: CheckedOptions,
     step_token: int | None,
@@ -98,7 +117,7 @@ def decode_all(
     """Generate; the same object is yielded after every token.
 
     Args:
-        session: gives the session of a graph.
+        engine: runs it.
         prompt: (P,) int64.
         options: how to generate.
         step_token: ends a step, for the step aggregations.
@@ -107,8 +126,8 @@ def decode_all(
     """
     joining = Joining(prompt, options, ends, deadline)
     # First, for it refuses the graphs of earlier versions.
-    batch = ContinuousBatch(session("decode"), step_token)
-    (read,) = read_prompts(session("prefill"), [joining], logits=options.top_log_probs > 0)
+    batch = ContinuousBatch(open_rows(engine, options), step_token)
+    (read,) = read_prompts(engine.session("prefill"), [joining], logits=options.top_log_probs > 0)
     growing = batch.join(read, joining)
     while batch.rows:
         batch.step()

@@ -75,7 +75,7 @@ def stream(engine: Engine, request: GenerateRequest, deadline: float | None) -> 
         deadline: on the clock of `time.monotonic`, or None.
     """
     step_token, ends = engine.manifest.scoring.step_token, ends_in_stop(engine, request)
-    for growing in decode_all(engine.session, request.prompt, request.options, step_token, deadline, ends):
+    for growing in decode_all(engine, request.prompt, request.options, step_token, deadline, ends):
         yield generation_of(engine, request, growing)
 
 

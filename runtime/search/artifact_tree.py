@@ -20,10 +20,10 @@ from bonnx.errors import InputError
 from ..arrays import Array
 from ..engine.engine import Engine
 from ..engine.session import HeldArray, Stop
-from ..generate.continuous import Joining, ReadPrompt, read_prompts
 from ..generate.decoding import CachedRows
 from ..generate.growing import DEADLINE, LENGTH, PRUNED, STOP
 from ..generate.options import CheckedOptions
+from ..generate.prompts import Joining, ReadPrompt, read_prompts
 from ..selection.aggregate import aggregate_tokens
 from ..selection.vote import check_weight
 from ..text.padding import pad

@@ -25,9 +25,12 @@ from ..artifact.folder import WEIGHTS
 from ..artifact.limits import TooLargeError
 from ..artifact.manifest import Manifest
 from ..engine.engine import Engine
-from ..generate.continuous import ContinuousBatch, Joining, ReadPrompt, check_decode, read_prompts
+from ..generate.continuous import ContinuousBatch
+from ..generate.decoding import open_rows, runs_static
 from ..generate.growing import Growing
+from ..generate.prompts import Joining, ReadPrompt, read_prompts
 from ..generate.request import GenerateRequest
+from ..generate.rows import check_decode
 from ..generate.run import ends_in_stop
 from .batcher import DeadlineError, Observer, QueueFullError
 
@@ -147,11 +150,12 @@ class _Group(_Lane):
 
     Attributes:
         alone: its one generation grows by itself.
+        static: it runs in `decode_static`.
     """
 
-    def __init__(self, batch: ContinuousBatch, served: float, *, alone: bool) -> None:
+    def __init__(self, batch: ContinuousBatch, served: float, *, alone: bool, static: bool) -> None:
         super().__init__(served)
-        self.batch, self.alone = batch, alone
+        self.batch, self.alone, self.static = batch, alone, static
         self.tickets: dict[Growing, Ticket] = {}
 
 
@@ -179,8 +183,7 @@ class Generator:
     ) -> None:
         self._engine, self._observer, self._guard = engine, observer, guard
         self._max_waiting, self._max_rows, self._max_bytes = max_waiting, max_rows, max_bytes
-        self._decode = engine.session("decode")
-        check_decode(self._decode)
+        check_decode(engine.session("decode"))
         self._costs = _Costs(engine)
         self._waiting: deque[Ticket] = deque()
         self._reading: deque[Ticket] = deque()
@@ -378,14 +381,22 @@ class Generator:
         """Let a generation grow, in the first batch that it suits."""
         group = next((group for group in self._groups if self._suits(ticket, group)), None)
         if group is None:
-            batch = ContinuousBatch(self._decode, self._engine.manifest.scoring.step_token)
-            group = _Group(batch, self._least_served(), alone=self._grows_alone(ticket))
+            options = ticket.request.options
+            batch = ContinuousBatch(open_rows(self._engine, options), self._engine.manifest.scoring.step_token)
+            group = _Group(
+                batch,
+                self._least_served(),
+                alone=self._grows_alone(ticket),
+                static=runs_static(self._engine, options),
+            )
             self._groups.append(group)
         group.tickets[group.batch.join(read, ticket.joining)] = ticket
 
     def _suits(self, ticket: Ticket, group: _Group) -> bool:
         n = ticket.request.options.n
         if group.alone or self._grows_alone(ticket) or group.batch.rows + n > self._max_rows:
+            return False
+        if group.static != runs_static(self._engine, ticket.request.options):
             return False
         pairs, copied = group.batch.padding(len(ticket.request.prompt), n)
         return self._costs.padding(pairs, copied) <= self._costs.weights

@@ -20,13 +20,13 @@ from ..engine.engine import Engine
 from ..engine.prompt_cache import PREFILL, RANK_CACHED
 from ..engine.session import Stop
 from ..generate import run as generation
-from ..generate.continuous import can_join
 from ..generate.decoding import clock
 from ..generate.growing import Growing
 from ..generate.options import GenerateOptions
 from ..generate.request import GenerateRequest
 from ..generate.request import read_request as read_generate_request
 from ..generate.result import Generation
+from ..generate.rows import can_join
 from ..rank import run as ranking
 from ..rank.request import RankOptions, RankRequest
 from ..rank.request import read_request as read_rank_request

@@ -219,6 +219,6 @@ def test_halves_generate_as_the_host_steers_them(half, rng):
     whole = bonnx.Model(engine).generate(prompt, n=6, **options)
     request = read_request(engine, prompt, {"n": 6, **options})
     ids, options = request.prompt, request.options
-    *_, last = decode_all(engine.session, ids, options, None, None)
+    *_, last = decode_all(engine, ids, options, None, None)
     same = [np.array_equal(last.tokens[i, : last.lengths[i]], c.tokens) for i, c in enumerate(whole.candidates)]
     assert sum(same) >= 5

@@ -183,7 +183,7 @@ def test_with_integers_too_a_candidate_is_the_same_in_any_company(int8, rng):
     assert sum(same) >= 3
     request = read_request(engine, prompt, {"n": 9, **options})
     ids, options = request.prompt, request.options
-    *_, last = decode_all(engine.session, ids, options, None, None)
+    *_, last = decode_all(engine, ids, options, None, None)
     same = [
         np.array_equal(last.tokens[i, : last.lengths[i]], candidate.tokens)
         for i, candidate in enumerate(many.candidates)

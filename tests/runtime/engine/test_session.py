@@ -29,7 +29,7 @@ def test_generations(engines, rng):
     for engine in engines:
         request = read_request(engine, prompt, options)
         (whole,) = run_together(engine, [request])
-        *_, grown = decode_all(engine.session, request.prompt, request.options, None, None)
+        *_, grown = decode_all(engine, request.prompt, request.options, None, None)
         found.append((whole, grown))
     (whole, grown), (bound_whole, bound_grown) = found
     assert [c.tokens.tolist() for c in whole.candidates] == [c.tokens.tolist() for c in bound_whole.candidates]

@@ -8,9 +8,12 @@ import pytest
 from bonnx.errors import ArtifactError
 from bonnx.runtime.artifact.manifest import Value
 from bonnx.runtime.engine.engine import open_engine
-from bonnx.runtime.generate.continuous import ContinuousBatch, Joining, read_prompts
+from bonnx.runtime.generate.continuous import ContinuousBatch
+from bonnx.runtime.generate.decoding import open_rows
 from bonnx.runtime.generate.growing import LENGTH, PRUNED, STOP
+from bonnx.runtime.generate.prompts import Joining, read_prompts
 from bonnx.runtime.generate.request import read_request
+from bonnx.runtime.generate.rows import GrownRows
 from bonnx.runtime.generate.run import run_together
 from tests.tolerance import RUNTIME, within
 
@@ -59,16 +62,16 @@ def check_as_alone(engine, request, growing):
         assert within(scores[best], scores[alone.best_index], RUNTIME)
 
 
-@pytest.mark.parametrize("company", range(22))
-def test_each_gets_what_it_gets_alone(engine, rng, company):
-    batch = ContinuousBatch(engine.session("decode"), engine.manifest.scoring.step_token)
-    waiting, running, ended, left = [draw_request(engine, rng) for _ in range(25)], {}, [], 0
+def play(engine, requests, rng, step=lambda batch: batch.step()):
+    """Let generations grow in one batch, at random with others; some leave, the others are returned when they end."""
+    batch = ContinuousBatch(open_rows(engine, requests[0].options), engine.manifest.scoring.step_token)
+    waiting, running, ended, left = [*requests], {}, [], 0
     while waiting or running:
         while waiting and (not running or rng.random() < 0.4):
             group = [waiting.pop() for _ in range(min(len(waiting), int(rng.integers(1, 4))))]
             for request, joining, prompt in zip(group, *read(engine, group, rng), strict=True):
                 running[batch.join(prompt, joining)] = request
-        grown = batch.step()
+        grown = step(batch)
         ended += [(running.pop(growing), growing) for growing in grown if (growing.reasons >= 0).all()]
         if running and rng.random() < 0.05:
             # A client leaves.
@@ -77,14 +80,19 @@ def test_each_gets_what_it_gets_alone(engine, rng, company):
             del running[growing]
             left += 1
         assert batch.rows == sum(int((growing.reasons < 0).sum()) for growing in batch.generations)
-    assert len(ended) + left == 25
+    assert len(ended) + left == len(requests)
     assert batch.rows == 0
-    for request, growing in ended:
+    return ended
+
+
+@pytest.mark.parametrize("company", range(22))
+def test_each_gets_what_it_gets_alone(engine, rng, company):
+    for request, growing in play(engine, [draw_request(engine, rng) for _ in range(25)], rng):
         check_as_alone(engine, request, growing)
 
 
 def test_padding_counts_what_is_computed_for_nothing(engine):
-    batch = ContinuousBatch(engine.session("decode"), None)
+    batch = ContinuousBatch(GrownRows(engine.session("decode")), None)
     assert batch.padding(7, 3) == (0, 0)
     first = read_request(engine, PROMPTS[0], {"n": 4, "max_new_tokens": 9, "stop": []})
     (prompt,) = read_prompts(engine.session("prefill"), [joining := Joining(first.prompt, first.options)])
@@ -99,7 +107,7 @@ def test_padding_counts_what_is_computed_for_nothing(engine):
 def test_a_snapshot_stays_as_it_was(engine):
     request = read_request(engine, PROMPTS[1], {"n": 3, "max_new_tokens": 40, "stop": []})
     (prompt,) = read_prompts(engine.session("prefill"), [joining := Joining(request.prompt, request.options)])
-    batch = ContinuousBatch(engine.session("decode"), None)
+    batch = ContinuousBatch(GrownRows(engine.session("decode")), None)
     growing = batch.join(prompt, joining)
     states = []
     while batch.rows:
@@ -116,4 +124,4 @@ def test_a_snapshot_stays_as_it_was(engine):
 def test_an_older_graph_is_refused():
     session = SimpleNamespace(graph=SimpleNamespace(inputs=[Value(name="tokens", dtype="int64", shape=["n", "b"])]))
     with pytest.raises(ArtifactError, match=r"earlier version of bonnx.*export the model again"):
-        ContinuousBatch(session, None)
+        GrownRows(session)

@@ -245,7 +245,7 @@ def test_a_scorer_that_gives_nan_has_no_winner(tiny, options):
     bias.CopyFrom(onnx.numpy_helper.from_array(np.array([np.nan], np.float32), bias.name))
     engine = open_engine(tiny)
     model = bonnx.Model(engine)
-    engine.session("generate")._session = onnxruntime.InferenceSession(graph.SerializeToString())
+    engine.session("generate").inference = onnxruntime.InferenceSession(graph.SerializeToString())
     with pytest.raises(bonnx.NoWinnerError, match="every score is NaN"):
         model.generate([1, 2], n=3, max_new_tokens=3, **options)
 
@@ -294,7 +294,7 @@ def broken(tiny, request):
     weight[:, 7] = request.param
     head.CopyFrom(onnx.numpy_helper.from_array(weight, head.name))
     engine = open_engine(tiny)
-    engine.session("generate")._session = onnxruntime.InferenceSession(graph.SerializeToString())
+    engine.session("generate").inference = onnxruntime.InferenceSession(graph.SerializeToString())
     return bonnx.Model(engine)
 
 

@@ -58,7 +58,9 @@ def later(seconds=60):
     return time.monotonic() + seconds
 
 
-def test_64_clients_get_what_they_get_alone(engine, rng, monkeypatch):
+@pytest.mark.parametrize("name", ["engine", "static_engine"])
+def test_64_clients_get_what_they_get_alone(name, rng, monkeypatch, request):
+    engine = request.getfixturevalue(name)
     # Prompts are read in pieces, and some clients watch, leave or come late.
     monkeypatch.setattr(module, "_PIECE", 8)
     requests = [draw_request(engine, rng) for _ in range(64)]
