@@ -1,7 +1,8 @@
 /**
  * Visits a page with Chromium: `node page.mjs CHROMIUM URL REPEATS RUNS`. Prints as JSON, for each repeat in a fresh browser, the
- * milliseconds until the first paint and until the model is ready, at the first and the second visit, and then of each
- * generation the tokens and the seconds from the click to the choice.
+ * milliseconds until the first paint and until the model is ready, at the first and the second visit, then of each
+ * generation the tokens and the seconds from the click to the choice, and then the same without the page: of the graph
+ * `generate`, and of `products.onnx`, of which `page.py` knows what it computes.
  */
 
 import puppeteer from "puppeteer-core";
@@ -33,6 +34,44 @@ function generate(page, seed) {
   }, seed);
 }
 
+/** What WebAssembly does without a page that draws, without messages, and without copies of keys and values. */
+async function bare(page) {
+  // A document without the page's own worker, but with its headers.
+  await page.goto(new URL("page.json", url).href);
+  return page.evaluate(async (count) => {
+    const settings = await (await fetch("page.json")).json();
+    const runtime = await import("./runtime/ort.wasm.bundle.min.mjs");
+    const { load } = await import("./bonnx/bonnx.mjs");
+    const model = await load("model", { runtime, threads: settings.threads, graphs: ["generate"] });
+    const [example] = settings.examples;
+    const prompt = settings.chat ? [{ role: "user", content: example }] : example;
+    const options = { n: settings.candidates, temperature: settings.temperature };
+    if (settings.kind !== "countdown") options.maxNewTokens = settings.longest;
+    const seconds = async (task) => {
+      const start = performance.now();
+      const done = await task();
+      return [done, (performance.now() - start) / 1000];
+    };
+    const runs = [];
+    for (let seed = 0; seed < count; seed += 1) {
+      const [{ computedTokens }, time] = await seconds(() => model.generate(prompt, { ...options, seed }));
+      runs.push([computedTokens, time]);
+    }
+    await model.close();
+    const session = await runtime.InferenceSession.create("products.onnx");
+    const feeds = {};
+    for (const { name, type, shape } of session.inputMetadata) {
+      const array = type === "uint8" ? Uint8Array : Float32Array;
+      feeds[name] = new runtime.Tensor(type, new array(shape[0] * shape[1]).fill(1), shape);
+    }
+    const products = [];
+    for (let run = 0; run < count; run += 1) {
+      products.push((await seconds(() => session.run(feeds)))[1]);
+    }
+    return { runs, products };
+  }, Number(runs));
+}
+
 const found = [];
 for (let repeat = 0; repeat < Number(repeats); repeat += 1) {
   const browser = await puppeteer.launch({ executablePath: chromium, args: ["--no-sandbox"] });
@@ -42,7 +81,7 @@ for (let repeat = 0; repeat < Number(repeats); repeat += 1) {
     const [first, second] = [await visit(page), await visit(page)];
     const rates = [];
     for (let seed = 0; seed < Number(runs); seed += 1) rates.push(await generate(page, seed));
-    found.push({ first, second, runs: rates });
+    found.push({ first, second, runs: rates, bare: await bare(page) });
   } finally {
     await browser.close();
   }

@@ -53,7 +53,7 @@ function boxed(text) {
  * A number becomes a decimal, or a fraction in lowest terms if its decimals never end. Other text loses white space
  * around it, a period at its end, outer $...$, \(...\), {...} and \text{...}; white space inside becomes one blank.
  */
-export function canonical(text) {
+function canonical(text) {
   const plain = unwrapped(text.replace(BLANKS, " ").replace(/^ | $/g, ""));
   return readNumber(plain) ?? (plain || null);
 }

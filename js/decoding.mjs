@@ -9,13 +9,13 @@
 
 import { BonnxError } from "./errors.mjs";
 import { aggregate, bestOf, isStepwise } from "./selection.mjs";
-import { breathe } from "./sessions.mjs";
+import { makeBreathe } from "./sessions.mjs";
 
 /** Why a completion ended; the output `finish_reasons` of a graph is an index into this, and only the host has a deadline. */
 export const FINISH_REASONS = ["length", "stop", "pruned", "deadline"];
 
 /** Candidates of one prompt while they grow. */
-export class Growing {
+class Growing {
   /**
    * @param {object} options checked
    * @param {number | null} stepToken ends a step, for the step aggregations
@@ -102,6 +102,7 @@ function survivors(scores, kept, keep) {
 export async function* decodeAll(sessions, prompt, options, stepToken, ends, until, signal) {
   const growing = new Growing(options, stepToken, ends);
   const { n, maxNewTokens } = options;
+  const breathe = makeBreathe();
   const drawing = drawingFeeds(sessions, options);
   const mask = sessions.int64(
     prompt.map(() => 1),

@@ -4,7 +4,6 @@
  * @module
  */
 
-import { shown } from "./checks.mjs";
 import { BonnxError } from "./errors.mjs";
 
 /** Python's white space, inside a character class. */

@@ -8,7 +8,7 @@ import { shown } from "./checks.mjs";
 import { BonnxError } from "./errors.mjs";
 
 /** How the scores of a candidate's tokens become one. The input `aggregation` of a graph is an index into this. */
-export const AGGREGATIONS = ["last", "mean", "min", "max", "prod"];
+const AGGREGATIONS = ["last", "mean", "min", "max", "prod"];
 /** And `vote` into this; `score` is no vote. */
 export const VOTES = ["score", "weighted", "majority"];
 

@@ -222,8 +222,23 @@ function explained(error, what) {
   return new BonnxError("runtime", `${what}: ${message.slice(0, 500)}`, { cause: error });
 }
 
-/** Let the page do what waits: show what is new, and notice that its user pressed a button. */
-export function breathe() {
+// In milliseconds; a small model makes several tokens in this time, and each pause takes a tenth of a token's.
+const BREATH = 8;
+
+/**
+ * A function to call after every token. Now and then it lets the page do what waits: show what is new, and notice that its user
+ * pressed a button.
+ */
+export function makeBreathe() {
+  let last = performance.now();
+  return async () => {
+    if (performance.now() - last < BREATH) return;
+    await turn();
+    last = performance.now();
+  };
+}
+
+function turn() {
   // Not `scheduler.yield`: what it continues comes before timers.
   if (globalThis.setImmediate) return new Promise((resolve) => setImmediate(resolve));
   return new Promise((resolve) => {

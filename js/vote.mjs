@@ -11,7 +11,7 @@ import { VOTES, elect } from "./selection.mjs";
 import { readsTools, toolExtractor } from "./tool_calls.mjs";
 
 /** How candidates vote. */
-export class Ballot {
+class Ballot {
   /**
    * @param {string} vote one of `VOTES`
    * @param {unknown[] | null} answers one for each candidate, null for none; null if none were given

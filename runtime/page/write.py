@@ -123,6 +123,7 @@ def _settings(manifest: Manifest, graphs: Sequence[str], curve: Path | None) -> 
     """What the page has to know of the model before it is loaded."""
     countdown = manifest.name.startswith("countdown") and manifest.tokenizer is not None
     chat = manifest.text.chat_template is not None
+    scored = manifest.has_scorer
     examples = _COUNTDOWN_EXAMPLES if countdown else _CHAT_EXAMPLES if chat else ["Once upon a time"]
     return {
         "name": manifest.name,
@@ -130,7 +131,8 @@ def _settings(manifest: Manifest, graphs: Sequence[str], curve: Path | None) -> 
         "graphs": [*graphs],
         "kind": "countdown" if countdown else "text",
         "chat": chat and not countdown,
-        "probability": manifest.scoring.activation in ("sigmoid", "softmax"),
+        "scorer": scored,
+        "probability": scored and manifest.scoring.activation in ("sigmoid", "softmax"),
         "examples": examples,
         "candidates": 16 if countdown else 4,
         "temperature": 0.7 if chat and not countdown else 1.0,

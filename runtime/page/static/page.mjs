@@ -11,6 +11,7 @@ const worker = new Worker("worker.mjs", { type: "module" });
 let config = null;
 let cards = [];
 let prompt = "";
+let [low, high] = [Infinity, -Infinity];
 
 const MEGABYTE = 1e6;
 const MESSAGES = {
@@ -68,10 +69,15 @@ function dress() {
     $("prompt-label").textContent = "Puzzle";
     $("hint").textContent = "Numbers, then > and the target, then a colon, such as 3,7,20,24>1:";
     $("longest-label").hidden = true;
-  } else if (config.chat) {
+  } else if (!config.scorer) {
+    $("about").textContent =
+      "A language model writes several answers here, in your browser. The one of which it is most certain is chosen. " +
+      "Nothing is sent anywhere.";
+  }
+  if (config.chat) {
     $("prompt-label").textContent = "Message";
     $("hint").textContent = "What the assistant should answer. Ctrl+Enter generates.";
-  } else {
+  } else if (!countdown) {
     $("hint").textContent = "The text to continue. Ctrl+Enter generates.";
   }
   $("prompt").value = config.examples[0] ?? "";
@@ -161,6 +167,7 @@ function run() {
   $("status").textContent = grows ? "Reading the prompt." : "Generating.";
   cards = Array.from({ length: options.n }, (_, i) => new Card(i));
   $("candidates").replaceChildren(...cards.map((card) => card.element));
+  [low, high] = [Infinity, -Infinity];
   const asked = config.chat ? [{ role: "user", content: prompt }] : prompt;
   worker.postMessage({ kind: "generate", prompt: asked, options, byText: config.kind === "countdown" });
 }
@@ -186,21 +193,23 @@ class Card {
     this.text.setAttribute("aria-label", `Candidate ${number + 1}`);
   }
 
-  grow({ piece, again, added, score, total, reason }) {
+  grow({ pieces, again, total, reason }) {
     if (again) {
       this.text.replaceChildren();
       this.written = "";
     }
-    this.written += piece;
-    if (piece) {
+    for (const [piece, score] of pieces) {
+      this.written += piece;
       const token = Object.assign(document.createElement("span"), { className: "token", textContent: piece });
-      token.style.setProperty("--score", String(share(score)));
+      if (Number.isFinite(score)) token.style.setProperty("--score", String(score));
       token.title = Number.isFinite(score) ? score.toFixed(3) : "no score";
       this.text.append(token);
     }
-    if (added || reason) this.score.textContent = Number.isFinite(total) ? total.toFixed(3) : "";
-    this.element.classList.toggle("dropped", reason === "pruned");
-    if (reason === "pruned") this.note.textContent = "dropped early";
+    this.score.textContent = Number.isFinite(total) ? total.toFixed(3) : "";
+    if (reason === "pruned") {
+      this.element.classList.add("dropped");
+      this.note.textContent = "dropped early";
+    }
   }
 
   judge() {
@@ -212,14 +221,18 @@ class Card {
   }
 }
 
-/** A score as a share of the colour: probabilities as they are, others by the logistic function. */
-function share(score) {
-  if (!Number.isFinite(score)) return 0;
-  return config.probability ? Math.min(1, Math.max(0, score)) : 1 / (1 + Math.exp(-score));
+/** Which scores the ends of the colours stand for: probabilities 0 and 1, others the least and the largest so far. */
+function spread(scores) {
+  if (config.probability || !scores.length) return;
+  low = Math.min(low, ...scores);
+  high = Math.max(high, ...scores);
+  $("candidates").style.setProperty("--low", String(low));
+  $("candidates").style.setProperty("--high", String(high));
 }
 
 function grow({ kind, rows, tokens, seconds, best }) {
   rows.forEach((row, i) => cards[i].grow(row));
+  spread(rows.flatMap(({ pieces }) => pieces.map(([, score]) => score)).filter(Number.isFinite));
   const rate = `${tokens} tokens in ${seconds.toFixed(1)} s, ${(tokens / seconds).toFixed(0)} a second`;
   if (kind !== "done") {
     // Not announced: a screen reader would read every token.

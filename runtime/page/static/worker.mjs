@@ -16,6 +16,8 @@ Promise.all([importing, settings])
   .catch(() => {});
 module.catch(() => {});
 const CACHE = "bonnx-model";
+// Milliseconds between two messages about growing candidates: the page draws no faster.
+const FRAME = 100;
 let model = null;
 // Whether candidates can be watched while they grow.
 let grows = true;
@@ -44,11 +46,17 @@ async function open({ seal, graphs, threads, trial }) {
   const { load } = await module;
   const options = { threads: usable(threads), graphs };
   const address = new URL(`model/?v=${seal}`, self.location.href);
-  model = await load(address, {
-    ...options,
-    runtime: await importing,
-    onProgress: ({ loaded, total }) => self.postMessage({ kind: "progress", loaded, total }),
-  });
+  try {
+    model = await load(address, {
+      ...options,
+      runtime: await importing,
+      onProgress: ({ loaded, total }) => self.postMessage({ kind: "progress", loaded, total }),
+    });
+  } catch (error) {
+    // Or the next visit would find the same damaged file.
+    if (error?.code === "damaged") await self.caches?.delete(CACHE);
+    throw error;
+  }
   forgetOthers(seal);
   const unused = trial === null ? null : await tryWebGpu(load, address, options, trial);
   self.postMessage({ kind: "ready", runsOn: trial !== null && unused === null ? "WebGPU" : "WebAssembly", unused });
@@ -94,45 +102,57 @@ async function tryWebGpu(load, address, options, trial) {
 /** The files of this model from the browser's cache, once they have been fetched. */
 async function cached(plain, input, options) {
   const address = new URL(input instanceof Request ? input.url : input);
-  if (!address.searchParams.has("v") || self.caches === undefined) return plain(input, options);
-  const store = await self.caches.open(CACHE);
-  const found = await store.match(address);
+  const store = address.searchParams.has("v") ? await openCache() : null;
+  const found = await store?.match(address);
   if (found) return found;
   const response = await plain(input, options);
-  if (response.ok) store.put(address, response.clone()).catch(() => {});
+  if (response.ok) store?.put(address, response.clone()).catch(() => {});
   return response;
+}
+
+/** Null where the browser has none, or refuses it. */
+async function openCache() {
+  return self.caches?.open(CACHE).catch(() => null) ?? null;
 }
 
 /** Drop other versions of the model from the cache. */
 async function forgetOthers(seal) {
-  if (self.caches === undefined) return;
-  const store = await self.caches.open(CACHE);
-  for (const request of await store.keys()) {
+  const store = await openCache();
+  for (const request of (await store?.keys()) ?? []) {
     if (new URL(request.url).searchParams.get("v") !== seal) await store.delete(request);
   }
 }
 
 async function generate({ prompt, options, byText }) {
   controller = new AbortController();
-  const shown = Array.from({ length: options.n }, () => ({ count: 0, text: "" }));
+  const texts = Array(options.n).fill("");
+  // For each candidate what has come since the last message.
+  let news = texts.map(() => ({ again: false, pieces: [] }));
   const start = performance.now();
-  let first = null;
-  const send = (state, kind) => {
-    const rows = state.candidates.map((candidate, i) => {
-      const before = shown[i];
-      const added = candidate.tokens.length > before.count;
+  let sent = start;
+  const add = ({ candidates }) => {
+    candidates.forEach(({ text, scores }, i) => {
       // A token may complete a character, or be none of the text.
-      const keeps = candidate.text.startsWith(before.text);
-      const piece = keeps ? candidate.text.slice(before.text.length) : candidate.text;
-      Object.assign(before, { count: candidate.tokens.length, text: candidate.text });
-      return { piece, again: !keeps, added, score: candidate.scores.at(-1), total: candidate.score, reason: candidate.finishReason };
+      const keeps = text.startsWith(texts[i]);
+      if (!keeps) news[i] = { again: true, pieces: [] };
+      const piece = keeps ? text.slice(texts[i].length) : text;
+      if (piece) news[i].pieces.push([piece, scores.at(-1)]);
+      texts[i] = text;
     });
+  };
+  const send = (kind, { candidates, computedTokens, bestIndex }) => {
+    const rows = candidates.map(({ score, finishReason }, i) => ({ ...news[i], total: score, reason: finishReason }));
     const seconds = (performance.now() - start) / 1000;
-    first ??= seconds;
-    self.postMessage({ kind, rows, tokens: state.computedTokens, seconds, best: state.bestIndex });
+    self.postMessage({ kind, rows, tokens: computedTokens, seconds, best: bestIndex });
+    news = texts.map(() => ({ again: false, pieces: [] }));
+    sent = performance.now();
+  };
+  const onToken = (state) => {
+    add(state);
+    if (performance.now() - sent > FRAME) send("state", state);
   };
   const answers = options.vote === "score" ? null : byText ? (text) => text || null : "number";
-  const onToken = grows ? (state) => send(state, "state") : null;
-  const result = await model.generate(prompt, { ...options, answers, onToken, signal: controller.signal });
-  send(result, "done");
+  const result = await model.generate(prompt, { ...options, answers, onToken: grows ? onToken : null, signal: controller.signal });
+  if (!grows) add(result);
+  send("done", result);
 }

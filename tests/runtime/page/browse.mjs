@@ -12,11 +12,15 @@ const browser = await puppeteer.launch({ executablePath: chromium, args: ["--no-
 const results = { outside: [], errors: [], steps: [] };
 
 const ended = () => performance.getEntriesByName("done").length > 0 || !document.getElementById("problem").hidden;
-const ready = () => document.getElementById("status").textContent === "Ready." || !document.getElementById("problem").hidden;
+// Or, where a page is to be loaded once more, when it has been.
+const ready = (isolated) =>
+  (crossOriginIsolated || !isolated) &&
+  (document.getElementById("status").textContent === "Ready." || !document.getElementById("problem").hidden);
 
 const seen = (page) =>
   page.evaluate(() => ({
     title: document.title,
+    about: document.getElementById("about").textContent,
     facts: document.getElementById("facts").textContent,
     status: document.getElementById("status").textContent,
     problem: document.getElementById("problem").hidden ? null : document.getElementById("problem").textContent,
@@ -28,7 +32,7 @@ const seen = (page) =>
       note: card.querySelector(".note").textContent,
       winner: card.classList.contains("winner"),
       dropped: card.classList.contains("dropped"),
-      coloured: card.querySelectorAll(".token").length,
+      colours: [...card.querySelectorAll(".token")].map((token) => getComputedStyle(token).backgroundColor),
     })),
   }));
 
@@ -39,11 +43,11 @@ try {
   page.on("request", (request) => {
     if (new URL(request.url()).host !== new URL(url).host && !request.url().startsWith("data:")) results.outside.push(request.url());
   });
-  for (const { width = 1000, height = 800, dark = false, path = "", fill = {}, key = null, module = null, axe = false } of steps) {
+  for (const { width = 1000, height = 800, dark = false, path = "", fill = {}, key = null, module = null, axe = false, isolated = false } of steps) {
     await page.setViewport({ width, height });
     await page.emulateMediaFeatures([{ name: "prefers-color-scheme", value: dark ? "dark" : "light" }]);
     await page.goto(url + path, { waitUntil: "domcontentloaded" });
-    await page.waitForFunction(ready);
+    await page.waitForFunction(ready, {}, isolated);
     for (const [id, value] of Object.entries(fill)) {
       await page.$eval(
         `#${id}`,

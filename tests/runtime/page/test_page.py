@@ -1,18 +1,25 @@
 """The page: what is written, and in Chromium what a visitor sees."""
 
+import contextlib
+import functools
+import http.server
 import json
 import random
 import re
 import shutil
 import subprocess
+import threading
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
 import bonnx
 from benchmarks.page import find_chromium, serving
 from bonnx.errors import ArtifactError, InputError
+from bonnx.export.artifact import _write_manifest
 from bonnx.models.countdown.puzzle import check, draw_solution, parse_prompt
+from bonnx.runtime.artifact.folder import MANIFEST, read_manifest
 from bonnx.runtime.page import write as module
 from bonnx.runtime.page import write_page
 from tests.command_line import run
@@ -42,6 +49,66 @@ def site(countdown, npm_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("site") / "page"
     write_page(countdown, folder, curve=CURVE, packages=npm_folder / "node_modules")
     return folder
+
+
+@contextlib.contextmanager
+def hosting(folder, handler):
+    """The address of a host that answers as a handler does."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(handler, directory=folder)) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://localhost:{server.server_address[1]}/"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+class Plain(http.server.SimpleHTTPRequestHandler):
+    """A host that sends no headers of its own, as many do."""
+
+    extensions_map = http.server.SimpleHTTPRequestHandler.extensions_map | {".mjs": "text/javascript"}
+    # Where connections stay open, a browser finds out that a file was cut.
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, format, *args):
+        """Say nothing."""
+
+
+class WithoutWorkers(Plain):
+    """One from which no service worker can be installed."""
+
+    def do_GET(self):
+        if "Service-Worker" in self.headers:
+            self.send_error(403)
+        else:
+            super().do_GET()
+
+
+WEIGHTS = "/model/onnx/weights.bin"
+
+
+class Faulty(Plain):
+    """One whose first answer about the weights is not the file: a subclass says what it is instead."""
+
+    def do_GET(self):
+        weights = urlsplit(self.path).path == WEIGHTS
+        if not weights or WEIGHTS in self.asked:
+            super().do_GET()
+        else:
+            data = Path(self.directory, WEIGHTS[1:]).read_bytes()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(self.spoil(data))
+            self.close_connection = True
+        self.asked.append(urlsplit(self.path).path)
+
+
+def make_faulty(spoil):
+    """A host whose first answer about the weights is what `spoil` makes of them, and what it was asked for."""
+    asked = []
+    return type("Faulty", (Faulty,), {"asked": asked, "spoil": staticmethod(spoil)}), asked
 
 
 def browse(npm_folder, url, steps, *switches):
@@ -94,10 +161,24 @@ def test_a_visitor_sees_the_candidates_and_the_winner(countdown, site, npm_folde
         pruned = [c.finish_reason == "pruned" for c in generation.candidates]
         assert sum(card["dropped"] for card in cards) == sum(pruned)
         for card in cards:
-            assert card["coloured"] > 0
+            assert len(card["colours"]) > 0
             if not card["dropped"]:
                 assert (card["note"] == "right") == check(puzzle, card["text"])
     assert "Expected a puzzle such as 3,7,20,24>1: but got 3,7,20" in bad["after"]["problem"]
+
+
+def test_scores_that_are_no_probabilities(site, npm_folder, tmp_path):
+    """Of a model without a scorer they are certainties; the colours go from the least to the largest."""
+    page = shutil.copytree(site, tmp_path / "page")
+    settings = json.loads((page / "page.json").read_text())
+    settings |= {"kind": "text", "scorer": False, "probability": False, "longest": 12}
+    (page / "page.json").write_text(json.dumps(settings))
+    with serving(page) as url:
+        (step,) = browse(npm_folder, url, [{"axe": True}])
+    assert "The one of which it is most certain is chosen." in step["after"]["about"]
+    colours = [colour for card in step["after"]["cards"] for colour in card["colours"]]
+    assert len(set(colours)) > 10
+    assert step["violations"] == []
 
 
 def test_a_page_of_a_single_file(countdown, npm_folder, tmp_path):
@@ -166,6 +247,71 @@ def test_a_browser_draws_the_same_tokens_as_python(countdown, site, npm_folder, 
             assert scores[found["bestIndex"]] == pytest.approx(max(scores), abs=1e-4)
     # Where two tokens are as likely, but for rounding, runtimes may differ.
     assert same >= 98
+
+
+def test_a_host_without_the_headers(countdown, site, npm_folder):
+    """A service worker adds them, and the page loads again; without one, the model runs on a single thread."""
+    best = bonnx.load(countdown).generate("3,7,20,24>1:", n=16, seed=0).best.text
+    for handler, isolated in ((Plain, True), (WithoutWorkers, False)):
+        with hosting(site, handler) as url:
+            (step,) = browse(npm_folder, url, [{"isolated": isolated}])
+        assert step["after"]["isolated"] == isolated
+        assert step["after"]["cards"][0]["text"] == best
+
+
+def test_the_second_visit_loads_no_file_of_the_model(site, npm_folder):
+    handler, asked = make_faulty(lambda data: data)
+    with hosting(site, handler) as url:
+        browse(npm_folder, url, [{"isolated": True}, {"isolated": True}])
+    files = {f"/{path.relative_to(site)}" for path in (site / "model").rglob("*") if path.is_file()}
+    assert {path: asked.count(path) for path in asked if path.startswith("/model/")} == dict.fromkeys(files, 1)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda data: data[: len(data) // 2], "the transfer broke off after .* bytes"),
+        (lambda data: data[:-1] + bytes([data[-1] ^ 1]), "its sha256 is not the one"),
+    ],
+    ids=["truncated", "a changed byte"],
+)
+def test_a_bad_download_is_not_kept(countdown, site, npm_folder, spoil, message):
+    best = bonnx.load(countdown).generate("3,7,20,24>1:", n=16, seed=0).best.text
+    handler, _ = make_faulty(spoil)
+    with hosting(site, handler) as url:
+        bad, good = browse(npm_folder, url, [{}, {}])
+    assert re.search(f"Reload the page.*{message}", bad["before"]["problem"]), bad["before"]
+    assert good["after"]["cards"][0]["text"] == best
+
+
+@pytest.mark.parametrize(
+    ("switch", "message"),
+    [
+        ("--no-enable-sse4-1", "cannot run the model.*WebAssembly with SIMD.*use a newer one"),
+        ("--jitless", "cannot run the model.*WebAssembly with SIMD.*use a newer one"),
+        ("--wasm-max-mem-pages=600", "too little memory for the model"),
+    ],
+    ids=["without SIMD", "without WebAssembly", "with 38 MB of memory"],
+)
+def test_a_browser_that_cannot_run_the_model(switch, message, site, npm_folder):
+    with serving(site) as url:
+        (step,) = browse(npm_folder, url, [{}], f"--js-flags={switch}")
+    assert re.search(message, step["before"]["problem"]), step["before"]
+    assert step["before"]["cards"] == []
+
+
+def test_a_tokenizer_that_the_module_cannot_read(countdown, npm_folder, tmp_path):
+    artifact = shutil.copytree(countdown, tmp_path / "artifact")
+    manifest = read_manifest(artifact)
+    described = json.loads((artifact / manifest.tokenizer).read_text(encoding="utf-8"))
+    described["pre_tokenizer"] = {"type": "BertPreTokenizer"}
+    (artifact / manifest.tokenizer).write_text(json.dumps(described), encoding="utf-8")
+    (artifact / MANIFEST).unlink()
+    _write_manifest(manifest, artifact)
+    write_page(artifact, tmp_path / "page", packages=npm_folder / "node_modules")
+    with serving(tmp_path / "page") as url:
+        (step,) = browse(npm_folder, url, [{}])
+    assert re.search("vocabulary cannot be read.*'BertPreTokenizer'", step["before"]["problem"]), step["before"]
 
 
 def _edit_manifest(folder, change):
