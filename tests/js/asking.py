@@ -47,9 +47,10 @@ def numbers(values):
     return np.array([float(value) for value in values])
 
 
-def check_close(found, expected, what):
+def check_close(found, expected, what, factors=1):
+    """Compare numbers; the relative error of a product is the sum of those of its factors."""
     wanted = np.asarray(expected, np.float64)
-    np.testing.assert_allclose(numbers(found), wanted, rtol=1e-4, atol=1e-4, err_msg=what)
+    np.testing.assert_allclose(numbers(found), wanted, rtol=1e-4 * factors, atol=1e-4, err_msg=what)
 
 
 def check(artifact, calls, answers):
@@ -93,19 +94,20 @@ def _check_order(found, expected, scores, group_scores):
         np.testing.assert_allclose(of_found, of_expected, rtol=1e-4, atol=1e-7, err_msg=f"{found} for {expected}")
 
 
-def _check_choice(found, expected, scores):
+def _check_choice(found, expected, scores, factors=1):
     _check_order([found["bestIndex"]], [expected.best_index], scores, expected.group_scores)
     assert found["aggregation"] == expected.aggregation
     assert found["answers"] == (None if expected.answers is None else list(expected.answers))
     assert (found["groupScores"] is None) == (expected.group_scores is None)
     if expected.group_scores is not None:
-        check_close(found["groupScores"], expected.group_scores, "group scores")
+        check_close(found["groupScores"], expected.group_scores, "group scores", factors)
 
 
 def _check_ranking(found, expected):
-    _check_choice(found, expected, expected.candidate_scores)
+    factors = max(map(len, expected.scores)) if expected.aggregation.endswith("prod") else 1
+    _check_choice(found, expected, expected.candidate_scores, factors)
     _check_order(found["order"], expected.order, expected.candidate_scores, expected.group_scores)
-    check_close(found["candidateScores"], expected.candidate_scores, "candidate scores")
+    check_close(found["candidateScores"], expected.candidate_scores, "candidate scores", factors)
     for rows, wanted in ((found["scores"], expected.scores), (found["stepScores"], expected.step_scores)):
         assert (rows is None) == (wanted is None)
         for row, scores in zip(rows or [], wanted or [], strict=True):
@@ -113,7 +115,7 @@ def _check_ranking(found, expected):
     assert found["cut"] == expected.cut
     assert (found["margin"] is None) == (expected.margin is None)
     if expected.margin is not None:
-        check_close([found["margin"]], [expected.margin], "margin")
+        check_close([found["margin"]], [expected.margin], "margin", factors)
     assert found["unreadable"] == {str(i): reason for i, reason in expected.unreadable.items()}
     assert (found["objectives"] is None) == (expected.objectives is None)
     for name, values in (expected.objectives or {}).items():

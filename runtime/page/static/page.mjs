@@ -9,6 +9,7 @@ import { drawPuzzle, isPuzzle, mistake } from "./countdown.mjs";
 const $ = (id) => document.getElementById(id);
 const worker = new Worker("worker.mjs", { type: "module" });
 let config = null;
+let ready = false;
 let cards = [];
 let prompt = "";
 let [low, high] = [Infinity, -Infinity];
@@ -25,6 +26,7 @@ const MESSAGES = {
 };
 
 function fail(code, message) {
+  $("status").textContent = "";
   $("problem").hidden = false;
   $("problem").textContent = MESSAGES[code] ? `${MESSAGES[code]} (${message})` : message;
   $("loading").hidden = true;
@@ -118,7 +120,8 @@ worker.onmessage = ({ data }) => {
   } else if (data.kind === "ready") {
     facts(data.runsOn, data.unused);
     $("loading").hidden = true;
-    $("run").disabled = false;
+    ready = true;
+    finish();
     $("status").textContent = "Ready.";
     performance.mark("ready");
   } else if (data.kind === "error") {
@@ -173,7 +176,7 @@ function run() {
 }
 
 function finish() {
-  $("run").disabled = false;
+  $("run").disabled = !ready;
   $("stop").hidden = true;
 }
 

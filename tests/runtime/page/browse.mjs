@@ -25,6 +25,7 @@ const seen = (page) =>
     status: document.getElementById("status").textContent,
     problem: document.getElementById("problem").hidden ? null : document.getElementById("problem").textContent,
     isolated: crossOriginIsolated,
+    usable: !document.getElementById("run").disabled,
     wide: document.documentElement.scrollWidth > innerWidth,
     cards: [...document.querySelectorAll(".candidate")].map((card) => ({
       text: card.querySelector(".text").textContent,
@@ -36,6 +37,19 @@ const seen = (page) =>
     })),
   }));
 
+async function fillIn(page, values) {
+  for (const [id, value] of Object.entries(values)) {
+    await page.$eval(
+      `#${id}`,
+      (element, given) => {
+        element.value = given;
+        element.dispatchEvent(new Event("input", { bubbles: true }));
+      },
+      value,
+    );
+  }
+}
+
 try {
   const page = await browser.newPage();
   page.setDefaultTimeout(240000);
@@ -43,21 +57,12 @@ try {
   page.on("request", (request) => {
     if (new URL(request.url()).host !== new URL(url).host && !request.url().startsWith("data:")) results.outside.push(request.url());
   });
-  for (const { width = 1000, height = 800, dark = false, path = "", fill = {}, key = null, module = null, axe = false, isolated = false } of steps) {
+  for (const { width = 1000, height = 800, dark = false, path = "", fill = {}, key = null, then = null, module = null, axe = false, isolated = false } of steps) {
     await page.setViewport({ width, height });
     await page.emulateMediaFeatures([{ name: "prefers-color-scheme", value: dark ? "dark" : "light" }]);
     await page.goto(url + path, { waitUntil: "domcontentloaded" });
     await page.waitForFunction(ready, {}, isolated);
-    for (const [id, value] of Object.entries(fill)) {
-      await page.$eval(
-        `#${id}`,
-        (element, given) => {
-          element.value = given;
-          element.dispatchEvent(new Event("input", { bubbles: true }));
-        },
-        value,
-      );
-    }
+    await fillIn(page, fill);
     const result = { before: await seen(page) };
     if (result.before.problem === null && module === null) {
       if (key === null) await page.click("#run");
@@ -67,6 +72,12 @@ try {
       }
       await page.waitForFunction(ended);
       result.after = await seen(page);
+      if (then !== null) {
+        await fillIn(page, then);
+        await page.click("#run");
+        await page.waitForFunction(ended);
+        result.then = await seen(page);
+      }
     }
     if (module !== null) {
       // The same module by itself, for many prompts.

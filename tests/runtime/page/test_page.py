@@ -298,6 +298,21 @@ def test_a_browser_that_cannot_run_the_model(switch, message, site, npm_folder):
         (step,) = browse(npm_folder, url, [{}], f"--js-flags={switch}")
     assert re.search(message, step["before"]["problem"]), step["before"]
     assert step["before"]["cards"] == []
+    assert not step["before"]["usable"]
+
+
+def test_too_little_memory_for_so_many_candidates(site, npm_folder, tmp_path):
+    """The model fits, and runs again with fewer."""
+    page = shutil.copytree(site, tmp_path / "page")
+    index = (page / "index.html").read_text(encoding="utf-8").replace('max="32"', 'max="256"')
+    (page / "index.html").write_text(index, encoding="utf-8")
+    with serving(page) as url:
+        (step,) = browse(
+            npm_folder, url, [{"fill": {"n": 256}, "then": {"n": 1}}], "--js-flags=--wasm-max-mem-pages=780"
+        )
+    assert "too little memory for the model. Close other pages, or ask for fewer candidates" in step["after"]["problem"]
+    assert step["then"]["problem"] is None
+    assert "Chosen: candidate 1 of 1" in step["then"]["status"]
 
 
 def test_a_tokenizer_that_the_module_cannot_read(countdown, npm_folder, tmp_path):
@@ -344,6 +359,7 @@ def test_what_is_wrong_is_said_on_the_page(damage, message, site, npm_folder, tm
         (step,) = browse(npm_folder, url, [{}])
     assert re.search(message, step["before"]["problem"]), step["before"]["problem"]
     assert step["before"]["cards"] == []
+    assert not step["before"]["usable"]
 
 
 def test_the_command_writes_a_page(countdown, npm_folder, tmp_path):
