@@ -61,6 +61,7 @@ function trial() {
 /** What depends on the model. */
 function dress() {
   document.title = `Best of N: ${config.name}`;
+  document.body.dataset.kind = config.kind;
   facts("WebAssembly");
   const countdown = config.kind === "countdown";
   if (countdown) {
@@ -92,6 +93,13 @@ function dress() {
   if (config.curve) draw(config.curve);
 }
 
+/** Say what the page waits for; how much of it is done is not always known. */
+function wait(what, done = null) {
+  $("progress-text").textContent = what;
+  if (done === null) $("progress").removeAttribute("value");
+  else $("progress").value = done;
+}
+
 function facts(runsOn, unused = null) {
   const why = unused === null ? "" : ` WebGPU is not used: ${unused}.`;
   $("facts").textContent = `${config.name}, ${(config.bytes / MEGABYTE).toFixed(0)} MB, runs in ${runsOn}.${why}`;
@@ -112,11 +120,11 @@ function show() {
 
 worker.onmessage = ({ data }) => {
   if (data.kind === "progress") {
-    $("progress").value = data.loaded / data.total;
-    $("progress-text").textContent = `Loading ${(data.loaded / MEGABYTE).toFixed(0)} of ${(data.total / MEGABYTE).toFixed(0)} MB`;
+    const [loaded, total] = [data.loaded, data.total].map((bytes) => (bytes / MEGABYTE).toFixed(0));
+    if (data.loaded === data.total) wait("Opening the model");
+    else wait(`Loading ${loaded} of ${total} MB`, data.loaded / data.total);
   } else if (data.kind === "trying") {
-    $("progress").removeAttribute("value");
-    $("progress-text").textContent = "Comparing WebGPU with WebAssembly";
+    wait("Comparing WebGPU with WebAssembly");
   } else if (data.kind === "ready") {
     facts(data.runsOn, data.unused);
     $("loading").hidden = true;
