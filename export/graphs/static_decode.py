@@ -94,16 +94,21 @@ def uniforms_graph() -> ir.Graph:
 
 
 def resize_graph(config: NetworkConfig) -> ir.Graph:
-    """Caches -> those of some of their rows, and of some of their slots, both given by their numbers."""
+    """Caches -> those of some of their rows, and of some of their slots, both given by their numbers.
+
+    Rows that are not `kept` become zeros: what is masked counts, too, if it is NaN.
+    """
     b = Builder("resize")
     rows, slots = (ir.val(name, INT, [name]) for name in ("rows", "slots"))
-    graph = ir.Graph([rows, slots], [], nodes=[], name="resize_cache")
+    kept = ir.val("kept", ir.DataType.BOOL, ["rows"])
+    graph = ir.Graph([rows, slots, kept], [], nodes=[], name="resize_cache")
+    column, zero = b.Unsqueeze(kept, b.ints(1, 2, 3)), b.float(0.0)
     heads, size = config.num_kv_heads, config.size_of_head
     for i in range(config.num_layers):
         for kind in ("key", "value"):
             cache = ir.val(f"{kind}.{i}", FLOAT, ["past_rows", heads, "past_slots", size])
             graph.inputs.append(cache)
-            moved = b.Gather(b.Gather(cache, rows, axis=0), slots, axis=2)
+            moved = b.Where(column, b.Gather(b.Gather(cache, rows, axis=0), slots, axis=2), zero)
             graph.outputs.append(name_value(moved, f"resized_{kind}.{i}", FLOAT, ["rows", heads, "slots", size]))
     b.extend(graph)
     return graph

@@ -1,8 +1,8 @@
 """Rows of `decode_static`: keys and values in slots of caches whose addresses and sizes stay, for CUDA graphs.
 
-A row stays at its place until it ends. Its place is then free for a new row. All rows move to other caches, on the
-device, only if there are many fewer or more of them than places, or if they need more slots. Sizes are powers of two,
-so that few different ones are captured. Shapes as in `rows.py`.
+A row stays at its place until it ends. Rows move to other caches, on the device, if others join, if there are half as
+many as places, or if they need more slots. Sizes are powers of two, so that few different ones are captured. Shapes as
+in `rows.py`.
 """
 
 from __future__ import annotations
@@ -34,9 +34,12 @@ class StaticRows:
     def __init__(self, session: Callable[[str], Session]) -> None:
         self._decode, self._uniforms, self._resize = map(session, ("decode_static", "uniforms", "resize_cache"))
         self.prompts = PromptSlots(self._decode.graph, _PROMPT, exact=False)
-        self._caches = [value.name for value in self._decode.graph.inputs if value.name.startswith(("key.", "value."))]
         self._types = {value.name: np.dtype(value.dtype) for value in self._decode.graph.inputs}
         self._outputs = {value.name for value in self._decode.graph.outputs}
+        shapes = {value.name: value.shape for value in self._decode.graph.inputs}
+        self._caches = [name for name in shapes if name.startswith(("key.", "value."))]
+        sizes = {name: (1, int(shapes[name][1]), 1, int(shapes[name][3])) for name in self._caches}
+        self._blank = self._decode.hold({name: np.zeros(size, np.float32) for name, size in sizes.items()})
         self._run: FixedRun | None = None
         # Where the rows of the last run are.
         self._places = np.zeros(0, np.int64)
@@ -78,22 +81,18 @@ class StaticRows:
         sizes = {"rows": _power(count), "slots": _power(int(states.lengths.max()) + 1, _SLOTS)}
         sizes |= {"batch": len(self.prompts.arrays["stream"]), "width": _power(int(widest))}
         sizes |= {"prompt_length": self.prompts.width, "prompt_length + 1": self.prompts.width + 1}
-        before = self._places[states.sources[old]] if self._run is not None else np.zeros(0, np.int64)
         run = self._run
-        if run is not None and run.sizes == sizes and len(np.unique(before)) == len(before):
-            places = np.zeros(count, np.int64)
-            places[old] = before
-            places[~old] = np.setdiff1d(np.arange(sizes["rows"]), before)[: count - len(before)]
-            return run, places
+        before = self._places[states.sources[old]] if run is not None else np.zeros(0, np.int64)
+        if run is not None and run.sizes == sizes and len(np.unique(before)) == count:
+            return run, before
         new = self._decode.fixed_runs.take(sizes)
-        if len(before):
-            assert run is not None
-            rows = np.zeros(sizes["rows"], np.int64)
-            rows[:count][old] = before
-            # Where there were fewer slots, any value does: it is overwritten before it is read.
-            slots = np.minimum(np.arange(sizes["slots"]), run.sizes["slots"] - 1)
-            caches = {name: run.values[name] for name in self._caches}
-            self._resize.into({"rows": rows, "slots": slots, **caches}, {f"resized_{x}": new.values[x] for x in caches})
+        feeds = {"rows": np.zeros(sizes["rows"], np.int64), "kept": np.zeros(sizes["rows"], bool)}
+        feeds["rows"][:count][old], feeds["kept"][:count] = before, old
+        # Where there were fewer slots, any of the row's own does: it is overwritten before it is read.
+        had = 1 if run is None else run.sizes["slots"]
+        feeds["slots"] = np.minimum(np.arange(sizes["slots"]), had - 1)
+        caches = self._blank if run is None else {name: run.values[name] for name in self._caches}
+        self._resize.into({**feeds, **caches}, {f"resized_{name}": new.values[name] for name in caches})
         return new, np.arange(count)
 
     def _write(self, run: FixedRun, states: RowStates, places: Array) -> None:

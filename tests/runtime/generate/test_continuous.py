@@ -47,8 +47,20 @@ def read(engine, requests, rng):
     return joining, read_prompts(session, joining)
 
 
+def twins_were_pruned(request, generation):
+    """Whether two candidates had the same tokens when some were dropped: rounding decides which of them stays."""
+    every, tokens = request.options.prune_every, [candidate.tokens.tolist() for candidate in generation.candidates]
+    for length in range(every, request.options.max_new_tokens + 1, every or 1):
+        begun = [tuple(row[:length]) for row in tokens if len(row) >= length]
+        if len({*begun}) < len(begun):
+            return True
+    return False
+
+
 def check_as_alone(engine, request, growing):
     (alone,) = run_together(engine, [request])
+    if request.options.prune_every and twins_were_pruned(request, alone):
+        return
     scores, best = growing.select()
     for i, candidate in enumerate(alone.candidates):
         length = growing.lengths[i]

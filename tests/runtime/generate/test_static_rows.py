@@ -53,8 +53,7 @@ def small_request(engine, rng):
     prompt = rng.integers(0, 130, int(rng.choice([1, 7, 30, 140])))
     options = {"n": int(rng.choice([1, 2, 3, 9])), "seed": int(rng.integers(2**40))}
     options |= {"temperature": float(rng.choice([0, 0.8, 1.5])), "max_new_tokens": int(rng.choice([1, 5, 20, 70]))}
-    # Candidates that are equal have equal scores, of which rounding decides.
-    if options["temperature"] and rng.random() < 0.3:
+    if rng.random() < 0.3:
         options |= {"prune_every": int(rng.integers(2, 7)), "prune_keep": 0.5}
     if engine.manifest.has_scorer and rng.random() < 0.3:
         options["stop"] = rng.integers(0, 130, 5).tolist()
