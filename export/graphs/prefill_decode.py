@@ -115,8 +115,6 @@ class _RowsRead(NamedTuple):
     """bool scalar on the host: whether the caches need more than one token appended."""
     start: ir.Value
     """[n] on the host: from where on the rows need the tokens of their caches."""
-    begun: ir.Value
-    """(M, 1, 1, 1) bool: whether a row has read any token."""
     uniform: ir.Value
     """(M) float32."""
     rules: DrawRules
@@ -188,8 +186,7 @@ def _read_rows(
     _, places = b.TopK(b.Reshape(owned, b.Concat(batch, count, axis=0)), width, axis=1, _outputs=2)
     ages = b.Range(longest, b.int(-1), b.int(-1))
     rules = rules._replace(heat=heat, top_k=top_k, share=share)
-    begun = b.Unsqueeze(b.Greater(lengths, b.int(0)), b.ints(1, 2, 3))
-    return _RowsRead(prompts, lengths, ages, places, back, sources, changes, start, begun, uniform, rules)
+    return _RowsRead(prompts, lengths, ages, places, back, sources, changes, start, uniform, rules)
 
 
 def _places(b: Builder, prompts: ir.Value, slots: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
@@ -245,8 +242,9 @@ def _joined(nodes: list[ir.Node], read: _RowsRead) -> ir.Node:
             cache, new = node.inputs
             if name == "then_branch":
                 cache = b.Slice(b.Gather(cache, read.sources, axis=0), read.start, b.ints(2**62), b.ints(2))
-                # What is masked counts, too, if it is NaN.
-                cache = b.Where(read.begun, cache, b.float(0.0))
+                # Of rows that have read nothing, zeros: what is masked counts, too, if it is NaN.
+                begun = b.Unsqueeze(b.Greater(read.lengths, b.int(0)), b.ints(1, 2, 3))
+                cache = b.Where(begun, cache, b.float(0.0))
             outputs.append(b.Concat(cache, new, axis=2))
             outputs[-1].dtype = FLOAT
         branches[name] = ir.Graph([], outputs, nodes=b.nodes, initializers=b.initializers, name=b.name)
