@@ -66,9 +66,9 @@ def test_an_int8_artifact_runs_on_the_cpu_only(int8, monkeypatch):
         bonnx.load(int8, provider="cuda")
     asked, original = [], session._providers
 
-    def providers(runtime, options):
+    def providers(runtime, options, **others):
         asked.append(options.provider)
-        return original(runtime, options)
+        return original(runtime, options, **others)
 
     monkeypatch.setattr(session, "_providers", providers)
     assert bonnx.load(int8).provider == "cpu"
