@@ -1,13 +1,13 @@
 /**
- * Visits a page with Chromium: `node page.mjs CHROMIUM URL REPEATS RUNS`. Prints as JSON, for each repeat in a fresh browser, the
+ * Visits a page with Chromium: `node page.mjs CHROMIUM URL REPEATS RUNS THREADS...`. Prints as JSON, for each repeat in a fresh browser, the
  * milliseconds until the first paint and until the model is ready, at the first and the second visit, then of each
- * generation the tokens and the seconds from the click to the choice, and then the same without the page: of the graph
- * `generate`, and of `products.onnx`, of which `page.py` knows what it computes.
+ * generation the tokens and the seconds from the click to the choice, and then for each number of threads the same without the
+ * page: of the graph `generate`, and of `products.onnx`, of which `page.py` knows what it computes.
  */
 
 import puppeteer from "puppeteer-core";
 
-const [chromium, url, repeats, runs] = process.argv.slice(2);
+const [chromium, url, repeats, runs, ...threads] = process.argv.slice(2);
 
 const isReady = () =>
   document.getElementById("status").textContent === "Ready." || !document.getElementById("problem").hidden;
@@ -35,14 +35,14 @@ function generate(page, seed) {
 }
 
 /** What WebAssembly does without a page that draws, without messages, and without copies of keys and values. */
-async function bare(page) {
-  // A document without the page's own worker, but with its headers.
-  await page.goto(new URL("page.json", url).href);
-  return page.evaluate(async (count) => {
+async function bare(page, threads) {
+  // A document without the page's own worker, but with its headers; a new one for each number of threads.
+  await page.goto(new URL(`page.json?threads=${threads}`, url).href);
+  return page.evaluate(async (threads, count) => {
     const settings = await (await fetch("page.json")).json();
     const runtime = await import("./runtime/ort.wasm.bundle.min.mjs");
     const { load } = await import("./bonnx/bonnx.mjs");
-    const model = await load("model", { runtime, threads: settings.threads, graphs: ["generate"] });
+    const model = await load("model", { runtime, threads, graphs: ["generate"] });
     const [example] = settings.examples;
     const prompt = settings.chat ? [{ role: "user", content: example }] : example;
     const options = { n: settings.candidates, temperature: settings.temperature };
@@ -69,7 +69,7 @@ async function bare(page) {
       products.push((await seconds(() => session.run(feeds)))[1]);
     }
     return { runs, products };
-  }, Number(runs));
+  }, threads, Number(runs));
 }
 
 const found = [];
@@ -81,7 +81,9 @@ for (let repeat = 0; repeat < Number(repeats); repeat += 1) {
     const [first, second] = [await visit(page), await visit(page)];
     const rates = [];
     for (let seed = 0; seed < Number(runs); seed += 1) rates.push(await generate(page, seed));
-    found.push({ first, second, runs: rates, bare: await bare(page) });
+    const alone = {};
+    for (const number of threads) alone[number] = await bare(page, Number(number));
+    found.push({ first, second, runs: rates, bare: alone });
   } finally {
     await browser.close();
   }

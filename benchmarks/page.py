@@ -2,15 +2,16 @@
 
     python -m benchmarks.page ARTIFACT ... --threads 1 2
 
-For each artifact and number of threads the page is written, served from this machine, and visited twice by each of
-several fresh browsers: the second visit finds the model in the browser's cache. Then the first example of the page is
-answered again and again, with as many candidates as the page proposes (16 for Countdown): the first time, and the
-median of the second half, when the browser has compiled everything with its optimizing compiler. Python does the same
-with as many threads, token by token (`stream`) and in one run (`generate`). All figures are medians; the times are
-followed by the least and the largest.
+For each artifact the page is written, served from this machine, and visited twice by each of several fresh browsers:
+the second visit finds the model in the browser's cache. It runs with as many threads as it chooses itself. Then the
+first example of the page is answered again and again, with as many candidates as the page proposes (16 for Countdown):
+the first time, and the median of the second half, when the browser has compiled everything with its optimizing
+compiler. Python does the same token by token (`stream`). All figures are medians; the times are followed by the least
+and the largest.
 
-A second table says what of the difference is WebAssembly's: the same browser runs the graph `generate` and nothing
-else, and products of matrices of the model's sizes, as many rows as candidates, with the precision of its weights.
+A second table says what of the difference is WebAssembly's: for each number of threads, the same browser and Python
+run the graph `generate` and nothing else, and products of matrices of the model's sizes, as many rows as candidates,
+with the precision of its weights.
 Needs Node, Chromium, and npm's puppeteer-core.
 """
 
@@ -67,14 +68,15 @@ def find_chromium() -> str | None:
     return shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
-def visit(page: Path, folder: Path, repeats: int, runs: int) -> list[dict[str, Any]]:
+def visit(page: Path, folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """What the browsers measured."""
     chromium = find_chromium()
     if chromium is None:
         raise SystemExit("Chromium was not found")
     shutil.copy(SCRIPT, folder)
     with serving(page) as url:
-        command = ["node", SCRIPT.name, chromium, url, str(repeats), str(runs)]
+        numbers = map(str, [arguments.repeats, arguments.runs, *arguments.threads])
+        command = ["node", SCRIPT.name, chromium, url, *numbers]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.stderr)
@@ -156,18 +158,22 @@ def python_rates(artifact: Path, settings: dict[str, Any], threads: int, runs: i
     return {name: f"{rate(way, runs):.0f}" for name, way in ways.items()}
 
 
-def rows(artifact: Path, threads: int, folder: Path, arguments: argparse.Namespace) -> tuple[list[str], list[str]]:
-    """The cells of both tables for one artifact with a number of threads."""
-    page = folder / f"{artifact.name}-{threads}"
+Cells = list[str]
+
+
+def rows(artifact: Path, folder: Path, arguments: argparse.Namespace) -> tuple[Cells, list[Cells]]:
+    """The row of an artifact in the first table, and those in the second."""
+    page = folder / artifact.name
     written = write_page(artifact, page, packages=arguments.packages)
     settings = json.loads((page / "page.json").read_text(encoding="utf-8"))
-    (page / "page.json").write_text(json.dumps(settings | {"threads": threads}), encoding="utf-8")
     # A page that grows candidates has no use for this graph.
     generate = read_manifest(artifact).graphs["generate"].file
     shutil.copy(artifact / generate, page / "model" / generate)
-    operations = write_products(artifact, settings["candidates"], page / "products.onnx")
-    found = visit(page, folder, arguments.repeats, arguments.runs)
+    products = page / "products.onnx"
+    operations = write_products(artifact, settings["candidates"], products)
+    found = visit(page, folder, arguments)
     later = slice(arguments.runs // 2, None)
+    python = {number: python_rates(artifact, settings, number, arguments.runs) for number in arguments.threads}
 
     def times(visit: str, what: str) -> str:
         values = [each[visit][what] / 1000 for each in found]
@@ -179,28 +185,35 @@ def rows(artifact: Path, threads: int, folder: Path, arguments: argparse.Namespa
     def speed(seconds: float) -> str:
         return f"{operations / seconds / 1e9:.0f}"
 
-    name, python = [artifact.name, str(threads)], python_rates(artifact, settings, threads, arguments.runs)
-    page_cells = [
+    of_page = [
+        artifact.name,
         f"{written.model_bytes / 1e6:.1f}",
         times("first", "paint"),
         times("first", "ready"),
         times("second", "ready"),
         tokens([each["runs"][0] for each in found]),
         tokens([run for each in found for run in each["runs"][later]]),
-        python["stream"],
+        *(python[number]["stream"] for number in arguments.threads),
     ]
-    bare_cells = [
-        tokens([run for each in found for run in each["bare"]["runs"][later]]),
-        python["generate"],
-        speed(statistics.median(time for each in found for time in each["bare"]["products"][later])),
-        speed(native_seconds(page / "products.onnx", threads, arguments.runs)),
-    ]
-    return name + page_cells, name + bare_cells
+    of_bare = []
+    for number in arguments.threads:
+        bare = [each["bare"][str(number)] for each in found]
+        of_bare.append(
+            [
+                artifact.name,
+                str(number),
+                tokens([run for each in bare for run in each["runs"][later]]),
+                python[number]["generate"],
+                speed(statistics.median(time for each in bare for time in each["products"][later])),
+                speed(native_seconds(products, number, arguments.runs)),
+            ]
+        )
+    return of_page, of_bare
 
 
 PAGE_HEADER = [
-    *("artifact", "threads", "MB", "first paint, s", "ready, s", "ready again, s"),
-    *("tokens/s, first time", "tokens/s, later", "tokens/s, Python's stream"),
+    *("artifact", "MB", "first paint, s", "ready, s", "ready again, s"),
+    *("tokens/s, first time", "tokens/s, later"),
 ]
 BARE_HEADER = [
     *("artifact", "threads", "generate in WebAssembly, tokens/s", "in Python, tokens/s"),
@@ -208,7 +221,7 @@ BARE_HEADER = [
 ]
 
 
-def table(header: list[str], lines: Sequence[list[str]]) -> str:
+def table(header: Cells, lines: Sequence[Cells]) -> str:
     """A table in Markdown."""
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *lines])
 
@@ -226,13 +239,10 @@ def main() -> None:
         folder = Path(place)
         (folder / "package.json").write_text("{}")
         subprocess.run(["npm", "install", "--silent", "--ignore-scripts", PUPPETEER], cwd=folder, check=True)
-        lines = [
-            rows(artifact, threads, folder, arguments)
-            for artifact in arguments.artifacts
-            for threads in arguments.threads
-        ]
-    pages, bare = zip(*lines, strict=True)
-    print(f"{table(PAGE_HEADER, pages)}\n\n{table(BARE_HEADER, bare)}")
+        made = [rows(artifact, folder, arguments) for artifact in arguments.artifacts]
+    header = PAGE_HEADER + [f"Python's stream, {number} threads" for number in arguments.threads]
+    print(table(header, [of_page for of_page, _ in made]), end="\n\n")
+    print(table(BARE_HEADER, [cells for _, of_bare in made for cells in of_bare]))
 
 
 if __name__ == "__main__":

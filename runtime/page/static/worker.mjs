@@ -34,9 +34,12 @@ self.onmessage = async ({ data: { kind, ...rest } }) => {
   }
 };
 
-/** As many threads as the model gains from, where the page may have threads. */
+/**
+ * As many threads as the model gains from, where the page may have threads. Half of the processor's: two often share a core, and
+ * beside other programs WebAssembly with all of them has been half as fast as with one.
+ */
 function usable(threads) {
-  return self.crossOriginIsolated ? Math.min(navigator.hardwareConcurrency || 1, threads) : 1;
+  return self.crossOriginIsolated ? Math.min(Math.ceil((navigator.hardwareConcurrency || 1) / 2), threads) : 1;
 }
 
 async function open({ seal, graphs, threads, trial }) {
