@@ -156,6 +156,7 @@ async function generate({ prompt, options, byText }) {
   };
   const answers = options.vote === "score" ? null : byText ? (text) => text || null : "number";
   const result = await model.generate(prompt, { ...options, answers, onToken: grows ? onToken : null, signal: controller.signal });
-  if (!grows) add(result);
+  // In one run a candidate comes whole, in the colour of its own score.
+  if (!grows) add({ candidates: result.candidates.map((each) => ({ ...each, scores: [each.score] })) });
   send("done", result);
 }
