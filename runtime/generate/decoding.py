@@ -1,6 +1,6 @@
 """Generation in a loop on the host: `prefill` once, then `decode` token by token. The same tokens as `generate`.
 
-Unlike in a run of `generate`, the host sees every token: for streaming, a deadline, or a search.
+Unlike in a run of `generate`, the host sees every token, for streaming or a deadline.
 """
 
 from __future__ import annotations
@@ -13,16 +13,15 @@ import numpy as np
 from ..arrays import Array
 from ..checks import check_number
 from ..engine.engine import Engine
-from ..engine.session import HeldArray, Session
 from ..selection.aggregate import aggregation_code, is_stepwise
 from .continuous import ContinuousBatch
 from .growing import Growing
 from .options import CheckedOptions
-from .prompts import Joining, ReadPrompt, read_prompts
-from .rows import GrownRows, Rows, check_decode
+from .prompts import Joining, read_prompts
+from .rows import GrownRows, Rows
 from .static_rows import StaticRows, draws_plainly
 
-__all__ = ["CachedRows", "clock", "decode_all", "generate_feeds", "open_rows", "runs_static"]
+__all__ = ["clock", "decode_all", "generate_feeds", "open_rows", "runs_static"]
 
 
 def clock(deadline: float | None) -> float | None:
@@ -35,60 +34,6 @@ def clock(deadline: float | None) -> float | None:
         return None
     check_number("deadline", deadline, "seconds", gt=0)
     return time.monotonic() + float(deadline)
-
-
-class CachedRows:
-    """Rows of one prompt that `decode` reads together, and their keys and values, which stay on the device.
-
-    Args:
-        session: of `decode`.
-        read: the prompt.
-        drawing: how to draw tokens, by the names of the graph's inputs.
-
-    Raises:
-        ArtifactError: the graph was written by an earlier version.
-    """
-
-    def __init__(self, session: Session, read: ReadPrompt, drawing: dict[str, Array]) -> None:
-        check_decode(session)
-        self._session = session
-        fixed = {**read.cache, "attention_mask": read.mask[None], "stream": np.array([read.stream]), **drawing}
-        self._fixed = session.hold(fixed)
-        shapes = {value.name: value.shape for value in session.graph.inputs}
-        self._names = [name for name in shapes if name.startswith(("key.", "value."))]
-        self._widths = [(int(shapes[name][1]), int(shapes[name][3])) for name in self._names]
-        self._cache: dict[str, HeldArray] = {}
-
-    def blank(self) -> list[Array]:
-        """Keys and values (G, 0, K) of a row that has read nothing."""
-        return [np.zeros((heads, 0, size), np.float32) for heads, size in self._widths]
-
-    def join(self, caches: Sequence[list[Array]]) -> None:
-        """Append rows, given their keys and values; all rows must have read the same number of tokens."""
-        arrays = {}
-        for i, name in enumerate(self._names):
-            stacked = np.stack([cache[i] for cache in caches])
-            arrays[name] = np.concatenate([self._cache[name].numpy(), stacked]) if self._cache else stacked
-        self._cache = self._session.hold(arrays)
-
-    def read(self, tokens: Array, numbers: Array, length: int, *, logits: bool = False) -> dict[str, HeldArray]:
-        """Let each row, which has read `length` tokens, read one more and draw the next.
-
-        Both arrays are (rows,) int64; returns the outputs of `decode`, held.
-        """
-        count = len(tokens)
-        feeds = {"tokens": tokens, "numbers": numbers, "prompts": np.zeros(count, np.int64)}
-        feeds |= {"lengths": np.full(count, length), "sources": np.arange(count)}
-        outputs = self._session.values({**self._fixed, **self._cache, **feeds}, logits=logits)
-        self._cache = {name: outputs[f"grown_{name}"] for name in self._names}
-        return outputs
-
-    def keep(self, rows: Sequence[int] | Array) -> list[Array]:
-        """Continue with these rows only; returns the keys and values that all rows had before."""
-        arrays = [self._cache[name].numpy() for name in self._names]
-        kept = {name: array[rows] for name, array in zip(self._names, arrays, strict=True)}
-        self._cache = self._session.hold(kept) if len(rows) else {}
-        return arrays
 
 
 def open_rows(engine: Engine, options: CheckedOptions) -> Rows:

@@ -6,6 +6,7 @@ the one that it continues. Shapes: M rows; the others as in the graphs.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -93,6 +94,30 @@ class GrownRows:
             for name, (_, heads, _, size) in self._shapes.items()
         }
         self._cache = self._session.hold(blank)
+
+    def put(self, caches: Sequence[Sequence[Array]]) -> None:
+        """Take in rows, as if they were those of the last run.
+
+        Args:
+            caches: the keys and values of each, as `take` returns them; none for a row that has read nothing.
+        """
+        longest = max(cache[0].shape[1] if cache else 0 for cache in caches)
+        arrays = {}
+        for i, (name, (_, heads, _, size)) in enumerate(self._shapes.items()):
+            arrays[name] = np.zeros((len(caches), int(heads), longest, int(size)), np.float32)
+            for row, cache in zip(arrays[name], caches, strict=True):
+                if cache:
+                    row[:, longest - cache[i].shape[1] :] = cache[i]
+        self._cache = self._session.hold(arrays)
+
+    def take(self, lengths: Mapping[int, int]) -> dict[int, list[Array]]:
+        """Keys and values (G, length, K) on the host of some rows of the last run, by their numbers.
+
+        Args:
+            lengths: the tokens that each has read by now.
+        """
+        arrays = [value.numpy() for value in self._cache.values()] if lengths else []
+        return {i: [array[i, :, array.shape[2] - n :].copy() for array in arrays] for i, n in lengths.items()}
 
     def __call__(self, states: RowStates, *, logits: bool = False, stop: Stop | None = None) -> NextTokens:
         """Let each row read a token and draw the next."""

@@ -19,11 +19,11 @@ from bonnx.errors import InputError
 
 from ..arrays import Array
 from ..engine.engine import Engine
-from ..engine.session import HeldArray, Stop
-from ..generate.decoding import CachedRows
+from ..engine.session import Stop
 from ..generate.growing import DEADLINE, LENGTH, PRUNED, STOP
 from ..generate.options import CheckedOptions
 from ..generate.prompts import Joining, ReadPrompt, read_prompts
+from ..generate.rows import GrownRows, NextTokens, RowStates
 from ..selection.aggregate import aggregate_tokens
 from ..selection.vote import check_weight
 from ..text.padding import pad
@@ -152,9 +152,7 @@ class ArtifactTree(Tree[ArtifactBranch]):
     def grow(
         self, branches: Sequence[ArtifactBranch], *, whole: bool = False, up_to: int | None = None, greedy: bool = False
     ) -> None:
-        """Let branches grow, each to the end of its next step, or with `whole` to its own end.
-
-        Branches of the same length are read together; the shorter ones are read first, until the others join them.
+        """Let branches grow together, each to the end of its next step, or with `whole` to its own end.
 
         Args:
             branches: that have not ended.
@@ -162,39 +160,40 @@ class ArtifactTree(Tree[ArtifactBranch]):
             up_to: stop at this many tokens.
             greedy: take the most likely token.
         """
-        drawing = self.options.drawing()
-        if greedy:
-            drawing["temperature"] = np.array(0, np.float32)
         assert self._prompt is not None
-        cached = CachedRows(self.engine.session("decode"), self._prompt, drawing)
-        waiting = sorted(branches, key=lambda branch: -len(branch.tokens))
-        rows: list[ArtifactBranch] = []
-        while rows or waiting:
+        rows, growing = GrownRows(self.engine.session("decode")), [*branches]
+        rows.prompts.add(self._prompt, replace(self.options, temperature=0.0) if greedy else self.options)
+        if growing:
+            rows.put([branch.cache for branch in growing])
+        sources = np.arange(len(growing))
+        while growing:
             self.check_stop()
-            length = len(rows[0].tokens) if rows else len(waiting[-1].tokens)
-            joining = []
-            while waiting and len(waiting[-1].tokens) == length:
-                joining.append(waiting.pop())
-            if joining:
-                cached.join([branch.cache if length else cached.blank() for branch in joining])
-                rows = [*rows, *joining]
-            tokens = np.array([branch.pending[0] for branch in rows])
-            numbers = np.array([branch.number for branch in rows])
-            outputs = cached.read(tokens, numbers, length, logits=self.with_certainty)
-            fresh = self._read(rows, outputs)
+            states = RowStates(
+                tokens=np.array([branch.pending[0] for branch in growing]),
+                prompts=np.zeros(len(growing), np.int64),
+                numbers=np.array([branch.number for branch in growing]),
+                lengths=np.array([len(branch.tokens) for branch in growing]),
+                sources=sources,
+            )
+            fresh = self._read(growing, rows(states, logits=self.with_certainty))
             late = self.is_late
-            going = [
-                i
-                for i, branch in enumerate(rows)
-                if not (self._ends(branch, late=late) or len(branch.tokens) == up_to)
-                and not (fresh[i] and not whole and self._ends_step(branch))
-            ]
-            if len(going) < len(rows):
-                arrays = cached.keep(going)
-                for i in sorted(set(range(len(rows))) - set(going)):
-                    # Nothing follows an end.
-                    rows[i].cache = [array[i] for array in arrays] if rows[i].reason < 0 else []
-                rows = [rows[i] for i in going]
+            sources = np.array(
+                [
+                    i
+                    for i, branch in enumerate(growing)
+                    if not (self._ends(branch, late=late) or len(branch.tokens) == up_to)
+                    and not (fresh[i] and not whole and self._ends_step(branch))
+                ],
+                np.int64,
+            )
+            # Nothing follows an end.
+            paused = {*range(len(growing))} - {*sources.tolist()}
+            for i in paused:
+                growing[i].cache = []
+            lengths = {i: len(growing[i].tokens) for i in paused if growing[i].reason < 0}
+            for i, cache in rows.take(lengths).items():
+                growing[i].cache = cache
+            growing = [growing[i] for i in sources]
 
     @property
     def is_late(self) -> bool:
@@ -206,19 +205,18 @@ class ArtifactTree(Tree[ArtifactBranch]):
         if self.stop is not None and self.stop.terminate:
             raise InterruptedError("the search was stopped")
 
-    def _read(self, rows: Sequence[ArtifactBranch], outputs: dict[str, HeldArray]) -> list[bool]:
+    def _read(self, rows: Sequence[ArtifactBranch], read: NextTokens) -> list[bool]:
         """Each branch reads its pending token, and the next one takes its place; whether it was new to the branch."""
         fresh = [not branch.again for branch in rows]
-        parts = [outputs[name].numpy().tolist() for name in ("next_tokens", "log_probs")]
-        if not self.engine.manifest.has_scorer:
+        if read.scores is None:
+            assert read.certainties is not None
             # The score of a token is the certainty of the distribution that it was drawn from.
-            scores = [branch.pending[2] for branch in rows]
-            sure = outputs["certainties"].numpy().tolist()
+            scores, sure = [branch.pending[2] for branch in rows], read.certainties.tolist()
         else:
-            scores = outputs["scores"].numpy().tolist()
-            logits = outputs["logits"].numpy() if self.with_certainty else None
-            sure = [math.nan] * len(rows) if logits is None else certainty(logits).tolist()
-        for branch, score, *drawn in zip(rows, scores, *parts, sure, strict=True):
+            scores = read.scores.tolist()
+            sure = [math.nan] * len(rows) if read.logits is None else certainty(read.logits).tolist()
+        parts = read.next_tokens.tolist(), read.log_probs.tolist(), sure
+        for branch, score, *drawn in zip(rows, scores, *parts, strict=True):
             token, log_prob, certain = branch.pending
             branch.tokens.append(token)
             # As in `generate`: a token drawn from no distribution makes a candidate that cannot win.

@@ -82,15 +82,18 @@ class Table:
 
     def _decode(self, feeds, logits=False, stop=None):
         arrays = {name: value.numpy() if isinstance(value, Held) else value for name, value in feeds.items()}
-        key, value, tokens = arrays["key.0"], arrays["value.0"], arrays["tokens"]
-        assert key.shape == value.shape == (len(tokens), 1, key.shape[2], 1)
-        assert np.array_equal(arrays["sources"], np.arange(len(tokens)))
-        assert np.array_equal(arrays["lengths"], np.full(len(tokens), key.shape[2]))
+        tokens, lengths = arrays["tokens"], arrays["lengths"]
+        start = arrays["key.0"].shape[2] - lengths.max()
+        key, value = (arrays[name][arrays["sources"], :, start:] for name in ("key.0", "value.0"))
         assert np.array_equal(2 * key, value)
+        assert arrays["prompts"].tolist() == [0] * len(tokens)
         self.computed += len(tokens)
-        prefixes = [(*(int(t) for t in row[0, :, 0]), int(token)) for row, token in zip(key, tokens, strict=True)]
+        prefixes = [
+            (*(int(t) for t in row[0, lengths.max() - length :, 0]), int(token))
+            for row, length, token in zip(key, lengths, tokens, strict=True)
+        ]
         drawn = [
-            self.draw(prefix, int(number), float(arrays["temperature"]))
+            self.draw(prefix, int(number), float(arrays["temperature"][0]))
             for prefix, number in zip(prefixes, arrays["numbers"], strict=True)
         ]
         new = tokens[:, None, None, None].astype(np.float32)

@@ -68,7 +68,7 @@ def test_without_a_step_token_a_search_is_best_of_n(table):
 def test_a_deadline_cuts_and_still_chooses(table):
     slow = table._decode
 
-    def decode(feeds, logits=False):
+    def decode(feeds, logits=False, stop=None):
         time.sleep(0.02)
         return slow(feeds, logits)
 
