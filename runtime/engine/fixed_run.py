@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..arrays import Array
+from .device import DEVICE, HeldArray
 
 if TYPE_CHECKING:
-    from .session import HeldArray, Session
+    from .session import Session
 
 __all__ = ["FixedRun", "FixedRuns"]
 
@@ -39,6 +40,8 @@ class FixedRun:
         self._options = session.make_stop()
         # Each is captured by itself.
         self._options.add_run_config_entry("gpu_graph_id", str(number))  # type: ignore[attr-defined]
+        # ONNX Runtime captures for each thread.
+        self._captured = threading.local()
         self._updated: dict[str, Array] = {}
         self.values: dict[str, HeldArray] = {}
         self._binding = self._inference.io_binding()
@@ -56,7 +59,8 @@ class FixedRun:
     def write(self, name: str, array: Array) -> None:
         """Copy an array to an input."""
         value: Any = self.values[name]
-        value.update_inplace(array)
+        with DEVICE.used():
+            value.update_inplace(array)
 
     def update(self, name: str, array: Array) -> None:
         """Copy an array, which nobody changes later, to an input, unless the last one was equal."""
@@ -67,7 +71,9 @@ class FixedRun:
 
     def __call__(self) -> None:
         """Run the graph."""
-        self._inference.run_with_iobinding(self._binding, self._options)
+        with DEVICE.used() if hasattr(self._captured, "done") else DEVICE.captured(), self._session.fixed_runs.running:
+            self._inference.run_with_iobinding(self._binding, self._options)
+        self._captured.done = True
         self._session.check_weights()
 
 
@@ -75,13 +81,16 @@ class FixedRuns:
     """Makes the fixed runs of a session, and keeps some that are not in use, with what was captured of them.
 
     Safe to share between threads; a fixed run is not.
+
+    Attributes:
+        running: held during a run, because CUDA graphs must not be used by two threads at once.
     """
 
     def __init__(self, session: Session) -> None:
         self._session = session
         self._unused: list[FixedRun] = []
         self._made = 0
-        self._lock = threading.Lock()
+        self.running, self._lock = threading.Lock(), threading.Lock()
 
     def take(self, sizes: Mapping[str, int]) -> FixedRun:
         """A run for these sizes of the graph's symbolic axes, which nobody else uses."""

@@ -14,7 +14,8 @@ from ..arrays import Array
 from ..artifact.manifest import Graph, Manifest
 from ..selection.gate import last_header
 from .beginnings import BLOCK, Beginnings, block_keys
-from .session import HeldArray, Session, Stop
+from .device import HeldArray, on_host
+from .session import Session, Stop
 
 __all__ = ["PREFILL", "RANK_CACHED", "PromptCache", "as_past", "nothing_read"]
 
@@ -135,7 +136,7 @@ class PromptCache:
             return values
         past: Mapping[str, Array | HeldArray] = values
         if len(prompts) > 1:
-            past = {name: np.repeat(value.numpy(), len(prompts), 0) for name, value in values.items()}
+            past = {name: np.repeat(on_host(value), len(prompts), 0) for name, value in values.items()}
         return self._continue(prompts, mask, beginning, past, stop)
 
     def read(self, prompt: Array, stop: Stop | None = None, *, beginning: bool = False) -> dict[str, HeldArray]:

@@ -19,12 +19,12 @@ from ..arrays import Array
 from ..artifact.folder import WEIGHTS
 from ..artifact.manifest import Graph
 from ..checks import check_whole, shown
+from .device import DEVICE, HeldArray, on_host
 from .fixed_run import FixedRuns
 from .graph_cache import GraphCache
 from .providers import runtime_module
 
 __all__ = [
-    "HeldArray",
     "Provider",
     "Session",
     "SessionOptions",
@@ -76,14 +76,6 @@ class Stop(Protocol):
     terminate: bool
 
 
-class HeldArray(Protocol):
-    """An array that stays where the session runs: ONNX Runtime's `OrtValue`."""
-
-    def numpy(self) -> Array:
-        """A copy on the host."""
-        ...
-
-
 class Session:
     """One graph, ready to run. Safe to share between threads.
 
@@ -131,7 +123,8 @@ class Session:
 
     def reopen(self) -> None:
         """Open ONNX Runtime's session anew; runs under way keep the one that they have."""
-        self.inference = self._open()
+        with DEVICE.used():
+            self.inference = self._open()
 
     def check_weights(self) -> None:
         """Refuse results that were computed while the weights were overwritten.
@@ -184,7 +177,7 @@ class Session:
         else:
             held = self._wrap(feeds)
             values = self._interruptibly(lambda: self._bound(held, outputs, stop), feeds, stop)
-            result = [value.numpy() for value in values]
+            result = [on_host(value) for value in values]
         self._weights.check()
         return [*result]
 
@@ -198,11 +191,12 @@ class Session:
         Binding copies those that the graph reads on CUDA; numbers that it reads on the host, such as a loop's, stay.
         """
         make = self._runtime.OrtValue.ortvalue_from_numpy
-        # Not ascontiguousarray, which turns a scalar into an array of one element.
-        return {
-            name: make(np.asarray(array, order="C"), *(() if name in self._on_host else place))
-            for name, array in arrays.items()
-        }
+        with DEVICE.used():
+            # Not ascontiguousarray, which turns a scalar into an array of one element.
+            return {
+                name: make(np.asarray(array, order="C"), *(() if name in self._on_host else place))
+                for name, array in arrays.items()
+            }
 
     def values(
         self, feeds: Mapping[str, Array | HeldArray], *, logits: bool = False, stop: Stop | None = None
@@ -231,7 +225,8 @@ class Session:
             binding.bind_ortvalue_input(name, value)
         for name, value in outputs.items():
             binding.bind_ortvalue_output(name, value)
-        self.inference.run_with_iobinding(binding)
+        with DEVICE.used():
+            self.inference.run_with_iobinding(binding)
         self.check_weights()
 
     def _interruptibly(self, work: Callable[[], T], feeds: dict[str, Array], stop: Stop) -> T:
@@ -251,7 +246,8 @@ class Session:
             binding.bind_ortvalue_input(name, value)
         for name in outputs:
             binding.bind_output(name, *(("cpu",) if name in self._on_host else self._device))
-        self.inference.run_with_iobinding(binding, stop)
+        with DEVICE.used():
+            self.inference.run_with_iobinding(binding, stop)
         values: Sequence[HeldArray] = binding.get_outputs()
         return values
 

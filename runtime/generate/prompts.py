@@ -12,8 +12,9 @@ import numpy as np
 
 from ..arrays import Array
 from ..artifact.manifest import Graph
+from ..engine.device import HeldArray, on_host
 from ..engine.prompt_cache import as_past, nothing_read
-from ..engine.session import HeldArray, Session, Stop
+from ..engine.session import Session, Stop
 from .options import CheckedOptions
 
 __all__ = ["Joining", "PromptSlots", "ReadPrompt", "read_prompts"]
@@ -108,10 +109,10 @@ def read_prompts(
         first.read = end
         return []
     first.past = {}
-    arrays = {name: value.numpy() for name, value in cache.items()}
-    tokens, log_probs, streams = (outputs[name].numpy() for name in ("tokens", "log_probs", "stream"))
-    sure = outputs["certainty"].numpy() if "certainty" in outputs else np.full(len(joining), np.nan)
-    of_first = outputs["logits"].numpy() if logits else None
+    arrays = {name: on_host(value) for name, value in cache.items()}
+    tokens, log_probs, streams = (on_host(outputs[name]) for name in ("tokens", "log_probs", "stream"))
+    sure = on_host(outputs["certainty"]) if "certainty" in outputs else np.full(len(joining), np.nan)
+    of_first = on_host(outputs["logits"]) if logits else None
     return [
         ReadPrompt(
             {name: array[b : b + 1] for name, array in arrays.items()},

@@ -14,7 +14,8 @@ import numpy as np
 from bonnx.errors import ArtifactError
 
 from ..arrays import Array
-from ..engine.session import HeldArray, Session, Stop
+from ..engine.device import HeldArray, on_host
+from ..engine.session import Session, Stop
 from .prompts import PromptSlots
 
 __all__ = ["GrownRows", "NextTokens", "RowStates", "Rows", "can_join", "check_decode"]
@@ -116,7 +117,7 @@ class GrownRows:
         Args:
             lengths: the tokens that each has read by now.
         """
-        arrays = [value.numpy() for value in self._cache.values()] if lengths else []
+        arrays = [on_host(value) for value in self._cache.values()] if lengths else []
         return {i: [array[i, :, array.shape[2] - n :].copy() for array in arrays] for i, n in lengths.items()}
 
     def __call__(self, states: RowStates, *, logits: bool = False, stop: Stop | None = None) -> NextTokens:
@@ -128,9 +129,9 @@ class GrownRows:
         feeds = {**self._held, **self._cache, **states._asdict()}
         outputs = self._session.values(feeds, logits=logits, stop=stop)
         self._cache = {name: outputs[f"grown_{name}"] for name in self._shapes}
-        tokens, log_probs = outputs["next_tokens"].numpy(), outputs["log_probs"].numpy()
+        tokens, log_probs = on_host(outputs["next_tokens"]), on_host(outputs["log_probs"])
         others = ("scores", "certainties", "logits")
-        return NextTokens(tokens, log_probs, *(outputs[name].numpy() if name in outputs else None for name in others))
+        return NextTokens(tokens, log_probs, *(on_host(outputs[name]) if name in outputs else None for name in others))
 
 
 def can_join(session: Session) -> bool:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import numpy as np
 
 from ..arrays import Array
+from ..engine.device import on_host
 from ..engine.fixed_run import FixedRun
 from ..engine.session import Session, Stop
 from .options import GREEDY_BELOW, CheckedOptions
@@ -67,7 +68,7 @@ class StaticRows:
         self._run, self._places = run, places
 
         def read(name: str) -> Array | None:
-            return run.values[name].numpy()[places] if name in self._outputs else None
+            return on_host(run.values[name])[places] if name in self._outputs else None
 
         tokens, log_probs, scores, certainties = map(read, ("next_tokens", "log_probs", "scores", "certainties"))
         assert tokens is not None

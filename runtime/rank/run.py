@@ -13,6 +13,7 @@ from ..arrays import Array
 from ..artifact.limits import estimate_memory
 from ..batching import CALL_TOKENS, Shape, padded_tokens, plan
 from ..checks import check_whole, is_list, shown
+from ..engine.device import on_host
 from ..engine.engine import Engine
 from ..engine.prompt_cache import RANK_CACHED
 from ..engine.session import Stop
@@ -137,7 +138,7 @@ def _run(engine: Engine, first: RankRequest, feeds: dict[str, Array], stop: Stop
     else:
         cache = engine.prompts.after(prompts, feeds["prompt_mask"], first.beginning, stop)
     values = engine.session(RANK_CACHED).values({**feeds, **cache}, stop=stop)
-    return [values[name].numpy() for name in outputs]
+    return [on_host(values[name]) for name in outputs]
 
 
 def _beyond(engine: Engine, request: RankRequest) -> Array | None:
