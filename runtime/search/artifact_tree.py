@@ -92,6 +92,8 @@ class ArtifactTree(Tree[ArtifactBranch]):
         # How often each context was drawn from; see `Revisions`.
         self.draws = Counter[tuple[int, ...]]()
         self._prompt: ReadPrompt | None = None
+        # Those that draw, and those that take the most likely tokens.
+        self._rows: dict[bool, GrownRows] = {}
         self._numbers, self._reserved = 0, list[ArtifactBranch]()
 
     def reserve(self, count: int) -> None:
@@ -99,7 +101,7 @@ class ArtifactTree(Tree[ArtifactBranch]):
         first = self._numbers
         joining = Joining(self.prompt, replace(self.options, n=first + count))
         (read,) = read_prompts(self.engine.session("prefill"), [joining], logits=self.with_certainty)
-        self._prompt = read
+        self._prompt, self._rows = read, {}
         self.cost.prompt_tokens += len(self.prompt)
         self._numbers = first + count
         sure = math.nan
@@ -160,9 +162,7 @@ class ArtifactTree(Tree[ArtifactBranch]):
             up_to: stop at this many tokens.
             greedy: take the most likely token.
         """
-        assert self._prompt is not None
-        rows, growing = GrownRows(self.engine.session("decode")), [*branches]
-        rows.prompts.add(self._prompt, replace(self.options, temperature=0.0) if greedy else self.options)
+        rows, growing = self._rows_after_prompt(greedy=greedy), [*branches]
         if growing:
             rows.put([branch.cache for branch in growing])
         sources = np.arange(len(growing))
@@ -194,6 +194,13 @@ class ArtifactTree(Tree[ArtifactBranch]):
             for i, cache in rows.take(lengths).items():
                 growing[i].cache = cache
             growing = [growing[i] for i in sources]
+
+    def _rows_after_prompt(self, *, greedy: bool) -> GrownRows:
+        if greedy not in self._rows:
+            assert self._prompt is not None
+            rows = self._rows[greedy] = GrownRows(self.engine.session("decode"))
+            rows.prompts.add(self._prompt, replace(self.options, temperature=0.0) if greedy else self.options)
+        return self._rows[greedy]
 
     @property
     def is_late(self) -> bool:
