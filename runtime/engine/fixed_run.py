@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ class FixedRun:
     Attributes:
         sizes: of the graph's symbolic axes.
         values: the inputs and the other outputs, where the session runs; zeros at first.
+        inference: ONNX Runtime's session, in which it is captured.
         marker: what the owner knows of their contents; None at first, and after `FixedRuns.give_back`.
     """
 
@@ -36,7 +38,7 @@ class FixedRun:
         self.sizes = sizes
         self.marker: object = None
         # The session may be opened anew meanwhile.
-        self._session, self._inference = session, session.inference
+        self._session, self.inference = session, session.inference
         self._options = session.make_stop()
         # Each is captured by itself.
         self._options.add_run_config_entry("gpu_graph_id", str(number))  # type: ignore[attr-defined]
@@ -44,7 +46,7 @@ class FixedRun:
         self._captured = threading.local()
         self._updated: dict[str, Array] = {}
         self.values: dict[str, HeldArray] = {}
-        self._binding = self._inference.io_binding()
+        self._binding = self.inference.io_binding()
         for value in [*session.graph.inputs, *session.graph.outputs]:
             name = value.name.removeprefix("grown_")
             if name not in self.values:
@@ -72,7 +74,7 @@ class FixedRun:
     def __call__(self) -> None:
         """Run the graph."""
         with DEVICE.used() if hasattr(self._captured, "done") else DEVICE.captured(), self._session.fixed_runs.running:
-            self._inference.run_with_iobinding(self._binding, self._options)
+            self.inference.run_with_iobinding(self._binding, self._options)
         self._captured.done = True
         self._session.check_weights()
 
@@ -88,25 +90,31 @@ class FixedRuns:
 
     def __init__(self, session: Session) -> None:
         self._session = session
-        self._unused: list[FixedRun] = []
+        self._unused: deque[FixedRun] = deque(maxlen=_UNUSED)
         self._made = 0
         self.running, self._lock = threading.Lock(), threading.Lock()
 
     def take(self, sizes: Mapping[str, int]) -> FixedRun:
         """A run for these sizes of the graph's symbolic axes, which nobody else uses."""
         with self._lock:
-            for run in self._unused:
+            # Others may be given back meanwhile, behind these.
+            for _ in range(len(self._unused)):
+                run = self._unused.popleft()
                 if run.sizes == sizes:
-                    self._unused.remove(run)
                     return run
+                self._unused.append(run)
             if self._made == _CAPTURES:
                 self._session.reopen()
-                self._unused, self._made = [], 0
+                self._unused.clear()
+                self._made = 0
             self._made += 1
             return FixedRun(self._session, sizes, self._made)
 
     def give_back(self, run: FixedRun) -> None:
-        """Let others use a run."""
+        """Let others use a run, unless its session has been opened anew: the run would keep the old one in memory.
+
+        Without a lock, because the garbage collector may end an iterator, which gives back its run, anywhere.
+        """
         run.marker = None
-        with self._lock:
-            self._unused = [*self._unused, run][-_UNUSED:]
+        if run.inference is self._session.inference:
+            self._unused.append(run)

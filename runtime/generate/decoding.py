@@ -71,12 +71,17 @@ def decode_all(
     """
     joining = Joining(prompt, options, ends, deadline)
     # First, for it refuses the graphs of earlier versions.
-    batch = ContinuousBatch(open_rows(engine, options), step_token)
+    rows = open_rows(engine, options)
+    batch = ContinuousBatch(rows, step_token)
     (read,) = read_prompts(engine.session("prefill"), [joining], logits=options.top_log_probs > 0)
     growing = batch.join(read, joining)
-    while batch.rows:
-        batch.step()
-        yield growing
+    try:
+        while batch.rows:
+            batch.step()
+            yield growing
+    finally:
+        # Whoever stops iterating leaves rows behind.
+        rows.clear()
 
 
 def generate_feeds(

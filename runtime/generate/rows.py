@@ -85,16 +85,17 @@ class GrownRows:
         self._shapes = {name: shapes[name] for name in shapes if name.startswith(("key.", "value."))}
         self._held: dict[str, HeldArray] = {}
         self._changes = -1
-        self.clear()
-
-    def clear(self) -> None:
-        """Forget all rows."""
         # No row has read a token yet: what a new row continues has no places.
         blank = {
             name: np.zeros((1, int(heads), 0, int(size)), np.float32)
             for name, (_, heads, _, size) in self._shapes.items()
         }
-        self._cache = self._session.hold(blank)
+        self._blank = session.hold(blank)
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all rows."""
+        self._cache = self._blank
 
     def put(self, caches: Sequence[Sequence[Array]]) -> None:
         """Take in rows, as if they were those of the last run.

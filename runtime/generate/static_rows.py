@@ -93,7 +93,11 @@ class StaticRows:
         had = 1 if run is None else run.sizes["slots"]
         feeds["slots"] = np.minimum(np.arange(sizes["slots"]), had - 1)
         caches = self._blank if run is None else {name: run.values[name] for name in self._caches}
-        self._resize.into({**feeds, **caches}, {f"resized_{name}": new.values[name] for name in caches})
+        try:
+            self._resize.into({**feeds, **caches}, {f"resized_{name}": new.values[name] for name in caches})
+        except BaseException:
+            self._decode.fixed_runs.give_back(new)
+            raise
         return new, np.arange(count)
 
     def _write(self, run: FixedRun, states: RowStates, places: Array) -> None:

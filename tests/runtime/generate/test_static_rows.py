@@ -1,5 +1,6 @@
 """Generations in static caches, as CUDA graphs need them, against each by itself in one run of `generate`."""
 
+import gc
 import threading
 
 import numpy as np
@@ -13,7 +14,7 @@ from bonnx.models.config import LanguageModelConfig, NetworkConfig
 from bonnx.models.network import LanguageModel
 from bonnx.runtime.engine import fixed_run
 from bonnx.runtime.engine.engine import open_engine
-from bonnx.runtime.engine.fixed_run import FixedRun
+from bonnx.runtime.engine.fixed_run import FixedRun, FixedRuns
 from bonnx.runtime.generate.decoding import decode_all, runs_static
 from bonnx.runtime.generate.request import read_request
 from bonnx.runtime.generate.static_rows import draws_plainly
@@ -21,6 +22,8 @@ from tests.command_line import run
 from tests.runtime.generate.test_continuous import check_as_alone, draw_request, play
 
 SIZES = {"embed_dim": 16, "hidden_size": 16, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "scorer_hidden": 8}
+# Of a run.
+SMALLEST = {"rows": 1, "slots": 64, "batch": 1, "width": 1, "prompt_length": 128, "prompt_length + 1": 129}
 
 
 @pytest.fixture(
@@ -111,7 +114,8 @@ def generate(engine, request):
 def test_sizes_that_were_used_before_are_used_again(static_engine, rng, monkeypatch):
     made, make = [], FixedRun.__init__
     monkeypatch.setattr(FixedRun, "__init__", lambda self, *rest: (made.append(rest[1]), make(self, *rest))[1])
-    monkeypatch.setattr(static_engine.session("decode_static").fixed_runs, "_unused", [])
+    session = static_engine.session("decode_static")
+    monkeypatch.setattr(session, "fixed_runs", FixedRuns(session))
     for seed in range(5):
         request = read_request(static_engine, "3,7,20,24>1:", {"n": 16, "seed": seed, "max_new_tokens": 12})
         check_as_alone(static_engine, request, generate(static_engine, request))
@@ -128,6 +132,54 @@ def test_the_session_is_opened_anew_after_many_captures(static_engine, rng, monk
     for request, growing in play(static_engine, requests, rng):
         check_as_alone(static_engine, request, growing)
     assert session.inference is not opened
+
+
+def test_a_session_that_was_opened_anew_is_closed(static_engine, monkeypatch):
+    monkeypatch.setattr(fixed_run, "_CAPTURES", 1)
+    session = static_engine.session("decode_static")
+    monkeypatch.setattr(session, "fixed_runs", FixedRuns(session))
+    first, other = session.fixed_runs.take(SMALLEST), session.fixed_runs.take({**SMALLEST, "rows": 2})
+    assert first.inference is not other.inference
+    for taken in (first, other):
+        session.fixed_runs.give_back(taken)
+    # It is captured in a session that nothing else needs.
+    assert session.fixed_runs.take(SMALLEST) is not first
+
+
+@pytest.mark.parametrize("left", ["closed", "collected"])
+def test_a_stream_that_is_left_gives_back_its_run(static_engine, monkeypatch, left):
+    session = static_engine.session("decode_static")
+    monkeypatch.setattr(session, "fixed_runs", FixedRuns(session))
+    used = set()
+    for seed in range(4):
+        request = read_request(static_engine, "3,7,20,24>1:", {"n": 5, "seed": seed, "max_new_tokens": 12})
+        states = decode_all(static_engine, request.prompt, request.options, None, None)
+        next(states)
+        if left == "closed":
+            states.close()
+        else:
+            cycle = [states]
+            cycle.append(cycle)
+            del cycle, states
+            gc.collect()
+        (run,) = session.fixed_runs._unused
+        used.add(run)
+    assert len(used) == 1
+
+
+@pytest.mark.parametrize("fails", ["the run", "the move"])
+def test_what_fails_gives_back_its_run(static_engine, monkeypatch, fails):
+    def fail(*arguments):
+        raise MemoryError
+
+    session = static_engine.session("decode_static")
+    monkeypatch.setattr(session, "fixed_runs", FixedRuns(session))
+    owner, name = (FixedRun, "__call__") if fails == "the run" else (type(session), "into")
+    monkeypatch.setattr(owner, name, fail)
+    request = read_request(static_engine, "3,7,20,24>1:", {"n": 5, "max_new_tokens": 12})
+    with pytest.raises(MemoryError):
+        generate(static_engine, request)
+    assert len(session.fixed_runs._unused) == 1
 
 
 def test_threads_share_a_session(static_engine, rng):
