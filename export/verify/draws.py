@@ -56,7 +56,12 @@ def _mix(x: Any) -> Any:
 
 
 def expected_token(logits: Array, point: float, request: CheckedOptions) -> tuple[int, float]:
-    """Return the token drawn from one row of logits (V,) float64, and the draw's margin to the next token."""
+    """Return the token drawn from one row of logits (V,) float64, and the draw's margin to the next token.
+
+    NaN or infinite logits are no distribution, so that any token may be drawn: the margin is 0.
+    """
+    if not logits.max() < np.inf:
+        return 0, 0.0
     if request.temperature == 0:
         gap = float(-np.diff(np.partition(logits, -2)[:-3:-1])[0]) if len(logits) > 1 else 1.0
         return int(logits.argmax()), gap

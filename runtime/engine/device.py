@@ -25,7 +25,7 @@ class HeldArray(Protocol):
 
 
 class Device:
-    """Shared by those that use it, and exclusive to one that captures. Either may use it again inside."""
+    """Shared by those that use it, and exclusive to one that captures. Either may call `used` again inside."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()

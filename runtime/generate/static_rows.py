@@ -19,7 +19,7 @@ from .options import GREEDY_BELOW, CheckedOptions
 from .prompts import PromptSlots
 from .rows import NextTokens, RowStates
 
-__all__ = ["StaticRows", "draws_plainly"]
+__all__ = ["StaticRows", "draws_plainly", "room_for"]
 
 # Slots for tokens, at least, and the step in which the slots of prompts widen.
 _SLOTS, _PROMPT = 64, 128
@@ -79,8 +79,8 @@ class StaticRows:
         """The run with room for the rows, in whose caches they are, and the place of each row (M,)."""
         count, old = len(states.tokens), states.lengths > 0
         widest = np.bincount(states.prompts).max()
-        sizes = {"rows": _power(count), "slots": _power(int(states.lengths.max()) + 1, _SLOTS)}
-        sizes |= {"batch": len(self.prompts.arrays["stream"]), "width": _power(int(widest))}
+        sizes = {"rows": _room(count), "slots": _room(int(states.lengths.max()) + 1, _SLOTS)}
+        sizes |= {"batch": len(self.prompts.arrays["stream"]), "width": _room(int(widest))}
         sizes |= {"prompt_length": self.prompts.width, "prompt_length + 1": self.prompts.width + 1}
         run = self._run
         before = self._places[states.sources[old]] if run is not None else np.zeros(0, np.int64)
@@ -138,6 +138,11 @@ def draws_plainly(options: CheckedOptions) -> bool:
     return bool(options.drawing()["temperature"] == 0) or (options.top_k == 0 and options.top_p == 1)
 
 
-def _power(count: int, least: int = 1) -> int:
+def room_for(rows: int, tokens: int) -> int:
+    """Tokens for which the cache has room, with so many rows of up to so many tokens."""
+    return _room(rows) * _room(tokens, _SLOTS)
+
+
+def _room(count: int, least: int = 1) -> int:
     """The smallest power of two that is at least as large as both."""
     return max(least, 1 << (count - 1).bit_length())

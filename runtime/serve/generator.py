@@ -32,6 +32,7 @@ from ..generate.prompts import Joining, ReadPrompt, read_prompts
 from ..generate.request import GenerateRequest
 from ..generate.rows import check_decode
 from ..generate.run import ends_in_stop
+from ..generate.static_rows import room_for
 from .batcher import DeadlineError, Observer, QueueFullError
 
 __all__ = ["Generator", "Ticket", "is_brief"]
@@ -459,7 +460,7 @@ class _Costs:
     """What generations take."""
 
     def __init__(self, engine: Engine) -> None:
-        manifest = engine.manifest
+        self._engine, manifest = engine, engine.manifest
         keys = [value.shape for value in manifest.graphs["decode"].inputs if value.name.startswith("key.")]
         features = sum(int(shape[1]) * int(shape[3]) for shape in keys)
         self._token = 8 * features
@@ -468,9 +469,10 @@ class _Costs:
         self.weights = weights_size(manifest)
 
     def bytes(self, request: GenerateRequest) -> int:
-        """Of the keys and values of a generation that grows to its limit, twice: the graph grows them by copying."""
-        options = request.options
-        return self._token * (len(request.prompt) + 2 * options.n * options.max_new_tokens)
+        """Of the keys and values of a generation that grows to its limit, twice: they grow by being copied."""
+        n, new = request.options.n, request.options.max_new_tokens
+        tokens = room_for(n, new) if runs_static(self._engine, request.options) else n * new
+        return self._token * (len(request.prompt) + 2 * tokens)
 
     def padding(self, pairs: int, copied: int) -> float:
         """Padding for each token, in bytes of weights that take as long to read.

@@ -67,6 +67,15 @@ def test_an_engine_may_err_a_few_times_as_pytorch_does():
     assert tolerances.allowed("backbone") == pytest.approx(8 * 8 * 2.0**-23)
 
 
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"), [(0.0, 0, 1.0), (1.0, 0, 1.0), (1.0, 2, 1.0), (1.0, 0, 0.9)]
+)
+def test_any_token_may_be_drawn_from_no_distribution(wrong, temperature, top_k, top_p):
+    options = CheckedOptions(1, 1, temperature, top_k, top_p, 0, (), "last", 0, 0.5)
+    assert expected_token(np.array([0.5, wrong, 1.0]), 0.3, options) == (0, 0)
+
+
 @pytest.mark.parametrize("top_p", [1.0, 0.999])
 def test_a_draw_between_two_tokens_as_likely_as_each_other_is_undecided(top_p):
     """With top_k or top_p the shares lie in the order of the logits, and rounding may swap two of them."""

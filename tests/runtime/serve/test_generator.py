@@ -14,9 +14,12 @@ import pytest
 from bonnx.errors import ArtifactError
 from bonnx.runtime.artifact.limits import TooLargeError
 from bonnx.runtime.engine.engine import open_engine
+from bonnx.runtime.generate.continuous import ContinuousBatch
 from bonnx.runtime.generate.growing import DEADLINE
+from bonnx.runtime.generate.prompts import Joining, read_prompts
 from bonnx.runtime.generate.request import read_request
 from bonnx.runtime.generate.run import run_together
+from bonnx.runtime.generate.static_rows import StaticRows
 from bonnx.runtime.serve import generator as module
 from bonnx.runtime.serve.batcher import DeadlineError, QueueFullError
 from bonnx.runtime.serve.generator import Generator, is_brief
@@ -115,6 +118,25 @@ def test_a_long_prompt_is_read_between_the_tokens_of_others(engine, monkeypatch)
     # Once the first prompt has been read, its tokens come between the pieces of the other.
     assert max(np.diff(pieces[10:])) <= 3
     assert kinds[pieces[10] : pieces[-1]].count("decode") >= 10
+
+
+@pytest.mark.parametrize(("n", "tokens", "rows", "slots"), [(3, 20, 4, 64), (4, 54, 4, 64), (5, 40, 8, 64)])
+def test_the_room_of_a_static_cache_is_counted(static_engine, n, tokens, rows, slots):
+    """A power of two of rows and of tokens, of which the latter are at least 64."""
+    request = fixed(static_engine, n=n, tokens=tokens)
+    not_static = fixed(static_engine, n=n, tokens=tokens, top_k=3)
+    costs, prompt = module._Costs(static_engine), len(request.prompt)
+    token = costs.bytes(not_static) // (prompt + 2 * n * tokens)
+    assert costs.bytes(request) == token * (prompt + 2 * rows * slots)
+    held = StaticRows(static_engine.session)
+    (prompt_read,) = read_prompts(
+        static_engine.session("prefill"), [joining := Joining(request.prompt, request.options)]
+    )
+    batch = ContinuousBatch(held, None)
+    batch.join(prompt_read, joining)
+    batch.step()
+    shape = held._run.values["key.0"].shape()
+    assert (shape[0], shape[2]) == (rows, slots)
 
 
 def test_memory_is_counted_before_it_is_taken(engine):
