@@ -213,6 +213,11 @@ def _check_cuda_graph(
     """Refuse to write graphs for CUDA that nothing would run."""
     if not isinstance(model, LanguageModel) or not model.config.vocabulary_head:
         raise ExportError("cuda_graph: expected a language model that generates; this model has no vocabulary head")
+    if model.config.network.num_experts is not None:
+        raise ExportError(
+            "cuda_graph: the loop over this model's experts cannot be captured in a CUDA graph; leave out the option, "
+            "and CUDA runs decode"
+        )
     if precision in ("int8", "int4"):
         raise ExportError(
             f"cuda_graph: expected fp32, fp16 or bf16; got {precision}, which CUDA does not run: its 8-bit products "

@@ -78,6 +78,8 @@ def static_graph(static_pass: ir.Graph) -> ir.Graph:
         name_value(b.Squeeze(log_probs, first), "log_probs", FLOAT, ["rows"]),
     ]
     b.extend(static_pass)
+    # A branch or a loop cannot be captured.
+    assert not [*static_pass.subgraphs()]
     static_pass.outputs[:] = [scores, *drawn, logits, *caches]
     return static_pass
 

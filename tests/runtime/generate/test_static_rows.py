@@ -226,6 +226,13 @@ def test_an_option_that_would_have_no_effect_is_refused(tmp_path, options, messa
     assert not (tmp_path / "artifact").exists()
 
 
+def test_a_loop_over_experts_is_not_captured(tmp_path):
+    network = NetworkConfig(**SIZES, num_experts=4, experts_per_token=2, ffn_bias=False)
+    model = LanguageModel(LanguageModelConfig(network=network, vocab_size=130)).eval()
+    with pytest.raises(ExportError, match="the loop over this model's experts cannot be captured"):
+        export_model(model, tmp_path / "artifact", name="experts", cuda_graph=True)
+
+
 def test_a_model_that_only_scores_has_no_tokens_to_draw(tmp_path):
     with pytest.raises(ExportError, match="this model has no vocabulary head"):
         export_model(build(**SIZES).eval(), tmp_path / "artifact", name="scorer", cuda_graph=True)
