@@ -28,6 +28,8 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from http.server import HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +53,9 @@ PUPPETEER = "puppeteer-core@24.43.1"
 
 
 @contextlib.contextmanager
-def serving(folder: Path) -> Iterator[str]:
-    """The address of a server for a folder."""
-    with make_server(folder, 0) as server:
+def running(server: HTTPServer) -> Iterator[str]:
+    """The address of a server, which runs in a thread of its own."""
+    with server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         try:
@@ -61,6 +63,11 @@ def serving(folder: Path) -> Iterator[str]:
         finally:
             server.shutdown()
             thread.join()
+
+
+def serving(folder: Path) -> AbstractContextManager[str]:
+    """The address of a server for a folder."""
+    return running(make_server(folder, 0))
 
 
 def find_chromium() -> str | None:

@@ -20,7 +20,7 @@ from .host import host_range, host_zero, host_zeros, on_host, replaceable, to_de
 from .prompt_options import draw_options, host_options, option
 from .sampling import DrawRules, draw_token, prompt_hash, prompt_stream, random_uniform, vocabulary_size
 
-__all__ = ["decode_graph", "prefill_graph"]
+__all__ = ["append_draw", "decode_graph", "prefill_graph"]
 
 INT, FLOAT = ir.DataType.INT64, ir.DataType.FLOAT
 DRAWN = ["num_candidates", "batch"]
@@ -134,7 +134,7 @@ def decode_graph(rows_pass: ir.Graph) -> ir.Graph:
     for parameter, value in zip(parameters, read[:5], strict=True):
         parameter.replace_all_uses_with(value)
     _continue(before, rows_pass, own, read)
-    scores, logits, *grown = rows_pass.outputs
+    logits = rows_pass.outputs[1]
     for value in own:
         # The rows of the last run, which need not be as many.
         assert value.shape is not None
@@ -146,13 +146,20 @@ def decode_graph(rows_pass: ir.Graph) -> ir.Graph:
     size = vocabulary_size(after, logits)
     following, log_probs = after.call(draw_token, *rows_of, size, *own_rules, *read.rules[3:])
     rows_pass.inputs[:] = [tokens, prompts, numbers, lengths, sources, mask, stream, *drawing, *cache]
-    added = [
-        name_value(after.Squeeze(following, first), "next_tokens", INT, ["rows"]),
-        name_value(after.Squeeze(log_probs, first), "log_probs", FLOAT, ["rows"]),
-    ]
-    after.extend(rows_pass)
-    rows_pass.outputs[:] = [scores, *added, logits, *grown]
+    append_draw(rows_pass, after, following, log_probs)
     return rows_pass
+
+
+def append_draw(rows_pass: ir.Graph, b: Builder, tokens: ir.Value, log_probs: ir.Value) -> None:
+    """Append a draw, collected in `b`, to a pass of rows, and return its tokens and log-probabilities (1, M) there."""
+    first = b.ints(0)
+    drawn = [
+        name_value(b.Squeeze(tokens, first), "next_tokens", INT, ["rows"]),
+        name_value(b.Squeeze(log_probs, first), "log_probs", FLOAT, ["rows"]),
+    ]
+    b.extend(rows_pass)
+    scores, *others = rows_pass.outputs
+    rows_pass.outputs[:] = [scores, *drawn, *others]
 
 
 def _read_rows(

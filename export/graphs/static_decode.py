@@ -22,6 +22,7 @@ from bonnx.models.config import NetworkConfig
 
 from .builder import Builder, name_value
 from .generate_passes import RowsPass
+from .prefill_decode import append_draw
 from .sampling import draw_from_all, random_uniform
 
 __all__ = ["StaticPass", "draw_plain", "resize_graph", "static_graph", "uniforms_graph"]
@@ -64,7 +65,7 @@ def draw_plain(logits, uniform, heat, sampled):  # type: ignore[no-untyped-def]
 
 def static_graph(static_pass: ir.Graph) -> ir.Graph:
     """Put after the traced `StaticPass` the draw of each next token."""
-    scores, logits, *caches = static_pass.outputs
+    logits = static_pass.outputs[1]
     uniform, temperature = (ir.val(name, FLOAT, ["rows"]) for name in ("uniform", "temperature"))
     sampled = ir.val("sampled", ir.DataType.BOOL, ["rows"])
     b = Builder("draw")
@@ -73,14 +74,9 @@ def static_graph(static_pass: ir.Graph) -> ir.Graph:
     rules = (b.Unsqueeze(value, column) for value in (temperature, sampled))
     tokens, log_probs = b.call(draw_plain, *of_rows, *rules)
     static_pass.inputs.extend([uniform, temperature, sampled])
-    drawn = [
-        name_value(b.Squeeze(tokens, first), "next_tokens", INT, ["rows"]),
-        name_value(b.Squeeze(log_probs, first), "log_probs", FLOAT, ["rows"]),
-    ]
-    b.extend(static_pass)
+    append_draw(static_pass, b, tokens, log_probs)
     # A branch or a loop cannot be captured.
     assert not [*static_pass.subgraphs()]
-    static_pass.outputs[:] = [scores, *drawn, logits, *caches]
     return static_pass
 
 

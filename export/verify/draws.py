@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from bonnx.runtime.arrays import Array
 from bonnx.runtime.generate.options import CheckedOptions
 
-__all__ = ["edge_width", "expected_token", "log_softmax", "uniform", "uniform_in"]
+__all__ = ["edge_width", "expected_token", "log_softmax", "uniform"]
 
 # How far rounding to float32 may move the boundary between two tokens when the logits are known exactly.
 _ROUNDING = 2e-5
@@ -36,23 +34,17 @@ def uniform(seed: int, prompt: Array, position: int, candidate: int) -> float:
     """Return the number in [0, 1) that decides a token, computed as in `sampling.py` but with Python integers."""
     start = _mix(_mix((seed // _WORD + 0x9E3779B9) % _WORD) ^ (seed % _WORD))
     total = sum(_mix((int(token) + _mix(i + 1)) % _WORD) for i, token in enumerate(prompt)) % _WORD
-    number: float = uniform_in(_mix(total ^ start), position, candidate)
-    return number
-
-
-def uniform_in(stream: Any, position: Any, candidate: Any) -> Any:
-    """As `uniform`, of what seed and prompt were made into: Python integers, or arrays of uint64."""
-    row = _mix((stream + position * 0x9E3779B1) % _WORD)
+    row = _mix((_mix(total ^ start) + position * 0x9E3779B1) % _WORD)
     return (_mix((row + candidate * 0x85EBCA77) % _WORD) >> 9) / 2**23
 
 
-def _mix(x: Any) -> Any:
+def _mix(x: int) -> int:
     """MurmurHash3's finalizer (Appleby, 2011)."""
-    x = x ^ (x >> 16)
+    x ^= x >> 16
     x = x * 0x85EBCA6B % _WORD
-    x = x ^ (x >> 13)
+    x ^= x >> 13
     x = x * 0xC2B2AE35 % _WORD
-    return x ^ (x >> 16)
+    return x ^ x >> 16
 
 
 def expected_token(logits: Array, point: float, request: CheckedOptions) -> tuple[int, float]:

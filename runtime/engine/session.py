@@ -178,7 +178,7 @@ class Session:
             held = self._wrap(feeds)
             values = self._interruptibly(lambda: self._bound(held, outputs, stop), feeds, stop)
             result = [on_host(value) for value in values]
-        self._weights.check()
+        self.check_weights()
         return [*result]
 
     def hold(self, arrays: dict[str, Array]) -> dict[str, HeldArray]:
@@ -214,15 +214,13 @@ class Session:
             return values
 
         values = self._interruptibly(work, arrays, handle)
-        self._weights.check()
+        self.check_weights()
         return dict(zip(outputs, values, strict=True))
 
     def into(self, feeds: Mapping[str, Array | HeldArray], outputs: Mapping[str, HeldArray]) -> None:
         """Run on arrays or held values, and write the outputs into held values of the right sizes."""
         arrays = {name: value for name, value in feeds.items() if isinstance(value, np.ndarray)}
-        binding = self.inference.io_binding()
-        for name, value in {**feeds, **self._wrap(arrays)}.items():
-            binding.bind_ortvalue_input(name, value)
+        binding = self._bind({**feeds, **self._wrap(arrays)})
         for name, value in outputs.items():
             binding.bind_ortvalue_output(name, value)
         with DEVICE.used():
@@ -237,13 +235,18 @@ class Session:
             tokens += len(masks[0]) * int(feeds["num_candidates"].max()) * int(feeds["max_new_tokens"].max())
         return work() if tokens * self._weights.size < _BRIEF else interruptibly(work, stop)
 
+    def _bind(self, feeds: Mapping[str, Array | HeldArray]) -> Any:
+        """ONNX Runtime's binding of inputs."""
+        binding = self.inference.io_binding()
+        for name, value in feeds.items():
+            binding.bind_ortvalue_input(name, value)
+        return binding
+
     def _bound(
         self, feeds: Mapping[str, Array | HeldArray], outputs: list[str], stop: Stop | None = None
     ) -> Sequence[HeldArray]:
         assert self._device is not None
-        binding = self.inference.io_binding()
-        for name, value in feeds.items():
-            binding.bind_ortvalue_input(name, value)
+        binding = self._bind(feeds)
         for name in outputs:
             binding.bind_output(name, *(("cpu",) if name in self._on_host else self._device))
         with DEVICE.used():

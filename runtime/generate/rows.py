@@ -14,11 +14,12 @@ import numpy as np
 from bonnx.errors import ArtifactError
 
 from ..arrays import Array
+from ..artifact.manifest import Graph
 from ..engine.device import HeldArray, on_host
 from ..engine.session import Session, Stop
 from .prompts import PromptSlots
 
-__all__ = ["GrownRows", "NextTokens", "RowStates", "Rows", "can_join", "check_decode"]
+__all__ = ["GrownRows", "NextTokens", "RowStates", "Rows", "can_join", "check_decode", "zero_caches"]
 
 
 class RowStates(NamedTuple):
@@ -81,16 +82,10 @@ class GrownRows:
     def __init__(self, session: Session) -> None:
         check_decode(session)
         self._session, self.prompts = session, PromptSlots(session.graph)
-        shapes = {value.name: value.shape for value in session.graph.inputs}
-        self._shapes = {name: shapes[name] for name in shapes if name.startswith(("key.", "value."))}
         self._held: dict[str, HeldArray] = {}
         self._changes = -1
         # No row has read a token yet: what a new row continues has no places.
-        blank = {
-            name: np.zeros((1, int(heads), 0, int(size)), np.float32)
-            for name, (_, heads, _, size) in self._shapes.items()
-        }
-        self._blank = session.hold(blank)
+        self._blank = session.hold(zero_caches(session.graph, 1, 0))
         self.clear()
 
     def clear(self) -> None:
@@ -104,10 +99,9 @@ class GrownRows:
             caches: the keys and values of each, as `take` returns them; none for a row that has read nothing.
         """
         longest = max(cache[0].shape[1] if cache else 0 for cache in caches)
-        arrays = {}
-        for i, (name, (_, heads, _, size)) in enumerate(self._shapes.items()):
-            arrays[name] = np.zeros((len(caches), int(heads), longest, int(size)), np.float32)
-            for row, cache in zip(arrays[name], caches, strict=True):
+        arrays = zero_caches(self._session.graph, len(caches), longest)
+        for i, array in enumerate(arrays.values()):
+            for row, cache in zip(array, caches, strict=True):
                 if cache:
                     row[:, longest - cache[i].shape[1] :] = cache[i]
         self._cache = self._session.hold(arrays)
@@ -129,10 +123,19 @@ class GrownRows:
             self._changes = self.prompts.changes
         feeds = {**self._held, **self._cache, **states._asdict()}
         outputs = self._session.values(feeds, logits=logits, stop=stop)
-        self._cache = {name: outputs[f"grown_{name}"] for name in self._shapes}
         tokens, log_probs = on_host(outputs["next_tokens"]), on_host(outputs["log_probs"])
-        others = ("scores", "certainties", "logits")
-        return NextTokens(tokens, log_probs, *(on_host(outputs[name]) if name in outputs else None for name in others))
+        others = [on_host(outputs[name]) if name in outputs else None for name in ("scores", "certainties", "logits")]
+        self._cache = {name: outputs[f"grown_{name}"] for name in self._cache}
+        return NextTokens(tokens, log_probs, *others)
+
+
+def zero_caches(graph: Graph, rows: int, tokens: int) -> dict[str, Array]:
+    """Keys and values of rows by the names of the graph's inputs, (rows, G, tokens, K) float32 each."""
+    shapes = {value.name: value.shape for value in graph.inputs if value.name.startswith(("key.", "value."))}
+    return {
+        name: np.zeros((rows, int(heads), tokens, int(size)), np.float32)
+        for name, (_, heads, _, size) in shapes.items()
+    }
 
 
 def can_join(session: Session) -> bool:

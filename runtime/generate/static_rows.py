@@ -17,12 +17,13 @@ from ..engine.fixed_run import FixedRun
 from ..engine.session import Session, Stop
 from .options import GREEDY_BELOW, CheckedOptions
 from .prompts import PromptSlots
-from .rows import NextTokens, RowStates
+from .rows import NextTokens, RowStates, zero_caches
 
 __all__ = ["StaticRows", "draws_plainly", "room_for"]
 
 # Slots for tokens, at least, and the step in which the slots of prompts widen.
 _SLOTS, _PROMPT = 64, 128
+_LARGEST = np.finfo(np.float32).max
 
 
 class StaticRows:
@@ -37,10 +38,7 @@ class StaticRows:
         self.prompts = PromptSlots(self._decode.graph, _PROMPT, exact=False)
         self._types = {value.name: np.dtype(value.dtype) for value in self._decode.graph.inputs}
         self._outputs = {value.name for value in self._decode.graph.outputs}
-        shapes = {value.name: value.shape for value in self._decode.graph.inputs}
-        self._caches = [name for name in shapes if name.startswith(("key.", "value."))]
-        sizes = {name: (1, int(shapes[name][1]), 1, int(shapes[name][3])) for name in self._caches}
-        self._blank = self._decode.hold({name: np.zeros(size, np.float32) for name, size in sizes.items()})
+        self._blank = self._decode.hold(zero_caches(self._decode.graph, 1, 1))
         self._run: FixedRun | None = None
         # Where the rows of the last run are.
         self._places = np.zeros(0, np.int64)
@@ -92,7 +90,7 @@ class StaticRows:
         # Where there were fewer slots, any of the row's own does: it is overwritten before it is read.
         had = 1 if run is None else run.sizes["slots"]
         feeds["slots"] = np.minimum(np.arange(sizes["slots"]), had - 1)
-        caches = self._blank if run is None else {name: run.values[name] for name in self._caches}
+        caches = self._blank if run is None else {name: run.values[name] for name in self._blank}
         try:
             self._resize.into({**feeds, **caches}, {f"resized_{name}": new.values[name] for name in caches})
         except BaseException:
@@ -108,8 +106,8 @@ class StaticRows:
             for name, array in prompts.items():
                 if name in run.values and name != "temperature":
                     run.write(name, array)
+            run.write("slots", np.arange(sizes["slots"]))
             run.marker = marker
-        run.update("slots", np.arange(sizes["slots"]))
         stream, temperature = (prompts[name][states.prompts] for name in ("stream", "temperature"))
         sampled = temperature >= GREEDY_BELOW
         drawn = {"stream": stream, "positions": states.lengths + 1, "numbers": states.numbers}
@@ -128,9 +126,6 @@ class StaticRows:
             wide = np.zeros(sizes["rows"], self._types[name])
             wide[places] = values
             run.update(name, wide)
-
-
-_LARGEST = np.finfo(np.float32).max
 
 
 def draws_plainly(options: CheckedOptions) -> bool:

@@ -186,13 +186,11 @@ class ArtifactTree(Tree[ArtifactBranch]):
                 ],
                 np.int64,
             )
-            # Nothing follows an end.
-            paused = {*range(len(growing))} - {*sources.tolist()}
-            for i in paused:
-                growing[i].cache = []
-            lengths = {i: len(growing[i].tokens) for i in paused if growing[i].reason < 0}
-            for i, cache in rows.take(lengths).items():
-                growing[i].cache = cache
+            stopped = {*range(len(growing))} - {*sources.tolist()}
+            caches = rows.take({i: len(growing[i].tokens) for i in stopped if growing[i].reason < 0})
+            for i in stopped:
+                # Nothing follows an end.
+                growing[i].cache = caches.get(i, [])
             growing = [growing[i] for i in sources]
 
     def _rows_after_prompt(self, *, greedy: bool) -> GrownRows:

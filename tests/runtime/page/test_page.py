@@ -1,6 +1,5 @@
 """The page: what is written, and in Chromium what a visitor sees."""
 
-import contextlib
 import functools
 import http.server
 import json
@@ -8,14 +7,13 @@ import random
 import re
 import shutil
 import subprocess
-import threading
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
 
 import bonnx
-from benchmarks.page import find_chromium, serving
+from benchmarks.page import find_chromium, running, serving
 from bonnx.errors import ArtifactError, InputError
 from bonnx.export.artifact import _write_manifest
 from bonnx.models.countdown.puzzle import check, draw_solution, parse_prompt
@@ -51,17 +49,9 @@ def site(countdown, npm_folder, tmp_path_factory):
     return folder
 
 
-@contextlib.contextmanager
 def hosting(folder, handler):
     """The address of a host that answers as a handler does."""
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(handler, directory=folder)) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield f"http://localhost:{server.server_address[1]}/"
-        finally:
-            server.shutdown()
-            thread.join()
+    return running(http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(handler, directory=folder)))
 
 
 class Plain(http.server.SimpleHTTPRequestHandler):
